@@ -1,0 +1,87 @@
+// The operators' schemas, all in this one place, and what the library can tell of itself. Implementations register
+// themselves: csrc/cpu/*.cpp in this module, csrc/cuda/*.cu in a library of its own.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#define RESDENSE_STRING_(...) #__VA_ARGS__
+#define RESDENSE_STRING(...) RESDENSE_STRING_(__VA_ARGS__)
+
+// Words used below. A map is (N, C, ...) in either memory format, or a slice of the channels of one. Vectors are (C,).
+//   act(y)          y where y > 0, else negative_slope * y (0 is the ReLU, 1 the identity)
+//   mean, m2        of every channel: the mean and the sum of the squared deviations from it
+//   dy, xc          grad * act'(scale * x + shift), and x - center
+//   pending grad    alpha * dy + beta * z + delta, by whoever reads it
+// A schema that writes an argument does not bump its version counter: the Python wrappers do.
+STABLE_TORCH_LIBRARY(resdense, m) {
+  m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_backward_accumulate(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+      "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def("pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()");
+  m.def(
+      "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
+      "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_act_conv1x1_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "Tensor weight, Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool need_weight) "
+      "-> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
+  m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
+  m.def(
+      "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
+      "Tensor? identity_shift, float negative_slope) -> Tensor");
+}
+
+namespace {
+
+const char* compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " RESDENSE_STRING(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+// The widest vector instructions that the kernels would choose on this processor.
+const char* cpu_capability() {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return "AVX512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
+#endif
+  return "DEFAULT";
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  const std::string archs = RESDENSE_STRING(RESDENSE_CUDA_ARCHS);
+  info["version"] = RESDENSE_STRING(RESDENSE_VERSION);
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["torch_target_version"] = pybind11::make_tuple(static_cast<int>(TORCH_TARGET_VERSION >> 56 & 0xff),
+                                                      static_cast<int>(TORCH_TARGET_VERSION >> 48 & 0xff));
+  info["torch_build_version"] = TORCH_VERSION;
+  info["cuda"] = !archs.empty();
+  info["cuda_archs"] = archs;
+  info["cpu_capability"] = cpu_capability();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The compiled operators of resdense_ext; importing it registers them in torch.ops.resdense.";
+  module.def("build_info", &build_info, "Versions, compilers and targets of this build, and what this processor can do.");
+}

@@ -1,0 +1,80 @@
+// The elementwise primitives: batch norm and activation folded into one affine, its backward, a gradient's last step.
+
+#include <torch/csrc/stable/library.h>
+
+#include "tile.h"
+
+namespace resdense::cpu {
+namespace {
+
+// Runs one pass over whole maps, tile by tile. `s` carries the pass, its coefficients and slope.
+void sweep_maps(Sweep s, std::initializer_list<const Map*> in, const Map& out, Sums* sums = nullptr) {
+  s.dtype = out.dtype, s.channels_last = out.channels_last, s.channels = out.C, s.out = operand(out);
+  int i = 0;
+  for (const Map* m : in) s.in[i++] = operand(*m);
+  const Tiling tiling(out, out.C * element_size(out.dtype) * i);
+  tiling.each([&](int64_t chunk, int64_t, int64_t, const std::vector<Segment>& segments) {
+    Sweep tile = s;
+    tile.segments = segments.data(), tile.segment_count = static_cast<int64_t>(segments.size());
+    if (sums) tile.sums[0] = sums->of(chunk, 0), tile.sums[1] = sums->of(chunk, 1);
+    sweep(tile);
+  });
+}
+
+}  // namespace
+
+void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& out) {
+  check_same(out, "out", x, "x");
+  Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  unify({&from, &to}, "bn_act");
+  Sweep s{Pass::act};
+  s.coef[0] = coefficients(scale, "scale", from.C, x), s.coef[1] = coefficients(shift, "shift", from.C, x);
+  s.slope = negative_slope;
+  sweep_maps(s, {&from}, to);
+}
+
+std::tuple<Tensor, Tensor> mask_and_sum(Pass pass, const Tensor& out, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                        const Tensor& shift, const Tensor& center, double negative_slope, const char* op) {
+  check_same(grad, "grad", x, "x");
+  check_same(out, "out", x, "x");
+  Map g = map_of(grad, "grad"), from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  unify({&g, &from, &to}, op);
+  Sweep s{pass};
+  s.coef[0] = coefficients(scale, "scale", from.C, x), s.coef[1] = coefficients(shift, "shift", from.C, x);
+  s.coef[2] = coefficients(center, "center", from.C, x);
+  s.slope = negative_slope;
+  Sums sums(torch::stable::get_num_threads(), from.C);
+  sweep_maps(s, {&g, &from, &to}, to, &sums);
+  return {sums.total(0, from), sums.total(1, from)};
+}
+
+std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                           const Tensor& center, double negative_slope) {
+  return mask_and_sum(Pass::mask, grad, grad, x, scale, shift, center, negative_slope, "bn_act_backward");
+}
+
+std::tuple<Tensor, Tensor> bn_act_backward_accumulate(const Tensor& out, const Tensor& grad, const Tensor& x,
+                                                      const Tensor& scale, const Tensor& shift, const Tensor& center,
+                                                      double negative_slope) {
+  return mask_and_sum(Pass::mask_accumulate, out, grad, x, scale, shift, center, negative_slope,
+                      "bn_act_backward_accumulate");
+}
+
+void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta) {
+  check_same(z, "z", dy, "dy");
+  Map to = mutable_map_of(dy, "dy"), from = map_of(z, "z");
+  unify({&to, &from}, "pending_grad");
+  Sweep s{Pass::pending};
+  s.coef[0] = coefficients(alpha, "alpha", to.C, dy), s.coef[1] = coefficients(beta, "beta", to.C, dy);
+  s.coef[2] = coefficients(delta, "delta", to.C, dy);
+  sweep_maps(s, {&to, &from}, to);
+}
+
+}  // namespace resdense::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
+  m.impl("bn_act", TORCH_BOX(&resdense::cpu::bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(&resdense::cpu::bn_act_backward));
+  m.impl("bn_act_backward_accumulate", TORCH_BOX(&resdense::cpu::bn_act_backward_accumulate));
+  m.impl("pending_grad", TORCH_BOX(&resdense::cpu::pending_grad));
+}

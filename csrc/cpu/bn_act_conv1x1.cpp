@@ -1,0 +1,167 @@
+// A 1x1 convolution with batch norm and activation as its prologue, and its backward, a cache-sized tile at a time: a tile
+// of the input is activated in scratch, multiplied at once, and what belongs to the result (bias, statistics; mask, sums,
+// accumulation) is done while it is still in the cache. Nothing of the size of the input is allocated.
+
+#include <torch/csrc/stable/library.h>
+
+#include "matmul.h"
+#include "stats.h"
+
+namespace resdense::cpu {
+namespace {
+
+Matrix weight_matrix(const Tensor& weight, const Map& x, int64_t outputs) {
+  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == x.C, "weight: expected shape (", outputs,
+                 ", ", x.C, "), got ", shape_string(weight));
+  check_dtype(weight, "weight", x.dtype);
+  return {const_cast<void*>(weight.const_data_ptr()), outputs, x.C, weight.stride(0), weight.stride(1)};
+}
+
+void check_positions(const Map& m, const char* name, const Map& x) {
+  RESDENSE_CHECK(m.N == x.N && m.S == x.S, name, ": expected ", x.N, " samples of ", x.S, " positions, as x, got ", m.N,
+                 " of ", m.S);
+}
+
+// Adds a tile's product, computed in a 16-bit dtype, to the float32 accumulator.
+void widen_and_add(float* sum, const void* product, int64_t count, ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16)
+    for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const c10::BFloat16*>(product)[i];
+  else
+    for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const c10::Half*>(product)[i];
+}
+
+// The chunks' weight gradients, added up in order and rounded to the weight's dtype.
+template <class A, class T> void total_weight(const Scratch& partial, int64_t chunks, int64_t count, T* out) {
+  if (chunks == 0) return void(std::fill_n(out, count, static_cast<T>(0.0f)));
+  A* first = partial.of<A>(0);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < count; ++i) first[i] += partial.of<A>(chunk)[i];
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(first[i]);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+                                          const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
+                                          bool stats) {
+  Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  check_dtype(out, "out", from.dtype);
+  check_positions(to, "out", from);
+  unify({&from, &to}, "bn_act_conv1x1");
+  const ScalarType dtype = from.dtype;
+  const bool last = from.channels_last;
+  const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
+  const Matrix w = weight_matrix(weight, from, K);
+  const void* a = coefficients(scale, "scale", C, x);
+  const void* b = coefficients(shift, "shift", C, x);
+  const std::vector<double> zeros(bias ? 0 : K, 0.0);  // as float32, too
+  const void* offset = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
+
+  const Tiling tiling(from, (C + K) * bytes);
+  const Scratch scratch_memory(tiling.chunks, (C + K) * tiling.size * bytes);
+  Stats statistics(stats ? tiling.chunks : 0, to);
+  tiling.each([&](int64_t chunk, int64_t, int64_t positions, const std::vector<Segment>& segments) {
+    char* activated = scratch_memory.of<char>(chunk);
+    char* product = activated + C * tiling.size * bytes;
+    Sweep s{Pass::act, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
+    s.in[0] = operand(from), s.out = scratch(activated, last, C, tiling.size);
+    s.coef[0] = a, s.coef[1] = b, s.slope = negative_slope;
+    sweep(s);
+
+    matmul(channels_by_positions(product, last, K, positions, tiling.size), w,
+           channels_by_positions(activated, last, C, positions, tiling.size), dtype);
+
+    s.pass = Pass::bias, s.channels = K;
+    s.in[0] = scratch(product, last, K, tiling.size), s.out = operand(to), s.coef[0] = offset;
+    sweep(s);
+    if (stats) statistics.add(chunk, segments, positions, last, operand(to));
+  });
+  if (!stats) return {vector_of(0, to), vector_of(0, to)};
+  return statistics.total(to);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double negative_slope,
+    const Tensor& weight, const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
+    const Tensor& out, bool need_weight) {
+  check_same(out, "out", x, "x");
+  check_same(z, "z", dy, "dy");
+  check_dtype(dy, "dy", x.scalar_type());
+  Map from = map_of(x, "x"), to = mutable_map_of(out, "out"), grad = map_of(dy, "dy"), raw = map_of(z, "z");
+  check_positions(grad, "dy", from);
+  unify({&from, &to, &grad, &raw}, "bn_act_conv1x1_backward");
+  const ScalarType dtype = from.dtype;
+  const bool last = from.channels_last;
+  const bool narrow = element_size(dtype) == 2;
+  const int64_t C = from.C, K = grad.C, bytes = element_size(dtype);
+  const Matrix w = weight_matrix(weight, from, K);
+  const void* act_coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x),
+                            coefficients(center, "center", C, x)};
+  const void* grad_coef[] = {coefficients(alpha, "alpha", K, dy), coefficients(beta, "beta", K, dy),
+                             coefficients(delta, "delta", K, dy)};
+
+  const Tiling tiling(from, (C + K) * bytes);
+  const int64_t tile_bytes = (C + K) * tiling.size * bytes;
+  const Scratch scratch_memory(tiling.chunks, tile_bytes + (need_weight && narrow ? K * C * bytes : 0));
+  const int64_t wide_bytes = dtype == ScalarType::Double ? 8 : 4;
+  const Scratch partial(need_weight ? tiling.chunks : 0, K * C * wide_bytes);
+  std::vector<char> started(tiling.chunks, 0);
+  Sums sums(tiling.chunks, C);
+  tiling.each([&](int64_t chunk, int64_t, int64_t positions, const std::vector<Segment>& segments) {
+    char* input = scratch_memory.of<char>(chunk);
+    char* dz = input + C * tiling.size * bytes;
+    const Matrix dz_matrix = channels_by_positions(dz, last, K, positions, tiling.size);
+    const Matrix input_matrix = channels_by_positions(input, last, C, positions, tiling.size);
+    Sweep s{Pass::pending, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), K};
+    s.in[0] = operand(grad), s.in[1] = operand(raw), s.out = scratch(dz, last, K, tiling.size);
+    std::copy_n(grad_coef, 3, s.coef);
+    sweep(s);
+
+    s.channels = C, s.slope = negative_slope;
+    std::copy_n(act_coef, 3, s.coef);
+    if (need_weight) {
+      s.pass = Pass::act, s.in[0] = operand(from), s.out = scratch(input, last, C, tiling.size);
+      sweep(s);
+      const Matrix sum{partial.of(chunk), K, C, C, 1};
+      if (narrow) {
+        char* product = dz + K * tiling.size * bytes;
+        if (!started[chunk]) std::fill_n(partial.of<float>(chunk), K * C, 0.0f);
+        matmul({product, K, C, C, 1}, dz_matrix, input_matrix.t(), dtype);
+        widen_and_add(partial.of<float>(chunk), product, K * C, dtype);
+      } else if (started[chunk]) {
+        matmul_accumulate(sum, dz_matrix, input_matrix.t(), dtype);
+      } else {
+        matmul(sum, dz_matrix, input_matrix.t(), dtype);
+      }
+      started[chunk] = 1;
+    }
+
+    // The data gradient takes the place of the activated input.
+    matmul(input_matrix, w.t(), dz_matrix, dtype);
+    s.pass = Pass::mask_accumulate;
+    s.in[0] = scratch(input, last, C, tiling.size), s.in[1] = operand(from), s.in[2] = operand(to), s.out = operand(to);
+    s.sums[0] = sums.of(chunk, 0), s.sums[1] = sums.of(chunk, 1);
+    sweep(s);
+  });
+
+  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, C}, dtype);
+  if (need_weight) {
+    void* result = dweight.mutable_data_ptr();
+    switch (dtype) {
+      case ScalarType::Float: total_weight<float>(partial, tiling.chunks, K * C, static_cast<float*>(result)); break;
+      case ScalarType::Double: total_weight<double>(partial, tiling.chunks, K * C, static_cast<double*>(result)); break;
+      case ScalarType::BFloat16:
+        total_weight<float>(partial, tiling.chunks, K * C, static_cast<c10::BFloat16*>(result));
+        break;
+      default: total_weight<float>(partial, tiling.chunks, K * C, static_cast<c10::Half*>(result));
+    }
+  }
+  return {dweight, sums.total(0, from), sums.total(1, from)};
+}
+
+}  // namespace resdense::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
+  m.impl("bn_act_conv1x1", TORCH_BOX(&resdense::cpu::bn_act_conv1x1));
+  m.impl("bn_act_conv1x1_backward", TORCH_BOX(&resdense::cpu::bn_act_conv1x1_backward));
+}

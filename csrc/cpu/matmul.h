@@ -1,0 +1,42 @@
+#pragma once
+// Matrix products of tiles through the framework's library, on the calling thread.
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "tile.h"
+
+namespace resdense::cpu {
+
+// A matrix in memory that somebody else owns.
+struct Matrix {
+  void* data;
+  int64_t rows, cols, row_stride, col_stride;
+
+  Matrix t() const { return {data, cols, rows, col_stride, row_stride}; }
+
+  Tensor tensor(ScalarType dtype) const {
+    const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
+    return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype);
+  }
+};
+
+// A scratch tile (or a dense map's) as the matrix channels x positions, whatever its layout.
+inline Matrix channels_by_positions(void* data, bool channels_last, int64_t channels, int64_t positions, int64_t size) {
+  return channels_last ? Matrix{data, channels, positions, 1, channels} : Matrix{data, channels, positions, size, 1};
+}
+
+// out = a b
+inline void matmul(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_mm_out(out.tensor(dtype).get(), a.tensor(dtype).get(), b.tensor(dtype).get()));
+}
+
+// out += a b
+inline void matmul_accumulate(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
+  const Tensor sum = out.tensor(dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.tensor(dtype).get(), b.tensor(dtype).get(), 1.0, 1.0));
+}
+
+}  // namespace resdense::cpu

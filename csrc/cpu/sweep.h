@@ -1,0 +1,57 @@
+#pragma once
+// One pass over a tile of a map: the elementwise half of every CPU kernel. The implementation (sweep.inc) is compiled once
+// for each instruction set and chosen when the library is loaded.
+
+#include <cstdint>
+
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace resdense::cpu {
+
+// A run of neighbouring positions of one sample: positions [s, s + count) are the tile's [t, t + count).
+struct Segment {
+  int64_t n, s, t, count;
+};
+
+// Where a tile's values lie: in a map (by sample and position) or in a scratch tile (by position within the tile).
+struct Operand {
+  void* data = nullptr;
+  int64_t sn = 0, sc = 0, ss = 0;
+  bool scratch = false;
+
+  int64_t offset(const Segment& g) const { return scratch ? g.t * ss : g.n * sn + g.s * ss; }
+};
+
+enum class Pass {
+  act,              // out = act(scale * x + shift)                    in: x          coef: scale, shift
+  pending,          // out = alpha * dy + beta * z + delta             in: dy, z      coef: alpha, beta, delta
+  mask,             // out = dy = g * act'(scale * x + shift)          in: g, x       coef: scale, shift, center
+  mask_accumulate,  // out = d + scale * dy                            in: g, x, d    coef: scale, shift, center
+  bias,             // out = x + bias                                  in: x          coef: bias
+  sum,              // sums[0] += x                                    in: x
+  deviation,        // sums[0] += x - mean, sums[1] += (x - mean)^2    in: x          coef: mean
+};
+// mask and mask_accumulate also add dy to sums[0] and dy * (x - center) to sums[1].
+
+struct Sweep {
+  Pass pass;
+  torch::headeronly::ScalarType dtype;  // of every operand; coefficients are float64 for float64, else float32
+  bool channels_last;                   // of every operand: unit stride along channels, else along positions
+  const Segment* segments;
+  int64_t segment_count, channels;
+  Operand in[3], out;
+  const void* coef[3] = {};
+  double* sums[2] = {};                 // one value a channel, added to
+  double slope = 0;                     // of the activation for negative inputs
+};
+
+// Runs on the calling thread with the widest instructions that the processor has.
+void sweep(const Sweep& s);
+
+const char* capability();
+
+namespace isa_default { void sweep(const Sweep& s); }
+namespace isa_avx2 { void sweep(const Sweep& s); }
+namespace isa_avx512 { void sweep(const Sweep& s); }
+
+}  // namespace resdense::cpu

@@ -1,0 +1,142 @@
+#pragma once
+// Tiles: a map's positions, cut into runs small enough that what is computed of them stays in the cache.
+
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../common/check.h"
+#include "../common/map.h"
+#include "sweep.h"
+
+namespace resdense::cpu {
+
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// The maps of one call are walked together, so all get one layout. A map of one channel, or of one position a sample, can
+// be read in either.
+inline void unify(std::initializer_list<Map*> maps, const char* op) {
+  const auto fixed = [](const Map* m) { return m->C > 1 && (m->S > 1 || m->sc > 1); };
+  bool channels_last = (*maps.begin())->channels_last;
+  for (const Map* m : maps)
+    if (fixed(m)) { channels_last = m->channels_last; break; }
+  for (Map* m : maps) {
+    if (m->channels_last == channels_last) continue;
+    RESDENSE_CHECK(!fixed(m), op, ": expected all maps in one layout, got channels-first and channels-last together");
+    m->channels_last = channels_last;
+    if (channels_last) m->sc = 1;
+    else if (m->S == 1) m->ss = 1;
+    else RESDENSE_CHECK(m->ss == 1, op, ": expected all maps in one layout, got a strided map of one channel");
+  }
+}
+
+inline Operand operand(const Map& m) { return {m.data, m.sn, m.sc, m.ss, false}; }
+
+// A scratch tile of `channels` x `size` values in the layout of the maps.
+inline Operand scratch(void* data, bool channels_last, int64_t channels, int64_t size) {
+  return channels_last ? Operand{data, 0, 1, channels, true} : Operand{data, 0, size, 1, true};
+}
+
+// The positions of a map in tiles of (at most) `size`, and these dealt out to the threads.
+struct Tiling {
+  int64_t rows, S, size, count, chunks;
+
+  // `bytes_a_position` is what the kernel's scratch takes of each.
+  Tiling(const Map& m, int64_t bytes_a_position) : rows(m.rows()), S(m.S) {
+    constexpr int64_t CACHE = 256 << 10, SMALLEST = 64, LARGEST = 512, MULTIPLE = 16;
+    const int64_t threads = torch::stable::get_num_threads();
+    size = std::clamp(CACHE / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST);
+    size = std::min(size, std::max(SMALLEST, (rows + threads - 1) / threads));
+    size = (size + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+    count = (rows + size - 1) / size;
+    chunks = std::min(threads, count);
+  }
+
+  int64_t first_row(int64_t tile) const { return tile * size; }
+  int64_t rows_of(int64_t tile) const { return std::min(size, rows - tile * size); }
+
+  void segments(int64_t tile, std::vector<Segment>& out) const {
+    out.clear();
+    const int64_t begin = first_row(tile), end = begin + rows_of(tile);
+    for (int64_t row = begin; row < end;) {
+      const int64_t n = row / S, s = row % S, run = std::min(S - s, end - row);
+      out.push_back({n, s, row - begin, run});
+      row += run;
+    }
+  }
+
+  // f(chunk, tile, positions in the tile, its segments). A chunk's tiles run in order on one thread, so that what is
+  // added up by chunk is the same every time.
+  template <class F> void each(const F& f) const {
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<Segment> run;
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        for (int64_t tile = count * chunk / chunks; tile < count * (chunk + 1) / chunks; ++tile) {
+          segments(tile, run);
+          f(chunk, tile, rows_of(tile), run);
+        }
+    });
+  }
+};
+
+// Scratch comes from torch's allocator, where it is seen and counted: `chunks` areas of `bytes` each.
+class Scratch {
+ public:
+  Scratch(int64_t chunks, int64_t bytes)
+      : stride_((bytes + 63) / 64 * 64),
+        tensor_(torch::stable::empty({chunks * stride_ + 64}, ScalarType::Byte)),
+        base_((reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr()) + 63) / 64 * 64) {}
+
+  template <class T = void> T* of(int64_t chunk, int64_t offset = 0) const {
+    return reinterpret_cast<T*>(base_ + chunk * stride_ + offset);
+  }
+
+ private:
+  int64_t stride_;
+  Tensor tensor_;
+  uintptr_t base_;
+};
+
+inline Tensor vector_of(int64_t size, const Map& like) {
+  return torch::stable::empty({size}, stats_dtype(like.dtype));
+}
+
+// Writes float64 sums out in the dtype of the statistics.
+inline Tensor vector_from(const double* values, int64_t size, const Map& like) {
+  const Tensor out = vector_of(size, like);
+  if (like.dtype == ScalarType::Double) std::copy_n(values, size, static_cast<double*>(out.mutable_data_ptr()));
+  else std::transform(values, values + size, static_cast<float*>(out.mutable_data_ptr()),
+                      [](double v) { return static_cast<float>(v); });
+  return out;
+}
+
+inline const void* coefficients(const Tensor& v, const char* name, int64_t channels, const Tensor& like) {
+  check_vector(v, name, channels, like, "x");
+  return v.const_data_ptr();
+}
+
+// Per-channel sums, gathered by chunk and added up in the order of the chunks.
+class Sums {
+ public:
+  Sums(int64_t chunks, int64_t channels) : channels_(channels), values_(chunks * 2 * channels) {}
+
+  double* of(int64_t chunk, int which) { return values_.data() + (chunk * 2 + which) * channels_; }
+
+  Tensor total(int which, const Map& like) {
+    double* first = of(0, which);
+    const int64_t chunks = static_cast<int64_t>(values_.size()) / (2 * std::max<int64_t>(channels_, 1));
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t c = 0; c < channels_; ++c) first[c] += of(chunk, which)[c];
+    return vector_from(first, channels_, like);
+  }
+
+ private:
+  int64_t channels_;
+  std::vector<double> values_;
+};
+
+}  // namespace resdense::cpu

@@ -1,0 +1,103 @@
+#pragma once
+// What every kernel shares. Kernels (.cuh) use neither launch syntax nor torch, so that tests can compile them as plain
+// C++ against an execution-model shim; launchers (.cu) do the rest.
+
+#ifdef RESDENSE_SHIM
+#include "shim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include <cstdint>
+
+namespace resdense::cuda {
+
+// The type that a value is computed in, and its sums are kept in.
+template <typename T>
+struct Wide {
+  using type = float;
+};
+template <>
+struct Wide<double> {
+  using type = double;
+};
+template <typename T>
+using wide_t = typename Wide<T>::type;
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+__device__ inline void narrow(float v, float& to) { to = v; }
+__device__ inline void narrow(double v, double& to) { to = v; }
+__device__ inline void narrow(float v, __half& to) { to = __float2half_rn(v); }
+__device__ inline void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
+
+// 16 bytes, the widest access that all supported architectures have.
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <typename T, int VEC>
+struct alignas(sizeof(T) * VEC) Vector {
+  T v[VEC];
+};
+
+// VEC neighbouring values at an address that is aligned to them.
+template <typename T, int VEC>
+__device__ inline Vector<T, VEC> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, VEC>*>(from);
+}
+
+template <typename T, int VEC>
+__device__ inline void store(T* to, const Vector<T, VEC>& from) {
+  *reinterpret_cast<Vector<T, VEC>*>(to) = from;
+}
+
+// act(y) = y for y > 0, else slope * y. NaN stays NaN, and the ReLU of -inf is 0, which 0 * -inf is not.
+template <typename W>
+__device__ inline W activate(W y, W slope) {
+  if (y > W(0) || y != y) return y;
+  return slope == W(0) ? W(0) : slope * y;
+}
+
+// grad * act'(y), from y or from act(y), which for slope >= 0 lie on the same side of 0. At NaN as torch has it.
+template <typename W>
+__device__ inline W activate_backward(W grad, W y, W slope) {
+  if (slope == W(0)) return y <= W(0) ? W(0) : grad;
+  return y > W(0) ? grad : slope * grad;
+}
+
+// Count, mean and sum of squared deviations of K channels with one count: what merges exactly (Chan, Golub and LeVeque,
+// 1983), whatever the mean.
+template <typename W, int K>
+struct Moments {
+  W count = 0;
+  W mean[K] = {}, m2[K] = {};
+
+  // f(k, mean, m2) sets the mean and m2 of the k-th channel of what is merged.
+  template <typename F>
+  __device__ void merge(W other_count, F f) {
+    if (other_count == W(0)) return;
+    const W total = count + other_count;
+    const W share = other_count / total;
+    const W weight = count * share;
+    count = total;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      W other_mean, other_m2;
+      f(k, other_mean, other_m2);
+      const W delta = other_mean - mean[k];
+      mean[k] += delta * share;
+      m2[k] += other_m2 + delta * delta * weight;
+    }
+  }
+
+  __device__ void merge(W other_count, W other_mean, W other_m2) {
+    static_assert(K == 1);
+    merge(other_count, [=](int, W& a, W& b) { a = other_mean, b = other_m2; });
+  }
+};
+
+}  // namespace resdense::cuda

@@ -1,0 +1,91 @@
+#pragma once
+// The walk over maps of one shape that every elementwise kernel takes.
+
+#include "device.cuh"
+
+namespace resdense::cuda {
+
+// A map seen as rows of `inner` elements. Channels-last: a row a position, of its channels; channels-first: a row a
+// sample, of all its values; dense and free of channels: one single row.
+struct Walk {
+  int64_t rows, inner;
+  int64_t rows_per_sample;  // equal to rows where one stride leads through all of them
+  int64_t inner_tiles;      // how many blocks share a row
+  int tx, ty;               // threads of a block along a row and across rows
+};
+
+// How many rows a thread does: that many loads of every operand are under way at once.
+constexpr int kRowsPerThread = 4;
+
+template <typename T>
+struct Operand {
+  T* data;
+  int64_t sn, sr, si;  // strides of sample, row within the sample, and element; si is 1 where VEC > 1
+
+  __device__ T* row(const Walk& walk, int64_t row) const {
+    if (walk.rows_per_sample == walk.rows) return data + row * sr;
+    const int64_t n = row / walk.rows_per_sample;
+    return data + n * sn + (row - n * walk.rows_per_sample) * sr;
+  }
+};
+
+// Where a thread works: the elements [i, i + count) of rows first, first + ty, ...; count <= 0 means nowhere.
+struct Place {
+  int64_t i, first;
+  int count;
+};
+
+template <int VEC>
+__device__ inline Place place_of(const Walk& walk) {
+  const int64_t row_tile = blockIdx.x / walk.inner_tiles;
+  const int64_t inner_tile = blockIdx.x - row_tile * walk.inner_tiles;
+  const int y = threadIdx.x / walk.tx, x = threadIdx.x - y * walk.tx;
+  Place place;
+  place.i = (inner_tile * walk.tx + x) * VEC;
+  place.first = row_tile * (walk.ty * kRowsPerThread) + y;
+  const int64_t left = y < walk.ty ? walk.inner - place.i : 0;
+  place.count = left < VEC ? static_cast<int>(left) : VEC;
+  return place;
+}
+
+// out = f(k, a, b) for the k-th element of every vector of this thread. All loads come before the first store; the one
+// vector that the end of a row cuts off goes a value at a time.
+template <typename T, int VEC, typename F>
+__device__ inline void walk_rows(const Walk& walk, const Place& place, const Operand<const T>& a,
+                                 const Operand<const T>& b, const Operand<T>& out, F f) {
+  if (place.count < VEC) {
+#pragma unroll 1
+    for (int u = 0; u < kRowsPerThread; ++u) {
+      const int64_t row = place.first + int64_t(u) * walk.ty;
+      if (row >= walk.rows) return;
+      const T* from_a = a.row(walk, row) + place.i;
+      const T* from_b = b.row(walk, row) + place.i;
+      T* to = out.row(walk, row) + place.i;
+#pragma unroll
+      for (int k = 0; k < VEC; ++k)
+        if (k < place.count) narrow(f(k, widen(from_a[k]), widen(from_b[k])), to[k]);
+    }
+    return;
+  }
+  Vector<T, VEC> va[kRowsPerThread], vb[kRowsPerThread];
+#pragma unroll
+  for (int u = 0; u < kRowsPerThread; ++u) {
+    const int64_t row = place.first + int64_t(u) * walk.ty;
+    if (row < walk.rows) {
+      va[u] = load<T, VEC>(a.row(walk, row) + place.i * a.si);
+      vb[u] = load<T, VEC>(b.row(walk, row) + place.i * b.si);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kRowsPerThread; ++u) {
+    const int64_t row = place.first + int64_t(u) * walk.ty;
+    if (row < walk.rows) {
+      Vector<T, VEC> result;
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) narrow(f(k, widen(va[u].v[k]), widen(vb[u].v[k])), result.v[k]);
+      store<T, VEC>(out.row(walk, row) + place.i * out.si, result);
+    }
+  }
+}
+
+}  // namespace resdense::cuda

@@ -1,0 +1,42 @@
+"""The `resdense` command. A subcommand is a module with `NAME`, `HELP`, `add_arguments(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from resdense_ext import __version__
+from resdense_ext.cli import demo, info
+from resdense_ext.cli.errors import CommandError
+
+__all__ = ["main"]
+
+COMMANDS = (demo, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="resdense", description="Densely connected and residual networks in a fraction of the memory."
+    )
+    parser.add_argument("--version", action="version", version=f"resdense_ext {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.__doc__)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run, prog=subparser.prog)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit status: 0, 2 for a request that cannot be met, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CommandError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{args.prog}: interrupted, nothing written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,160 @@
+"""Dense layers, blocks and transitions with torchvision's attribute names, so that its ``state_dict`` keys fit."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resdense_ext.functional import POLICIES
+from resdense_ext.nn.engine import LayerModules, run_dense_block
+
+__all__ = ["DenseBlock", "DenseLayer", "Transition"]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_ACTIVATIONS = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "leaky_relu": lambda: nn.LeakyReLU(inplace=True),
+    "elu": lambda: nn.ELU(inplace=True),
+    "silu": lambda: nn.SiLU(inplace=True),
+    "identity": nn.Identity,
+}
+
+
+def _check_policy(policy: Optional[str]) -> None:
+    if policy is not None and policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, or None for the stock path, got {policy!r}")
+
+
+class DenseLayer(nn.Module):
+    """One pre-activation dense layer: ``norm1, relu1, conv1, norm2, relu2, conv2``, or without the second three.
+
+    Called by itself it is the stock path; inside a `DenseBlock` its modules are read by the engine.
+
+    Args:
+        num_input_features: channels of the input.
+        growth_rate: channels of the new feature map.
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels; 0 for none (a single 3x3).
+        drop_rate: probability of the dropout of the new feature map, 0 for none.
+        spatial_dims: 1, 2 or 3.
+        activation: relu, leaky_relu, elu, silu or identity.
+    """
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int = 4,
+        drop_rate: float = 0.0,
+        *,
+        spatial_dims: int = 2,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        norm, conv = _NORMS[spatial_dims - 1], _CONVS[spatial_dims - 1]
+        self.norm1 = norm(num_input_features)
+        self.relu1 = _ACTIVATIONS[activation]()
+        if bn_size:
+            width = bn_size * growth_rate
+            self.conv1 = conv(num_input_features, width, kernel_size=1, bias=False)
+            self.norm2 = norm(width)
+            self.relu2 = _ACTIVATIONS[activation]()
+            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = conv(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.drop_rate = float(drop_rate)
+
+    @property
+    def units(self) -> tuple[tuple[nn.Module, nn.Module, nn.Module], ...]:
+        first = (self.norm1, self.relu1, self.conv1)
+        return (first, (self.norm2, self.relu2, self.conv2)) if hasattr(self, "conv2") else (first,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, activation, conv in self.units:
+            x = conv(activation(norm(x)))
+        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
+
+
+class DenseBlock(nn.ModuleDict):
+    """A dense block, ``denselayer1`` to ``denselayerL``, that keeps little more than its feature maps for backward.
+
+    Equivalent to::
+
+        for layer in block.values():
+            x = torch.cat([x, layer(x)], 1)
+
+    Args:
+        num_layers: L.
+        num_input_features: C, the channels of the input.
+        bn_size, growth_rate, drop_rate, spatial_dims, activation: as `DenseLayer` takes them.
+        policy: "fast" or "min" (see `resdense_ext.functional.dense_block`), or None for the stock path: the code above.
+
+    Shape: ``[N, C, *spatial]`` to ``[N, C + L * growth_rate, *spatial]``, in the memory format of the input.
+
+    Raises:
+        ValueError, TypeError: as the functional call.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int = 4,
+        growth_rate: int = 32,
+        drop_rate: float = 0.0,
+        *,
+        spatial_dims: int = 2,
+        activation: str = "relu",
+        policy: Optional[str] = "fast",
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"drop_rate: expected a probability from 0 to 1, got {drop_rate}")
+        _check_policy(policy)
+        self.policy = policy
+        for i in range(num_layers):
+            channels = num_input_features + i * growth_rate
+            layer = DenseLayer(
+                channels, growth_rate, bn_size, drop_rate, spatial_dims=spatial_dims, activation=activation
+            )
+            self.add_module(f"denselayer{i + 1}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.policy is None:
+            return self.stock_forward(x)
+        _check_policy(self.policy)
+        return run_dense_block(self, x, self.layer_modules(), self.policy, self.stock_forward)
+
+    def layer_modules(self) -> list[LayerModules]:
+        return [LayerModules(layer, layer.units, layer.drop_rate) for layer in self.values()]
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The block in plain PyTorch: a concatenation, its normalisation and its activation a layer, all kept."""
+        for layer in self.values():
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"policy={self.policy!r}"
+
+
+class Transition(nn.Sequential):
+    """``norm, relu, conv, pool``: halves the positions (average pooling by 2) between two dense blocks.
+
+    Shape: ``[N, num_input_features, *spatial]`` to ``[N, num_output_features, *spatial // 2]``.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2) -> None:
+        super().__init__()
+        self.norm = _NORMS[spatial_dims - 1](num_input_features)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = _CONVS[spatial_dims - 1](num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = _POOLS[spatial_dims - 1](kernel_size=2, stride=2)

@@ -1,0 +1,230 @@
+"""The primitives (what the engines are written in) and the choice of who computes them.
+
+`ReferenceBackend` computes every primitive in plain PyTorch on any device; the other backends override what they do
+better. An engine asks `choose` once in its forward and carries the answer's name to its backward.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.reference import Activation, Conv, accumulation_dtype
+
+__all__ = ["Affine", "ConvGrads", "Pending", "ReferenceBackend", "choose", "explain", "get", "register", "use_backend"]
+
+
+class Affine(NamedTuple):
+    """A folded batch norm and the activation behind it: ``act(scale * x + shift)``."""
+
+    scale: Tensor
+    shift: Tensor
+    activation: Activation
+
+
+class Pending(NamedTuple):
+    """A gradient that its reader still has to finish: ``alpha * dy + beta * z + delta``."""
+
+    dy: Tensor
+    z: Tensor
+    alpha: Tensor
+    beta: Tensor
+    delta: Tensor
+
+
+class ConvGrads(NamedTuple):
+    """``sum_dy`` is dbeta and ``sum_dy_xc``, the sum of ``dy * (x - center)``, is dgamma over rstd; both ``[C]``."""
+
+    dy: Optional[Tensor]
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    sum_dy: Tensor
+    sum_dy_xc: Tensor
+
+
+class ReferenceBackend:
+    """Plain PyTorch: any device, any floating dtype, the activation of a chunk of samples at a time as scratch."""
+
+    name = "reference"
+
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+        """Why this backend cannot take such an input; None where it can."""
+        return None
+
+    def chunks(self, x: Tensor) -> list[slice]:
+        """The ranges of samples whose activations may be in memory at once."""
+        return [slice(0, x.shape[0])]
+
+    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.channel_stats(x)
+
+    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
+        """``act(scale * x + shift)``, a new dense tensor in the layout of ``x``."""
+        return reference.apply_pending(x, *affine)
+
+    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiplies ``grad`` by the activation's slope, in place; returns the sums of dy and of dy * (x - center)."""
+        dy = self._masked(grad, x, affine)
+        grad.copy_(dy)
+        return self._sums(dy, x, center)
+
+    def bn_act_backward_accumulate(
+        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``out += scale * dy`` with dy as in `bn_act_backward`; ``grad`` stays as it is."""
+        dy = self._masked(grad, x, affine)
+        out.add_((reference.per_channel(affine.scale, x) * dy).to(out.dtype))
+        return self._sums(dy, x, center)
+
+    def pending_grad_(self, pending: Pending) -> Tensor:
+        """Finishes a gradient in place, and returns it."""
+        return pending.dy.copy_(reference.pending_grad(*pending))
+
+    def bn_act_conv(
+        self, x: Tensor, affine: Affine, conv: Conv, out: Tensor, mask: Optional[Tensor], mask_scale: float, stats: bool
+    ) -> Optional[tuple[Tensor, Tensor]]:
+        """``out = conv(act(scale * x + shift)) * mask * mask_scale``, and the statistics of what was written."""
+        for part in self.chunks(x):
+            activated = self.bn_act(x[part], affine).to(conv.weight.dtype)
+            new = reference.convolution(activated, conv)
+            out[part].copy_(new if mask is None else new * (mask[part] * mask_scale))
+        return self.channel_stats(out) if stats else None
+
+    def bn_act_conv_backward(
+        self,
+        x: Tensor,
+        affine: Affine,
+        center: Tensor,
+        conv: Conv,
+        grad: Tensor | Pending,
+        out: Optional[Tensor],
+        need_weight: bool,
+    ) -> ConvGrads:
+        """From the gradient of the convolution's output: its weight's and bias's, and that of ``x``.
+
+        dy, the gradient behind the activation, is returned where ``out`` is None; else ``out += scale * dy``.
+        """
+        if isinstance(grad, Pending):
+            grad = self.pending_grad_(grad)
+        dtype = conv.weight.dtype
+        dimensions = x.dim() - 2
+        total: list[Optional[Tensor]] = [None, None, None, None]
+        dy = None
+        for part in self.chunks(x):
+            activated = self.bn_act(x[part], affine).to(dtype)
+            dx, weight, bias = torch.ops.aten.convolution_backward(
+                grad[part].to(dtype),
+                activated,
+                conv.weight,
+                None if conv.bias is None else [conv.weight.shape[0]],
+                [1] * dimensions,
+                conv.padding,
+                conv.dilation,
+                False,
+                [0] * dimensions,
+                conv.groups,
+                [True, need_weight, need_weight and conv.bias is not None],
+            )
+            del activated
+            if out is None:
+                dy = dx.to(x.dtype)
+                sums = self.bn_act_backward(dy, x[part], affine, center)
+            else:
+                sums = self.bn_act_backward_accumulate(out[part], dx, x[part], affine, center)
+            for i, new in enumerate((weight, bias, *sums)):
+                if new is not None:
+                    wide = new.to(accumulation_dtype(new.dtype))
+                    total[i] = wide if total[i] is None else total[i].add_(wide)
+        weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
+        return ConvGrads(dy, weight, bias, *total[2:])
+
+    @staticmethod
+    def _masked(grad: Tensor, x: Tensor, affine: Affine) -> Tensor:
+        wide = affine.scale.dtype
+        y = reference.per_channel(affine.scale, x) * x.to(wide) + reference.per_channel(affine.shift, x)
+        return grad.to(wide) * reference.activation_slope(y, affine.activation)
+
+    @staticmethod
+    def _sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = [d for d in range(x.dim()) if d != 1]
+        return dy.sum(reduced), (dy * (x.to(dy.dtype) - reference.per_channel(center, x))).sum(reduced)
+
+
+_backends: dict[str, ReferenceBackend] = {}
+_forced: ContextVar[Optional[str]] = ContextVar("resdense_backend", default=None)
+_NAMES = ("reference", "cpu", "cuda", "triton")
+
+
+def register(backend: ReferenceBackend) -> None:
+    """Backends registered later are preferred."""
+    _backends[backend.name] = backend
+
+
+def get(name: str) -> ReferenceBackend:
+    return _backends[name]
+
+
+def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> ReferenceBackend:
+    """The backend for an input: the one asked for, else the last registered that does not refuse.
+
+    Raises:
+        RuntimeError: the backend asked for is missing or refuses the input; the message says why.
+    """
+    wanted = _forced.get() or os.environ.get("RESDENSE_BACKEND") or None
+    if wanted is not None:
+        _check_name(wanted, "RESDENSE_BACKEND")
+        refusal = _backends[wanted].refusal(x, compute_dtype, activation) if wanted in _backends else "not available here"
+        if refusal:
+            raise RuntimeError(f"backend {wanted!r} was asked for, but: {refusal}")
+        return _backends[wanted]
+    return next(b for b in reversed(_backends.values()) if b.refusal(x, compute_dtype, activation) is None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Computes with one backend inside the ``with`` block (in this thread or task).
+
+    Args:
+        name: "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: another name. A backend that is missing, or that refuses an input, raises RuntimeError on use.
+    """
+    _check_name(name, "name")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _check_name(name: str, argument: str) -> None:
+    if name not in _NAMES:
+        raise ValueError(f"{argument}: expected one of {', '.join(_NAMES)}, got {name!r}")
+
+
+def explain() -> list[tuple[str, str, str]]:
+    """Rows of (operation and device, backend, why) for ``resdense info``."""
+    rows = []
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        # Only the device and the dtype are looked at.
+        probe = torch.empty((1, 1, 1, 1), device=device)
+        chosen = choose(probe, probe.dtype, Activation())
+        others = [
+            f"{b.name}: {why}"
+            for b in reversed(_backends.values())
+            if (why := b.refusal(probe, probe.dtype, Activation())) is not None
+        ]
+        rows.append((f"dense_block ({device})", chosen.name, "; ".join(others) or "preferred"))
+    return rows
+
+
+register(ReferenceBackend())

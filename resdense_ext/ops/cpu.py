@@ -1,0 +1,111 @@
+"""The CPU backend: the bandwidth-bound primitives in C++ (``csrc/cpu``), other convolutions through the framework.
+
+A wide input (a slice of the block buffer) is never activated whole: a 1x1 convolution goes tile by tile through the
+cache, any other sample by sample through the framework's convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from resdense_ext.ops import _library
+from resdense_ext.ops.backend import Affine, ConvGrads, Pending, ReferenceBackend, register
+from resdense_ext.reference import Activation, Conv, accumulation_dtype
+
+__all__ = ["CpuBackend"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SLOPES = {"relu": 0.0, "identity": 1.0}
+
+
+def _slope(activation: Activation) -> float:
+    return _SLOPES.get(activation.name, activation.slope)
+
+
+def _is_matrix_product(conv: Conv) -> bool:
+    return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
+
+
+class CpuBackend(ReferenceBackend):
+    name = "cpu"
+
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+        if _library.CPU_LIBRARY:
+            return f"the CPU library is {_library.CPU_LIBRARY}"
+        if x.device.type != "cpu":
+            return f"the input is on {x.device.type}"
+        if x.dtype not in _DTYPES or x.dtype != compute_dtype:
+            return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
+        if activation.name not in ("relu", "leaky_relu", "identity"):
+            return f"the activation is {activation.name}"
+        return None
+
+    def chunks(self, x: Tensor) -> list[slice]:
+        dense = x.numel() == x.untyped_storage().nbytes() // x.element_size()
+        return super().chunks(x) if dense else [slice(n, n + 1) for n in range(x.shape[0])]
+
+    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.resdense.channel_stats(x)
+
+    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
+        out = torch.empty_like(x)
+        torch.ops.resdense.bn_act(x, affine.scale, affine.shift, _slope(affine.activation), out)
+        return out
+
+    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift, activation = affine
+        increment_version(grad)
+        return torch.ops.resdense.bn_act_backward(grad, x, scale, shift, center, _slope(activation))
+
+    def bn_act_backward_accumulate(
+        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scale, shift, activation = affine
+        increment_version(out)
+        return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, _slope(activation))
+
+    def pending_grad_(self, pending: Pending) -> Tensor:
+        increment_version(pending.dy)
+        torch.ops.resdense.pending_grad(*pending)
+        return pending.dy
+
+    def bn_act_conv(
+        self, x: Tensor, affine: Affine, conv: Conv, out: Tensor, mask: Optional[Tensor], mask_scale: float, stats: bool
+    ) -> Optional[tuple[Tensor, Tensor]]:
+        if mask is not None or not _is_matrix_product(conv):
+            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats)
+        scale, shift, activation = affine
+        bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
+        increment_version(out)
+        result = torch.ops.resdense.bn_act_conv1x1(
+            x, scale, shift, _slope(activation), conv.weight.flatten(1), bias, out, stats
+        )
+        return result if stats else None
+
+    def bn_act_conv_backward(
+        self,
+        x: Tensor,
+        affine: Affine,
+        center: Tensor,
+        conv: Conv,
+        grad: Tensor | Pending,
+        out: Optional[Tensor],
+        need_weight: bool,
+    ) -> ConvGrads:
+        # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
+        fused = isinstance(grad, Pending) and out is not None and conv.bias is None and _is_matrix_product(conv)
+        if not fused:
+            return super().bn_act_conv_backward(x, affine, center, conv, grad, out, need_weight)
+        scale, shift, activation = affine
+        increment_version(out)
+        weight, sum_dy, sum_dy_xc = torch.ops.resdense.bn_act_conv1x1_backward(
+            x, scale, shift, center, _slope(activation), conv.weight.flatten(1), *grad, out, need_weight
+        )
+        return ConvGrads(None, weight.view_as(conv.weight) if need_weight else None, None, sum_dy, sum_dy_xc)
+
+
+register(CpuBackend())

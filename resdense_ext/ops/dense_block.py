@@ -1,0 +1,386 @@
+"""The dense block: one buffer, statistics once a feature map, batch norm as a prologue and its backward deferred.
+
+Forward, for layer l on the first C channels of the buffer and its k new ones::
+
+    z      = conv1(act(bn1(buffer[:, :C])))              bn1 uses the statistics that came with the channels
+    buffer[:, C:C+k] = conv2(act(bn2(z)))                and the new channels' statistics are taken, once
+
+Backward, from the last layer to the first. Batch-norm backward is linear in the incoming gradient, so its correction for
+all consumers l of a channel is applied once, when the channel's own layer reads its gradient::
+
+    D  = dOut + sum_l s_l * dy_l                         accumulated in place; s_l = gamma_l * r_l
+    P  = sum_l s_l * dbeta_l        Q = sum_l s_l * r_l * dgamma_l
+    dx = D - (P + (x - mean) * Q) / M
+
+Source: Huang et al., 2017 (the block) and Pleiss et al., 2017 (shared storage); the deferral is this library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops._library import LIBRARY
+from resdense_ext.ops.backend import Affine, Pending
+from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit, accumulation_dtype
+
+__all__ = ["DenseBlockConfig", "dense_block"]
+
+_UNIT = 6
+"""Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
+_GRADS = (0, 1, 4, 5)
+"""Those of them that can have a gradient."""
+
+_SCHEMA = (
+    "Tensor?[] tensors, Tensor[] masks, int[] units, float[] eps, bool[] batch_stats, int[] geometry, "
+    "float[] mask_scales, str activation, float slope, bool[] keep, str backend"
+)
+
+
+class DenseBlockConfig(NamedTuple):
+    """All of a block that is no tensor, in the operators' types.
+
+    ``units`` counts a layer's, ``geometry`` is padding, dilation and groups of every unit, ``mask_scales`` is 0 for a layer
+    without a dropout mask, ``keep`` says whose bottleneck is kept for backward.
+    """
+
+    units: list[int]
+    eps: list[float]
+    batch_stats: list[bool]
+    geometry: list[int]
+    mask_scales: list[float]
+    activation: str
+    slope: float
+    keep: list[bool]
+    backend: str
+
+    @staticmethod
+    def of(layers: Sequence[DenseLayer], activation: Activation, keep: list[bool], backend: str) -> DenseBlockConfig:
+        units = [unit for layer in layers for unit in layer.units]
+        return DenseBlockConfig(
+            [len(layer.units) for layer in layers],
+            [unit.norm.eps for unit in units],
+            [unit.norm.batch_stats for unit in units],
+            [n for u in units for n in (*u.conv.padding, *u.conv.dilation, u.conv.groups)],
+            [0.0 if layer.mask is None else layer.mask_scale for layer in layers],
+            *activation,
+            keep,
+            backend,
+        )
+
+    def layers(self, tensors: Sequence[Optional[Tensor]], masks: Sequence[Tensor]) -> list[DenseLayer]:
+        """The layers as they were given, around other tensors."""
+        units = (self._unit(i, *tensors[_UNIT * i : _UNIT * (i + 1)]) for i in range(len(self.eps)))
+        mask = iter(masks)
+        return [
+            DenseLayer(tuple(islice(units, count)), next(mask) if scale else None, scale)
+            for count, scale in zip(self.units, self.mask_scales)
+        ]
+
+    def _unit(self, i: int, weight, bias, mean, var, conv_weight, conv_bias) -> Unit:
+        rank = conv_weight.dim() - 2
+        numbers = self.geometry[i * (2 * rank + 1) : (i + 1) * (2 * rank + 1)]
+        norm = BatchNorm(weight, bias, mean, var, self.batch_stats[i], None, self.eps[i])
+        return Unit(norm, Conv(conv_weight, conv_bias, tuple(numbers[:rank]), tuple(numbers[rank:-1]), numbers[-1]))
+
+
+def _tensors(layers: Sequence[DenseLayer]) -> list[Optional[Tensor]]:
+    """A unit's tensors; the running statistics only where they normalise."""
+    flat: list[Optional[Tensor]] = []
+    for unit in (unit for layer in layers for unit in layer.units):
+        norm, conv = unit
+        running = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
+        flat += [norm.weight, norm.bias, *running, conv.weight, conv.bias]
+    return flat
+
+
+class _Fold(NamedTuple):
+    """A batch norm ready for use: the affine it amounts to, and what its backward needs."""
+
+    affine: Affine
+    mean: Tensor
+    rstd: Tensor
+
+    @staticmethod
+    def of(norm: BatchNorm, mean: Tensor, m2: Tensor, count: int, activation: Activation) -> _Fold:
+        if norm.batch_stats:
+            var = m2 / count
+        else:
+            mean, var = norm.running_mean.to(mean.dtype), norm.running_var.to(mean.dtype)
+        scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
+        return _Fold(Affine(scale, shift, activation), mean, rstd)
+
+
+class _Walk(NamedTuple):
+    """One layer's place in the buffer."""
+
+    index: int
+    layer: DenseLayer
+    channels: int
+    end: int
+
+
+def _walk(layers: Sequence[DenseLayer], channels: int) -> Iterator[_Walk]:
+    for index, layer in enumerate(layers):
+        end = channels + layer.units[-1].conv.weight.shape[0]
+        yield _Walk(index, layer, channels, end)
+        channels = end
+
+
+def _forward(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    config = DenseBlockConfig(*numbers)
+    layers = config.layers(tensors, masks)
+    backend = backends.get(config.backend)
+    activation = Activation(config.activation, config.slope)
+    walk = list(_walk(layers, x.shape[1]))
+    compute = layers[0].units[0].conv.weight.dtype
+    buffer = empty_map(x, walk[-1].end, torch.promote_types(x.dtype, compute))
+    count = buffer.numel() // buffer.shape[1]
+    mean = torch.zeros(walk[-1].end, dtype=accumulation_dtype(buffer.dtype), device=x.device)
+    m2 = torch.zeros_like(mean)
+    # The statistics of a channel are needed where a later layer normalises by them.
+    readers = [layer.units[0].norm.batch_stats for layer in layers]
+    bottleneck_stats, kept = [], []
+
+    buffer[:, : x.shape[1]].copy_(x)
+    if any(readers):
+        mean[: x.shape[1]], m2[: x.shape[1]] = backend.channel_stats(buffer[:, : x.shape[1]])
+    for index, layer, C, end in walk:
+        source, target = buffer[:, :C], buffer[:, C:end]
+        unit = layer.units[0]
+        fold = _Fold.of(unit.norm, mean[:C], m2[:C], count, activation)
+        if len(layer.units) == 2:
+            z = empty_map(x, unit.conv.weight.shape[0], compute)
+            unit, first = layer.units[1], unit
+            stats = backend.bn_act_conv(source, fold.affine, first.conv, z, None, 1.0, unit.norm.batch_stats)
+            stats = stats or (mean.new_empty(0), mean.new_empty(0))
+            bottleneck_stats += stats
+            if config.keep[index]:
+                kept.append(z)
+            source, fold = z, _Fold.of(unit.norm, *stats, count, activation)
+        new = backend.bn_act_conv(
+            source, fold.affine, unit.conv, target, layer.mask, layer.mask_scale, any(readers[index + 1 :])
+        )
+        if new is not None:
+            mean[C:end], m2[C:end] = new
+    return buffer, [mean, m2, *bottleneck_stats], kept
+
+
+def _correction(P: Tensor, Q: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``(beta, delta)`` with ``beta * x + delta = -(P + (x - mean) * Q) / M``."""
+    return -Q / count, (mean * Q - P) / count
+
+
+def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tensor]:
+    *numbers, stats, kept, needs = rest
+    config = DenseBlockConfig(*numbers)
+    layers = config.layers(tensors, masks)
+    backend = backends.get(config.backend)
+    activation = Activation(config.activation, config.slope)
+    mean, m2, *bottleneck_stats = stats
+    count = buffer.numel() // buffer.shape[1]
+    kept, bottleneck_stats = list(kept), list(bottleneck_stats)
+
+    growth = sum(layer.units[-1].conv.weight.shape[0] for layer in layers)
+    C0 = buffer.shape[1] - growth
+    walk = list(_walk(layers, C0))
+    D = torch.empty_like(buffer).copy_(grad)
+    P, Q = torch.zeros((2, buffer.shape[1]), dtype=mean.dtype, device=mean.device).unbind()
+    ones = torch.ones_like(mean)
+    results: list[Optional[Tensor]] = [None] * len(needs)
+
+    def finish(begin: int, end: int) -> Tensor:
+        """The gradient of a slice of the buffer; all its consumers have added to it."""
+        d = D[:, begin:end]
+        beta, delta = _correction(P[begin:end], Q[begin:end], mean[begin:end], count)
+        return backend.pending_grad_(Pending(d, buffer[:, begin:end], ones[begin:end], beta, delta))
+
+    def record(unit: int, fold: _Fold, grads: backends.ConvGrads) -> Tensor:
+        dgamma = fold.rstd * grads.sum_dy_xc
+        values = (dgamma, grads.sum_dy, grads.weight, grads.bias)
+        for i, (value, position) in enumerate(zip(values, _GRADS)):
+            if needs[1 + 4 * unit + i]:
+                results[1 + 4 * unit + i] = value.to(tensors[_UNIT * unit + position].dtype)
+        return dgamma
+
+    unit = sum(config.units)
+    deferred = False
+    for index, layer, C, end in reversed(walk):
+        unit -= len(layer.units)
+        if not any(needs[: 1 + 4 * (unit + len(layer.units))]):
+            break  # nothing before this point wants a gradient
+        d = finish(C, end) if deferred else D[:, C:end]
+        if layer.mask is not None:
+            d.mul_(layer.mask).mul_(layer.mask_scale)
+        norm, conv = layer.units[0]
+        fold = _Fold.of(norm, mean[:C], m2[:C], count, activation)
+        source = buffer[:, :C]
+        upstream: Tensor | Pending = d
+        if len(layer.units) == 2:
+            second = layer.units[1]
+            z_stats = bottleneck_stats[-2:]
+            del bottleneck_stats[-2:]
+            if config.keep[index]:
+                z = kept.pop()
+            else:
+                z = empty_map(buffer, conv.weight.shape[0], conv.weight.dtype)
+                backend.bn_act_conv(source, fold.affine, conv, z, None, 1.0, False)
+            inner = _Fold.of(second.norm, *z_stats, count, activation)
+            grads = backend.bn_act_conv_backward(
+                z, inner.affine, inner.mean, second.conv, d, None, any(needs[7 + 4 * unit : 9 + 4 * unit])
+            )
+            dgamma = record(unit + 1, inner, grads)
+            alpha = inner.affine.scale
+            if second.norm.batch_stats:
+                beta, delta = _correction(alpha * grads.sum_dy, alpha * inner.rstd * dgamma, inner.mean, count)
+            else:
+                beta = delta = torch.zeros_like(alpha)
+            upstream = Pending(grads.dy, z, alpha, beta, delta)
+            del z, grads
+        grads = backend.bn_act_conv_backward(
+            source, fold.affine, fold.mean, conv, upstream, D[:, :C], any(needs[3 + 4 * unit : 5 + 4 * unit])
+        )
+        del upstream
+        dgamma = record(unit, fold, grads)
+        if norm.batch_stats:
+            deferred = True
+            scale = fold.affine.scale
+            P[:C].addcmul_(scale, grads.sum_dy)
+            Q[:C].addcmul_(scale * fold.rstd, dgamma)
+    if needs[0]:
+        results[0] = finish(0, C0) if deferred else D[:, :C0]
+    return [torch.empty(0, dtype=buffer.dtype, device=buffer.device) if r is None else r for r in results]
+
+
+def _forward_fake(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    config = DenseBlockConfig(*numbers)
+    layers = config.layers(tensors, masks)
+    compute = layers[0].units[0].conv.weight.dtype
+    *_, last = _walk(layers, x.shape[1])
+    buffer = empty_map(x, last.end, torch.promote_types(x.dtype, compute))
+    stats = [buffer.new_empty(last.end, dtype=accumulation_dtype(buffer.dtype)) for _ in range(2)]
+    kept = []
+    for layer, keep in zip(layers, config.keep):
+        if len(layer.units) == 2:
+            width = layer.units[0].conv.weight.shape[0]
+            size = width if layer.units[1].norm.batch_stats else 0
+            stats += [buffer.new_empty(size, dtype=accumulation_dtype(compute)) for _ in range(2)]
+            if keep:
+                kept.append(empty_map(x, width, compute))
+    return buffer, stats, kept
+
+
+def _backward_fake(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tensor]:
+    *numbers, _stats, _kept, needs = rest
+    config = DenseBlockConfig(*numbers)
+    growth = sum(layer.units[-1].conv.weight.shape[0] for layer in config.layers(tensors, masks))
+    wanted = [torch.empty_like(buffer)[:, : buffer.shape[1] - growth]]
+    for unit in range(len(config.eps)):
+        wanted += [tensors[_UNIT * unit + position] for position in _GRADS]
+    return [
+        (value if i == 0 else value.new_empty(value.shape)) if need else buffer.new_empty(0)
+        for i, (need, value) in enumerate(zip(needs, wanted))
+    ]
+
+
+LIBRARY.define(f"dense_block(Tensor x, {_SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)")
+LIBRARY.define(
+    f"dense_block_backward(Tensor grad, Tensor out, {_SCHEMA}, Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]"
+)
+LIBRARY.impl("dense_block", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("dense_block_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("resdense::dense_block", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("resdense::dense_block_backward", _backward_fake, lib=LIBRARY)
+
+
+class DenseBlockFunction(torch.autograd.Function):
+    """Keeps the block buffer (its own output), the statistics, the masks, and the bottlenecks that the policy keeps."""
+
+    @staticmethod
+    def forward(ctx, config: DenseBlockConfig, norms: list[BatchNorm], masks: list[Tensor], x: Tensor, *tensors):
+        with torch.autocast(x.device.type, enabled=False):
+            out, stats, kept = torch.ops.resdense.dense_block(x, tensors, masks, *config)
+        # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
+        update_running_statistics(norms, _norm_statistics(config, stats, x.shape[1], tensors), out.numel() // out.shape[1])
+        ctx.config, ctx.counts = config, (len(tensors), len(masks), len(stats))
+        ctx.channels = x.shape[1]
+        ctx.save_for_backward(out, *tensors, *masks, *stats, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        try:
+            out, *saved = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "dense_block: its output, or a parameter of it, was changed in place after the forward, and the backward needs "
+                f"it as it was (a dense block's output is the buffer of all its feature maps): {error}"
+            ) from error
+        saved = iter(saved)
+        tensors, masks, stats = (list(islice(saved, size)) for size in ctx.counts)
+        needs = [ctx.needs_input_grad[3]]
+        for unit in range(len(ctx.config.eps)):
+            needs += [ctx.needs_input_grad[4 + _UNIT * unit + position] for position in _GRADS]
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(grad, out, ctx.channels, ctx.config, tensors, masks, needs)
+        else:
+            with torch.autocast(out.device.type, enabled=False):
+                grads = torch.ops.resdense.dense_block_backward(
+                    grad, out, tensors, masks, *ctx.config, stats, list(saved), needs
+                )
+        wanted = [value if need else None for value, need in zip(grads, needs)]
+        result: list[Optional[Tensor]] = []
+        for unit in range(len(ctx.config.eps)):
+            weight, bias, conv_weight, conv_bias = wanted[1 + 4 * unit : 5 + 4 * unit]
+            result += [weight, bias, None, None, conv_weight, conv_bias]
+        return None, None, None, wanted[0], *result
+
+
+def _norm_statistics(config, stats, channels: int, tensors) -> list[tuple[Tensor, Tensor]]:
+    """Every unit's ``(mean, m2)`` of this batch, in the order of the units."""
+    mean, m2, *bottleneck = stats
+    result, i = [], 0
+    for count in config.units:
+        result.append((mean[:channels], m2[:channels]))
+        if count == 2:
+            result.append((bottleneck[0], bottleneck[1]))
+            bottleneck = bottleneck[2:]
+        i += count
+        channels += tensors[_UNIT * (i - 1) + 4].shape[0]
+    return result
+
+
+def _differentiable_backward(grad, out, channels, config, tensors, masks, needs) -> list[Optional[Tensor]]:
+    """The gradients as functions that can be differentiated again, through the reference.
+
+    The input is read from the output, of which it is the first channels, and everything is aliased: differentiation is to
+    stop at these aliases, not to go on to what they are views of.
+    """
+    x = out[:, :channels].view_as(out[:, :channels])
+    tensors = [t if t is None else t.view_as(t) for t in tensors]
+    inputs = [x] + [tensors[_UNIT * u + p] for u in range(len(config.eps)) for p in _GRADS]
+    wanted = [value for value, need in zip(inputs, needs) if need]
+    y = reference.dense_block(x, config.layers(tensors, masks), Activation(config.activation, config.slope))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def dense_block(
+    x: Tensor, layers: Sequence[DenseLayer], activation: Activation, policy: str, backend: backends.ReferenceBackend
+) -> Tensor:
+    """The checked call: see `resdense_ext.functional.dense_block`."""
+    tensors = _tensors(layers)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    keep = [policy == "fast" and grad and len(layer.units) == 2 for layer in layers]
+    config = DenseBlockConfig.of(layers, activation, keep, backend.name)
+    masks = [layer.mask for layer in layers if layer.mask is not None]
+    norms = [unit.norm for layer in layers for unit in layer.units]
+    return DenseBlockFunction.apply(config, norms, masks, x, *tensors)

@@ -1,0 +1,24 @@
+"""The memory format of maps: the contiguous or the channels-last one, seen through slices of a buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["empty_map", "memory_format_of"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels-last where the channels of ``x`` are adjacent and its positions are not; a slice of channels counts."""
+    channels_last = _CHANNELS_LAST.get(x.dim())
+    if channels_last is None or x.is_contiguous() or x.stride(1) != 1 or x.shape[1] == 1:
+        return torch.contiguous_format
+    return channels_last
+
+
+def empty_map(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised map of ``channels`` channels on the device, in the sizes and the memory format of ``like``."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format_of(like))

@@ -1,0 +1,34 @@
+"""Running statistics: changed once a step, outside what is differentiated, in a few launches for a whole block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resdense_ext.reference import BatchNorm
+
+__all__ = ["update_running_statistics"]
+
+
+@torch.no_grad()
+def update_running_statistics(norms: Sequence[BatchNorm], stats: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
+    """``running += momentum * (batch - running)``, with the unbiased variance, for every norm that asks for it.
+
+    Args:
+        norms: as given to the block; those without batch statistics, running statistics or momentum are left alone.
+        stats: a norm's mean and sum of squared deviations over ``count`` positions, ``[C]`` each.
+    """
+    counters = [n.num_batches_tracked for n in norms if n.batch_stats and n.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    updates: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for norm, (mean, m2) in zip(norms, stats):
+        if norm.batch_stats and norm.running_mean is not None and norm.momentum is not None:
+            running, batch = updates[norm.momentum]
+            running += [norm.running_mean, norm.running_var]
+            batch += [mean.to(norm.running_mean.dtype), (m2 / max(count - 1, 1)).to(norm.running_var.dtype)]
+    for momentum, (running, batch) in updates.items():
+        torch._foreach_lerp_(running, batch, momentum)

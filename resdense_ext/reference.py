@@ -1,0 +1,259 @@
+"""The truth: every operation of the library in plain PyTorch.
+
+Each function here is the specification of the operation that carries its name. It works in any floating dtype, on any
+device, in one to three spatial dimensions, and is differentiable (twice, too). Evaluated in float64 it is what every
+backend is tested against. This module imports nothing but torch.
+
+Shapes: a *map* is ``[N, C, *spatial]`` with one, two or three spatial dimensions; ``M`` is its number of positions,
+``N`` times the spatial sizes; vectors of a map are ``[C]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "Activation",
+    "BatchNorm",
+    "Conv",
+    "DenseLayer",
+    "Unit",
+    "accumulation_dtype",
+    "activate",
+    "activation_slope",
+    "add_act",
+    "apply_pending",
+    "bn_act_conv",
+    "bn_act_pool",
+    "bn_add_act",
+    "channel_stats",
+    "conv1x1_bn_add_act",
+    "convolution",
+    "dense_block",
+    "dense_layer",
+    "fold_batch_norm",
+    "pending_grad",
+    "per_channel",
+    "transition",
+]
+
+
+class Activation(NamedTuple):
+    """``name`` is one of relu, leaky_relu, elu, silu, identity; ``slope`` is the leaky_relu's negative slope."""
+
+    name: str = "relu"
+    slope: float = 0.0
+
+
+class BatchNorm(NamedTuple):
+    """The state of one batch normalisation. Vectors are ``[C]`` or None.
+
+    ``batch_stats`` says which statistics normalise: those of the batch (training) or the running ones. Where they are the
+    batch's, ``momentum`` is the weight of the new value in the running statistics (None leaves them alone) and
+    ``num_batches_tracked`` counts one up. The functions of this module read running statistics and never write them.
+    """
+
+    weight: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
+    running_mean: Optional[Tensor] = None
+    running_var: Optional[Tensor] = None
+    batch_stats: bool = True
+    momentum: Optional[float] = None
+    eps: float = 1e-5
+    num_batches_tracked: Optional[Tensor] = None
+
+
+class Conv(NamedTuple):
+    """A convolution of stride 1 that keeps the spatial size. ``weight`` is ``[K, C / groups, *kernel]``."""
+
+    weight: Tensor
+    bias: Optional[Tensor] = None
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+
+class Unit(NamedTuple):
+    """Batch norm, activation, convolution: the pre-activation unit."""
+
+    norm: BatchNorm
+    conv: Conv
+
+
+class DenseLayer(NamedTuple):
+    """One layer of a dense block: one unit (DenseNet) or two (DenseNet-BC, the first of them the 1x1 bottleneck).
+
+    ``mask``, where given, is the dropout mask of the layer's output, broadcastable to it, and ``mask_scale`` what the
+    kept values are multiplied by (``1 / (1 - p)``).
+    """
+
+    units: tuple[Unit, ...]
+    mask: Optional[Tensor] = None
+    mask_scale: float = 1.0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Means, variances, sums and accumulators: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector ``[C]`` shaped so that it broadcasts over the map ``x``."""
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def activate(y: Tensor, activation: Activation = Activation()) -> Tensor:
+    name, slope = activation
+    if name == "relu":
+        return F.relu(y)
+    if name == "leaky_relu":
+        return F.leaky_relu(y, slope)
+    if name == "elu":
+        return F.elu(y)
+    if name == "silu":
+        return F.silu(y)
+    if name == "identity":
+        return y
+    raise ValueError(f"activation: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
+
+
+def activation_slope(y: Tensor, activation: Activation = Activation()) -> Tensor:
+    """The derivative of the activation at its input ``y``."""
+    name, slope = activation
+    if name == "relu":
+        return (~(y <= 0)).to(y.dtype)
+    if name == "leaky_relu":
+        return torch.where(y > 0, 1.0, slope).to(y.dtype)
+    if name == "elu":
+        return torch.where(y > 0, torch.ones_like(y), y.exp())
+    if name == "silu":
+        gate = torch.sigmoid(y)
+        return gate * (1 + y * (1 - gate))
+    return torch.ones_like(y)
+
+
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of every channel.
+
+    ``mean_c = sum_m x_mc / M``, ``m2_c = sum_m (x_mc - mean_c)^2``. Two such pairs merge exactly (Chan et al., 1983).
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    reduced = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(reduced)
+    return mean, (x - per_channel(mean, x)).square().sum(reduced)
+
+
+def fold_batch_norm(norm: BatchNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``scale = weight * rstd``, ``shift = bias - mean * scale``, and ``rstd = (var + eps)^-1/2``; all ``[C]``."""
+    rstd = (var + norm.eps).rsqrt()
+    scale = rstd if norm.weight is None else norm.weight.to(rstd.dtype) * rstd
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else norm.bias.to(rstd.dtype) + shift, rstd
+
+
+def apply_pending(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation = Activation()) -> Tensor:
+    """``act(scale_c * x + shift_c)`` in the dtype of ``x``."""
+    y = per_channel(scale, x) * x.to(scale.dtype) + per_channel(shift, x)
+    return activate(y, activation).to(x.dtype)
+
+
+def pending_grad(dy: Tensor, z: Tensor, alpha: Tensor, beta: Tensor, delta: Tensor) -> Tensor:
+    """``alpha_c * dy + beta_c * z + delta_c`` in the dtype of ``dy``: every batch-norm backward has this form."""
+    wide = per_channel(alpha, dy) * dy.to(alpha.dtype) + per_channel(beta, z) * z.to(beta.dtype)
+    return (wide + per_channel(delta, dy)).to(dy.dtype)
+
+
+def convolution(x: Tensor, conv: Conv) -> Tensor:
+    function = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    return function(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation, conv.groups)
+
+
+def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    if not norm.batch_stats:
+        dtype = accumulation_dtype(x.dtype)
+        return norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    mean, m2 = channel_stats(x)
+    return mean, m2 / (x.numel() // x.shape[1])
+
+
+def bn_act_conv(x: Tensor, unit: Unit, activation: Activation = Activation()) -> Tensor:
+    """``conv(act(batch_norm(x)))``; running statistics are read where asked for and never written."""
+    scale, shift, _ = fold_batch_norm(unit.norm, *_statistics(x, unit.norm))
+    return convolution(apply_pending(x, scale, shift, activation).to(unit.conv.weight.dtype), unit.conv)
+
+
+def dense_layer(x: Tensor, layer: DenseLayer, activation: Activation = Activation()) -> Tensor:
+    """The new feature map of one dense layer, ``[N, growth_rate, *spatial]`` (Huang et al., 2017)."""
+    for unit in layer.units:
+        x = bn_act_conv(x, unit, activation)
+    return x if layer.mask is None else x * (layer.mask * layer.mask_scale)
+
+
+def dense_block(x: Tensor, layers: Sequence[DenseLayer], activation: Activation = Activation()) -> Tensor:
+    """``[x, f_1, f_2, ...]`` along the channels, every ``f_l`` computed from all that stand before it."""
+    for layer in layers:
+        x = torch.cat([x, dense_layer(x, layer, activation)], 1)
+    return x
+
+
+def add_act(x: Tensor, identity: Tensor, activation: Activation = Activation()) -> Tensor:
+    """``act(x + identity)``."""
+    return activate(x + identity, activation)
+
+
+def bn_add_act(
+    z: Tensor,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm] = None,
+    activation: Activation = Activation(),
+) -> Tensor:
+    """``act(bn(z) + identity)``, or ``act(bn(z) + bn_d(identity))`` for a projection shortcut (He et al., 2016)."""
+    scale, shift, _ = fold_batch_norm(norm, *_statistics(z, norm))
+    linear = Activation("identity")
+    if identity_norm is not None:
+        fold = fold_batch_norm(identity_norm, *_statistics(identity, identity_norm))
+        identity = apply_pending(identity, fold[0], fold[1], linear)
+    return activate(apply_pending(z, scale, shift, linear) + identity, activation)
+
+
+def conv1x1_bn_add_act(
+    a: Tensor,
+    conv: Conv,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm] = None,
+    activation: Activation = Activation(),
+) -> Tensor:
+    """``act(bn(W a) + identity)``: the end of a residual bottleneck block."""
+    return bn_add_act(convolution(a, conv), norm, identity, identity_norm, activation)
+
+
+def bn_act_pool(
+    x: Tensor,
+    norm: BatchNorm,
+    pool: str,
+    kernel_size: int = 2,
+    stride: int = 2,
+    padding: int = 0,
+    activation: Activation = Activation(),
+) -> Tensor:
+    """``pool(act(batch_norm(x)))`` with pool one of average, maximum, global (the mean over all positions)."""
+    scale, shift, _ = fold_batch_norm(norm, *_statistics(x, norm))
+    y = apply_pending(x, scale, shift, activation)
+    if pool == "global":
+        return y.mean(list(range(2, y.dim())), keepdim=True)
+    average = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+    maximum = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+    return {"average": average, "maximum": maximum}[pool][x.dim() - 3](y, kernel_size, stride, padding)
+
+
+def transition(x: Tensor, unit: Unit, activation: Activation = Activation()) -> Tensor:
+    """Batch norm, activation, 1x1 convolution, average pooling by 2: what stands between two dense blocks."""
+    y = bn_act_conv(x, unit, activation)
+    return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3](y, 2, 2)
