@@ -230,7 +230,9 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else PlainBuildExt)
                     "-fopenmp-simd",
                     "-fvisibility=hidden",
                     "-fvisibility-inlines-hidden",
+                    # No path of the machine that builds ends up in the library.
                     f"-ffile-prefix-map={ROOT}/=",
+                    *(f"-ffile-prefix-map={path}/=" for path in cpp_extension.include_paths()),
                     *definitions,
                 ]
         super().build_extensions()
@@ -293,7 +295,7 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else PlainBuildExt)
             run_compiler([os.environ["CXX"], "-shared", "-fPIC", "-xc++", os.devnull, "-Wl,-soname,libtorch_cuda.so", "-o", str(stub)])
             libraries = [*libraries, str(folder)]
         link = [f"-L{path}" for path in libraries] + ["-Xlinker=--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
-        run_compiler([plan().nvcc, "-shared", "-cudart=static", *gencode, *objects, *link, "-o", str(target)])
+        run_compiler([plan().nvcc, "-shared", "-nodlink", "-cudart=static", *objects, *link, "-o", str(target)])
 
 
 def extensions() -> list[Extension]:

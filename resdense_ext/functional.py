@@ -10,10 +10,24 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops import add_act as _add_act
+from resdense_ext.ops import bn_add_act as _bn_add_act
 from resdense_ext.ops import dense_block as _dense_block
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
 
-__all__ = ["Activation", "BatchNorm", "Conv", "DenseLayer", "Unit", "channel_stats", "dense_block", "dropout_mask"]
+__all__ = [
+    "Activation",
+    "BatchNorm",
+    "Conv",
+    "DenseLayer",
+    "Unit",
+    "add_act",
+    "bn_add_act",
+    "channel_stats",
+    "check_dense_block",
+    "dense_block",
+    "dropout_mask",
+]
 
 POLICIES = ("fast", "min")
 _RANKS = (3, 4, 5)
@@ -103,6 +117,72 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return backends.choose(x, x.dtype, Activation()).channel_stats(x)
 
 
+def add_act(x: Tensor, identity: Tensor, *, activation: str = "relu", negative_slope: float = 0.01) -> Tensor:
+    """The end of a residual block without batch norm.
+
+    Equivalent to::
+
+        act(x + identity)
+
+    Args:
+        x, identity: maps ``[N, C, *spatial]`` of one shape, dtype and device.
+        activation: relu, leaky_relu, elu, silu or identity.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        A map in the shape, dtype and memory format of ``x``. On CUDA the output is all that backward keeps.
+
+    Raises:
+        ValueError: shapes or devices that differ, a wrong number of dimensions, another activation.
+        TypeError: dtypes that differ or are not floating.
+
+    Source: He et al., Deep Residual Learning for Image Recognition (2016).
+    """
+    act = _activation(activation, negative_slope)
+    _check_input(x)
+    _check_same("identity", identity, x)
+    return _add_act.add_act(x, identity, act)
+
+
+def bn_add_act(
+    z: Tensor,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm] = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """The end of a residual block, with the shortcut as it is or normalised, too (a projection shortcut).
+
+    Equivalent to::
+
+        act(batch_norm(z, norm) + identity)
+        act(batch_norm(z, norm) + batch_norm(identity, identity_norm))
+
+    Args:
+        z, identity: maps ``[N, C, *spatial]`` of one shape, dtype and device.
+        norm, identity_norm: parameters and state; running statistics are updated where batch statistics are used.
+        activation: relu, leaky_relu, elu, silu or identity.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        A map in the shape, dtype and memory format of ``z``.
+
+    Raises:
+        ValueError, TypeError: as `add_act` and, for the norms, `dense_block`. Nothing is changed before.
+
+    Source: He et al., Deep Residual Learning for Image Recognition (2016).
+    """
+    act = _activation(activation, negative_slope)
+    _check_input(z)
+    _check_same("identity", identity, z)
+    _check_norm("norm", norm, z.shape[1], z)
+    if identity_norm is not None:
+        _check_norm("identity_norm", identity_norm, z.shape[1], z)
+    return _bn_add_act.bn_add_act(z, norm, identity, identity_norm, act)
+
+
 def dropout_mask(like: Tensor, channels: int, p: float, *, per_channel: bool = False) -> tuple[Tensor, float]:
     """Draws the mask that `torch.nn.functional.dropout` would draw for a feature map, and the scale of what it keeps.
 
@@ -148,6 +228,14 @@ def _check_input(x: Tensor) -> None:
         raise ValueError(f"x: expected 3, 4 or 5 dimensions [N, C, *spatial], got {x.dim()}: {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+
+
+def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    _check_device(name, tensor, x)
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected dtype {x.dtype}, got {tensor.dtype}")
 
 
 def _with_autocast(layer: DenseLayer, device: str) -> DenseLayer:

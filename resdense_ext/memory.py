@@ -135,17 +135,16 @@ def peak_bytes(step: Callable[[], Any], warmup: int = 1) -> int:
     Raises:
         RuntimeError: a torch profiler is already active in this thread.
     """
-    # Held, the gradients of earlier steps stay in the baseline although a step clears them.
-    held = _live_gradients()
     for _ in range(warmup):
         step()
-        held += _live_gradients()
+    held = _live_gradients()  # so that they stay in the baseline although the step clears them
     gc.collect()  # what earlier cycles hold must be gone before, not during the run
     cuda_before = _cuda_state()
     for device in cuda_before:
         torch.cuda.reset_peak_memory_stats(device)
     with _quiet_profiler() as profiler:
         step()
+    del held
     cuda_peaks = [
         torch.cuda.max_memory_allocated(device) - cuda_before.get(device, (0, 0))[0]
         for device, (_, allocations) in _cuda_state().items()
@@ -167,6 +166,10 @@ def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
+
+
 def _live(cls: type) -> list:
     # By type, not isinstance: that would run the __class__ property of every lazy proxy in the process.
     return [o for o in gc.get_objects() if issubclass(type(o), cls)]
@@ -180,7 +183,7 @@ def _live_parameters_and_buffers() -> Iterator[Tensor]:
     for module in _live(nn.Module):
         for kind in ("_parameters", "_buffers"):
             tensors = getattr(module, kind, None) or {}  # neither exists before Module.__init__ has run
-            yield from (t for t in tensors.values() if t is not None and t.layout == torch.strided)
+            yield from (t for t in tensors.values() if t is not None and _has_storage(t))
 
 
 def _cuda_state() -> dict[int, tuple[int, int]]:

@@ -128,7 +128,7 @@ def activation_slope(y: Tensor, activation: Activation = Activation()) -> Tensor
     if name == "relu":
         return (~(y <= 0)).to(y.dtype)
     if name == "leaky_relu":
-        return torch.where(y > 0, 1.0, slope).to(y.dtype)
+        return torch.where(y > 0, torch.ones_like(y), torch.full_like(y, slope))
     if name == "elu":
         return torch.where(y > 0, torch.ones_like(y), y.exp())
     if name == "silu":

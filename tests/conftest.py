@@ -38,7 +38,9 @@ def _poisoned(allocate):
     @functools.wraps(allocate)
     def poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        if tensor.is_floating_point() or tensor.is_complex():
+        # Not while tracing, where the fill would become part of the graph.
+        real = type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+        if real and (tensor.is_floating_point() or tensor.is_complex()):
             tensor.detach().fill_(float("nan"))
         return tensor
 

@@ -11,8 +11,8 @@ random changes of one unit in the last place. One run of torch is no measure: it
 more than a factor of 2 on many tensors. The last term, for gradients only, is for those whose true value is (close to)
 zero, such as that of a bias before a batch norm: they consist of the rounding of larger ones.
 
-A norm over a large tensor does not see one wrong corner, so the largest single error obeys the same rule with maxima for
-norms and a factor of 4 (the extreme of few values scatters more than their norm).
+A norm over a large tensor does not see one wrong corner, so the largest single error and the largest element of the
+tensor obey the same rule with a factor of 4 (extremes scatter more than norms).
 
 In float64 (`assert_within_noise`). There is no truth to compare with, but there is the noise of the stock
 network: how far the same small changes, and the other memory format, move each of its tensors. Ours may differ by
@@ -97,9 +97,9 @@ def assert_within_rule(ours: Tensors, truth: Tensors, runs: list[dict[str, Tenso
         ValueError: truth or a run of torch is not finite, so that the rule says nothing.
     """
     problems = _mismatches(ours, truth)
+    eps = torch.finfo(dtype).eps
+    largest = max((_norm(t) for name, t in truth.items() if name.startswith("grad ")), default=0.0)
     for order, factor, what in ((2, 2, "norm"), (math.inf, 4, "largest")):
-        eps = torch.finfo(dtype).eps
-        largest = max((_norm(t, order) for name, t in truth.items() if name.startswith("grad ")), default=0.0)
         for name in truth.keys() - problems.keys():
             torch_errors = [_error(run[name], truth[name], order) for run in runs]
             if not all(map(math.isfinite, torch_errors)):

@@ -5,41 +5,20 @@
 namespace resdense::cuda {
 namespace {
 
-template <typename Kernel>
-void launch(const Launch& on, const Map& a, const Map& b, const Map& out, double slope, Kernel kernel) {
-  const WalkPlan p = plan_walk({a, b, out}, false);
-  dispatch(a.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = operand<const T>(p, a), y = operand<const T>(p, b);
-    const auto to = operand<T>(p, out);
-    const auto with = static_cast<wide_t<T>>(slope);
-    if (p.vectors)
-      kernel.template run<T, kVector<T>>(p, on.stream(), x, y, to, with);
-    else
-      kernel.template run<T, 1>(p, on.stream(), x, y, to, with);
-  });
-  on.check_launch();
-}
-
-struct Forward {
-  template <typename T, int VEC, typename... Args>
-  void run(const WalkPlan& p, cudaStream_t stream, Args... args) const {
-    add_act_fwd_kernel<T, VEC><<<p.blocks, p.threads, 0, stream>>>(p.walk, args...);
-  }
-};
-
-struct Backward {
-  template <typename T, int VEC, typename... Args>
-  void run(const WalkPlan& p, cudaStream_t stream, Args... args) const {
-    add_act_bwd_kernel<T, VEC><<<p.blocks, p.threads, 0, stream>>>(p.walk, args...);
-  }
-};
-
 Tensor add_act(const Tensor& x, const Tensor& y, double negative_slope) {
   const Map a = map_of(x, "x"), b = map_of(y, "y");
   check_same(y, "y", x, "x");
   Tensor out = torch::stable::empty_like(x);
-  if (a.numel() != 0) launch(Launch(x), a, b, mutable_map_of(out, "out"), negative_slope, Forward{});
+  if (a.numel() == 0) return out;
+
+  const Map to = mutable_map_of(out, "out");
+  const WalkPlan p = plan_walk({a, b, to}, false);
+  const Launch on(x);
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    on.run(p.vectors ? add_act_fwd_kernel<T, kVector<T>> : add_act_fwd_kernel<T, 1>, p.blocks, p.threads, p.walk,
+           operand<const T>(p, a), operand<const T>(p, b), operand<T>(p, to), negative_slope);
+  });
   return out;
 }
 
@@ -49,13 +28,22 @@ Tensor add_act_backward(const Tensor& grad, const Tensor& out, double negative_s
   RESDENSE_CHECK(negative_slope >= 0, "negative_slope: expected 0 or more (the output must tell the sign), got ",
                  negative_slope);
   Tensor dx = torch::stable::empty_like(out);
-  if (y.numel() != 0) launch(Launch(out), g, y, mutable_map_of(dx, "dx"), negative_slope, Backward{});
+  if (y.numel() == 0) return dx;
+
+  const Map to = mutable_map_of(dx, "dx");
+  const WalkPlan p = plan_walk({g, y, to}, false);
+  const Launch on(out);
+  dispatch(y.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    on.run(p.vectors ? add_act_bwd_kernel<T, kVector<T>> : add_act_bwd_kernel<T, 1>, p.blocks, p.threads, p.walk,
+           operand<const T>(p, g), operand<const T>(p, y), operand<T>(p, to), negative_slope);
+  });
   return dx;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resdense, CUDA, m) {
+RESDENSE_CUDA_OPERATORS(m) {
   m.impl("add_act", TORCH_BOX(&add_act));
   m.impl("add_act_backward", TORCH_BOX(&add_act_backward));
 }

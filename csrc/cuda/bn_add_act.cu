@@ -1,5 +1,7 @@
 #include "bn_add_act.cuh"
 
+#include <optional>
+
 #include "elementwise.h"
 
 namespace resdense::cuda {
@@ -19,21 +21,19 @@ Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, con
     check_vector(*identity_scale, "identity_scale", a.C, z, "z");
     check_vector(*identity_shift, "identity_shift", a.C, z, "z");
   }
-
   Tensor out = torch::stable::empty_like(z);
   if (a.numel() == 0) return out;
+
   const Map to = mutable_map_of(out, "out");
   const WalkPlan p = plan_walk({a, b, to}, true);
   const Launch on(z);
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    using W = wide_t<T>;
-    const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
+    const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
     const auto start = [&](auto* kernel) {
-      kernel<<<p.blocks, p.threads, 0, on.stream()>>>(
-          p.walk, p.positions, operand<const T>(p, a), operand<const T>(p, b), operand<T>(p, to), vector(scale),
-          vector(shift), projected ? vector(*identity_scale) : nullptr, projected ? vector(*identity_shift) : nullptr,
-          static_cast<W>(negative_slope));
+      on.run(kernel, p.blocks, p.threads, p.walk, p.positions, operand<const T>(p, a), operand<const T>(p, b),
+             operand<T>(p, to), vector(scale), vector(shift), projected ? vector(*identity_scale) : nullptr,
+             projected ? vector(*identity_shift) : nullptr, negative_slope);
     };
     constexpr int VEC = kVector<T>;
     if (p.vectors)
@@ -41,12 +41,11 @@ Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, con
     else
       start(projected ? bn_add_act_fwd_kernel<T, 1, true> : bn_add_act_fwd_kernel<T, 1, false>);
   });
-  on.check_launch();
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resdense, CUDA, m) { m.impl("bn_add_act", TORCH_BOX(&bn_add_act)); }
+RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_add_act", TORCH_BOX(&bn_add_act)); }
 
 }  // namespace resdense::cuda

@@ -11,70 +11,57 @@ namespace {
 // Enough blocks to fill the device, and no more: each leaves a partial result behind.
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 
-struct Stats {
-  int64_t chunks, per_chunk;
-  unsigned blocks;
-  void *mean, *m2;  // of the chunks, or the result where there is one chunk
+struct Chunks {
+  int64_t count, size;
 };
 
 // Splits `total` items into chunks, at least `least` long, so that `parallel` blocks a chunk fill the device.
-void split(const Launch& on, int64_t total, int64_t least, int64_t parallel, Stats& s) {
-  const int64_t wanted = ceil_div(on.multiprocessors() * kBlocksPerMultiprocessor, parallel);
-  s.chunks = std::clamp<int64_t>(wanted, 1, ceil_div(total, least));
-  s.per_chunk = ceil_div(total, s.chunks);
-  s.chunks = ceil_div(total, s.per_chunk);
-  s.blocks = grid_size(s.chunks * parallel);
+Chunks split(int multiprocessors, int64_t total, int64_t least, int64_t parallel) {
+  const int64_t wanted = ceil_div(multiprocessors * kBlocksPerMultiprocessor, parallel);
+  const int64_t size = ceil_div(total, std::clamp<int64_t>(wanted, 1, ceil_div(total, least)));
+  return {ceil_div(total, size), size};
 }
 
 template <typename T>
 void run(const Launch& on, const Tensor& x, const Map& m, Tensor& mean, Tensor& m2) {
   using W = wide_t<T>;
+  constexpr int VEC = kVector<T>;
   const T* data = static_cast<const T*>(m.data);
-  const bool unit = m.channels_last ? m.ss % kVector<T> == 0 || m.rows() == 1 : m.sc % kVector<T> == 0 || m.C == 1;
-  // Channels-first rows must hold whole vectors: a vector has the values of one channel.
-  const bool vectors = aligned(m.data) && unit && (m.sn % kVector<T> == 0 || m.N == 1) &&
-                       (m.channels_last || m.S % kVector<T> == 0);
-  const int64_t vec = vectors ? kVector<T> : 1;
+  W* const result_mean = static_cast<W*>(mean.mutable_data_ptr());
+  W* const result_m2 = static_cast<W*>(m2.mutable_data_ptr());
 
-  Stats s{};
+  bool vectors = aligned(m.data) && (m.N == 1 || m.sn % VEC == 0);
+  // A channels-first vector holds values of one channel, so the planes must be whole vectors.
+  vectors = vectors && (m.channels_last ? m.S == 1 || m.ss % VEC == 0 : m.S % VEC == 0 && (m.C == 1 || m.sc % VEC == 0));
+  const int64_t vec = vectors ? VEC : 1;
+
+  const int64_t across = ceil_div(m.C, vec), items = m.rows() / vec;
+  const int tx = static_cast<int>(std::min<int64_t>(32, std::bit_ceil(static_cast<uint64_t>(across))));
+  const int64_t channel_tiles = ceil_div(across, tx);
+  // A small plane takes a small block: the merge across its warps is then not what it waits for.
+  const int64_t plane_threads = std::clamp<int64_t>(ceil_div(items, kStatsUnroll * 32) * 32, 32, kStatsThreads);
+  const Chunks chunks =
+      m.channels_last ? split(on.multiprocessors(), m.rows(), kStatsThreads / tx * kStatsUnroll, channel_tiles)
+                      : split(on.multiprocessors(), items, plane_threads * kStatsUnroll, m.C);
+
+  W *part_mean = result_mean, *part_m2 = result_m2;
   Tensor parts;
-  const auto results = [&] {
-    W *to_mean = static_cast<W*>(mean.mutable_data_ptr()), *to_m2 = static_cast<W*>(m2.mutable_data_ptr());
-    if (s.chunks > 1) {
-      parts = torch::stable::new_empty(x, {2, s.chunks, m.C}, stats_dtype(m.dtype));
-      to_mean = static_cast<W*>(parts.mutable_data_ptr());
-      to_m2 = to_mean + s.chunks * m.C;
-    }
-    return std::pair{to_mean, to_m2};
-  };
-
-  if (m.channels_last) {
-    const int64_t across = ceil_div(m.C, vec);
-    const int tx = static_cast<int>(std::min<int64_t>(32, std::bit_ceil(static_cast<uint64_t>(across))));
-    const int64_t tiles = ceil_div(across, tx);
-    split(on, m.rows(), kStatsThreads / tx * kStatsUnroll, tiles, s);
-    const auto [to_mean, to_m2] = results();
-    const int64_t positions = m.uniform_rows() ? m.rows() : m.S;
-    auto* kernel = vectors ? channel_stats_rows_kernel<T, kVector<T>> : channel_stats_rows_kernel<T, 1>;
-    kernel<<<s.blocks, kStatsThreads, 0, on.stream()>>>(data, m.C, m.rows(), positions, m.sn, m.ss, s.per_chunk, tiles,
-                                                       tx, to_mean, to_m2);
-  } else {
-    const int64_t items = m.rows() / vec;
-    // A small plane takes a small block: the merge across its warps is then not what it waits for.
-    const int threads = static_cast<int>(std::clamp<int64_t>(ceil_div(items, kStatsUnroll * 32) * 32, 32, kStatsThreads));
-    split(on, items, int64_t(threads) * kStatsUnroll, m.C, s);
-    const auto [to_mean, to_m2] = results();
-    auto* kernel = vectors ? channel_stats_planes_kernel<T, kVector<T>> : channel_stats_planes_kernel<T, 1>;
-    kernel<<<s.blocks, threads, 0, on.stream()>>>(data, m.C, items, m.S / vec, m.sn, m.sc, s.per_chunk, to_mean, to_m2);
-    s.per_chunk *= vec;
+  if (chunks.count > 1) {
+    parts = torch::stable::new_empty(x, {2, chunks.count, m.C}, stats_dtype(m.dtype));
+    part_mean = static_cast<W*>(parts.mutable_data_ptr());
+    part_m2 = part_mean + chunks.count * m.C;
   }
-  on.check_launch();
-  if (s.chunks > 1) {
-    const W* part = static_cast<const W*>(parts.const_data_ptr());
-    channel_stats_finish_kernel<W><<<grid_size(ceil_div(m.C, kFinishChannels)), kStatsThreads, 0, on.stream()>>>(
-        part, part + s.chunks * m.C, m.C, m.rows(), s.per_chunk, s.chunks, static_cast<W*>(mean.mutable_data_ptr()),
-        static_cast<W*>(m2.mutable_data_ptr()));
-    on.check_launch();
+  if (m.channels_last) {
+    on.run(vectors ? channel_stats_rows_kernel<T, VEC> : channel_stats_rows_kernel<T, 1>, chunks.count * channel_tiles,
+           kStatsThreads, data, m.C, m.rows(), m.uniform_rows() ? m.rows() : m.S, m.sn, m.ss, chunks.size, channel_tiles,
+           tx, part_mean, part_m2);
+  } else {
+    on.run(vectors ? channel_stats_planes_kernel<T, VEC> : channel_stats_planes_kernel<T, 1>, chunks.count * m.C,
+           plane_threads, data, m.C, items, m.S / vec, m.sn, m.sc, chunks.size, part_mean, part_m2);
+  }
+  if (chunks.count > 1) {
+    on.run(channel_stats_finish_kernel<W>, ceil_div(m.C, kFinishChannels), kStatsThreads, part_mean, part_m2, m.C,
+           m.rows(), chunks.size * (m.channels_last ? 1 : vec), chunks.count, result_mean, result_m2);
   }
 }
 
@@ -95,6 +82,6 @@ std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resdense, CUDA, m) { m.impl("channel_stats", TORCH_BOX(&channel_stats)); }
+RESDENSE_CUDA_OPERATORS(m) { m.impl("channel_stats", TORCH_BOX(&channel_stats)); }
 
 }  // namespace resdense::cuda

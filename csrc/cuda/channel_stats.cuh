@@ -10,7 +10,7 @@ namespace resdense::cuda {
 
 constexpr int kStatsThreads = 256;
 // Vectors in registers at once.
-constexpr int kStatsUnroll = 8;
+constexpr int kStatsUnroll = 4;
 
 // Merges the first `valid` of the vectors, each element of a vector into the moments of its own channel.
 template <typename T, int VEC>
@@ -55,7 +55,7 @@ struct Cursor {
 // Channels-last: threads side by side hold neighbouring channels and walk down the rows. Reads the map once; the partial
 // results are 2 * rows / rows_per_chunk values a channel. One block does tx * VEC channels of one chunk of rows.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kStatsThreads)
+__global__ void __launch_bounds__(kStatsThreads, 2)
     channel_stats_rows_kernel(const T* x, int64_t channels, int64_t rows, int64_t positions, int64_t sn, int64_t ss,
                               int64_t rows_per_chunk, int64_t channel_tiles, int tx, wide_t<T>* mean, wide_t<T>* m2) {
   using W = wide_t<T>;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kStatsThreads)
 // Channels-first: a block does a chunk of one channel's positions, in vectors along them. `items` are vectors of a channel
 // in all samples, `positions` vectors of one sample.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kStatsThreads)
+__global__ void __launch_bounds__(kStatsThreads, 2)
     channel_stats_planes_kernel(const T* x, int64_t channels, int64_t items, int64_t positions, int64_t sn, int64_t sc,
                                 int64_t items_per_chunk, wide_t<T>* mean, wide_t<T>* m2) {
   using W = wide_t<T>;
@@ -187,7 +187,7 @@ constexpr int kFinishChannels = 32;
 
 // The second stage: merges the chunks' results, always in the same order. `total` positions, `per_chunk` a chunk.
 template <typename W>
-__global__ void __launch_bounds__(kStatsThreads)
+__global__ void __launch_bounds__(kStatsThreads, 2)
     channel_stats_finish_kernel(const W* part_mean, const W* part_m2, int64_t channels, int64_t total, int64_t per_chunk,
                                 int64_t chunks, W* mean, W* m2) {
   constexpr int kLanes = kStatsThreads / kFinishChannels;

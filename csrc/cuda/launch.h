@@ -1,20 +1,27 @@
 #pragma once
-// What every launcher shares. Host code, for .cu files only.
-
-#include <cuda_runtime.h>
+// What every launcher shares. Host code, for .cu files only; the one place with launch syntax. (Under RESDENSE_SHIM tests
+// put an execution-model shim in its place, and the .cu files compile as plain C++.)
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/map.h"
 #include "device.cuh"
+
+#ifdef RESDENSE_SHIM
+#include "shim_launch.h"
+#else
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define RESDENSE_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(resdense, CUDA, m)
 
 namespace resdense::cuda {
 
@@ -27,16 +34,18 @@ class Launch {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  cudaStream_t stream() const { return stream_; }
-
   int multiprocessors() const {
     int count = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
     return count;
   }
 
-  // To be called right after the launch.
-  void check_launch() const { check(cudaGetLastError()); }
+  template <typename... Parameters, typename... Args>
+  void run(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
+    RESDENSE_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "resdense: expected at most 2^31 - 1 blocks, got ", blocks);
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream_>>>(static_cast<Parameters>(args)...);
+    check(cudaGetLastError());
+  }
 
  private:
   static void check(cudaError_t error) {
@@ -48,12 +57,13 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+}  // namespace resdense::cuda
 
-inline unsigned grid_size(int64_t blocks) {
-  RESDENSE_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "resdense: expected at most 2^31 - 1 blocks, got ", blocks);
-  return static_cast<unsigned>(blocks);
-}
+#endif
+
+namespace resdense::cuda {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

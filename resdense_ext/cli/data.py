@@ -92,7 +92,11 @@ def _read_image(path: Path) -> Tensor:
     size = (FOLDER_SIZE, FOLDER_SIZE)
     try:
         with Image.open(path) as image:
-            pixels = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size, Image.Resampling.BILINEAR)
+            upright = ImageOps.exif_transpose(image)
+            # Pillow would clip 16 bits to 8, not scale them.
+            if upright.mode.startswith("I"):
+                upright = upright.convert("I").point(lambda value: value / 256).convert("L")
+            pixels = ImageOps.fit(upright.convert("RGB"), size, Image.Resampling.BILINEAR)
     # On damaged files Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
         raise CommandError(f"--data: expected a readable image, got {path} ({error})") from None

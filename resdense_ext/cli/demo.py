@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="DIR", type=Path, help="images, one subfolder a class (default: scikit-learn's digits)")
     add("--policy", choices=("fast", "min"), default="fast", help="what the converted network keeps (default: fast)")
     add("--depth", metavar="N", type=int, default=40, help="layers of the network, 6n + 4 (default: %(default)s)")
-    add("--epochs", metavar="N", type=int, default=6, help="passes over the images (default: %(default)s)")
+    add("--epochs", metavar="N", type=int, default=5, help="passes over the images (default: %(default)s)")
     add("--device", metavar="D", default="cpu", help="where to train, as torch names it (default: %(default)s)")
     add(
         "--out",

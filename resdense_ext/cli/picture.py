@@ -8,7 +8,7 @@ from pathlib import Path
 from resdense_ext.memory import format_bytes
 
 STOCK = "stock"
-COLOURS = {STOCK: "#9aa3ad", "fast": "#1f6fb4", "min": "#d1602b"}
+COLOURS = {STOCK: "#8b95a1", "fast": "#1f6fb4", "min": "#d1602b"}
 INK = "#22272e"
 MUTED = "#5d6670"
 MB = 2**20
@@ -74,7 +74,7 @@ def _draw_memory(axes, saved: Mapping[str, Sequence[tuple[int, float]]]) -> None
         depths, sizes = zip(*points)
         axes.plot(depths, [size / MB for size in sizes], color=COLOURS[name], linewidth=2, marker="o", markersize=4)
         axes.annotate(
-            f"{name}\n{format_bytes(round(sizes[-1]))}",
+            f"{name}  {format_bytes(round(sizes[-1]))}",
             (depths[-1], sizes[-1] / MB),
             xytext=(8, 0),
             textcoords="offset points",

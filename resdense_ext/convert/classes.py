@@ -22,6 +22,7 @@ class ConvertedDenseBlock:
     """
 
     stock_class: type[nn.Module]
+    resdense_policy: str
 
     def layer_modules(self) -> list[LayerModules]:
         raise NotImplementedError
@@ -30,12 +31,11 @@ class ConvertedDenseBlock:
         return self.stock_class.forward(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_dense_block(self, x, self.layer_modules(), self.resdense_policy, self.stock_forward)
+        return run_dense_block(self, x, self.resdense_policy)
 
     def __reduce_ex__(self, protocol):
         _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
-        mixin = type(self).__mro__[1]
-        return _new, (mixin, self.stock_class, *arguments), *rest
+        return _new, (*type(self).__bases__, *arguments), *rest
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import nn
 from resdense_ext.convert.classes import ConvertedDenseBlock
 from resdense_ext.memory import format_bytes, track_saved
 from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import Unsupported, read_layers, stock_path
+from resdense_ext.nn.engine import stock_path, why_stock
 
 __all__ = ["MemoryReport", "report"]
 
@@ -93,17 +93,12 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
 
 def _state(block: nn.Module) -> tuple[Optional[str], str]:
     policy = block.policy if isinstance(block, DenseBlock) else block.resdense_policy
-    if policy is None:
-        return None, "stock path: reverted"
-    try:
-        read_layers(block.layer_modules())
-    except Unsupported as reason:
-        return None, f"stock path: {reason}"
-    return policy, ""
+    reason = "its policy is None" if policy is None else why_stock(block)
+    return (policy, "") if reason is None else (None, f"stock path: {reason}")
 
 
 def _measure(model: nn.Module, arguments: tuple, blocks: dict[str, nn.Module], path) -> dict[str, int]:
-    with _unchanged(model), torch.enable_grad(), path, track_saved() as saved, ExitStack() as hooks:
+    with _unchanged(model), torch.inference_mode(False), torch.enable_grad(), path, track_saved() as saved, ExitStack() as hooks:
         saved.label = _REST
 
         def label(name: str):
@@ -129,12 +124,15 @@ def _measure(model: nn.Module, arguments: tuple, blocks: dict[str, nn.Module], p
 @contextmanager
 def _unchanged(model: nn.Module):
     """Puts buffers and random states back."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
     devices = sorted({b.device.index for b in model.parameters() if b.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            for (module, name, buffer), value in zip(buffers, values):
+                module._buffers[name] = buffer
+                # Only what changed: a write would make a graph that the user still holds stale.
+                if buffer is not None and not torch.equal(buffer, value):
+                    buffer.detach().copy_(value)

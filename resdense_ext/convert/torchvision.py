@@ -8,36 +8,35 @@ from typing import Optional
 from torch import nn
 
 from resdense_ext.convert.classes import ConvertedDenseBlock
-from resdense_ext.nn.engine import LayerModules
+from resdense_ext.nn.engine import LayerModules, check_forward
 
 __all__ = ["TorchvisionDenseBlock", "recognise"]
+
+_LIBRARY = "torchvision.models.densenet"
 
 
 class TorchvisionDenseBlock(ConvertedDenseBlock):
     def layer_modules(self) -> list[LayerModules]:
-        return [
-            LayerModules(
-                layer,
-                ((layer.norm1, layer.relu1, layer.conv1), (layer.norm2, layer.relu2, layer.conv2)),
-                layer.drop_rate,
-            )
-            for layer in self.values()
-        ]
+        return [_layer(layer) for layer in self.values()]
 
 
-def recognise(module: nn.Module) -> Optional[tuple[type[ConvertedDenseBlock], Optional[str]]]:
-    """The mixin for a torchvision block and the reason not to convert it, if there is one; None for anything else."""
+def recognise(module: nn.Module) -> Optional[type[ConvertedDenseBlock]]:
+    """The mixin for a block of torchvision's; None for anything else.
+
+    Raises:
+        Unsupported: it is such a block, but does something of its own.
+    """
     # Where torchvision's module is not loaded, none of its classes exists.
-    library = sys.modules.get("torchvision.models.densenet")
+    library = sys.modules.get(_LIBRARY)
     if library is None or not isinstance(module, library._DenseBlock):
         return None
-    if type(module).forward is not library._DenseBlock.forward:
-        return TorchvisionDenseBlock, f"{type(module).__name__} has a forward of its own"
-    for name, layer in module.items():
-        kind = type(layer)
-        stock = library._DenseLayer
-        if not isinstance(layer, stock) or any(
-            getattr(kind, method) is not getattr(stock, method) for method in ("forward", "bn_function")
-        ):
-            return TorchvisionDenseBlock, f"its {name} is a {kind.__name__} with a forward of its own"
-    return TorchvisionDenseBlock, None
+    check_forward(module, library._DenseBlock)
+    for layer in module.values():
+        _layer(layer)
+    return TorchvisionDenseBlock
+
+
+def _layer(layer: nn.Module) -> LayerModules:
+    check_forward(layer, sys.modules[_LIBRARY]._DenseLayer, "bn_function")
+    units = (layer.norm1, layer.relu1, layer.conv1), (layer.norm2, layer.relu2, layer.conv2)
+    return LayerModules(layer, units, layer.drop_rate)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdense_ext.functional import POLICIES
-from resdense_ext.nn.engine import LayerModules, run_dense_block
+from resdense_ext.nn.engine import LayerModules, check_forward, run_dense_block
 
 __all__ = ["DenseBlock", "DenseLayer", "Transition"]
 
@@ -23,6 +23,11 @@ _ACTIVATIONS = {
     "silu": lambda: nn.SiLU(inplace=True),
     "identity": nn.Identity,
 }
+
+
+def _check_spatial_dims(spatial_dims: int) -> None:
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims!r}")
 
 
 def _check_policy(policy: Optional[str]) -> None:
@@ -42,6 +47,9 @@ class DenseLayer(nn.Module):
         drop_rate: probability of the dropout of the new feature map, 0 for none.
         spatial_dims: 1, 2 or 3.
         activation: relu, leaky_relu, elu, silu or identity.
+
+    Raises:
+        ValueError: ``drop_rate``, ``spatial_dims`` or ``activation`` is none of these.
     """
 
     def __init__(
@@ -55,6 +63,11 @@ class DenseLayer(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
+        _check_spatial_dims(spatial_dims)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"drop_rate: expected a probability from 0 to 1, got {drop_rate}")
         norm, conv = _NORMS[spatial_dims - 1], _CONVS[spatial_dims - 1]
         self.norm1 = norm(num_input_features)
         self.relu1 = _ACTIVATIONS[activation]()
@@ -96,7 +109,7 @@ class DenseBlock(nn.ModuleDict):
     Shape: ``[N, C, *spatial]`` to ``[N, C + L * growth_rate, *spatial]``, in the memory format of the input.
 
     Raises:
-        ValueError, TypeError: as the functional call.
+        ValueError, TypeError: another policy; in the constructor as `DenseLayer`, in the forward as the functional call.
     """
 
     def __init__(
@@ -112,12 +125,6 @@ class DenseBlock(nn.ModuleDict):
         policy: Optional[str] = "fast",
     ) -> None:
         super().__init__()
-        if spatial_dims not in (1, 2, 3):
-            raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims}")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-        if not 0 <= drop_rate <= 1:
-            raise ValueError(f"drop_rate: expected a probability from 0 to 1, got {drop_rate}")
         _check_policy(policy)
         self.policy = policy
         for i in range(num_layers):
@@ -131,9 +138,11 @@ class DenseBlock(nn.ModuleDict):
         if self.policy is None:
             return self.stock_forward(x)
         _check_policy(self.policy)
-        return run_dense_block(self, x, self.layer_modules(), self.policy, self.stock_forward)
+        return run_dense_block(self, x, self.policy)
 
     def layer_modules(self) -> list[LayerModules]:
+        for layer in self.values():
+            check_forward(layer, DenseLayer)
         return [LayerModules(layer, layer.units, layer.drop_rate) for layer in self.values()]
 
     def stock_forward(self, x: Tensor) -> Tensor:
@@ -150,10 +159,14 @@ class Transition(nn.Sequential):
     """``norm, relu, conv, pool``: halves the positions (average pooling by 2) between two dense blocks.
 
     Shape: ``[N, num_input_features, *spatial]`` to ``[N, num_output_features, *spatial // 2]``.
+
+    Raises:
+        ValueError: ``spatial_dims`` is not 1, 2 or 3.
     """
 
     def __init__(self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2) -> None:
         super().__init__()
+        _check_spatial_dims(spatial_dims)
         self.norm = _NORMS[spatial_dims - 1](num_input_features)
         self.relu = nn.ReLU(inplace=True)
         self.conv = _CONVS[spatial_dims - 1](num_input_features, num_output_features, kernel_size=1, bias=False)

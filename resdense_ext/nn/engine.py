@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from operator import itemgetter
+from typing import NamedTuple, Optional, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from resdense_ext import functional
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
 
-__all__ = ["LayerModules", "Unsupported", "read_layers", "run_dense_block", "stock_path"]
+__all__ = ["Block", "LayerModules", "Unsupported", "check_forward", "read_layers", "run_dense_block", "stock_path", "why_stock"]
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_PARAMETERS = itemgetter("weight", "bias")
+_BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
+_LIBRARIES = ("resdense_ext", "torch", "torchvision")
 
 
 class Unsupported(Exception):
-    """Why a block runs its stock path; never seen by a user as an exception."""
+    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception."""
+
+    def __init__(self, reason: str, module: Optional[nn.Module] = None) -> None:
+        super().__init__(reason)
+        self.reason, self.module = reason, module
+
+    def within(self, block: nn.Module) -> str:
+        """The reason as a sentence, with the module's path in the block."""
+        subject = next((path for path, module in block.named_modules() if module is self.module), "")
+        return f"{subject} {self.reason}".lstrip()
 
 
 class LayerModules(NamedTuple):
@@ -38,7 +53,18 @@ class LayerModules(NamedTuple):
     drop_channels: bool = False
 
 
+class Block(Protocol):
+    """What a module offers to run on the engine."""
+
+    def layer_modules(self) -> list[LayerModules]:
+        """Raises Unsupported where a layer is not what the block's stock forward would find."""
+
+    def stock_forward(self, x: Tensor) -> Tensor: ...
+
+
 _stock: ContextVar[bool] = ContextVar("resdense_stock", default=False)
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""The reasons that a block has given. Not on the block: it would be copied, pickled and left behind by `revert`."""
 
 
 @contextmanager
@@ -51,61 +77,38 @@ def stock_path() -> Iterator[None]:
         _stock.reset(token)
 
 
-def _check_hooks(module: nn.Module) -> None:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise Unsupported(f"an inner {type(module).__name__} carries hooks")
-
-
-def _check_global_hooks() -> None:
-    if _module._has_any_global_hook():
-        raise Unsupported("global module hooks are set")
-
-
-def _read_norm(norm: nn.Module) -> BatchNorm:
-    if type(norm) not in _NORMS:
-        raise Unsupported(f"the norm is a {type(norm).__name__}")
-    tracking = norm.training and norm.track_running_stats
-    momentum = norm.momentum
-    if tracking and momentum is None:
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)
-    return BatchNorm(
-        norm.weight,
-        norm.bias,
-        norm.running_mean if tracking or not norm.training else None,
-        norm.running_var if tracking or not norm.training else None,
-        norm.training or (norm.running_mean is None and norm.running_var is None),
-        momentum,
-        norm.eps,
-        norm.num_batches_tracked if tracking else None,
+def run_dense_block(block: Block, x: Tensor, policy: str) -> Tensor:
+    """The block's forward on the engine, or on its stock path where the engine cannot; the latter is said once a block."""
+    if _is_transformed(x) or _stock.get():
+        return block.stock_forward(x)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if x.numel() == 0:
+        return block.stock_forward(x)
+    try:
+        if _is_wrapper(x):
+            raise Unsupported(f"the input is a {type(x).__name__}")
+        modules = block.layer_modules()
+        layers, activation = read_layers(modules)
+    except Unsupported as unsupported:
+        _say(block, unsupported)
+        return block.stock_forward(x)
+    if any(layer.drop_rate > 0 for layer in modules):
+        # Checked before masks are drawn: an error leaves the random state as it was.
+        functional.check_dense_block(x, layers)
+        layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
+    return functional.dense_block(
+        x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy
     )
 
 
-def _read_conv(conv: nn.Module) -> Conv:
-    if type(conv) not in _CONVS:
-        raise Unsupported(f"the convolution is a {type(conv).__name__}")
-    if conv.padding_mode != "zeros" or any(stride != 1 for stride in conv.stride):
-        raise Unsupported(f"the convolution has stride {conv.stride} and padding mode {conv.padding_mode!r}")
-    same = tuple(d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size))
-    if any(total % 2 for total in same):
-        raise Unsupported(f"the convolution's kernel {conv.kernel_size} is even")
-    padding = tuple(total // 2 for total in same)
-    if conv.padding != "same" and tuple(conv.padding) != padding and conv.padding != "valid" or (
-        conv.padding == "valid" and any(padding)
-    ):
-        raise Unsupported(f"the convolution's padding {conv.padding} changes the spatial size")
-    return Conv(conv.weight, conv.bias, padding, conv.dilation, conv.groups)
-
-
-def _read_activation(activation: nn.Module) -> Activation:
-    kind = type(activation)
-    if kind is nn.LeakyReLU:
-        return Activation("leaky_relu", activation.negative_slope)
-    if kind is nn.ELU and activation.alpha == 1:
-        return Activation("elu")
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
-    if kind not in names:
-        raise Unsupported(f"the activation is a {kind.__name__}")
-    return Activation(names[kind])
+def why_stock(block: Block) -> Optional[str]:
+    """Why the block's modules, as they are now, make it run its stock path; None where they do not."""
+    try:
+        read_layers(block.layer_modules())
+    except Unsupported as unsupported:
+        return unsupported.within(block)
+    return None
 
 
 def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:
@@ -114,45 +117,149 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
     Raises:
         Unsupported: an inner module that the engine cannot stand in for, or one with hooks.
     """
-    _check_global_hooks()
-    read, activations = [], set()
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    read, norms, activations = [], set(), set()
     for layer in layers:
-        _check_hooks(layer.module)
+        _check_untouched(layer.module)
         units = []
-        for modules in layer.units:
-            for module in modules:
-                _check_hooks(module)
-            norm, activation, conv = modules
+        for norm, activation, conv in layer.units:
+            # The convolution first: it says which norm belongs beside it.
+            read_conv = _read_conv(conv)
+            if norm in norms:
+                raise Unsupported("serves twice, so its running statistics change in between", norm)
+            norms.add(norm)
+            units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
             activations.add(_read_activation(activation))
-            units.append(Unit(_read_norm(norm), _read_conv(conv)))
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
         raise Unsupported(f"the layers' activations differ: {sorted(a.name for a in activations)}")
     return read, activations.pop() if activations else Activation()
 
 
-def run_dense_block(
-    block: nn.Module, x: Tensor, layers: Sequence[LayerModules], policy: str, stock: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The block's forward on the engine, or on ``stock`` where the engine cannot; the latter is said once a block."""
-    if _stock.get() or x.numel() == 0 or torch.jit.is_tracing():
-        return stock(x)
-    try:
-        read, activation = read_layers(layers)
-    except Unsupported as reason:
-        if block.__dict__.get("_resdense_said") != str(reason):
-            block._resdense_said = str(reason)
-            warnings.warn(f"resdense_ext: a {type(block).__name__} runs its stock path: {reason}", stacklevel=3)
-        return stock(x)
-    # Channels are checked before masks are drawn: an error leaves the random state as it was.
-    functional.check_dense_block(x, read)
-    drawn = []
-    for modules, layer in zip(layers, read):
-        if modules.drop_rate > 0 and modules.module.training:
-            width = layer.units[-1].conv.weight.shape[0]
-            mask, scale = functional.dropout_mask(x, width, modules.drop_rate, per_channel=modules.drop_channels)
-            layer = layer._replace(mask=mask, mask_scale=scale)
-        drawn.append(layer)
-    return functional.dense_block(
-        x, drawn, activation=activation.name, negative_slope=activation.slope, policy=policy
+def check_forward(module: nn.Module, owner: type[nn.Module], *methods: str) -> None:
+    """Raises Unsupported unless ``module`` is an ``owner`` that runs the owner's ``forward`` and other ``methods``."""
+    if not isinstance(module, owner):
+        raise Unsupported(f"is a {type(module).__name__}", module)
+    for method in ("forward", *methods):
+        if getattr(type(module), method) is not getattr(owner, method) or method in module.__dict__:
+            raise Unsupported(f"has a {method} of its own", module)
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether x passes through something that rewrites programs and needs a rule for each operation.
+
+    Of these the engine has none yet (its fake kernels serve shape inference); the stock path is right under all of them. It
+    is taken without a word: it is what the transformation is to see. ``torch.compile`` could not trace the update of the
+    running statistics inside the autograd function.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or isinstance(x, torch.fx.Proxy)
     )
+
+
+def _say(block: nn.Module, unsupported: Unsupported) -> None:
+    said = _said.setdefault(block, set())
+    if unsupported.reason not in said:
+        said.add(unsupported.reason)
+        message = f"resdense_ext: a {type(block).__name__} runs its stock path: {unsupported.within(block)}"
+        warnings.warn(message, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The ``stacklevel`` of a warning in the calling function that points at the nearest line of the user's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _with_mask(layer: DenseLayer, modules: LayerModules, x: Tensor) -> DenseLayer:
+    if modules.drop_rate <= 0 or not modules.module.training:
+        return layer
+    width = layer.units[-1].conv.weight.shape[0]
+    mask, scale = functional.dropout_mask(x, width, modules.drop_rate, per_channel=modules.drop_channels)
+    return layer._replace(mask=mask, mask_scale=scale)
+
+
+def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: itemgetter) -> tuple[Optional[Tensor], ...]:
+    """From ``module._parameters`` or ``_buffers``: as attributes tensors cost five times as much, and there are hundreds."""
+    try:
+        found = names(tensors)
+    except KeyError as name:
+        raise Unsupported(f"has no registered {name}", module) from None
+    for tensor in found:
+        if _is_wrapper(tensor):
+            raise Unsupported(f"holds a {type(tensor).__name__}", module)
+    return found
+
+
+def _is_wrapper(tensor: Optional[Tensor]) -> bool:
+    """DTensor and its like; a subclass that only adds attributes or names is none."""
+    return type(tensor) not in (nn.Parameter, Tensor) and tensor is not None and is_traceable_wrapper_subclass(tensor)
+
+
+def _check_untouched(module: nn.Module) -> None:
+    """Raises Unsupported where calling the module does more, or something else, than its class says."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Unsupported("carries hooks", module)
+    if "forward" in module.__dict__:
+        raise Unsupported("has a forward of its own", module)
+
+
+def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
+    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
+    if type(norm) is not expected:
+        raise Unsupported(f"is a {type(norm).__name__}", norm)
+    _check_untouched(norm)
+    weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
+    mean, var, count = _registered(norm, norm._buffers, _BUFFERS)
+    batch_stats = norm.training or (mean is None and var is None)
+    if not norm.training:
+        return BatchNorm(weight, bias, mean, var, batch_stats, norm.momentum, norm.eps)
+    if not norm.track_running_stats:
+        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
+    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count)
+
+
+def _read_conv(conv: nn.Module) -> Conv:
+    if type(conv) not in _NORM_BESIDE:
+        raise Unsupported(f"is a {type(conv).__name__}", conv)
+    _check_untouched(conv)
+    weight, bias = _registered(conv, conv._parameters, _PARAMETERS)
+    rank = weight.dim() - 2
+    stride, dilation = _sizes(conv.stride, rank), _sizes(conv.dilation, rank)
+    extent = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
+    same = tuple(e // 2 for e in extent)
+    padding = _sizes({"same": same, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else conv.padding, rank)
+    if any(s != 1 for s in stride) or any(2 * p != e for p, e in zip(padding, extent)):
+        geometry = f"kernel {tuple(weight.shape[2:])}, stride {stride}, padding {conv.padding!r}, dilation {dilation}"
+        raise Unsupported(f"does not keep every position in its place: {geometry}", conv)
+    if any(padding) and conv.padding_mode != "zeros":
+        raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
+    return Conv(weight, bias, padding, dilation, conv.groups)
+
+
+def _sizes(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _read_activation(activation: nn.Module) -> Activation:
+    _check_untouched(activation)
+    kind = type(activation)
+    if kind is nn.LeakyReLU:
+        return Activation("leaky_relu", activation.negative_slope)
+    if kind is nn.ELU and activation.alpha == 1:
+        return Activation("elu")
+    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
+    if kind not in names:
+        raise Unsupported(f"is a {activation}", activation)
+    return Activation(names[kind])

@@ -1,3 +1,4 @@
 """Registration, fake kernels, backend choice and autograd; one file an operation family."""
 
-from resdense_ext.ops import backend, cpu, dense_block  # noqa: F401  (cpu registers itself, above the reference)
+# Imported for what they register: the CPU backend (above the reference) and the fake kernels.
+from resdense_ext.ops import cpu, primitives  # noqa: F401

@@ -1,0 +1,86 @@
+# `make demo` and `make test` set everything up by themselves, in a virtual environment of their own, and are quick the
+# second time.
+
+# What is tested against. Where this installs a larger build than wanted (CUDA packages are several GB), name another:
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# For the tests alone, and without its dependencies: any torch will do.
+TORCHVISION ?= torchvision==0.28.0
+PYTHON ?= python3
+VENV ?= .venv
+# Where `make gpu` leaves its results.
+OUT ?= build/gpu
+# Passed on to the program that a target runs: make demo ARGS="--epochs 2", make test ARGS="-k dense -x".
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -q
+space := $(subst ,, )
+torch_key := $(subst /,_,$(subst $(space),_,$(strip $(TORCH))))
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test build bench wheel gpu clean
+
+help:
+	@echo "make demo    set up, then train a DenseNet twice, stock and converted, and compare (about 3 minutes)"
+	@echo "make test    set up, then run the tests that need no GPU and are not slow"
+	@echo "make build   set up and build the native code in place"
+	@echo "make bench   run the benchmarks; rows go to benchmarks/results"
+	@echo "make wheel   build a wheel into dist/"
+	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made)"
+	@echo "make clean   remove what was built (not $(VENV))"
+	@echo "Variables: TORCH='$(TORCH)' PYTHON=$(PYTHON) VENV=$(VENV) ARGS='$(ARGS)'"
+
+demo: $(VENV)/.demo $(VENV)/.built
+	$(PY) -m resdense_ext demo $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.built
+	$(PY) -m pytest -m "not gpu and not slow" $(ARGS)
+
+build: $(VENV)/.built
+
+bench: $(VENV)/.test $(VENV)/.built
+	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do echo "$$file"; $(PY) $$file --out benchmarks/results $(ARGS); done
+
+wheel: $(VENV)/.torch-$(torch_key)
+	$(PY) setup.py -q bdist_wheel
+	@ls -l dist/*.whl
+
+# Nine minutes at most in all.
+gpu:
+	@mkdir -p $(OUT)
+	timeout 180 $(PYTHON) setup.py -q build_ext --inplace
+	timeout 220 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml $(ARGS)
+	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do timeout 130 $(PYTHON) $$file --device cuda --out $(OUT); done
+
+clean:
+	rm -rf build dist *.egg-info resdense_ext/*.so $(VENV)/.built
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "PYTHON=$(PYTHON): expected Python 3.10 or later, got $$($(PYTHON) -V 2>&1)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "PYTHON=$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: install python3-venv)"; exit 1; }
+
+# The name holds the version, so that another TORCH is installed and built against.
+$(VENV)/.torch-$(torch_key): | $(VENV)/bin/python
+	@echo "Installing $(TORCH) into $(VENV)"
+	@$(PIP) "setuptools>=77" wheel ninja numpy
+	@$(PIP) $(TORCH)
+	@rm -f $(VENV)/.torch-* && touch $@
+
+# Editable, and without native code: the dependencies and the `resdense` command.
+$(VENV)/.demo: $(VENV)/.torch-$(torch_key) pyproject.toml
+	@RESDENSE_SKIP_EXT=1 $(PIP) --no-build-isolation -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch-$(torch_key) pyproject.toml
+	@RESDENSE_SKIP_EXT=1 $(PIP) --no-build-isolation -e ".[demo,test]"
+	@$(PIP) --no-deps $(TORCHVISION)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch-$(torch_key) setup.py $(shell find csrc -type f)
+	@mkdir -p build
+	@$(PY) setup.py build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@grep '^resdense_ext: ' build/build.log
+	@touch $@

@@ -1,0 +1,91 @@
+"""The compiled operators' Python side: fake kernels, and the reference where CUDA alone has a compiled kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from resdense_ext import reference
+from resdense_ext.ops._library import CPU_LIBRARY, LIBRARY
+from resdense_ext.reference import Activation, accumulation_dtype
+
+__all__: list[str] = []
+
+
+def _vectors(like: torch.Tensor, channels: int, count: int = 2) -> tuple[torch.Tensor, ...]:
+    return tuple(like.new_empty(channels, dtype=accumulation_dtype(like.dtype)) for _ in range(count))
+
+
+def _channel_stats(x):
+    return _vectors(x, x.shape[1])
+
+
+def _bn_act(x, scale, shift, negative_slope, out):
+    return None
+
+
+def _bn_act_backward(grad, x, scale, shift, center, negative_slope):
+    return _vectors(x, x.shape[1])
+
+
+def _bn_act_backward_accumulate(out, grad, x, scale, shift, center, negative_slope):
+    return _vectors(x, x.shape[1])
+
+
+def _pending_grad(dy, z, alpha, beta, delta):
+    return None
+
+
+def _bn_act_conv1x1(x, scale, shift, negative_slope, weight, bias, out, stats):
+    return _vectors(out, out.shape[1] if stats else 0)
+
+
+def _bn_act_conv1x1_backward(
+    x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, need_weight
+):
+    outputs, inputs = weight.shape
+    return weight.new_empty((outputs if need_weight else 0, inputs)), *_vectors(x, inputs)
+
+
+def _add_act(x, y, negative_slope):
+    return torch.empty_like(x)
+
+
+def _add_act_backward(grad, out, negative_slope):
+    return torch.empty_like(out)
+
+
+def _bn_add_act(z, scale, shift, identity, identity_scale, identity_shift, negative_slope):
+    return torch.empty_like(z)
+
+
+def _add_act_cpu(x, y, negative_slope):
+    return reference.add_act(x, y, Activation("leaky_relu", negative_slope))
+
+
+def _add_act_backward_cpu(grad, out, negative_slope):
+    return grad * reference.activation_slope(out, Activation("leaky_relu", negative_slope))
+
+
+def _bn_add_act_cpu(z, scale, shift, identity, identity_scale, identity_shift, negative_slope):
+    linear = Activation("identity")
+    if identity_scale is not None:
+        identity = reference.apply_pending(identity, identity_scale, identity_shift, linear)
+    return _add_act_cpu(reference.apply_pending(z, scale, shift, linear), identity, negative_slope)
+
+
+if CPU_LIBRARY is None:  # else there are no such operators
+    for fake in (
+        _channel_stats,
+        _bn_act,
+        _bn_act_backward,
+        _bn_act_backward_accumulate,
+        _pending_grad,
+        _bn_act_conv1x1,
+        _bn_act_conv1x1_backward,
+        _add_act,
+        _add_act_backward,
+        _bn_add_act,
+    ):
+        torch.library.register_fake(f"resdense::{fake.__name__[1:]}", fake, lib=LIBRARY)
+    for kernel in (_add_act_cpu, _add_act_backward_cpu, _bn_add_act_cpu):
+        LIBRARY.impl(kernel.__name__[1:-4], kernel, "CPU")

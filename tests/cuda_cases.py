@@ -1,0 +1,218 @@
+"""Checks of the CUDA operators, on whatever computes them: a GPU, or the execution-model shim on the CPU.
+
+Every function takes ``ops`` (`torch.ops.resdense`, or the shim's namespace) and the device of its tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+SHAPES = (
+    (2, 3, 5, 7),
+    (1, 1, 1, 1),
+    (3, 8, 4, 4),  # vectors in both layouts
+    (2, 40, 7, 7),  # odd planes, channels of whole vectors
+    (5, 12, 14, 14),  # 16-bit planes are no whole vectors
+    (129, 24),
+    (7, 1, 33),
+    (2, 5, 3, 2, 4),
+    (1, 264, 2),  # more channels than one block takes
+    (2, 8, 41, 40),  # several chunks a plane
+)
+LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice", "every_other_sample", "offset", "expanded")
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str, seed: int = 0) -> Tensor:
+    """Normal values in a layout; slices lie in buffers of NaN, so that reading beside them shows."""
+    n, c, *spatial = shape
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    if layout == "contiguous":
+        return values
+    if layout == "expanded":
+        # One value for all positions of a sample, as the gradient of an average has it.
+        return values.flatten(2)[:, :, 0].contiguous().view(n, c, *[1] * len(spatial)).expand(shape) if spatial else values
+    if layout == "every_other_sample":
+        whole = torch.full((2 * n, c, *spatial), math.nan, dtype=dtype, device=device)
+        part = whole[::2]
+    elif layout == "offset":
+        whole = torch.full((n * c * math.prod(spatial) + 1,), math.nan, dtype=dtype, device=device)
+        part = whole[1:].view(shape)
+    else:
+        extra = 0 if layout == "channels_last" else 24
+        if layout == "slice":
+            whole = torch.full((n, c + extra, *spatial), math.nan, dtype=dtype, device=device)
+        else:
+            whole = torch.full((n, *spatial, c + extra), math.nan, dtype=dtype, device=device).movedim(-1, 1)
+        part = whole[:, 16 if extra else 0 :][:, :c]
+    part.copy_(values)
+    return part
+
+
+def cases() -> Iterator[tuple[tuple[int, ...], torch.dtype, str]]:
+    yield from itertools.product(SHAPES, (torch.float32, torch.bfloat16), LAYOUTS)
+    yield from itertools.product(SHAPES, (torch.float16, torch.float64), ("contiguous", "channels_last_slice"))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activate(y: Tensor, slope: float) -> Tensor:
+    return torch.relu(y) if slope == 0 else torch.nn.functional.leaky_relu(y, slope)
+
+
+def layout_of(t: Tensor) -> list[int]:
+    return [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
+
+
+def assert_rounded(ours: Tensor, truth: Tensor, magnitude: Tensor, note: object) -> None:
+    """``truth`` in float64 up to the rounding of the dtype, and of a few operations on terms of this magnitude."""
+    assert ours.shape == truth.shape
+    step = torch.finfo(ours.dtype).eps
+    work = torch.finfo(wide(ours.dtype)).eps
+    bound = step * truth.abs() + 4 * work * magnitude + torch.finfo(ours.dtype).tiny
+    error = (ours.double() - truth).abs()
+    assert bool((error <= bound).all()), f"{note}: error {error.max().item():.3g}"
+
+
+def check_channel_stats(ops, device: str) -> None:
+    for case in cases():
+        x = make(*case, device)
+        mean, m2 = ops.channel_stats(x)
+        assert mean.shape == m2.shape == (x.shape[1],) and mean.dtype == m2.dtype == wide(x.dtype)
+        rows = x.double().movedim(1, 0).flatten(1)
+        eps = torch.finfo(mean.dtype).eps
+        bound = 4 * eps * rows.abs().mean(1)
+        assert bool(((mean.double() - rows.mean(1)).abs() <= bound).all()), case
+        truth = (rows - rows.mean(1, keepdim=True)).square().sum(1)
+        # What a rounding of the values themselves would change: 2 eps of the products of deviation and value.
+        energy = rows.square().sum(1)
+        bound = eps * (8 * truth + 4 * (truth * energy).sqrt() + 16 * eps * energy)
+        assert bool(((m2.double() - truth).abs() <= bound).all()), case
+
+
+def check_channel_stats_repeats(ops, device: str) -> None:
+    """Bitwise, whatever order the threads run in."""
+    results = []
+    for order in (0, 1, 2, 3):
+        if device == "cpu":
+            ops.configure(order, 4)
+        results.append([ops.channel_stats(make(*case, device)) for case in itertools.islice(cases(), 0, None, 7)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for x, y in zip(results[0], other) for a, b in zip(x, y))
+
+
+def check_channel_stats_far_mean(ops, device: str) -> None:
+    """A mean of 1000 deviations, and a first value that is far from all others."""
+    for layout in ("contiguous", "channels_last"):
+        x = make((4, 8, 20, 20), torch.float32, layout, device) + 1000
+        x[0, :, 0, 0] = 0
+        _, m2 = ops.channel_stats(x)
+        truth = x.double().var((0, 2, 3), unbiased=False) * x.numel() / x.shape[1]
+        torch.testing.assert_close(m2.double(), truth, rtol=6e-5, atol=0)
+        x[0, :, 0, 0] = 1000
+        mean, m2 = ops.channel_stats(x)
+        truth = x.double().var((0, 2, 3), unbiased=False) * x.numel() / x.shape[1]
+        torch.testing.assert_close(m2.double(), truth, rtol=6e-5, atol=0)
+        torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=2e-7, atol=0)
+
+
+def check_add_act(ops, device: str) -> None:
+    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    for shape, dtype, layout in cases():
+        x = make(shape, dtype, layout, device)
+        for other in {layout, "channels_last"}:
+            y = make(shape, dtype, other, device, seed=1)
+            slope = next(slopes)
+            note = (shape, dtype, layout, other, slope)
+            out = ops.add_act(x, y, slope)
+            assert other != layout or layout_of(out) == layout_of(x + y), note
+            assert_rounded(out, activate(x.double() + y.double(), slope), x.double().abs() + y.double().abs(), note)
+
+            dx = ops.add_act_backward(y, out, slope)
+            assert_rounded(dx, torch.where(out > 0, y.double(), slope * y.double()), y.double().abs(), note)
+
+
+def check_bn_add_act(ops, device: str) -> None:
+    projections = itertools.cycle((False, True, True))
+    for shape, dtype, layout in cases():
+        z = make(shape, dtype, layout, device)
+        channels = shape[1]
+        vectors = torch.randn(4, channels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        scale, shift, scale_d, shift_d = vectors.to(device, wide(dtype))
+        column = (channels, *[1] * (len(shape) - 2))
+        for other in {layout, "channels_last"}:
+            identity = make(shape, dtype, other, device, seed=1)
+            projected = next(projections)
+            more = (scale_d, shift_d) if projected else (None, None)
+            out = ops.bn_add_act(z, scale, shift, identity, *more, 0.0)
+            terms = [scale.double().view(column) * z.double(), shift.double().view(column).expand(shape)]
+            if projected:
+                terms += [scale_d.double().view(column) * identity.double(), shift_d.double().view(column).expand(shape)]
+            else:
+                terms += [identity.double()]
+            note = (shape, dtype, layout, other, projected)
+            assert_rounded(out, torch.relu(sum(terms)), sum(t.abs() for t in terms), note)
+
+
+def check_special_values(ops, device: str) -> None:
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0], device=device).view(1, 1, 6)
+    zero, one = torch.zeros_like(x), torch.ones(1, device=device)
+    for out in (ops.add_act(x, zero, 0.0), ops.bn_add_act(x, one, 0 * one, zero, None, None, 0.0)):
+        torch.testing.assert_close(out, torch.relu(x), rtol=0, atol=0, equal_nan=True)
+    # Behind a ReLU that stops it even an infinite gradient is 0.
+    dx = ops.add_act_backward(zero + math.inf, torch.relu(x), 0.0)
+    expected = torch.tensor([math.inf, math.inf, 0, 0, 0, math.inf], device=device)
+    assert torch.equal(dx.flatten(), expected)
+    dx = ops.add_act_backward(zero + 1, torch.nn.functional.leaky_relu(x, 0.1), 0.1)
+    torch.testing.assert_close(dx.flatten(), torch.tensor([0.1, 1, 0.1, 0.1, 0.1, 1], device=device))
+
+
+def check_empty(ops, device: str) -> None:
+    for shape in ((0, 3, 4, 4), (2, 0, 4), (2, 3, 0)):
+        x = torch.empty(shape, device=device)
+        channels = torch.empty(shape[1], device=device)
+        assert ops.add_act(x, x, 0.0).shape == shape
+        assert ops.add_act_backward(x, x, 0.0).shape == shape
+        assert ops.bn_add_act(x, channels, channels, x, None, None, 0.0).shape == shape
+        mean, m2 = ops.channel_stats(x)
+        assert bool(mean.isnan().all()) and torch.equal(m2, torch.zeros_like(channels))
+
+
+def check_errors(ops, device: str) -> None:
+    x = torch.zeros(2, 3, 4, 4, device=device)
+    vector = torch.zeros(3, device=device)
+    for message, call in (
+        (r"x: expected shape \(N, C, ...\), got \(3\)", lambda: ops.channel_stats(vector)),
+        (r"x: expected dtype float32, bfloat16, float16 or float64, got Int", lambda: ops.channel_stats(x.int())),
+        (r"x: expected spatial positions with one stride", lambda: ops.channel_stats(x[..., :3])),
+        (r"x: expected adjacent channels .* or adjacent positions", lambda: ops.channel_stats(x[:, :, 0, ::2])),
+        (r"y: expected dtype float32, got float64", lambda: ops.add_act(x, x.double(), 0.0)),
+        (r"y: expected shape \(2, 3, 4, 4\) \(that of x\), got \(1, 3, 4, 4\)", lambda: ops.add_act(x, x[:1], 0.0)),
+        (r"negative_slope: expected 0 or more .* got -0.1", lambda: ops.add_act_backward(x, x, -0.1)),
+        (r"scale: expected shape \(3,\), one value a channel of z, got \(2\)",
+         lambda: ops.bn_add_act(x, vector[:2], vector, x, None, None, 0.0)),
+        (r"shift: expected dtype float32, got float64", lambda: ops.bn_add_act(x, vector, vector.double(), x, None, None, 0.0)),
+        (r"identity_shift: expected a tensor", lambda: ops.bn_add_act(x, vector, vector, x, vector, None, 0.0)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+CHECKS = (
+    check_channel_stats,
+    check_channel_stats_repeats,
+    check_channel_stats_far_mean,
+    check_add_act,
+    check_bn_add_act,
+    check_special_values,
+    check_empty,
+    check_errors,
+)

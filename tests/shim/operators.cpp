@@ -1,0 +1,22 @@
+// The CUDA operators, kernels and launchers both, compiled as plain C++ for the shim.
+
+#include "cuda/add_act.cu"
+#include "cuda/bn_add_act.cu"
+#include "cuda/channel_stats.cu"
+
+static void configure(int64_t order, int64_t multiprocessors) {
+  shim::order = static_cast<int>(order);
+  shim::multiprocessors = static_cast<int>(multiprocessors);
+}
+
+STABLE_TORCH_LIBRARY(resdense_shim, m) {
+  m.def("configure(int order, int multiprocessors) -> ()");
+  m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
+  m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
+  m.def(
+      "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
+      "Tensor? identity_shift, float negative_slope) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resdense_shim, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }

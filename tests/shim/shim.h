@@ -1,0 +1,162 @@
+#pragma once
+// An execution model of a GPU's threads on the CPU, to run kernels under the sanitizers: a fiber a thread, one block at a
+// time; barriers and shuffles yield. Fibers that can go on do so in a chosen order, so that a missing barrier shows.
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+// One block runs at a time.
+#define __shared__ static
+
+using __half = c10::Half;
+using __nv_bfloat16 = c10::BFloat16;
+inline float __half2float(__half v) { return v; }
+inline float __bfloat162float(__nv_bfloat16 v) { return v; }
+inline __half __float2half_rn(float v) { return v; }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) { return v; }
+
+namespace shim {
+
+struct Index {
+  unsigned x = 0;
+};
+
+inline int order = 0;  // 0 forward, 1 reverse, else the seed of a shuffle
+inline int multiprocessors = 1;
+
+}  // namespace shim
+
+inline shim::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace shim {
+
+class Block {
+ public:
+  Block(unsigned threads, const std::function<void()>& kernel) : kernel_(kernel), fibers_(threads) {
+    blockDim.x = threads;
+    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique<char[]>(kStack);
+  }
+
+  void run(unsigned block) {
+    blockIdx.x = block;
+    current_ = this;
+    for (Fiber& fiber : fibers_) {
+      fiber.state = State::ready;
+      fiber.shuffles = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = &scheduler_;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    for (;;) {
+      bool moved = false;
+      for (unsigned t : permutation(fibers_.size(), block)) {
+        if (fibers_[t].state != State::ready) continue;
+        moved = true;
+        threadIdx.x = t;
+        swapcontext(&scheduler_, &fibers_[t].context);
+        release_warp(t / 32);
+      }
+      if (moved) continue;
+      if (count(State::done) == fibers_.size()) return;
+      if (count(State::barrier) != fibers_.size())
+        throw std::runtime_error("shim: not all threads of the block arrive at the barrier or shuffle");
+      for (Fiber& fiber : fibers_) fiber.state = State::ready;
+    }
+  }
+
+  static std::vector<unsigned> permutation(size_t size, unsigned salt) {
+    std::vector<unsigned> indices(size);
+    std::iota(indices.begin(), indices.end(), 0u);
+    if (order == 1) std::reverse(indices.begin(), indices.end());
+    if (order > 1) std::shuffle(indices.begin(), indices.end(), std::mt19937(order + salt));
+    return indices;
+  }
+
+  static void barrier() { current_->yield(State::barrier); }
+
+  template <typename V>
+  static V shuffle_down(V value, unsigned delta) {
+    static_assert(sizeof(V) <= sizeof(uint64_t));
+    const unsigned thread = threadIdx.x;
+    Fiber& self = current_->fibers_[thread];
+    // Two slots: a lane may write its next value before a neighbour has read this one, but not the one after.
+    const unsigned slot = self.shuffles++ % 2;
+    std::memcpy(&self.slots[slot], &value, sizeof(V));
+    current_->yield(State::shuffle);
+    if (thread % 32 + delta < 32) std::memcpy(&value, &current_->fibers_[thread + delta].slots[slot], sizeof(V));
+    return value;
+  }
+
+ private:
+  static constexpr size_t kStack = 64 * 1024;
+  enum class State { ready, barrier, shuffle, done };
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    State state;
+    unsigned shuffles;
+    uint64_t slots[2];
+  };
+
+  static void enter() {
+    current_->kernel_();
+    current_->fibers_[threadIdx.x].state = State::done;
+  }
+
+  void yield(State state) {
+    const unsigned thread = threadIdx.x;
+    fibers_[thread].state = state;
+    swapcontext(&fibers_[thread].context, &scheduler_);
+  }
+
+  void release_warp(unsigned warp) {
+    const size_t end = std::min<size_t>(fibers_.size(), warp * 32 + 32);
+    for (size_t t = warp * 32; t < end; ++t)
+      if (fibers_[t].state != State::shuffle) return;
+    for (size_t t = warp * 32; t < end; ++t) fibers_[t].state = State::ready;
+  }
+
+  size_t count(State state) const {
+    size_t n = 0;
+    for (const Fiber& fiber : fibers_) n += fiber.state == state;
+    return n;
+  }
+
+  static inline Block* current_ = nullptr;
+  const std::function<void()>& kernel_;
+  std::vector<Fiber> fibers_;
+  ucontext_t scheduler_;
+};
+
+inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  if (threads == 0 || threads > 1024 || blocks == 0) throw std::runtime_error("shim: bad launch configuration");
+  gridDim.x = blocks;
+  Block block(threads, kernel);
+  for (unsigned b : Block::permutation(blocks, 0)) block.run(b);
+}
+
+}  // namespace shim
+
+inline void __syncthreads() { shim::Block::barrier(); }
+
+template <typename V>
+inline V __shfl_down_sync(unsigned, V value, unsigned delta) {
+  return shim::Block::shuffle_down(value, delta);
+}

@@ -1,0 +1,359 @@
+"""Every backend's primitives against the reference in float64, and the operators' registration."""
+
+import pytest
+import torch
+from tolerance import assert_within_rule, torch_runs, true_run
+
+from resdense_ext import functional, reference
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops._library import CPU_LIBRARY
+from resdense_ext.ops.backend import Affine, Pending
+from resdense_ext.reference import Activation, Conv
+
+built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
+BACKENDS = ["reference", pytest.param("cpu", marks=built)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Samples, channels, spatial sizes: ordinary, odd, of one position, of one channel, past a tile and past a vector.
+SHAPES = [(2, 8, (6, 5)), (1, 1, (7, 1)), (3, 17, (1, 1)), (2, 129, (3,)), (1, 70, (5, 4, 3)), (2, 33, (37, 29))]
+ACTIVATIONS = [Activation("relu"), Activation("leaky_relu", 0.2), Activation("identity")]
+
+stats_dtype = reference.accumulation_dtype
+
+
+def last_format(x):
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+def buffer_slice(values, channels_last, before=3, after=2, sentinel=77.0):
+    """``values`` as a slice of the channels of a larger buffer, and a check that the rest of it is untouched."""
+    shape = (values.shape[0], values.shape[1] + before + after, *values.shape[2:])
+    buffer = torch.full(shape, sentinel, dtype=values.dtype)
+    buffer = last_format(buffer) if channels_last else buffer
+    inside = buffer[:, before : before + values.shape[1]]
+    inside.copy_(values)
+
+    def untouched():
+        outside = torch.cat([buffer[:, :before], buffer[:, before + values.shape[1] :]], 1)
+        assert (outside == sentinel).all(), "written outside of the slice"
+
+    return inside, untouched
+
+
+def vectors(channels, dtype, count):
+    return [torch.randn(channels, dtype=stats_dtype(dtype)) for _ in range(count)]
+
+
+def close(ours, run, inputs, dtype):
+    """The rule of tolerance.py; ``run`` is the plain formula on a dict of tensors."""
+    as_run = lambda tensors, _: {f"{i}": t for i, t in enumerate(run(tensors))}  # noqa: E731
+    truth = true_run(as_run, inputs, {})
+    runs = torch_runs(as_run, inputs, {})
+    assert_within_rule({f"{i}": t for i, t in enumerate(ours)}, truth, runs, dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return backends.get(request.param)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestElementwise:
+    def map(self, shape, dtype):
+        return torch.randn(shape[0], shape[1], *shape[2]).to(dtype)
+
+    def test_channel_stats(self, backend, shape, dtype, channels_last):
+        x = self.map(shape, dtype)
+        source, _ = buffer_slice(x, channels_last)
+        close(backend.channel_stats(source), lambda t: reference.channel_stats(t["x"]), {"x": x}, torch.float32)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+    def test_bn_act(self, backend, shape, dtype, channels_last, activation):
+        x = self.map(shape, dtype)
+        scale, shift = vectors(x.shape[1], dtype, 2)
+        source, _ = buffer_slice(x, channels_last)
+        out = backend.bn_act(source, Affine(scale, shift, activation))
+        assert out.shape == x.shape and out.dtype == dtype
+        inputs = {"x": x, "scale": scale, "shift": shift}
+        close([out], lambda t: [reference.apply_pending(t["x"], t["scale"], t["shift"], activation)], inputs, dtype)
+
+    def test_pending_grad(self, backend, shape, dtype, channels_last):
+        dy, z = self.map(shape, dtype), self.map(shape, dtype)
+        coefficients = dict(zip(("alpha", "beta", "delta"), vectors(dy.shape[1], dtype, 3)))
+        target, untouched = buffer_slice(dy, channels_last)
+        source, _ = buffer_slice(z, channels_last)
+        version = target._version
+        backend.pending_grad_(Pending(target, source, **coefficients))
+        assert target._version > version
+        untouched()
+        close([target], lambda t: [reference.pending_grad(**t)], {"dy": dy, "z": z, **coefficients}, dtype)
+
+    @pytest.mark.parametrize("accumulate", [False, True])
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+    def test_bn_act_backward(self, backend, shape, dtype, channels_last, activation, accumulate):
+        x, grad, d = (self.map(shape, dtype) for _ in range(3))
+        scale, shift, center = vectors(x.shape[1], dtype, 3)
+        source, _ = buffer_slice(x, channels_last)
+        g, g_untouched = buffer_slice(grad, channels_last)
+        out, untouched = buffer_slice(d, channels_last)
+        affine = Affine(scale, shift, activation)
+        if accumulate:
+            sums = backend.bn_act_backward_accumulate(out, g, source, affine, center)
+            assert torch.equal(g, grad)
+        else:
+            sums = backend.bn_act_backward(g, source, affine, center)
+            out = g
+        untouched(), g_untouched()
+
+        def formula(t):
+            wide = stats_dtype(t["x"].dtype)
+            per = lambda name: reference.per_channel(t[name], t["x"])  # noqa: E731
+            y = per("scale") * t["x"].to(wide) + per("shift")
+            dy = t["grad"].to(wide) * reference.activation_slope(y, activation)
+            result = t["d"].to(wide) + per("scale") * dy if accumulate else dy
+            reduced = [0, *range(2, dy.dim())]
+            return result.to(t["x"].dtype), dy.sum(reduced), (dy * (t["x"].to(wide) - per("center"))).sum(reduced)
+
+        inputs = {"x": x, "grad": grad, "d": d, "scale": scale, "shift": shift, "center": center}
+        close([out, *sums], formula, inputs, dtype)
+
+
+def conv_cases():
+    pointwise = Conv(torch.empty(0), None, (0, 0), (1, 1), 1)
+    yield "1x1", pointwise, (12, 20, 1, 1), False
+    yield "1x1 bias", pointwise, (12, 20, 1, 1), True
+    yield "1x1 wide", pointwise, (130, 67, 1, 1), False
+    yield "3x3", pointwise._replace(padding=(1, 1)), (8, 20, 3, 3), False
+    yield "3x3 dilated, grouped, bias", Conv(torch.empty(0), None, (2, 2), (2, 2), 4), (8, 5, 3, 3), True
+    yield "5x3", pointwise._replace(padding=(2, 1)), (6, 20, 5, 3), False
+
+
+CASES = {name: (conv, shape, bias) for name, conv, shape, bias in conv_cases()}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+class TestConvolution:
+    def inputs(self, case, dtype, sizes=(3, 11, 9)):
+        conv, shape, bias = CASES[case]
+        channels = shape[1] * conv.groups
+        spread = (shape[1] * shape[2] * shape[3]) ** -0.5
+        tensors = {
+            "x": torch.randn(sizes[0], channels, *sizes[1:]).to(dtype),
+            "weight": (torch.randn(shape) * spread).to(dtype),
+            **dict(zip(("scale", "shift", "center"), vectors(channels, dtype, 3))),
+        }
+        if bias:
+            tensors["bias"] = torch.randn(shape[0]).to(dtype)
+        return conv, tensors
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_forward(self, backend, case, dtype, channels_last, masked):
+        conv, tensors = self.inputs(case, dtype)
+        activation = Activation("relu")
+        outputs = tensors["weight"].shape[0]
+        mask = torch.rand(3, outputs, 11, 9) > 0.5 if masked else None
+        source, _ = buffer_slice(tensors["x"], channels_last)
+        out, untouched = buffer_slice(torch.full((3, outputs, 11, 9), float("nan"), dtype=dtype), channels_last)
+        ours = conv._replace(weight=tensors["weight"], bias=tensors.get("bias"))
+        affine = Affine(tensors["scale"], tensors["shift"], activation)
+        stats = backend.bn_act_conv(source, affine, ours, out, mask, 2.0, True)
+        untouched()
+
+        def formula(t):
+            a = reference.apply_pending(t["x"], t["scale"], t["shift"], activation)
+            z = reference.convolution(a, conv._replace(weight=t["weight"], bias=t.get("bias")))
+            return [z if mask is None else z * (mask * 2.0)]
+
+        close([out], formula, tensors, dtype)
+        # The statistics are those of what was written, rounded as it is.
+        close(stats, lambda t: reference.channel_stats(t["x"]), {"x": out.contiguous()}, torch.float32)
+        assert backend.bn_act_conv(source, affine, ours, out, mask, 2.0, False) is None
+
+    @pytest.mark.parametrize("pending", [False, True])
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_backward(self, backend, case, dtype, channels_last, accumulate, pending):
+        conv, tensors = self.inputs(case, dtype)
+        activation = Activation("relu")
+        outputs = tensors["weight"].shape[0]
+        for name in ("dy", "z"):
+            tensors[name] = torch.randn(3, outputs, 11, 9).to(dtype)
+        tensors["d"] = torch.randn_like(tensors["x"])
+        tensors.update(zip(("alpha", "beta", "delta"), vectors(outputs, dtype, 3)))
+        # The layout of the convolution's own input decides; a bottleneck is a map of its own, a wide input is a slice.
+        source, _ = buffer_slice(tensors["x"], channels_last)
+        if not accumulate:
+            source = last_format(tensors["x"].clone()) if channels_last else tensors["x"].clone()
+        dy, dy_untouched = buffer_slice(tensors["dy"], channels_last)
+        z, _ = buffer_slice(tensors["z"], channels_last)
+        d, untouched = buffer_slice(tensors["d"], channels_last)
+        grad = Pending(dy, z, tensors["alpha"], tensors["beta"], tensors["delta"]) if pending else dy
+        ours = conv._replace(weight=tensors["weight"], bias=tensors.get("bias"))
+        affine = Affine(tensors["scale"], tensors["shift"], activation)
+        grads = backend.bn_act_conv_backward(
+            source, affine, tensors["center"], ours, grad, d if accumulate else None, True
+        )
+        untouched(), dy_untouched()
+
+        def formula(t):
+            wide = stats_dtype(t["x"].dtype)
+            per = lambda name: reference.per_channel(t[name], t["x"])  # noqa: E731
+            y = per("scale") * t["x"].to(wide) + per("shift")
+            a = reference.activate(y, activation).to(t["x"].dtype)
+            dz = reference.pending_grad(t["dy"], t["z"], t["alpha"], t["beta"], t["delta"]) if pending else t["dy"]
+            parameters = [a, t["weight"]] + ([t["bias"]] if "bias" in t else [])
+            parameters = [p.detach().requires_grad_() for p in parameters]
+            conv_t = conv._replace(weight=parameters[1], bias=parameters[2] if "bias" in t else None)
+            da, *rest = torch.autograd.grad(reference.convolution(parameters[0], conv_t), parameters, dz)
+            dy = da.to(wide) * reference.activation_slope(y, activation)
+            out = (t["d"].to(wide) + per("scale") * dy if accumulate else dy).to(t["x"].dtype)
+            reduced = [0, *range(2, dy.dim())]
+            return out, *rest, dy.sum(reduced), (dy * (t["x"].to(wide) - per("center"))).sum(reduced)
+
+        result = [d if accumulate else grads.dy, grads.weight, grads.bias, grads.sum_dy, grads.sum_dy_xc]
+        close([t for t in result if t is not None], formula, tensors, dtype)
+        without = backend.bn_act_conv_backward(
+            source, affine, tensors["center"], ours, tensors["dy"].clone(), d if accumulate else None, False
+        )
+        assert without.weight is None and without.bias is None
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_statistics_survive_a_mean_of_a_thousand_deviations(backend, channels_last):
+    x = torch.randn(4, 9, 40, 37) + 1000 * torch.arange(9.0).view(1, 9, 1, 1)
+    source, _ = buffer_slice(x, channels_last)
+    mean, m2 = backend.channel_stats(source)
+    true_mean, true_m2 = reference.channel_stats(x.double())
+    assert ((mean - true_mean).abs() <= 2 * torch.finfo(torch.float32).eps * true_mean.abs() + 1e-6).all()
+    assert ((m2 - true_m2).abs() <= 1e-5 * true_m2).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_not_a_number_and_infinity(backend, channels_last):
+    x = torch.tensor([float("nan"), float("-inf"), float("inf"), -1.0, 1.0]).view(1, 5, 1, 1).repeat(2, 1, 3, 3)
+    source, _ = buffer_slice(x, channels_last)
+    out = backend.bn_act(source, Affine(torch.ones(5), torch.zeros(5), Activation("relu")))[0, :, 0, 0]
+    assert out[0].isnan() and out[1:].tolist() == [0.0, float("inf"), 0.0, 1.0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_repeat_bitwise(backend, threads):
+    torch.set_num_threads(threads)
+    x, w = torch.randn(4, 40, 23, 19), torch.randn(24, 40, 1, 1)
+    dy, z = torch.randn(4, 24, 23, 19), torch.randn(4, 24, 23, 19)
+    ones, zeros = torch.ones(40), torch.zeros(40)
+    results = []
+    for _ in range(3):
+        out = torch.zeros_like(x)
+        pending = Pending(dy.clone(), z, torch.ones(24), torch.zeros(24), torch.zeros(24))
+        affine = Affine(ones, zeros, Activation())
+        grads = backend.bn_act_conv_backward(x, affine, zeros, Conv(w), pending, out, True)
+        results.append([out, grads.weight, grads.sum_dy, grads.sum_dy_xc])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+class TestOperators:
+    """torch.library.opcheck: schema, fake kernel, no undeclared mutation or aliasing."""
+
+    pytestmark = [built]
+
+    def arguments(self, name):
+        x, z, w = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(3, 6)
+        a, b, c = torch.randn(6), torch.randn(6), torch.randn(6)
+        p, q, r = torch.randn(3), torch.randn(3), torch.randn(3)
+        return {
+            "channel_stats": (x,),
+            "bn_act": (x, a, b, 0.0, torch.empty_like(x)),
+            "bn_act_backward": (x.clone(), x, a, b, c, 0.1),
+            "bn_act_backward_accumulate": (x.clone(), x.clone(), x, a, b, c, 0.0),
+            "pending_grad": (z.clone(), z, p, q, r),
+            "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
+            "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True),
+            "add_act": (x, x.clone(), 0.0),
+            "add_act_backward": (x, x.clone(), 0.0),
+            "bn_add_act": (x, a, b, x.clone(), c, a.clone(), 0.0),
+        }[name]
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "channel_stats",
+            "bn_act",
+            "bn_act_backward",
+            "bn_act_backward_accumulate",
+            "pending_grad",
+            "bn_act_conv1x1",
+            "bn_act_conv1x1_backward",
+            "add_act",
+            "add_act_backward",
+            "bn_add_act",
+        ],
+    )
+    def test_opcheck(self, name):
+        utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(getattr(torch.ops.resdense, name).default, self.arguments(name), test_utils=utilities)
+
+    def test_a_mutated_slice_bumps_the_version(self):
+        backend = backends.get("cpu")
+        x = torch.randn(2, 6, 5, 4)
+        base = torch.zeros(2, 9, 5, 4)
+        affine = Affine(torch.ones(6), torch.zeros(6), Activation())
+        version = base._version
+        backend.bn_act_conv(x, affine, Conv(torch.randn(3, 6, 1, 1)), base[:, 2:5], None, 1.0, False)
+        assert base._version > version
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(scale=torch.ones(5)), r"scale: expected shape \(6,\).*got \(5\)"),
+            (dict(scale=torch.ones(6).double()), "scale: expected dtype float32, got float64"),
+            (dict(out=torch.empty(2, 6, 5, 5)), r"out: expected shape \(2, 6, 5, 4\).*got \(2, 6, 5, 5\)"),
+            (dict(out=torch.empty(2, 6, 5, 4).bfloat16()), "out: expected dtype float32, got bfloat16"),
+            (dict(out=torch.empty(2, 6, 1, 1).expand(2, 6, 5, 4)), "out: expected a tensor whose elements do not overlap"),
+            (dict(x=torch.empty(2, 6, 5, 4, dtype=torch.int32)), "expected dtype"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, change, message):
+        arguments = dict(
+            x=torch.randn(2, 6, 5, 4), scale=torch.ones(6), shift=torch.ones(6), negative_slope=0.0,
+            out=torch.empty(2, 6, 5, 4),
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.resdense.bn_act(**{**arguments, **change})
+
+
+class TestBackendChoice:
+    def test_a_wrong_name_is_refused(self):
+        with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda, triton, got 'gpu'"):
+            with functional._dense_block.backends.use_backend("gpu"):
+                pass
+
+    def test_the_environment_decides(self, monkeypatch):
+        monkeypatch.setenv("RESDENSE_BACKEND", "reference")
+        assert backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation()).name == "reference"
+        monkeypatch.setenv("RESDENSE_BACKEND", "fpga")
+        with pytest.raises(ValueError, match="RESDENSE_BACKEND: expected one of"):
+            backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
+
+    def test_a_missing_backend_says_so(self):
+        with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was asked for"):
+            backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
+
+    @built
+    @pytest.mark.parametrize(
+        ("x", "compute", "activation", "reason"),
+        [
+            (torch.zeros(1, 1, 1, device="meta"), torch.float32, Activation(), "on meta"),
+            (torch.zeros(1, 1, 1), torch.bfloat16, Activation(), "compute in torch.bfloat16"),
+            (torch.zeros(1, 1, 1), torch.float32, Activation("silu"), "silu"),
+        ],
+    )
+    def test_what_the_cpu_backend_refuses_goes_to_the_reference(self, x, compute, activation, reason):
+        assert reason in backends.get("cpu").refusal(x, compute, activation)
+        assert backends.choose(x, compute, activation).name == "reference"
+
+
