@@ -14,7 +14,7 @@ OUT ?= build/gpu
 ARGS ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install -q
+PIP := $(PY) -m pip --disable-pip-version-check install -qq
 space := $(subst ,, )
 torch_key := $(subst /,_,$(subst $(space),_,$(strip $(TORCH))))
 
@@ -43,7 +43,8 @@ bench: $(VENV)/.test $(VENV)/.built
 	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do echo "$$file"; $(PY) $$file --out benchmarks/results $(ARGS); done
 
 wheel: $(VENV)/.torch-$(torch_key)
-	$(PY) setup.py -q bdist_wheel
+	@rm -rf build/lib* build/bdist*
+	@$(PY) -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
 	@ls -l dist/*.whl
 
 # Nine minutes at most in all.

@@ -238,9 +238,13 @@ def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {x.dtype}, got {tensor.dtype}")
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _with_autocast(layer: DenseLayer, device: str) -> DenseLayer:
     """Convolution inputs follow autocast; statistics stay in float32."""
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return layer
     dtype = torch.get_autocast_dtype(device)
 
@@ -257,7 +261,7 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
     _check_input(x)
     channels = x.shape[1]
     # Under autocast weights are cast, whatever they are.
-    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = None if _autocasts(x.device.type) else x.dtype
     for index, layer in enumerate(layers):
         if len(layer.units) not in (1, 2):
             raise ValueError(f"layers[{index}].units: expected one or two, got {len(layer.units)}")

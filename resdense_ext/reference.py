@@ -191,7 +191,7 @@ def dense_layer(x: Tensor, layer: DenseLayer, activation: Activation = Activatio
     """The new feature map of one dense layer, ``[N, growth_rate, *spatial]`` (Huang et al., 2017)."""
     for unit in layer.units:
         x = bn_act_conv(x, unit, activation)
-    return x if layer.mask is None else x * (layer.mask * layer.mask_scale)
+    return x if layer.mask is None else x * layer.mask * layer.mask_scale
 
 
 def dense_block(x: Tensor, layers: Sequence[DenseLayer], activation: Activation = Activation()) -> Tensor:

@@ -2,12 +2,16 @@
 
 import ctypes
 import functools
+import os
 import random
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Before torch starts its threads: spinning ones make a shared machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 

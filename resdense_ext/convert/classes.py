@@ -25,13 +25,16 @@ class ConvertedDenseBlock:
     resdense_policy: str
 
     def layer_modules(self) -> list[LayerModules]:
-        raise NotImplementedError
+        """What `resdense_ext.nn.engine.Block` asks for; an adapter's part."""
 
     def stock_forward(self, x: Tensor) -> Tensor:
         return self.stock_class.forward(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_dense_block(self, x, self.resdense_policy)
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError("torch.jit.script takes stock classes only: call resdense_ext.revert(model) first")
 
     def __reduce_ex__(self, protocol):
         _, (_, *arguments), *rest = super().__reduce_ex__(protocol)

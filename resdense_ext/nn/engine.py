@@ -59,7 +59,8 @@ class Block(Protocol):
     def layer_modules(self) -> list[LayerModules]:
         """Raises Unsupported where a layer is not what the block's stock forward would find."""
 
-    def stock_forward(self, x: Tensor) -> Tensor: ...
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The forward that the engine stands in for."""
 
 
 _stock: ContextVar[bool] = ContextVar("resdense_stock", default=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops.layout import memory_format_of
 from resdense_ext.reference import Activation, Conv, accumulation_dtype
 
 __all__ = ["Affine", "ConvGrads", "Pending", "ReferenceBackend", "choose", "explain", "get", "register", "use_backend"]
@@ -94,7 +95,7 @@ class ReferenceBackend:
         for part in self.chunks(x):
             activated = self.bn_act(x[part], affine).to(conv.weight.dtype)
             new = reference.convolution(activated, conv)
-            out[part].copy_(new if mask is None else new * (mask[part] * mask_scale))
+            out[part].copy_(new if mask is None else new * mask[part] * mask_scale)
         return self.channel_stats(out) if stats else None
 
     def bn_act_conv_backward(
@@ -117,7 +118,8 @@ class ReferenceBackend:
         dimensions = x.dim() - 2
         total: list[Optional[Tensor]] = [None, None, None, None]
         dy = None
-        for part in self.chunks(x):
+        # Where all of dy is wanted it has the width of a bottleneck, and so may the activation.
+        for part in [slice(None)] if out is None else self.chunks(x):
             activated = self.bn_act(x[part], affine).to(dtype)
             dx, weight, bias = torch.ops.aten.convolution_backward(
                 grad[part].to(dtype),
@@ -133,8 +135,10 @@ class ReferenceBackend:
                 [True, need_weight, need_weight and conv.bias is not None],
             )
             del activated
+            # The framework picks the layout of its gradient by its own rules.
+            dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
             if out is None:
-                dy = dx.to(x.dtype)
+                dy = dx
                 sums = self.bn_act_backward(dy, x[part], affine, center)
             else:
                 sums = self.bn_act_backward_accumulate(out[part], dx, x[part], affine, center)

@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import _library
 from resdense_ext.ops.backend import Affine, ConvGrads, Pending, ReferenceBackend, register
+from resdense_ext.ops.layout import memory_format_of
 from resdense_ext.reference import Activation, Conv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
@@ -45,8 +46,9 @@ class CpuBackend(ReferenceBackend):
         return None
 
     def chunks(self, x: Tensor) -> list[slice]:
-        dense = x.numel() == x.untyped_storage().nbytes() // x.element_size()
-        return super().chunks(x) if dense else [slice(n, n + 1) for n in range(x.shape[0])]
+        if x.is_contiguous(memory_format=memory_format_of(x)):
+            return super().chunks(x)
+        return [slice(n, n + 1) for n in range(x.shape[0])]
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.resdense.channel_stats(x)

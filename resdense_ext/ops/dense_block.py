@@ -18,6 +18,7 @@ Source: Huang et al., 2017 (the block) and Pleiss et al., 2017 (shared storage);
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import NamedTuple, Optional
 
@@ -306,7 +307,7 @@ class DenseBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, config: DenseBlockConfig, norms: list[BatchNorm], masks: list[Tensor], x: Tensor, *tensors):
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             out, stats, kept = torch.ops.resdense.dense_block(x, tensors, masks, *config)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         update_running_statistics(norms, _norm_statistics(config, stats, x.shape[1], tensors), out.numel() // out.shape[1])
@@ -332,7 +333,7 @@ class DenseBlockFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable_backward(grad, out, ctx.channels, ctx.config, tensors, masks, needs)
         else:
-            with torch.autocast(out.device.type, enabled=False):
+            with _without_autocast(out.device):
                 grads = torch.ops.resdense.dense_block_backward(
                     grad, out, tensors, masks, *ctx.config, stats, list(saved), needs
                 )
@@ -342,6 +343,13 @@ class DenseBlockFunction(torch.autograd.Function):
             weight, bias, conv_weight, conv_bias = wanted[1 + 4 * unit : 5 + 4 * unit]
             result += [weight, bias, None, None, conv_weight, conv_bias]
         return None, None, None, wanted[0], *result
+
+
+def _without_autocast(device: torch.device):
+    """The engine has its dtypes already; an inner convolution is to take them as they are."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _norm_statistics(config, stats, channels: int, tensors) -> list[tuple[Tensor, Tensor]]:

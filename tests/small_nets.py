@@ -1,0 +1,85 @@
+"""Small networks, one training step of them as named tensors, and whether two such steps are the same."""
+
+import copy
+
+import pytest
+import torch
+from stock import import_torchvision
+from torch import nn
+
+from resdense_ext import functional
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def torchvision_densenet():
+    """torchvision's DenseNet module; skips the test, or the test file, where there is none."""
+    try:
+        return import_torchvision().models.densenet
+    except ImportError as error:
+        pytest.skip(f"torchvision: {error}", allow_module_level=True)
+
+
+def randomise(model, seed=0):
+    """Norms as after some training, all different; in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            nn.init.normal_(module.weight, 1.0, 0.3, generator)
+            nn.init.normal_(module.bias, 0.0, 0.3, generator)
+            nn.init.normal_(module.running_mean, 0.0, 0.3, generator)
+            nn.init.uniform_(module.running_var, 0.5, 1.5, generator)
+    return model
+
+
+def small_densenet(dtype=torch.float64, **options):
+    """torchvision's DenseNet with two blocks, of two and three layers."""
+    options = dict(growth_rate=8, block_config=(2, 3), num_init_features=16, num_classes=5) | options
+    torch.manual_seed(0)
+    return randomise(torchvision_densenet().DenseNet(**options)).to(dtype)
+
+
+def small_block(dtype=torch.float64, **options):
+    """torchvision's dense block: three layers, 6 channels to 18."""
+    options = dict(num_layers=3, num_input_features=6, bn_size=2, growth_rate=4, drop_rate=0.0) | options
+    torch.manual_seed(0)
+    return randomise(torchvision_densenet()._DenseBlock(**options)).to(dtype)
+
+
+def images(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def steps(model, x, count=1, call=None):
+    """Output, gradients and buffers of ``count`` forwards and backwards of a copy; gradients accumulate."""
+    model = copy.deepcopy(model)
+    x = x.clone().requires_grad_()
+    for _ in range(count):
+        output = model(x) if call is None else call(model, x)
+        weights = images(*output.shape, seed=1).to(output.dtype)
+        (output * weights).sum().backward()
+    gradients = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    buffers = {f"buffer {name}": b for name, b in model.named_buffers()}
+    return {"output": output.detach(), "grad x": x.grad, **gradients, **buffers}
+
+
+def assert_same(ours, stock, tolerance=1e-11):
+    """Every tensor, by its norm; a gradient that is nearly zero is the rounding of the others."""
+    assert ours.keys() == stock.keys()
+    largest = max((t.norm() for name, t in stock.items() if name.startswith("grad ")), default=0)
+    for name, t in stock.items():
+        scale = t.double().norm() + 0.01 * largest * name.startswith("grad ")
+        assert (ours[name] - t).double().norm() <= tolerance * scale, name
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The list of the functional calls that modules have made, by their policies."""
+    calls, call = [], functional.dense_block
+
+    def counted(*args, **options):
+        calls.append(options["policy"])
+        return call(*args, **options)
+
+    monkeypatch.setattr(functional, "dense_block", counted)
+    return calls
