@@ -15,8 +15,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
-space := $(subst ,, )
-torch_key := $(subst /,_,$(subst $(space),_,$(strip $(TORCH))))
+torch_key := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test build bench wheel gpu clean

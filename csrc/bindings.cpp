@@ -1,7 +1,12 @@
 // The operators' schemas, all in this one place, and what the library can tell of itself. Implementations register
 // themselves: csrc/cpu/*.cpp in this module, csrc/cuda/*.cu in a library of its own.
 
+// Older torch's copy of pybind11 refuses to be included where only the stable ABI may be, although it has nothing of torch.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 

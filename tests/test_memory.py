@@ -330,7 +330,7 @@ def test_peak_of_a_stock_network_is_what_it_saves_and_little_more():
     net = import_torchvision().models.densenet121()
     x = torch.randn(2, 3, 96, 96)
     saved = saved_bytes(lambda: net(x).sum())
-    assert saved < peak_bytes(lambda: net(x).sum().backward()) < 1.07 * saved
+    assert saved < peak_bytes(lambda: net(x).sum().backward()) < 1.1 * saved
 
 
 def test_peak_is_cudas_where_the_step_allocates_there(monkeypatch):

@@ -62,7 +62,7 @@ def true_run(run: Run, inputs: Tensors, params: Tensors) -> dict[str, Tensor]:
 
 
 def torch_runs(run: Run, inputs: Tensors, params: Tensors, changes: int = 3) -> list[dict[str, Tensor]]:
-    """Stock runs in the given dtypes: in every memory format, unchanged and with `changes` random changes of one ulp."""
+    """Stock runs in the given dtypes: in every memory format, as they are and with `changes` changes of one ulp."""
     formats = [{name: t.contiguous() for name, t in inputs.items()}]
     channels_last = {name: _channels_last(t) for name, t in inputs.items()}
     if any(channels_last[name].stride() != t.stride() for name, t in formats[0].items()):
@@ -142,7 +142,8 @@ def _one_ulp(t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _double(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: t.detach().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True) for name, t in tensors.items()}
+    copies = _copies(tensors)
+    return {name: t.double() if t.is_floating_point() else t for name, t in copies.items()}
 
 
 def _copies(tensors: Tensors) -> dict[str, Tensor]:

@@ -1,0 +1,59 @@
+"""Result rows: one JSON object a line, with everything that a number depends on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+
+import resdense_ext
+
+
+def _processor() -> str:
+    try:
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def conditions(device: str) -> dict:
+    """Hardware, library versions, commit and date of a run."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    build = resdense_ext.build_info() or {}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resdense_ext": resdense_ext.__version__,
+        "cpu_capability": build.get("cpu_capability", "not built"),
+    }
+    return {"hardware": hardware, "versions": versions, "commit": _commit(), "date": date.today().isoformat()}
+
+
+def row(op: str, provider: str, mode: str, metric: str, unit: str, values: list[float], **setting) -> dict:
+    """A row of one metric; ``values`` of repeated measurements give the median and the 20 and 80 % quantiles."""
+    fifths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
+    numbers = {"median": fifths[4], "q20": fifths[1], "q80": fifths[7], "count": len(values)}
+    return {"op": op, "provider": provider, "mode": mode, "metric": metric, "unit": unit, **numbers, **setting}
+
+
+def append(rows: list[dict], path: Path, device: str) -> None:
+    """Adds rows to a file of JSON lines, each with the conditions of this run."""
+    shared = conditions(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({**r, **shared}) + "\n" for r in rows)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]

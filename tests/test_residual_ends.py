@@ -1,0 +1,133 @@
+"""`add_act` and `bn_add_act`: against plain PyTorch, their errors, and what they leave alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from resdense_ext import functional
+from resdense_ext.functional import BatchNorm
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "leaky_relu": lambda y: F.leaky_relu(y, 0.2),
+    "elu": F.elu,
+    "silu": F.silu,
+    "identity": lambda y: y,
+}
+
+
+def maps(count, dtype=torch.float64, channels_last=False):
+    formatted = torch.channels_last if channels_last else torch.contiguous_format
+    return [torch.randn(3, 5, 7, 6, dtype=dtype).contiguous(memory_format=formatted).requires_grad_() for _ in range(count)]
+
+
+def norm_of(module, momentum=0.1):
+    return BatchNorm(
+        module.weight, module.bias, module.running_mean, module.running_var, module.training, momentum, module.eps,
+        module.num_batches_tracked,
+    )  # fmt: skip
+
+
+def batch_norm():
+    module = nn.BatchNorm2d(5).double()
+    nn.init.normal_(module.weight, 1, 0.3), nn.init.normal_(module.bias)
+    return module
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_add_act(activation, channels_last):
+    x, identity = maps(2, channels_last=channels_last)
+    options = dict(activation=activation, negative_slope=0.2)
+    y = functional.add_act(x, identity, **options)
+    assert torch.equal(y, ACTIVATIONS[activation](x + identity))
+    assert y.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert torch.autograd.gradcheck(lambda a, b: functional.add_act(a, b, **options), (x, identity), fast_mode=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bn_add_act(activation, projection, training):
+    norms = [batch_norm().train(training) for _ in range(2)]
+    z, identity = maps(2)
+    stock = copy.deepcopy(norms)
+    expected = ACTIVATIONS[activation](stock[0](z) + (stock[1](identity) if projection else identity))
+    shortcut = norm_of(norms[1]) if projection else None
+    y = functional.bn_add_act(z, norm_of(norms[0]), identity, shortcut, activation=activation, negative_slope=0.2)
+    assert torch.allclose(y, expected, rtol=1e-13, atol=1e-13)
+    for ours, other in zip(norms[: 1 + projection], stock):
+        for name, buffer in other.named_buffers():
+            assert torch.allclose(ours.get_buffer(name), buffer, rtol=1e-14), name
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_bn_add_act_gradients(projection):
+    z, identity = maps(2)
+    vectors = [(torch.randn(5).double() + 1).requires_grad_() for _ in range(4)]
+
+    def run(z, identity, a, b, c, d):
+        shortcut = BatchNorm(c, d) if projection else None
+        return functional.bn_add_act(z, BatchNorm(a, b), identity, shortcut, activation="silu")
+
+    assert torch.autograd.gradcheck(run, (z, identity, *vectors), fast_mode=True)
+
+
+def test_running_statistics_without_momentum_stay():
+    module = batch_norm()
+    z, identity = maps(2)
+    functional.bn_add_act(z, norm_of(module, momentum=None), identity)
+    assert module.running_mean.eq(0).all() and module.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("identity", "error", "message"),
+    [
+        (torch.zeros(3, 5, 7, 5).double(), ValueError, r"identity: expected shape \(3, 5, 7, 6\), got \(3, 5, 7, 5\)"),
+        (torch.zeros(3, 5, 7, 6), TypeError, "identity: expected dtype torch.float64, got torch.float32"),
+        (torch.zeros(3, 5, 7, 6, device="meta").double(), ValueError, "identity: expected device cpu .* got meta"),
+    ],
+)
+def test_bad_operands_change_nothing(identity, error, message):
+    module, (z,) = batch_norm(), maps(1)
+    with pytest.raises(error, match=message):
+        functional.add_act(z, identity)
+    with pytest.raises(error, match=message):
+        functional.bn_add_act(z, norm_of(module), identity)
+    assert module.num_batches_tracked == 0
+
+
+def test_bad_norms_change_nothing():
+    module, (z, identity) = batch_norm(), maps(2)
+    with pytest.raises(ValueError, match=r"identity_norm.weight: expected shape \(5,\), one value a channel, got \(4,\)"):
+        functional.bn_add_act(z, norm_of(module), identity, BatchNorm(torch.ones(4)))
+    assert module.num_batches_tracked == 0
+    with pytest.raises(ValueError, match="activation: expected relu"):
+        functional.bn_add_act(z, norm_of(module), identity, activation="gelu")
+
+
+class TestChannelStats:
+    def test_equivalent(self):
+        x = torch.randn(3, 5, 7, 6)
+        mean, m2 = functional.channel_stats(x)
+        assert torch.allclose(mean, x.mean([0, 2, 3]), atol=1e-6)
+        assert torch.allclose(m2, x.var([0, 2, 3], unbiased=False) * 126, rtol=1e-5)
+
+    def test_gradients(self):
+        (x,) = maps(1)
+        assert torch.autograd.gradcheck(functional.channel_stats, (x,), fast_mode=True)
+
+    @pytest.mark.parametrize(
+        ("x", "error", "message"),
+        [
+            (torch.zeros(3, 5), ValueError, "x: expected 3, 4 or 5 dimensions"),
+            (torch.zeros(0, 5, 2), ValueError, r"x: expected at least one value a channel, got shape \(0, 5, 2\)"),
+            (torch.zeros(3, 5, 2).int(), TypeError, "x: expected a floating dtype, got torch.int32"),
+        ],
+    )
+    def test_bad_input(self, x, error, message):
+        with pytest.raises(error, match=message):
+            functional.channel_stats(x)
