@@ -545,6 +545,23 @@ class TestMemory:
         assert 2 * buffer + kept <= rd.memory.peak_bytes(step) <= 2 * buffer + kept + scratch + 2**20
 
 
+@pytest.mark.gpu
+class TestCuda:
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_agrees_with_the_cpu_in_float64(self, policy, channels_last):
+        block, x = random_block(policy=policy).double(), maps((3, 5, 7, 6), channels_last).double()
+        expected = module_run(stock_of(block))({"x": x.clone()}, state(block))
+        ours = module_run(block.cuda())({"x": x.cuda()}, {name: t.cuda() for name, t in state(block).items()})
+        for name, t in expected.items():
+            assert (ours[name].cpu() - t).double().norm() <= 1e-11 * (t.double().norm() + 1), name
+
+    def test_memory(self, policy):
+        block = random_block(24, 16, 8, bn_size=4, policy=policy).cuda()
+        x = maps((2, 16, 20, 18)).cuda()
+        expected = (16 + 24 * 8 + (4 * 8 * 24 if policy == "fast" else 0)) * 2 * 20 * 18 * 4
+        assert expected <= rd.memory.saved_bytes(lambda: block(x)) <= 1.02 * expected
+
+
 class TestErrors:
     def block(self, policy="fast", **kwargs):
         return random_block(policy=policy, **kwargs)

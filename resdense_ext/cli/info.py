@@ -11,7 +11,7 @@ import torch
 import resdense_ext
 from resdense_ext.cli.table import format_table
 from resdense_ext.memory import format_bytes
-from resdense_ext.ops import backend
+from resdense_ext.ops.explain import explain
 
 NAME = "info"
 HELP = "versions, build, processor, GPUs, and which backend serves which operator"
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     width = max(len(name) for name, _ in facts)
     print("\n".join(f"{name:{width}}  {value}" for name, value in facts))
     print()
-    print(format_table([("operation", "backend", "why"), *backend.explain()], "<<<"))
+    print(format_table([("operation", "backend", "why"), *explain()], "<<<"))
 
 
 def versions() -> list[tuple[str, str]]:

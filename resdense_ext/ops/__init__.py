@@ -1,4 +1,4 @@
 """Registration, fake kernels, backend choice and autograd; one file an operation family."""
 
-# Imported for what they register: the CPU backend (above the reference) and the fake kernels.
-from resdense_ext.ops import cpu, primitives  # noqa: F401
+# Imported for what they register: backends above the reference, and the fake kernels.
+from resdense_ext.ops import cpu, cuda, primitives  # noqa: F401

@@ -19,7 +19,7 @@ from resdense_ext import reference
 from resdense_ext.ops.layout import memory_format_of
 from resdense_ext.reference import Activation, Conv, accumulation_dtype
 
-__all__ = ["Affine", "ConvGrads", "Pending", "ReferenceBackend", "choose", "explain", "get", "register", "use_backend"]
+__all__ = ["Affine", "ConvGrads", "Pending", "ReferenceBackend", "choose", "get", "register", "registered", "use_backend"]
 
 
 class Affine(NamedTuple):
@@ -171,6 +171,11 @@ def register(backend: ReferenceBackend) -> None:
     _backends[backend.name] = backend
 
 
+def registered() -> list[ReferenceBackend]:
+    """In the order of preference."""
+    return list(reversed(_backends.values()))
+
+
 def get(name: str) -> ReferenceBackend:
     return _backends[name]
 
@@ -188,7 +193,7 @@ def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Ref
         if refusal:
             raise RuntimeError(f"backend {wanted!r} was asked for, but: {refusal}")
         return _backends[wanted]
-    return next(b for b in reversed(_backends.values()) if b.refusal(x, compute_dtype, activation) is None)
+    return next(b for b in registered() if b.refusal(x, compute_dtype, activation) is None)
 
 
 @contextmanager
@@ -212,23 +217,6 @@ def use_backend(name: str) -> Iterator[None]:
 def _check_name(name: str, argument: str) -> None:
     if name not in _NAMES:
         raise ValueError(f"{argument}: expected one of {', '.join(_NAMES)}, got {name!r}")
-
-
-def explain() -> list[tuple[str, str, str]]:
-    """Rows of (operation and device, backend, why) for ``resdense info``."""
-    rows = []
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in devices:
-        # Only the device and the dtype are looked at.
-        probe = torch.empty((1, 1, 1, 1), device=device)
-        chosen = choose(probe, probe.dtype, Activation())
-        others = [
-            f"{b.name}: {why}"
-            for b in reversed(_backends.values())
-            if (why := b.refusal(probe, probe.dtype, Activation())) is not None
-        ]
-        rows.append((f"dense_block ({device})", chosen.name, "; ".join(others) or "preferred"))
-    return rows
 
 
 register(ReferenceBackend())

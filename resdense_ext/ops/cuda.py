@@ -1,0 +1,29 @@
+"""The CUDA backend: what ``csrc/cuda`` has kernels for so far, the rest as the reference computes it."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext.ops import _library
+from resdense_ext.ops.backend import ReferenceBackend, register
+from resdense_ext.reference import Activation
+
+__all__ = ["CudaBackend"]
+
+
+class CudaBackend(ReferenceBackend):
+    name = "cuda"
+
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+        if _library.CUDA_LIBRARY:
+            return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
+        return None if x.is_cuda else f"the input is on {x.device.type}"
+
+    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.resdense.channel_stats(x)
+
+
+register(CudaBackend())
