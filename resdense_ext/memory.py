@@ -133,8 +133,10 @@ def peak_bytes(step: Callable[[], Any], warmup: int = 1) -> int:
         warmup: runs before the measured one, for what only a first step allocates.
 
     Raises:
-        RuntimeError: a torch profiler is already active in this thread.
+        RuntimeError: a torch profiler is already active in this thread, and would be ended by this one.
     """
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError("peak_bytes uses torch's profiler, and one is already active in this thread")
     for _ in range(warmup):
         step()
     held = _live_gradients()  # so that they stay in the baseline although the step clears them

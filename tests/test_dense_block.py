@@ -244,7 +244,6 @@ class TestTorchvision:
         for name, t in expected.items():
             assert (ours[name] - t).double().norm() <= 1e-12 * t.double().norm(), name
 
-    @pytest.mark.slow
     def test_densenet121_within_the_rounding_noise(self, policy):
         torch.manual_seed(0)
         stock = import_torchvision().models.densenet121()

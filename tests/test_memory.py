@@ -326,6 +326,15 @@ def test_what_stock_networks_save_an_image(name, options, megabytes):
         assert saved_bytes(lambda: net(x).sum()) / (4 * MB) == pytest.approx(megabytes, abs=0.05)
 
 
+def test_an_active_profiler_is_refused_and_goes_on():
+    calls = []
+    with torch.autograd.profiler.profile() as profiler:
+        with pytest.raises(RuntimeError, match="already active"):
+            peak_bytes(lambda: calls.append(1))
+        torch.ones(3).sin()
+    assert not calls and any(event.name == "aten::sin" for event in profiler.function_events)
+
+
 def test_peak_of_a_stock_network_is_what_it_saves_and_little_more():
     net = import_torchvision().models.densenet121()
     x = torch.randn(2, 3, 96, 96)
