@@ -70,13 +70,11 @@ class Plan:
     def __str__(self) -> str:
         if self.no_cpu:
             return f"resdense_ext: builds no native code ({self.no_cpu}); a pure-Python install on the reference backend"
-        cuda = f"skips the CUDA library ({self.no_cuda})"
+        cuda = f"; skips the CUDA library ({self.no_cuda})"
         if not self.no_cuda:
             archs = ", ".join(f"sm_{arch}" for arch in self.archs).replace("+PTX", " and its PTX")
-            cuda = f"the CUDA library (nvcc {self.nvcc_version}: {archs})"
-        return f"resdense_ext: builds the CPU library ({self.compiler}) {'and ' if not self.no_cuda else '; '}{cuda}".replace(
-            " ; ", "; "
-        )
+            cuda = f" and the CUDA library (nvcc {self.nvcc_version}: {archs})"
+        return f"resdense_ext: builds the CPU library ({self.compiler}){cuda}"
 
 
 def compiler_problem(compiler: str) -> str:
@@ -227,7 +225,7 @@ class BuildExt(cpp_extension.BuildExtension if cpp_extension else PlainBuildExt)
                     "-O3",
                     "-g0",
                     "-std=c++20",
-                    "-fopenmp-simd",
+                    "-Wno-psabi",  # vector types are passed between inlined functions only
                     "-fvisibility=hidden",
                     "-fvisibility-inlines-hidden",
                     # No path of the machine that builds ends up in the library.

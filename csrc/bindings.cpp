@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include "cpu/sweep.h"
+
 #define RESDENSE_STRING_(...) #__VA_ARGS__
 #define RESDENSE_STRING(...) RESDENSE_STRING_(__VA_ARGS__)
 
@@ -57,18 +59,6 @@ const char* compiler() {
 #endif
 }
 
-// The widest vector instructions that the kernels would choose on this processor.
-const char* cpu_capability() {
-#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return "AVX512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
-#endif
-  return "DEFAULT";
-}
-
 pybind11::dict build_info() {
   pybind11::dict info;
   const std::string archs = RESDENSE_STRING(RESDENSE_CUDA_ARCHS);
@@ -80,7 +70,7 @@ pybind11::dict build_info() {
   info["torch_build_version"] = TORCH_VERSION;
   info["cuda"] = !archs.empty();
   info["cuda_archs"] = archs;
-  info["cpu_capability"] = cpu_capability();
+  info["cpu_capability"] = resdense::cpu::capability();
   return info;
 }
 

@@ -81,8 +81,8 @@ def test_demo_on_a_folder(policy, images, tmp_path, capsys, shallow_curve):
     table = [re.split(r"\s{2,}", line.strip()) for line in printed.out.splitlines()]
     assert ["stock", f"converted ({policy})", "ratio"] in table
     rows = {row[0]: row[1:] for row in table}
-    for name in ("test accuracy", "kept for backward", "peak of a step", "seconds a step (median)", "loss difference, 3 steps *"):
-        assert len(rows[name]) >= 2, name
+    names = {"test accuracy", "kept for backward", "peak of a step", "seconds a step (median)", "loss difference, 3 steps *"}
+    assert all(len(rows[name]) >= 2 for name in names)
 
     assert tree(out) == {"demo.json", "demo.png"}
     results = json.loads((out / "demo.json").read_text())
@@ -177,7 +177,8 @@ def test_single_class(tmp_path, refused):
 @pytest.mark.parametrize("count", [0, 1])
 def test_class_with_too_few_images(count, images, tmp_path, refused):
     write_images(images, classes=["eel"], count=count)
-    assert f"--data: expected at least 2 images" in (message := refused("demo", "--data", images))
+    message = refused("demo", "--data", images)
+    assert "--data: expected at least 2 images" in message
     assert f"got {count} in {images / 'eel'}" in message
 
 

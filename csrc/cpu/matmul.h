@@ -28,14 +28,14 @@ inline Matrix channels_by_positions(void* data, bool channels_last, int64_t chan
 
 // out = a b
 inline void matmul(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_mm_out(out.tensor(dtype).get(), a.tensor(dtype).get(), b.tensor(dtype).get()));
 }
 
 // out += a b
 inline void matmul_accumulate(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
   const Tensor sum = out.tensor(dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.tensor(dtype).get(), b.tensor(dtype).get(), 1.0, 1.0));
 }
 

@@ -63,8 +63,8 @@ class Comparison:
         return (
             f"{format_table(rows, '<>>>')}\n\n"
             f"Bytes and seconds: one training step of {self.batch_size} images.\n"
-            f"* The largest one, against the stock run. In the column of stock: stock itself, started with every weight\n"
-            f"  moved by one unit in the last place. Training magnifies rounding; the two should be of one order."
+            "* The largest one, against the stock run. In the column of stock: stock itself, started with every weight\n"
+            "  moved by one unit in the last place. Training magnifies rounding; the two should be of one order."
         )
 
 

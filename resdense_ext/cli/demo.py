@@ -89,5 +89,5 @@ def _device(name: str) -> torch.device:
     # Which of RuntimeError, AssertionError and NotImplementedError it is depends on how torch was built.
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise CommandError(f"--device: expected one that this torch can use (cpu, cuda:0), got {name!r} ({reason})") from None
+        raise CommandError(f"--device: expected one that this torch can use, got {name!r} ({reason})") from None
     return device

@@ -61,7 +61,8 @@ def _draw_losses(axes, losses: Mapping[str, Sequence[float]]) -> None:
     for name, values in losses.items():
         # The curves all but coincide: stock lies beneath as a broad band.
         width, label = (5.0, name) if name == STOCK else (1.4, f"converted ({name})")
-        axes.plot(range(1, len(values) + 1), values, color=COLOURS[name], linewidth=width, label=label, solid_capstyle="round")
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=COLOURS[name], linewidth=width, label=label, solid_capstyle="round")
     axes.set_title("The same training", loc="left", fontweight="bold", fontsize=12)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")

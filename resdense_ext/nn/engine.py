@@ -88,7 +88,7 @@ def run_dense_block(block: Block, x: Tensor, policy: str) -> Tensor:
         return block.stock_forward(x)
     try:
         if _is_wrapper(x):
-            raise Unsupported(f"the input is a {type(x).__name__}")
+            raise Unsupported(f"the input is {type(x).__name__}")
         modules = block.layer_modules()
         layers, activation = read_layers(modules)
     except Unsupported as unsupported:
@@ -141,7 +141,7 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
 def check_forward(module: nn.Module, owner: type[nn.Module], *methods: str) -> None:
     """Raises Unsupported unless ``module`` is an ``owner`` that runs the owner's ``forward`` and other ``methods``."""
     if not isinstance(module, owner):
-        raise Unsupported(f"is a {type(module).__name__}", module)
+        raise Unsupported(f"is {type(module).__name__}", module)
     for method in ("forward", *methods):
         if getattr(type(module), method) is not getattr(owner, method) or method in module.__dict__:
             raise Unsupported(f"has a {method} of its own", module)
@@ -175,7 +175,7 @@ def _say(block: nn.Module, unsupported: Unsupported) -> None:
 def _users_level() -> int:
     """The ``stacklevel`` of a warning in the calling function that points at the nearest line of the user's."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in _LIBRARIES:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
     return level
 
@@ -196,7 +196,7 @@ def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: 
         raise Unsupported(f"has no registered {name}", module) from None
     for tensor in found:
         if _is_wrapper(tensor):
-            raise Unsupported(f"holds a {type(tensor).__name__}", module)
+            raise Unsupported(f"holds {type(tensor).__name__}", module)
     return found
 
 
@@ -216,7 +216,7 @@ def _check_untouched(module: nn.Module) -> None:
 def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
     """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
     if type(norm) is not expected:
-        raise Unsupported(f"is a {type(norm).__name__}", norm)
+        raise Unsupported(f"is {type(norm).__name__}", norm)
     _check_untouched(norm)
     weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
     mean, var, count = _registered(norm, norm._buffers, _BUFFERS)
@@ -233,7 +233,7 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
 
 def _read_conv(conv: nn.Module) -> Conv:
     if type(conv) not in _NORM_BESIDE:
-        raise Unsupported(f"is a {type(conv).__name__}", conv)
+        raise Unsupported(f"is {type(conv).__name__}", conv)
     _check_untouched(conv)
     weight, bias = _registered(conv, conv._parameters, _PARAMETERS)
     rank = weight.dim() - 2
@@ -262,5 +262,5 @@ def _read_activation(activation: nn.Module) -> Activation:
         return Activation("elu")
     names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
     if kind not in names:
-        raise Unsupported(f"is a {activation}", activation)
+        raise Unsupported(f"is {activation}", activation)
     return Activation(names[kind])
