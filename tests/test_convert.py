@@ -280,7 +280,7 @@ class TestNumbers:
         assert_same(steps(converted(stock, policy), x), steps(stock, x))
         assert torch.equal(torch.get_rng_state(), state)
         # As in stock, the layer itself decides.
-        stock.denselayer2.train()
+        stock.denselayer2.training = True
         torch.manual_seed(5)
         expected = stock(x)
         torch.manual_seed(5)
@@ -662,8 +662,10 @@ def test_sync_batch_norm_takes_the_stock_path(policy, engine):
 def test_mismatched_modules_raise_what_stock_raises(policy):
     model = converted(small_block(), policy)
     model.denselayer1.norm1 = nn.BatchNorm1d(6).double()
-    with pytest.warns(UserWarning, match="denselayer1.norm1 is BatchNorm1d"), pytest.raises(ValueError, match="got 4D"):
-        model(images(2, 6, 5, 6))
+    with pytest.warns(UserWarning, match="denselayer1.norm1 is BatchNorm1d"):
+        with pytest.raises(ValueError, match="got 4D") as raised:
+            model(images(2, 6, 5, 6))
+    assert raised.value.__context__ is None
     model = converted(small_block(), policy)
     model.denselayer1.conv2.padding = "valid"
     with pytest.warns(UserWarning, match="padding 'valid'"), pytest.raises(RuntimeError, match="Sizes of tensors"):

@@ -80,7 +80,8 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    blocks = {p or type(m).__name__: m for p, m in model.named_modules() if isinstance(m, (DenseBlock, ConvertedDenseBlock))}
+    kinds = (DenseBlock, ConvertedDenseBlock)
+    blocks = {path or type(m).__name__: m for path, m in model.named_modules() if isinstance(m, kinds)}
     ours = _measure(model, arguments, blocks, nullcontext())
     stock = _measure(model, arguments, blocks, stock_path())
     rows = []

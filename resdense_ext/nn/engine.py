@@ -20,7 +20,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from resdense_ext import functional
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
 
-__all__ = ["Block", "LayerModules", "Unsupported", "check_forward", "read_layers", "run_dense_block", "stock_path", "why_stock"]
+__all__ = [
+    "Block",
+    "LayerModules",
+    "Unsupported",
+    "check_forward",
+    "read_layers",
+    "run_dense_block",
+    "stock_path",
+    "why_stock",
+]
 
 _NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 _PARAMETERS = itemgetter("weight", "bias")
@@ -93,14 +102,16 @@ def run_dense_block(block: Block, x: Tensor, policy: str) -> Tensor:
         layers, activation = read_layers(modules)
     except Unsupported as unsupported:
         _say(block, unsupported)
-        return block.stock_forward(x)
-    if any(layer.drop_rate > 0 for layer in modules):
-        # Checked before masks are drawn: an error leaves the random state as it was.
-        functional.check_dense_block(x, layers)
-        layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
-    return functional.dense_block(
-        x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy
-    )
+    else:
+        if any(layer.drop_rate > 0 for layer in modules):
+            # Checked before masks are drawn: an error leaves the random state as it was.
+            functional.check_dense_block(x, layers)
+            layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
+        return functional.dense_block(
+            x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy
+        )
+    # Outside of the handler, so that an error of the stock path carries no Unsupported along.
+    return block.stock_forward(x)
 
 
 def why_stock(block: Block) -> Optional[str]:
@@ -150,13 +161,11 @@ def check_forward(module: nn.Module, owner: type[nn.Module], *methods: str) -> N
 def _is_transformed(x: Tensor) -> bool:
     """Whether x passes through something that rewrites programs and needs a rule for each operation.
 
-    Of these the engine has none yet (its fake kernels serve shape inference); the stock path is right under all of them. It
-    is taken without a word: it is what the transformation is to see. ``torch.compile`` could not trace the update of the
-    running statistics inside the autograd function.
+    Of these the engine has none yet; the stock path is right under all of them, and is taken without a word. ``torch.compile``
+    cannot trace how modules are read (`operator.itemgetter`) and a backend is chosen (`contextvars`).
     """
     return (
         torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
