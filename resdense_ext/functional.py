@@ -25,6 +25,7 @@ __all__ = [
     "bn_add_act",
     "channel_stats",
     "check_dense_block",
+    "check_probability",
     "dense_block",
     "dropout_mask",
 ]
@@ -203,8 +204,7 @@ def dropout_mask(like: Tensor, channels: int, p: float, *, per_channel: bool = F
     Raises:
         ValueError: p outside 0 to 1.
     """
-    if not 0 <= p <= 1:
-        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
+    check_probability("p", p)
     with torch.no_grad():
         noise = _dense_block.empty_map(like, channels, like.dtype)
         if per_channel:
@@ -256,6 +256,12 @@ def _with_autocast(layer: DenseLayer, device: str) -> DenseLayer:
     return layer._replace(units=tuple(Unit(unit.norm, cast(unit.conv)) for unit in layer.units))
 
 
+def check_probability(name: str, p: float) -> None:
+    """Raises ValueError for what is no probability."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: expected a probability from 0 to 1, got {p}")
+
+
 def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
     """Raises what `dense_block` raises for these arguments."""
     _check_input(x)
@@ -276,6 +282,8 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
 
 
 def _check_norm(where: str, norm: BatchNorm, channels: int, x: Tensor) -> None:
+    if norm.eps < 0 or (norm.batch_stats and norm.eps == 0):
+        raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
     vectors = norm._asdict()
     for name in ("weight", "bias", "running_mean", "running_var"):
         vector: Optional[Tensor] = vectors[name]

@@ -586,6 +586,14 @@ class TestErrors:
         assert all(torch.equal(before[name], t) for name, t in block.state_dict().items())
         assert torch.equal(torch.get_rng_state(), random)
 
+    def test_a_wrong_drop_rate_draws_nothing(self, policy):
+        block = self.block(policy, drop_rate=0.5)
+        block.denselayer2.drop_rate = 1.5
+        random = torch.get_rng_state()
+        with pytest.raises(ValueError, match="drop_rate: expected a probability from 0 to 1, got 1.5"):
+            block(maps((3, 5, 7, 6)))
+        assert torch.equal(torch.get_rng_state(), random)
+
     def test_a_buffer_that_cannot_be_updated(self, policy):
         block = self.block(policy)
         with torch.inference_mode():
@@ -618,6 +626,7 @@ class TestErrors:
         ("change", "error", "message"),
         [
             (dict(running_mean=None, batch_stats=False), ValueError, "expected running_mean and running_var where"),
+            (dict(eps=0.0), ValueError, r"layers\[0\].units\[0\].norm.eps: expected a positive number, got 0.0"),
             (dict(running_mean=None, momentum=0.1), ValueError, "running_mean and running_var both or neither"),
             (dict(running_mean=torch.zeros(3).long()), TypeError, "running_mean: expected a floating dtype"),
             (dict(running_var=torch.ones(1).expand(3), momentum=0.1), ValueError, "got an expanded one"),

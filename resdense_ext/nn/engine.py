@@ -106,6 +106,8 @@ def run_dense_block(block: Block, x: Tensor, policy: str) -> Tensor:
         if any(layer.drop_rate > 0 for layer in modules):
             # Checked before masks are drawn: an error leaves the random state as it was.
             functional.check_dense_block(x, layers)
+            for of in modules:
+                functional.check_probability("drop_rate", max(of.drop_rate, 0.0))
             layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
         return functional.dense_block(
             x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy
