@@ -308,6 +308,14 @@ def test_info_does_not_import_triton():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_reader_may_leave():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        result = subprocess.run([sys.executable, "-m", "resdense_ext", "info"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr == ""
+
+
 def test_module_is_the_command():
     result = subprocess.run([sys.executable, "-m", "resdense_ext", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == f"resdense_ext {resdense_ext.__version__}"

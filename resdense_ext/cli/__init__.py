@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,14 +30,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status: 0, 2 for a request that cannot be met, 130 when interrupted."""
+    """Runs one subcommand and returns the exit status.
+
+    0; 1 where the reader of the output has left; 2 for a request that cannot be met; 130 when interrupted.
+    """
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except CommandError as error:
         print(f"{args.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{args.prog}: interrupted, nothing written", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of a pipe has left (`resdense info | head`); Python's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
