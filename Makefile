@@ -18,13 +18,17 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq
 torch_key := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build bench wheel gpu clean
+.PHONY: help demo test build bench tables wheel gpu clean
+
+# The benchmarks are scripts beside the package, which on a GPU machine is not installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 help:
 	@echo "make demo    set up, then train a DenseNet twice, stock and converted, and compare (about 3 minutes)"
 	@echo "make test    set up, then run the tests that need no GPU and are not slow"
 	@echo "make build   set up and build the native code in place"
 	@echo "make bench   run the benchmarks; rows go to benchmarks/results"
+	@echo "make tables  write the README's measured tables from the rows in benchmarks/results"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made)"
 	@echo "make clean   remove what was built (not $(VENV))"
@@ -40,6 +44,9 @@ build: $(VENV)/.built
 
 bench: $(VENV)/.test $(VENV)/.built
 	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do echo "$$file"; $(PY) $$file --out benchmarks/results $(ARGS); done
+
+tables: $(VENV)/.test
+	$(PY) benchmarks/_tables.py
 
 wheel: $(VENV)/.torch-$(torch_key)
 	@rm -rf build/lib* build/bdist*

@@ -1,4 +1,4 @@
-"""Writes the README's measured tables from the committed rows: ``python benchmarks/_tables.py``."""
+"""Writes the README's measured tables from the committed rows: ``make tables``."""
 
 from __future__ import annotations
 
