@@ -20,9 +20,6 @@ torch_key := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 .DELETE_ON_ERROR:
 .PHONY: help demo test build bench tables wheel gpu clean
 
-# The benchmarks are scripts beside the package, which on a GPU machine is not installed.
-export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-
 help:
 	@echo "make demo    set up, then train a DenseNet twice, stock and converted, and compare (about 3 minutes)"
 	@echo "make test    set up, then run the tests that need no GPU and are not slow"
@@ -58,7 +55,8 @@ gpu:
 	@mkdir -p $(OUT)
 	timeout 180 $(PYTHON) setup.py -q build_ext --inplace
 	timeout 220 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml $(ARGS)
-	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do timeout 130 $(PYTHON) $$file --device cuda --out $(OUT); done
+	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do \
+		PYTHONPATH=. timeout 130 $(PYTHON) $$file --device cuda --out $(OUT); done
 
 clean:
 	rm -rf build dist *.egg-info resdense_ext/*.so $(VENV)/.built
