@@ -12,7 +12,8 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import add_act as _add_act
 from resdense_ext.ops import bn_add_act as _bn_add_act
-from resdense_ext.ops import dense_block as _dense_block
+from resdense_ext.ops import dense_block_function as _dense_block
+from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
 
 __all__ = [
@@ -206,7 +207,7 @@ def dropout_mask(like: Tensor, channels: int, p: float, *, per_channel: bool = F
     """
     check_probability("p", p)
     with torch.no_grad():
-        noise = _dense_block.empty_map(like, channels, like.dtype)
+        noise = empty_map(like, channels, like.dtype)
         if per_channel:
             noise = noise.new_empty((like.shape[0], channels, *[1] * (like.dim() - 2)))
         if p == 1:
@@ -278,6 +279,8 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
             width = _check_conv(f"{where}.conv", unit.conv, width, x, dtype)
         if layer.mask is not None:
             _check_mask(f"layers[{index}].mask", layer.mask, width, x)
+            if not layer.mask_scale > 0:
+                raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
         channels += width
 
 

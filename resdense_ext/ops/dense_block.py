@@ -18,7 +18,6 @@ Source: Huang et al., 2017 (the block) and Pleiss et al., 2017 (shared storage);
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from typing import NamedTuple, Optional
 
@@ -30,14 +29,13 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Affine, Pending
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit, accumulation_dtype
 
-__all__ = ["DenseBlockConfig", "dense_block"]
+__all__ = ["GRADS", "UNIT", "DenseBlockConfig", "flat_tensors"]
 
-_UNIT = 6
+UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
-_GRADS = (0, 1, 4, 5)
+GRADS = (0, 1, 4, 5)
 """Those of them that can have a gradient."""
 
 _SCHEMA = (
@@ -79,7 +77,7 @@ class DenseBlockConfig(NamedTuple):
 
     def layers(self, tensors: Sequence[Optional[Tensor]], masks: Sequence[Tensor]) -> list[DenseLayer]:
         """The layers as they were given, around other tensors."""
-        units = (self._unit(i, *tensors[_UNIT * i : _UNIT * (i + 1)]) for i in range(len(self.eps)))
+        units = (self._unit(i, *tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
         mask = iter(masks)
         return [
             DenseLayer(tuple(islice(units, count)), next(mask) if scale else None, scale)
@@ -93,7 +91,7 @@ class DenseBlockConfig(NamedTuple):
         return Unit(norm, Conv(conv_weight, conv_bias, tuple(numbers[:rank]), tuple(numbers[rank:-1]), numbers[-1]))
 
 
-def _tensors(layers: Sequence[DenseLayer]) -> list[Optional[Tensor]]:
+def flat_tensors(layers: Sequence[DenseLayer]) -> list[Optional[Tensor]]:
     """A unit's tensors; the running statistics only where they normalise."""
     flat: list[Optional[Tensor]] = []
     for unit in (unit for layer in layers for unit in layer.units):
@@ -207,9 +205,9 @@ def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tenso
     def record(unit: int, fold: _Fold, grads: backends.ConvGrads) -> Tensor:
         dgamma = fold.rstd * grads.sum_dy_xc
         values = (dgamma, grads.sum_dy, grads.weight, grads.bias)
-        for i, (value, position) in enumerate(zip(values, _GRADS)):
+        for i, (value, position) in enumerate(zip(values, GRADS)):
             if needs[1 + 4 * unit + i]:
-                results[1 + 4 * unit + i] = value.to(tensors[_UNIT * unit + position].dtype)
+                results[1 + 4 * unit + i] = value.to(tensors[UNIT * unit + position].dtype)
         return dgamma
 
     unit = sum(config.units)
@@ -285,7 +283,7 @@ def _backward_fake(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[
     growth = sum(layer.units[-1].conv.weight.shape[0] for layer in config.layers(tensors, masks))
     wanted = [torch.empty_like(buffer)[:, : buffer.shape[1] - growth]]
     for unit in range(len(config.eps)):
-        wanted += [tensors[_UNIT * unit + position] for position in _GRADS]
+        wanted += [tensors[UNIT * unit + position] for position in GRADS]
     return [
         (value if i == 0 else value.new_empty(value.shape)) if need else buffer.new_empty(0)
         for i, (need, value) in enumerate(zip(needs, wanted))
@@ -300,95 +298,3 @@ LIBRARY.impl("dense_block", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("dense_block_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("resdense::dense_block", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("resdense::dense_block_backward", _backward_fake, lib=LIBRARY)
-
-
-class DenseBlockFunction(torch.autograd.Function):
-    """Keeps the block buffer (its own output), the statistics, the masks, and the bottlenecks that the policy keeps."""
-
-    @staticmethod
-    def forward(ctx, config: DenseBlockConfig, norms: list[BatchNorm], masks: list[Tensor], x: Tensor, *tensors):
-        with _without_autocast(x.device):
-            out, stats, kept = torch.ops.resdense.dense_block(x, tensors, masks, *config)
-        # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        update_running_statistics(norms, _norm_statistics(config, stats, x.shape[1], tensors), out.numel() // out.shape[1])
-        ctx.config, ctx.counts = config, (len(tensors), len(masks), len(stats))
-        ctx.channels = x.shape[1]
-        ctx.save_for_backward(out, *tensors, *masks, *stats, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        try:
-            out, *saved = ctx.saved_tensors
-        except RuntimeError as error:
-            raise RuntimeError(
-                "dense_block: its output, or a parameter of it, was changed in place after the forward, and the backward needs "
-                f"it as it was (a dense block's output is the buffer of all its feature maps): {error}"
-            ) from error
-        saved = iter(saved)
-        tensors, masks, stats = (list(islice(saved, size)) for size in ctx.counts)
-        needs = [ctx.needs_input_grad[3]]
-        for unit in range(len(ctx.config.eps)):
-            needs += [ctx.needs_input_grad[4 + _UNIT * unit + position] for position in _GRADS]
-        if torch.is_grad_enabled():
-            grads = _differentiable_backward(grad, out, ctx.channels, ctx.config, tensors, masks, needs)
-        else:
-            with _without_autocast(out.device):
-                grads = torch.ops.resdense.dense_block_backward(
-                    grad, out, tensors, masks, *ctx.config, stats, list(saved), needs
-                )
-        wanted = [value if need else None for value, need in zip(grads, needs)]
-        result: list[Optional[Tensor]] = []
-        for unit in range(len(ctx.config.eps)):
-            weight, bias, conv_weight, conv_bias = wanted[1 + 4 * unit : 5 + 4 * unit]
-            result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, None, wanted[0], *result
-
-
-def _without_autocast(device: torch.device):
-    """The engine has its dtypes already; an inner convolution is to take them as they are."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def _norm_statistics(config, stats, channels: int, tensors) -> list[tuple[Tensor, Tensor]]:
-    """Every unit's ``(mean, m2)`` of this batch, in the order of the units."""
-    mean, m2, *bottleneck = stats
-    result, i = [], 0
-    for count in config.units:
-        result.append((mean[:channels], m2[:channels]))
-        if count == 2:
-            result.append((bottleneck[0], bottleneck[1]))
-            bottleneck = bottleneck[2:]
-        i += count
-        channels += tensors[_UNIT * (i - 1) + 4].shape[0]
-    return result
-
-
-def _differentiable_backward(grad, out, channels, config, tensors, masks, needs) -> list[Optional[Tensor]]:
-    """The gradients as functions that can be differentiated again, through the reference.
-
-    The input is read from the output, of which it is the first channels, and everything is aliased: differentiation is to
-    stop at these aliases, not to go on to what they are views of.
-    """
-    x = out[:, :channels].view_as(out[:, :channels])
-    tensors = [t if t is None else t.view_as(t) for t in tensors]
-    inputs = [x] + [tensors[_UNIT * u + p] for u in range(len(config.eps)) for p in _GRADS]
-    wanted = [value for value, need in zip(inputs, needs) if need]
-    y = reference.dense_block(x, config.layers(tensors, masks), Activation(config.activation, config.slope))
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
-
-
-def dense_block(
-    x: Tensor, layers: Sequence[DenseLayer], activation: Activation, policy: str, backend: backends.ReferenceBackend
-) -> Tensor:
-    """The checked call: see `resdense_ext.functional.dense_block`."""
-    tensors = _tensors(layers)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    keep = [policy == "fast" and grad and len(layer.units) == 2 for layer in layers]
-    config = DenseBlockConfig.of(layers, activation, keep, backend.name)
-    masks = [layer.mask for layer in layers if layer.mask is not None]
-    norms = [unit.norm for layer in layers for unit in layer.units]
-    return DenseBlockFunction.apply(config, norms, masks, x, *tensors)
