@@ -1,9 +1,16 @@
 """Every backend's primitives against the reference in float64, and the operators' registration."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from tolerance import assert_within_rule, torch_runs, true_run
 
+import resdense_ext as rd
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
@@ -324,6 +331,22 @@ class TestOperators:
         )  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
             torch.ops.resdense.bn_act(**{**arguments, **change})
+
+
+@built
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_narrower_instruction_sets(capability):
+    """The kernels for processors with less, on this one."""
+    code = "import sys, resdense_ext; print(resdense_ext.build_info()['cpu_capability'])"
+    environment = {**os.environ, "RESDENSE_CPU_CAPABILITY": capability}
+    run = partial(subprocess.run, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    chosen = run([sys.executable, "-c", code]).stdout.strip()
+    if chosen == rd.build_info()["cpu_capability"]:
+        pytest.skip(f"this processor has {chosen}, which every other test runs on")
+    assert chosen == capability.upper()
+    wanted = "cpu and (TestElementwise or 1x1) and not narrower"
+    answer = run([sys.executable, "-m", "pytest", "-q", __file__, "-k", wanted])
+    assert answer.returncode == 0, answer.stdout[-4000:]
 
 
 class TestBackendChoice:
