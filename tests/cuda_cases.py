@@ -162,6 +162,23 @@ def check_bn_add_act(ops, device: str) -> None:
             assert_rounded(out, torch.relu(sum(terms)), sum(t.abs() for t in terms), note)
 
 
+def check_pending_grad(ops, device: str) -> None:
+    for shape, dtype, layout in cases():
+        if layout == "expanded":
+            continue  # refused: it is written
+        for other in {layout, "channels_last"}:
+            dy, z = make(shape, dtype, layout, device), make(shape, dtype, other, device, seed=1)
+            vectors = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            vectors = vectors.to(device, wide(dtype))
+            alpha, beta, delta = vectors.double().view(3, 1, shape[1], *[1] * (len(shape) - 2))
+            terms = [alpha * dy.double(), beta * z.double(), delta.expand(shape)]
+            ops.pending_grad(dy, z, *vectors)
+            note = (shape, dtype, layout, other)
+            assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
+            if dy._base is not None:
+                assert int(dy._base.isnan().sum()) == dy._base.numel() - dy.numel(), note
+
+
 def check_special_values(ops, device: str) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0], device=device).view(1, 1, 6)
     zero, one = torch.zeros_like(x), torch.ones(1, device=device)
@@ -212,6 +229,7 @@ CHECKS = (
     check_channel_stats_far_mean,
     check_add_act,
     check_bn_add_act,
+    check_pending_grad,
     check_special_values,
     check_empty,
     check_errors,

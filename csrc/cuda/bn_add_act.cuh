@@ -7,9 +7,6 @@ namespace resdense::cuda {
 // out = act(scale * z + shift + identity), or with PROJECTED act(scale * z + shift + identity_scale * identity +
 // identity_shift). Three times the map's bytes; stock takes seven (each batch norm reads and writes, the sum reads two and
 // writes one, the activation works in place), or nine with a projection.
-//
-// A thread's elements lie at the same place of every one of its rows, so their channels' vectors are loaded once.
-// `positions` is how many neighbours of a row share a channel: 1 where a row holds the channels of one position.
 template <typename T, int VEC, bool PROJECTED>
 __global__ void bn_add_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T> z, Operand<const T> identity,
                                       Operand<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
@@ -20,23 +17,14 @@ __global__ void bn_add_act_fwd_kernel(Walk walk, int64_t positions, Operand<cons
   if (place.count <= 0) return;
 
   W a[VEC], b[VEC], c[VEC];
-  int64_t channel = positions == 1 ? place.i : place.i / positions;
-  int64_t left = (channel + 1) * positions - place.i;
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    if (k < place.count) {
-      a[k] = scale[channel];
-      b[k] = shift[channel];
-      if (PROJECTED) {
-        c[k] = identity_scale[channel];
-        b[k] += identity_shift[channel];
-      }
+  each_channel<VEC>(place, positions, [&](int k, int64_t channel) {
+    a[k] = scale[channel];
+    b[k] = shift[channel];
+    if (PROJECTED) {
+      c[k] = identity_scale[channel];
+      b[k] += identity_shift[channel];
     }
-    if (--left == 0) {
-      left = positions;
-      ++channel;
-    }
-  }
+  });
   walk_rows<T, VEC>(walk, place, z, identity, out, [&](int k, W value, W other) {
     return activate(a[k] * value + b[k] + (PROJECTED ? c[k] * other : other), slope);
   });

@@ -48,6 +48,23 @@ __device__ inline Place place_of(const Walk& walk) {
   return place;
 }
 
+// f(k, channel) for the k-th element of every vector of this thread: they lie at the same place of every one of its rows, so
+// their channels' coefficients are loaded once. `positions` is how many neighbours of a row share a channel: 1 where a row
+// holds the channels of one position.
+template <int VEC, typename F>
+__device__ inline void each_channel(const Place& place, int64_t positions, F f) {
+  int64_t channel = positions == 1 ? place.i : place.i / positions;
+  int64_t left = (channel + 1) * positions - place.i;
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    if (k < place.count) f(k, channel);
+    if (--left == 0) {
+      left = positions;
+      ++channel;
+    }
+  }
+}
+
 // out = f(k, a, b) for the k-th element of every vector of this thread. All loads come before the first store; the one
 // vector that the end of a row cuts off goes a value at a time.
 template <typename T, int VEC, typename F>

@@ -3,6 +3,7 @@
 #include "cuda/add_act.cu"
 #include "cuda/bn_add_act.cu"
 #include "cuda/channel_stats.cu"
+#include "cuda/pending_grad.cu"
 
 static void configure(int64_t order, int64_t multiprocessors) {
   shim::order = static_cast<int>(order);
@@ -17,6 +18,7 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
       "Tensor? identity_shift, float negative_slope) -> Tensor");
+  m.def("pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resdense_shim, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }
