@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import _library
-from resdense_ext.ops.backend import Affine, ConvGrads, Pending, ReferenceBackend, register
+from resdense_ext.ops.backend import Affine, ConvGrads, Pending, register
+from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.layout import memory_format_of
 from resdense_ext.reference import Activation, Conv, accumulation_dtype
 
@@ -31,7 +32,7 @@ def _is_matrix_product(conv: Conv) -> bool:
     return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
 
 
-class CpuBackend(ReferenceBackend):
+class CpuBackend(CompiledBackend):
     name = "cpu"
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
@@ -50,9 +51,6 @@ class CpuBackend(ReferenceBackend):
             return super().chunks(x)
         return [slice(n, n + 1) for n in range(x.shape[0])]
 
-    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.resdense.channel_stats(x)
-
     def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
         out = torch.empty_like(x)
         torch.ops.resdense.bn_act(x, affine.scale, affine.shift, _slope(affine.activation), out)
@@ -69,11 +67,6 @@ class CpuBackend(ReferenceBackend):
         scale, shift, activation = affine
         increment_version(out)
         return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, _slope(activation))
-
-    def pending_grad_(self, pending: Pending) -> Tensor:
-        increment_version(pending.dy)
-        torch.ops.resdense.pending_grad(*pending)
-        return pending.dy
 
     def bn_act_conv(
         self, x: Tensor, affine: Affine, conv: Conv, out: Tensor, mask: Optional[Tensor], mask_scale: float, stats: bool

@@ -1,4 +1,7 @@
-"""The CUDA backend: what ``csrc/cuda`` has kernels for so far, the rest as the reference computes it."""
+"""The CUDA backend: what ``csrc/cuda`` has kernels for so far, the rest as the reference computes it.
+
+None of it has run on a GPU yet; its kernels run on the CPU, under the execution-model shim of the tests.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,20 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops import _library
-from resdense_ext.ops.backend import ReferenceBackend, register
+from resdense_ext.ops.backend import register
+from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.reference import Activation
 
 __all__ = ["CudaBackend"]
 
 
-class CudaBackend(ReferenceBackend):
+class CudaBackend(CompiledBackend):
     name = "cuda"
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if _library.CUDA_LIBRARY:
             return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
         return None if x.is_cuda else f"the input is on {x.device.type}"
-
-    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.resdense.channel_stats(x)
 
 
 register(CudaBackend())
