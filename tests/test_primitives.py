@@ -14,8 +14,8 @@ import resdense_ext as rd
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
-from resdense_ext.ops.backend import Affine, Pending
-from resdense_ext.reference import Activation, Conv
+from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
+from resdense_ext.reference import Activation, BatchNorm, Conv
 
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
 BACKENDS = ["reference", pytest.param("cpu", marks=built)]
@@ -167,7 +167,9 @@ class TestConvolution:
         out, untouched = buffer_slice(torch.full((3, outputs, 11, 9), float("nan"), dtype=dtype), channels_last)
         ours = conv._replace(weight=tensors["weight"], bias=tensors.get("bias"))
         affine = Affine(tensors["scale"], tensors["shift"], activation)
-        stats = backend.bn_act_conv(source, affine, ours, out, mask, 2.0, True)
+        stats = Stats(*(torch.empty(outputs, dtype=stats_dtype(dtype)) for _ in range(2)))
+        reader = BatchNorm(torch.randn(outputs), torch.randn(outputs))
+        fold = backend.bn_act_conv(source, affine, ours, out, mask, 2.0, stats, reader)
         untouched()
 
         def formula(t):
@@ -178,7 +180,14 @@ class TestConvolution:
         close([out], formula, tensors, dtype)
         # The statistics are those of what was written, rounded as it is.
         close(stats, lambda t: reference.channel_stats(t["x"]), {"x": out.contiguous()}, torch.float32)
-        assert backend.bn_act_conv(source, affine, ours, out, mask, 2.0, False) is None
+        # And the norm that reads them is folded as `fold` does it.
+        assert fold.affine.activation == activation and fold.count == 3 * 11 * 9
+        expected = backends.get("reference").fold(reader, stats, fold.count, activation)
+        torch.testing.assert_close([*fold.affine[:2], *fold[1:3]], [*expected.affine[:2], *expected[1:3]], rtol=1e-6, atol=1e-6)
+        frozen = BatchNorm(running_mean=torch.randn(outputs), running_var=torch.rand(outputs), batch_stats=False)
+        fold = backend.bn_act_conv(source, affine, ours, out, mask, 2.0, None, frozen)
+        assert fold.count is None and torch.equal(fold.mean, frozen.running_mean.to(stats_dtype(dtype)))
+        assert backend.bn_act_conv(source, affine, ours, out, mask, 2.0, None) is None
 
     @pytest.mark.parametrize("pending", [False, True])
     @pytest.mark.parametrize("accumulate", [False, True])
@@ -199,11 +208,13 @@ class TestConvolution:
         d, untouched = buffer_slice(tensors["d"], channels_last)
         grad = Pending(dy, z, tensors["alpha"], tensors["beta"], tensors["delta"]) if pending else dy
         ours = conv._replace(weight=tensors["weight"], bias=tensors.get("bias"))
-        affine = Affine(tensors["scale"], tensors["shift"], activation)
-        grads = backend.bn_act_conv_backward(
-            source, affine, tensors["center"], ours, grad, d if accumulate else None, True
-        )
+        tensors["rstd"] = torch.rand_like(tensors["scale"])
+        fold = Fold(Affine(tensors["scale"], tensors["shift"], activation), tensors["center"], tensors["rstd"], 297)
+        before = torch.zeros_like(tensors["scale"])
+        into = Pending(d, source, None, before.clone(), before.clone()) if accumulate else None
+        grads = backend.bn_act_conv_backward(source, fold, ours, grad, into, True)
         untouched(), dy_untouched()
+        assert grads.input.z is source and (accumulate or grads.input.alpha is tensors["scale"])
 
         def formula(t):
             wide = stats_dtype(t["x"].dtype)
@@ -218,14 +229,17 @@ class TestConvolution:
             dy = da.to(wide) * reference.activation_slope(y, activation)
             out = (t["d"].to(wide) + per("scale") * dy if accumulate else dy).to(t["x"].dtype)
             reduced = [0, *range(2, dy.dim())]
-            return out, *rest, dy.sum(reduced), (dy * (t["x"].to(wide) - per("center"))).sum(reduced)
+            dbeta = dy.sum(reduced)
+            dgamma = t["rstd"] * (dy * (t["x"].to(wide) - per("center"))).sum(reduced)
+            beta = -t["scale"] * t["rstd"] * dgamma / 297
+            return out, *rest, dbeta, dgamma, beta, -t["scale"] * dbeta / 297 - beta * t["center"]
 
-        result = [d if accumulate else grads.dy, grads.weight, grads.bias, grads.sum_dy, grads.sum_dy_xc]
+        result = [grads.input.dy, grads.weight, grads.bias, grads.norm_bias, grads.norm_weight, *grads.input[3:]]
         close([t for t in result if t is not None], formula, tensors, dtype)
-        without = backend.bn_act_conv_backward(
-            source, affine, tensors["center"], ours, tensors["dy"].clone(), d if accumulate else None, False
-        )
+        without = backend.bn_act_conv_backward(source, fold, ours, tensors["dy"].clone(), into, False)
         assert without.weight is None and without.bias is None
+        frozen = backend.bn_act_conv_backward(source, fold._replace(count=None), ours, tensors["dy"].clone(), None, False)
+        assert not frozen.input.beta.any() and not frozen.input.delta.any()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -255,8 +269,9 @@ def test_results_repeat_bitwise(backend, threads):
         out = torch.zeros_like(x)
         pending = Pending(dy.clone(), z, torch.ones(24), torch.zeros(24), torch.zeros(24))
         affine = Affine(ones, zeros, Activation())
-        grads = backend.bn_act_conv_backward(x, affine, zeros, Conv(w), pending, out, True)
-        results.append([out, grads.weight, grads.sum_dy, grads.sum_dy_xc])
+        into = Pending(out, x, ones, torch.zeros(40), torch.zeros(40))
+        grads = backend.bn_act_conv_backward(x, Fold(affine, zeros, ones, 1), Conv(w), pending, into, True)
+        results.append([out, grads.weight, grads.norm_weight, grads.norm_bias, into.beta, into.delta])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
@@ -308,7 +323,7 @@ class TestOperators:
         base = torch.zeros(2, 9, 5, 4)
         affine = Affine(torch.ones(6), torch.zeros(6), Activation())
         version = base._version
-        backend.bn_act_conv(x, affine, Conv(torch.randn(3, 6, 1, 1)), base[:, 2:5], None, 1.0, False)
+        backend.bn_act_conv(x, affine, Conv(torch.randn(3, 6, 1, 1)), base[:, 2:5], None, 1.0, None)
         assert base._version > version
 
     @pytest.mark.parametrize(

@@ -17,9 +17,21 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.layout import memory_format_of
-from resdense_ext.reference import Activation, Conv, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
-__all__ = ["Affine", "ConvGrads", "Pending", "ReferenceBackend", "choose", "get", "register", "registered", "use_backend"]
+__all__ = [
+    "Affine",
+    "ConvGrads",
+    "Fold",
+    "Pending",
+    "ReferenceBackend",
+    "Stats",
+    "choose",
+    "get",
+    "register",
+    "registered",
+    "use_backend",
+]
 
 
 class Affine(NamedTuple):
@@ -28,6 +40,31 @@ class Affine(NamedTuple):
     scale: Tensor
     shift: Tensor
     activation: Activation
+
+
+class Stats(NamedTuple):
+    """A map's mean and sum of squared deviations, ``[C]`` each; slices of a block's vectors, to be written by a primitive."""
+
+    mean: Tensor
+    m2: Tensor
+
+
+class Fold(NamedTuple):
+    """A batch norm ready for use: the affine it amounts to, and what its backward needs.
+
+    ``count`` is the number of positions whose statistics normalise; None where the running statistics do.
+    """
+
+    affine: Affine
+    mean: Tensor
+    rstd: Tensor
+    count: Optional[int]
+
+    def correction(self, dbeta: Tensor, dgamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``(beta, delta)`` of the gradient of the norm's input, ``scale * dy + beta * x + delta``."""
+        shared = self.affine.scale / self.count
+        beta = -shared * self.rstd * dgamma
+        return beta, -(shared * dbeta + beta * self.mean)
 
 
 class Pending(NamedTuple):
@@ -41,13 +78,13 @@ class Pending(NamedTuple):
 
 
 class ConvGrads(NamedTuple):
-    """``sum_dy`` is dbeta and ``sum_dy_xc``, the sum of ``dy * (x - center)``, is dgamma over rstd; both ``[C]``."""
+    """The gradients of a norm, an activation and a convolution: of the input, and of the parameters."""
 
-    dy: Optional[Tensor]
+    input: Pending
     weight: Optional[Tensor]
     bias: Optional[Tensor]
-    sum_dy: Tensor
-    sum_dy_xc: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
 
 
 class ReferenceBackend:
@@ -88,29 +125,54 @@ class ReferenceBackend:
         """Finishes a gradient in place, and returns it."""
         return pending.dy.copy_(reference.pending_grad(*pending))
 
+    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
+        """A batch norm over ``count`` positions with these statistics, or over its running ones."""
+        if norm.batch_stats:
+            mean, var = stats.mean, stats.m2 / count
+        else:
+            mean, var = (t.to(stats.mean.dtype) for t in (norm.running_mean, norm.running_var))
+        scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
+        return Fold(Affine(scale, shift, activation), mean, rstd, count if norm.batch_stats else None)
+
     def bn_act_conv(
-        self, x: Tensor, affine: Affine, conv: Conv, out: Tensor, mask: Optional[Tensor], mask_scale: float, stats: bool
-    ) -> Optional[tuple[Tensor, Tensor]]:
-        """``out = conv(act(scale * x + shift)) * mask * mask_scale``, and the statistics of what was written."""
+        self,
+        x: Tensor,
+        affine: Affine,
+        conv: Conv,
+        out: Tensor,
+        mask: Optional[Tensor],
+        mask_scale: float,
+        stats: Optional[Stats],
+        reader: Optional[BatchNorm] = None,
+    ) -> Optional[Fold]:
+        """``out = conv(act(scale * x + shift)) * mask * mask_scale``, and the statistics of what was written, if asked for.
+
+        ``reader`` is the norm that alone will read ``out``, behind the same activation: it is returned folded.
+        """
         for part in self.chunks(x):
             activated = self.bn_act(x[part], affine).to(conv.weight.dtype)
             new = reference.convolution(activated, conv)
             out[part].copy_(new if mask is None else new * mask[part] * mask_scale)
-        return self.channel_stats(out) if stats else None
+        return self._read(out, self.channel_stats(out) if stats else (), stats, reader, affine.activation)
+
+    def _read(
+        self, out: Tensor, found: tuple[Tensor, ...], stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation
+    ) -> Optional[Fold]:
+        """Puts the statistics where they are wanted, and folds the norm that reads them."""
+        for to, value in zip(stats or (), found):
+            to.copy_(value)
+        if reader is None:
+            return None
+        none = out.new_empty(0, dtype=accumulation_dtype(out.dtype))
+        return self.fold(reader, stats or Stats(none, none), out.numel() // out.shape[1], activation)
 
     def bn_act_conv_backward(
-        self,
-        x: Tensor,
-        affine: Affine,
-        center: Tensor,
-        conv: Conv,
-        grad: Tensor | Pending,
-        out: Optional[Tensor],
-        need_weight: bool,
+        self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
-        """From the gradient of the convolution's output: its weight's and bias's, and that of ``x``.
+        """From the gradient of the convolution's output: its weight's and bias's, the norm's, and that of ``x``.
 
-        dy, the gradient behind the activation, is returned where ``out`` is None; else ``out += scale * dy``.
+        The gradient of ``x`` is pending: ``scale * dy`` and the norm's correction, a new one or, where ``into`` is given, added
+        to that one (whose ``alpha`` is 1).
         """
         if isinstance(grad, Pending):
             grad = self.pending_grad_(grad)
@@ -119,8 +181,8 @@ class ReferenceBackend:
         total: list[Optional[Tensor]] = [None, None, None, None]
         dy = None
         # Where all of dy is wanted it has the width of a bottleneck, and so may the activation.
-        for part in [slice(None)] if out is None else self.chunks(x):
-            activated = self.bn_act(x[part], affine).to(dtype)
+        for part in [slice(None)] if into is None else self.chunks(x):
+            activated = self.bn_act(x[part], fold.affine).to(dtype)
             dx, weight, bias = torch.ops.aten.convolution_backward(
                 grad[part].to(dtype),
                 activated,
@@ -137,17 +199,41 @@ class ReferenceBackend:
             del activated
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
-            if out is None:
+            if into is None:
                 dy = dx
-                sums = self.bn_act_backward(dy, x[part], affine, center)
+                sums = self.bn_act_backward(dy, x[part], fold.affine, fold.mean)
             else:
-                sums = self.bn_act_backward_accumulate(out[part], dx, x[part], affine, center)
+                sums = self.bn_act_backward_accumulate(into.dy[part], dx, x[part], fold.affine, fold.mean)
             for i, new in enumerate((weight, bias, *sums)):
                 if new is not None:
                     wide = new.to(accumulation_dtype(new.dtype))
                     total[i] = wide if total[i] is None else total[i].add_(wide)
         weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
-        return ConvGrads(dy, weight, bias, *total[2:])
+        return self._grads(x, fold, weight, bias, dy, into, *total[2:])
+
+    @staticmethod
+    def _grads(
+        x: Tensor,
+        fold: Fold,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        dy: Optional[Tensor],
+        into: Optional[Pending],
+        sum_dy: Tensor,
+        sum_dy_xc: Tensor,
+    ) -> ConvGrads:
+        """Makes of the sums the norm's gradients and its correction of the gradient of ``x``."""
+        dgamma = fold.rstd * sum_dy_xc
+        if fold.count is None:
+            beta = delta = torch.zeros_like(dgamma)
+        else:
+            beta, delta = fold.correction(sum_dy, dgamma)
+        if into is None:
+            into = Pending(dy, x, fold.affine.scale, beta, delta)
+        else:
+            into.beta.add_(beta)
+            into.delta.add_(delta)
+        return ConvGrads(into, weight, bias, dgamma, sum_dy)
 
     @staticmethod
     def _masked(grad: Tensor, x: Tensor, affine: Affine) -> Tensor:

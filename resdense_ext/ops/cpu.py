@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import _library
-from resdense_ext.ops.backend import Affine, ConvGrads, Pending, register
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Stats, register
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.layout import memory_format_of
-from resdense_ext.reference import Activation, Conv, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
 
@@ -69,38 +69,39 @@ class CpuBackend(CompiledBackend):
         return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, _slope(activation))
 
     def bn_act_conv(
-        self, x: Tensor, affine: Affine, conv: Conv, out: Tensor, mask: Optional[Tensor], mask_scale: float, stats: bool
-    ) -> Optional[tuple[Tensor, Tensor]]:
-        if mask is not None or not _is_matrix_product(conv):
-            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats)
-        scale, shift, activation = affine
-        bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
-        increment_version(out)
-        result = torch.ops.resdense.bn_act_conv1x1(
-            x, scale, shift, _slope(activation), conv.weight.flatten(1), bias, out, stats
-        )
-        return result if stats else None
-
-    def bn_act_conv_backward(
         self,
         x: Tensor,
         affine: Affine,
-        center: Tensor,
         conv: Conv,
-        grad: Tensor | Pending,
-        out: Optional[Tensor],
-        need_weight: bool,
+        out: Tensor,
+        mask: Optional[Tensor],
+        mask_scale: float,
+        stats: Optional[Stats],
+        reader: Optional[BatchNorm] = None,
+    ) -> Optional[Fold]:
+        if mask is not None or not _is_matrix_product(conv):
+            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
+        scale, shift, activation = affine
+        bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
+        increment_version(out)
+        found = torch.ops.resdense.bn_act_conv1x1(
+            x, scale, shift, _slope(activation), conv.weight.flatten(1), bias, out, stats is not None
+        )
+        return self._read(out, found, stats, reader, activation)
+
+    def bn_act_conv_backward(
+        self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
         # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
-        fused = isinstance(grad, Pending) and out is not None and conv.bias is None and _is_matrix_product(conv)
+        fused = isinstance(grad, Pending) and into is not None and conv.bias is None and _is_matrix_product(conv)
         if not fused:
-            return super().bn_act_conv_backward(x, affine, center, conv, grad, out, need_weight)
-        scale, shift, activation = affine
-        increment_version(out)
-        weight, sum_dy, sum_dy_xc = torch.ops.resdense.bn_act_conv1x1_backward(
-            x, scale, shift, center, _slope(activation), conv.weight.flatten(1), *grad, out, need_weight
+            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+        scale, shift, activation = fold.affine
+        increment_version(into.dy)
+        weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
+            x, scale, shift, fold.mean, _slope(activation), conv.weight.flatten(1), *grad, into.dy, need_weight
         )
-        return ConvGrads(None, weight.view_as(conv.weight) if need_weight else None, None, sum_dy, sum_dy_xc)
+        return self._grads(x, fold, weight.view_as(conv.weight) if need_weight else None, None, None, into, *sums)
 
 
 register(CpuBackend())

@@ -24,10 +24,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.backend import Affine, Pending
+from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit, accumulation_dtype
 
@@ -101,23 +100,6 @@ def flat_tensors(layers: Sequence[DenseLayer]) -> list[Optional[Tensor]]:
     return flat
 
 
-class _Fold(NamedTuple):
-    """A batch norm ready for use: the affine it amounts to, and what its backward needs."""
-
-    affine: Affine
-    mean: Tensor
-    rstd: Tensor
-
-    @staticmethod
-    def of(norm: BatchNorm, mean: Tensor, m2: Tensor, count: int, activation: Activation) -> _Fold:
-        if norm.batch_stats:
-            var = m2 / count
-        else:
-            mean, var = norm.running_mean.to(mean.dtype), norm.running_var.to(mean.dtype)
-        scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
-        return _Fold(Affine(scale, shift, activation), mean, rstd)
-
-
 class _Walk(NamedTuple):
     """One layer's place in the buffer."""
 
@@ -143,39 +125,43 @@ def _forward(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Tensor],
     compute = layers[0].units[0].conv.weight.dtype
     buffer = empty_map(x, walk[-1].end, torch.promote_types(x.dtype, compute))
     count = buffer.numel() // buffer.shape[1]
-    mean = torch.zeros(walk[-1].end, dtype=accumulation_dtype(buffer.dtype), device=x.device)
-    m2 = torch.zeros_like(mean)
+    stats = Stats(*(torch.zeros(walk[-1].end, dtype=accumulation_dtype(buffer.dtype), device=x.device) for _ in range(2)))
     # The statistics of a channel are needed where a later layer normalises by them.
     readers = [layer.units[0].norm.batch_stats for layer in layers]
     bottleneck_stats, kept = [], []
 
     buffer[:, : x.shape[1]].copy_(x)
     if any(readers):
-        mean[: x.shape[1]], m2[: x.shape[1]] = backend.channel_stats(buffer[:, : x.shape[1]])
+        for to, found in zip(_channels(stats, 0, x.shape[1]), backend.channel_stats(buffer[:, : x.shape[1]])):
+            to.copy_(found)
     for index, layer, C, end in walk:
         source, target = buffer[:, :C], buffer[:, C:end]
-        unit = layer.units[0]
-        fold = _Fold.of(unit.norm, mean[:C], m2[:C], count, activation)
+        norm, conv = layer.units[0]
+        fold = backend.fold(norm, _channels(stats, 0, C), count, activation)
         if len(layer.units) == 2:
-            z = empty_map(x, unit.conv.weight.shape[0], compute)
-            unit, first = layer.units[1], unit
-            stats = backend.bn_act_conv(source, fold.affine, first.conv, z, None, 1.0, unit.norm.batch_stats)
-            stats = stats or (mean.new_empty(0), mean.new_empty(0))
-            bottleneck_stats += stats
+            z = empty_map(x, conv.weight.shape[0], compute)
+            norm, last = layer.units[1]
+            z_stats = _new_stats(z, norm)
+            fold = backend.bn_act_conv(
+                source, fold.affine, conv, z, None, 1.0, z_stats if norm.batch_stats else None, norm
+            )
+            bottleneck_stats += z_stats
             if config.keep[index]:
                 kept.append(z)
-            source, fold = z, _Fold.of(unit.norm, *stats, count, activation)
-        new = backend.bn_act_conv(
-            source, fold.affine, unit.conv, target, layer.mask, layer.mask_scale, any(readers[index + 1 :])
-        )
-        if new is not None:
-            mean[C:end], m2[C:end] = new
-    return buffer, [mean, m2, *bottleneck_stats], kept
+            source, conv = z, last
+        new = _channels(stats, C, end) if any(readers[index + 1 :]) else None
+        backend.bn_act_conv(source, fold.affine, conv, target, layer.mask, layer.mask_scale, new)
+    return buffer, [*stats, *bottleneck_stats], kept
 
 
-def _correction(P: Tensor, Q: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``(beta, delta)`` with ``beta * x + delta = -(P + (x - mean) * Q) / M``."""
-    return -Q / count, (mean * Q - P) / count
+def _channels(stats: Stats, begin: int, end: int) -> Stats:
+    return Stats(stats.mean[begin:end], stats.m2[begin:end])
+
+
+def _new_stats(z: Tensor, reader: BatchNorm) -> Stats:
+    """Room for the statistics of ``z``; none where its reader has its own."""
+    size = z.shape[1] if reader.batch_stats else 0
+    return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
 
 
 def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tensor]:
@@ -185,6 +171,7 @@ def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tenso
     backend = backends.get(config.backend)
     activation = Activation(config.activation, config.slope)
     mean, m2, *bottleneck_stats = stats
+    stats = Stats(mean, m2)
     count = buffer.numel() // buffer.shape[1]
     kept, bottleneck_stats = list(kept), list(bottleneck_stats)
 
@@ -192,23 +179,23 @@ def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tenso
     C0 = buffer.shape[1] - growth
     walk = list(_walk(layers, C0))
     D = torch.empty_like(buffer).copy_(grad)
-    P, Q = torch.zeros((2, buffer.shape[1]), dtype=mean.dtype, device=mean.device).unbind()
+    # The correction of D that all consumers of a channel have asked for so far: beta * x + delta.
+    beta, delta = torch.zeros((2, buffer.shape[1]), dtype=mean.dtype, device=mean.device).unbind()
     ones = torch.ones_like(mean)
     results: list[Optional[Tensor]] = [None] * len(needs)
 
-    def finish(begin: int, end: int) -> Tensor:
-        """The gradient of a slice of the buffer; all its consumers have added to it."""
-        d = D[:, begin:end]
-        beta, delta = _correction(P[begin:end], Q[begin:end], mean[begin:end], count)
-        return backend.pending_grad_(Pending(d, buffer[:, begin:end], ones[begin:end], beta, delta))
+    def pending(begin: int, end: int) -> Pending:
+        """The gradient of a slice of the buffer; once all its consumers have added to it, its reader may finish it."""
+        return Pending(D[:, begin:end], buffer[:, begin:end], ones[begin:end], beta[begin:end], delta[begin:end])
 
-    def record(unit: int, fold: _Fold, grads: backends.ConvGrads) -> Tensor:
-        dgamma = fold.rstd * grads.sum_dy_xc
-        values = (dgamma, grads.sum_dy, grads.weight, grads.bias)
+    def record(unit: int, grads: backends.ConvGrads) -> None:
+        values = (grads.norm_weight, grads.norm_bias, grads.weight, grads.bias)
         for i, (value, position) in enumerate(zip(values, GRADS)):
             if needs[1 + 4 * unit + i]:
                 results[1 + 4 * unit + i] = value.to(tensors[UNIT * unit + position].dtype)
-        return dgamma
+
+    def wants_weight(unit: int) -> bool:
+        return any(needs[3 + 4 * unit : 5 + 4 * unit])
 
     unit = sum(config.units)
     deferred = False
@@ -216,46 +203,32 @@ def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tenso
         unit -= len(layer.units)
         if not any(needs[: 1 + 4 * (unit + len(layer.units))]):
             break  # nothing before this point wants a gradient
-        d = finish(C, end) if deferred else D[:, C:end]
+        upstream: Tensor | Pending = pending(C, end) if deferred else D[:, C:end]
         if layer.mask is not None:
-            d.mul_(layer.mask).mul_(layer.mask_scale)
+            upstream = backend.pending_grad_(upstream) if deferred else upstream
+            upstream.mul_(layer.mask).mul_(layer.mask_scale)
         norm, conv = layer.units[0]
-        fold = _Fold.of(norm, mean[:C], m2[:C], count, activation)
         source = buffer[:, :C]
-        upstream: Tensor | Pending = d
+        fold = backend.fold(norm, _channels(stats, 0, C), count, activation)
         if len(layer.units) == 2:
             second = layer.units[1]
-            z_stats = bottleneck_stats[-2:]
+            z_stats = Stats(*bottleneck_stats[-2:])
             del bottleneck_stats[-2:]
             if config.keep[index]:
                 z = kept.pop()
             else:
                 z = empty_map(buffer, conv.weight.shape[0], conv.weight.dtype)
-                backend.bn_act_conv(source, fold.affine, conv, z, None, 1.0, False)
-            inner = _Fold.of(second.norm, *z_stats, count, activation)
-            grads = backend.bn_act_conv_backward(
-                z, inner.affine, inner.mean, second.conv, d, None, any(needs[7 + 4 * unit : 9 + 4 * unit])
-            )
-            dgamma = record(unit + 1, inner, grads)
-            alpha = inner.affine.scale
-            if second.norm.batch_stats:
-                beta, delta = _correction(alpha * grads.sum_dy, alpha * inner.rstd * dgamma, inner.mean, count)
-            else:
-                beta = delta = torch.zeros_like(alpha)
-            upstream = Pending(grads.dy, z, alpha, beta, delta)
+                backend.bn_act_conv(source, fold.affine, conv, z, None, 1.0, None)
+            inner = backend.fold(second.norm, z_stats, count, activation)
+            grads = backend.bn_act_conv_backward(z, inner, second.conv, upstream, None, wants_weight(unit + 1))
+            record(unit + 1, grads)
+            upstream = grads.input
             del z, grads
-        grads = backend.bn_act_conv_backward(
-            source, fold.affine, fold.mean, conv, upstream, D[:, :C], any(needs[3 + 4 * unit : 5 + 4 * unit])
-        )
+        record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, pending(0, C), wants_weight(unit)))
         del upstream
-        dgamma = record(unit, fold, grads)
-        if norm.batch_stats:
-            deferred = True
-            scale = fold.affine.scale
-            P[:C].addcmul_(scale, grads.sum_dy)
-            Q[:C].addcmul_(scale * fold.rstd, dgamma)
+        deferred = deferred or norm.batch_stats
     if needs[0]:
-        results[0] = finish(0, C0) if deferred else D[:, :C0]
+        results[0] = backend.pending_grad_(pending(0, C0)) if deferred else D[:, :C0]
     return [torch.empty(0, dtype=buffer.dtype, device=buffer.device) if r is None else r for r in results]
 
 

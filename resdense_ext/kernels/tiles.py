@@ -1,0 +1,89 @@
+"""What the kernels share on the device: activations, tiles of maps, and the ticket by which a launch finishes its own sums.
+
+Offsets are 64-bit; positions within a sample are 32-bit. A tile is ``[positions, channels]`` in either memory format.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["activate", "activation_slope", "last_arrival", "load_tile", "positions_from", "row_offsets", "store_tile"]
+
+
+@triton.jit
+def activate(y, slope, ACT: tl.constexpr):
+    """The activation by its name in `resdense_ext.reference`; NaN stays NaN, and the ReLU of -inf is 0."""
+    if ACT == "relu":
+        y = tl.where(y <= 0, 0.0, y)
+    elif ACT == "leaky_relu":
+        y = tl.where(y > 0, y, y * slope)
+    elif ACT == "elu":
+        y = tl.where(y > 0, y, tl.exp(y) - 1)
+    elif ACT == "silu":
+        y = y * tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def activation_slope(y, slope, ACT: tl.constexpr):
+    """The activation's derivative at its input."""
+    if ACT == "relu":
+        y = tl.where(y <= 0, 0.0, 1.0)
+    elif ACT == "leaky_relu":
+        y = tl.where(y > 0, 1.0, slope)
+    elif ACT == "elu":
+        y = tl.where(y > 0, 1.0, tl.exp(y))
+    elif ACT == "silu":
+        gate = tl.sigmoid(y)
+        y = gate * (1 + y * (1 - gate))
+    else:
+        y = tl.full(y.shape, 1.0, y.dtype)
+    return y
+
+
+@triton.jit
+def positions_from(first, S, BLOCK: tl.constexpr):
+    """The sample (64-bit) and the place in it (32-bit) of BLOCK positions, the first of which is the 64-bit ``first``."""
+    sample = first // S
+    place = (first - sample * S).to(tl.int32) + tl.arange(0, BLOCK)
+    ahead = place // S
+    return sample + ahead, place - ahead * S
+
+
+@triton.jit
+def row_offsets(sample, place, sn, ss):
+    return sample.to(tl.int64) * sn + place.to(tl.int64) * ss
+
+
+@triton.jit
+def load_tile(ptr, rows, columns, row_mask, column_mask, LAST: tl.constexpr):
+    """Reads ``[rows, columns]``, 0 where masked; threads lie side by side along what is adjacent in memory."""
+    if LAST:
+        tile = tl.load(ptr + rows[:, None] + columns[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+    else:
+        tile = tl.load(ptr + columns[:, None] + rows[None, :], mask=column_mask[:, None] & row_mask[None, :], other=0.0)
+        tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, rows, columns, tile, row_mask, column_mask, LAST: tl.constexpr):
+    if LAST:
+        tl.store(ptr + rows[:, None] + columns[None, :], tile, mask=row_mask[:, None] & column_mask[None, :])
+    else:
+        tl.store(ptr + columns[:, None] + rows[None, :], tl.trans(tile), mask=column_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def last_arrival(ticket_ptr, programs):
+    """Whether all other programs have drawn their ticket, and so have stored what they had to.
+
+    The last one leaves the ticket at 0 for the next launch. What it then reads of the others must come from the
+    second-level cache (``cache_modifier=".cg"``).
+    """
+    tl.debug_barrier()  # all threads of this program have stored before one of them draws
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
