@@ -15,10 +15,12 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
+from resdense_ext.ops.triton import interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
-BACKENDS = ["reference", pytest.param("cpu", marks=built)]
+# The same tests serve Triton's kernels in its interpreter: see test_triton.py.
+BACKENDS = ["triton"] if interpreting() else ["reference", pytest.param("cpu", marks=built)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Samples, channels, spatial sizes: ordinary, odd, of one position, of one channel, past a tile and past a vector.
 SHAPES = [(2, 8, (6, 5)), (1, 1, (7, 1)), (3, 17, (1, 1)), (2, 129, (3,)), (1, 70, (5, 4, 3)), (2, 33, (37, 29))]

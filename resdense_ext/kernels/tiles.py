@@ -8,7 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "activation_slope", "last_arrival", "load_tile", "positions_from", "row_offsets", "store_tile"]
+__all__ = [
+    "activate",
+    "activation_slope",
+    "add_in_memory",
+    "last_arrival",
+    "load_tile",
+    "positions_from",
+    "product",
+    "row_offsets",
+    "store_tile",
+]
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -73,6 +85,22 @@ def store_tile(ptr, rows, columns, tile, row_mask, column_mask, LAST: tl.constex
         tl.store(ptr + rows[:, None] + columns[None, :], tile, mask=row_mask[:, None] & column_mask[None, :])
     else:
         tl.store(ptr + columns[:, None] + rows[None, :], tl.trans(tile), mask=column_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` on the matrix units."""
+    if _INTERPRETED:
+        # The interpreter would multiply the bit patterns of bfloat16; in float32 its products are exact.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_in_memory(ptr, columns, mask, value, fresh):
+    """``ptr[columns] += value``, or ``= value`` where fresh: a program's own sums, that would fill its registers otherwise."""
+    before = tl.load(ptr + columns, mask=mask & (not fresh), other=0.0)
+    tl.store(ptr + columns, before + value, mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,155 @@
+"""The Triton backend: every primitive as a kernel of `resdense_ext.kernels`, for GPUs and for Triton's interpreter.
+
+Grouped convolutions, convolutions with a bias in backward and float64 products go through the framework, as in the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
+from resdense_ext.reference import Activation, BatchNorm, Conv
+
+__all__ = ["TritonBackend", "architecture_refusal", "interpreting", "missing"]
+
+_PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def missing() -> Optional[str]:
+    """Why there is no Triton; None where there is. Looked up when first asked, never at import."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes tensors on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def architecture_refusal(device: torch.device) -> Optional[str]:
+    """Why kernels do not run on this GPU; None where they do."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"{device} is sm_{major}{minor}, and the kernels are for sm_80 and later"
+
+
+def _serves(x: Tensor, conv: Conv) -> bool:
+    return missing() is None and conv.groups == 1 and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
+
+
+class TritonBackend(ReferenceBackend):
+    name = "triton"
+
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+        if missing():
+            return missing()
+        if not x.is_cuda and not (interpreting() and x.device.type == "cpu"):
+            return f"the input is on {x.device.type}"
+        return architecture_refusal(x.device) if x.is_cuda else None
+
+    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        from resdense_ext.kernels.channel_stats import channel_stats
+
+        return channel_stats(x)
+
+    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
+        from resdense_ext.kernels.bn_act import bn_act
+
+        out = torch.empty_like(x)
+        bn_act(x, *affine, out)
+        return out
+
+    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
+        from resdense_ext.kernels.bn_act import bn_act_backward
+
+        increment_version(grad)
+        scale, shift, activation = affine
+        return bn_act_backward(grad, x, scale, shift, center, activation)
+
+    def bn_act_backward_accumulate(
+        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from resdense_ext.kernels.bn_act import bn_act_backward_accumulate
+
+        increment_version(out)
+        scale, shift, activation = affine
+        return bn_act_backward_accumulate(out, grad, x, scale, shift, center, activation)
+
+    def pending_grad_(self, pending: Pending) -> Tensor:
+        from resdense_ext.kernels.pending_grad import pending_grad
+
+        increment_version(pending.dy)
+        pending_grad(*pending)
+        return pending.dy
+
+    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
+        if missing() or stats.mean.dtype == torch.float64:
+            return super().fold(norm, stats, count, activation)
+        from resdense_ext.kernels.fold import fold
+
+        if norm.batch_stats:
+            mean, folded = stats.mean, fold(*stats, count, norm.eps, norm.weight, norm.bias)
+        else:
+            mean = norm.running_mean.to(torch.float32)
+            folded = fold(mean, norm.running_var, 1, norm.eps, norm.weight, norm.bias)
+        return self._folded(folded, mean, count if norm.batch_stats else None, activation)
+
+    @staticmethod
+    def _folded(folded: Tensor, mean: Tensor, count: Optional[int], activation: Activation) -> Fold:
+        scale, shift, rstd = folded.unbind()
+        return Fold(Affine(scale, shift, activation), mean, rstd, count)
+
+    def bn_act_conv(
+        self,
+        x: Tensor,
+        affine: Affine,
+        conv: Conv,
+        out: Tensor,
+        mask: Optional[Tensor],
+        mask_scale: float,
+        stats: Optional[Stats],
+        reader: Optional[BatchNorm] = None,
+    ) -> Optional[Fold]:
+        if not _serves(x, conv) or out.dtype == torch.float64:
+            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
+        from resdense_ext.kernels.bn_act_conv import bn_act_conv
+
+        increment_version(out)
+        folded = bn_act_conv(x, *affine, conv, out, mask, mask_scale, stats, reader)
+        if reader is None:
+            return None
+        if not reader.batch_stats:
+            return self._folded(folded, reader.running_mean.to(torch.float32), None, affine.activation)
+        return self._folded(folded, stats.mean, out.numel() // out.shape[1], affine.activation)
+
+    def bn_act_conv_backward(
+        self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+    ) -> ConvGrads:
+        if not _serves(x, conv) or (need_weight and conv.bias is not None):
+            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+        from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward
+
+        dy, *pending = grad if isinstance(grad, Pending) else (grad,)
+        scale, shift, activation = fold.affine
+        weight = None
+        if need_weight:
+            weight = bn_act_conv_weight_backward(dy, pending or None, conv, x, scale, shift, activation)
+        out = torch.empty_like(x) if into is None else into.dy
+        increment_version(out)
+        vectors = (scale, shift, fold.mean, fold.rstd)
+        norm_weight, norm_bias, beta, delta = bn_act_conv_data_backward(
+            dy, pending or None, conv, x, vectors, fold.count, activation, out, None if into is None else (into.beta, into.delta)
+        )
+        if into is None:
+            into = Pending(out, x, scale, beta, delta)
+        return ConvGrads(into, weight, None, norm_weight, norm_bias)
+
+
+register(TritonBackend())
