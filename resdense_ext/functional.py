@@ -13,6 +13,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import add_act as _add_act
 from resdense_ext.ops import bn_add_act as _bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
+from resdense_ext.ops.cast import cast_convolutions
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
 
@@ -84,7 +85,9 @@ def dense_block(
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     check_dense_block(x, layers)
-    layers = [_with_autocast(layer, x.device.type) for layer in layers]
+    if _autocasts(x.device.type):
+        # Convolutions follow autocast; statistics stay in float32.
+        layers = cast_convolutions(layers, torch.get_autocast_dtype(x.device.type))
     if not layers or x.numel() == 0:
         return reference.dense_block(x, layers, act)
     compute = layers[0].units[0].conv.weight.dtype
@@ -241,20 +244,6 @@ def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
 
 def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _with_autocast(layer: DenseLayer, device: str) -> DenseLayer:
-    """Convolution inputs follow autocast; statistics stay in float32."""
-    if not _autocasts(device):
-        return layer
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(conv: Conv) -> Conv:
-        if conv.weight.dtype == torch.float64:
-            return conv
-        return conv._replace(weight=conv.weight.to(dtype), bias=None if conv.bias is None else conv.bias.to(dtype))
-
-    return layer._replace(units=tuple(Unit(unit.norm, cast(unit.conv)) for unit in layer.units))
 
 
 def check_probability(name: str, p: float) -> None:

@@ -17,10 +17,12 @@ from resdense_ext.functional import Activation, BatchNorm, Conv, DenseLayer, Uni
 from resdense_ext.nn.engine import stock_path
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
+from resdense_ext.ops.triton import interpreting
 
 POLICIES = ("fast", "min")
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
-BACKENDS = ["reference", pytest.param("cpu", marks=built)]
+# The same tests serve Triton's kernels in its interpreter: see test_triton.py.
+BACKENDS = ["triton"] if interpreting() else ["reference", pytest.param("cpu", marks=built)]
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

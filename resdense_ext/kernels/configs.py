@@ -1,22 +1,28 @@
-"""The launch configurations that ship: a small fixed table by operation, shape class and architecture.
+"""The launch configurations that ship: a small fixed table by operation, shape class, precision and architecture.
 
-`resdense bench --tune` measures the candidates on a GPU; nothing is ever tuned at import or in a training step.
+The table is ``configs.json`` beside this file. `resdense bench --tune` measures the candidates on a GPU and writes it anew; nothing
+is ever tuned at import or in a training step.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from resdense_ext.kernels.launch import power_of_two
+from resdense_ext.kernels.launch import power_of_two, tf32
 
-__all__ = ["CANDIDATES", "Config", "config_of"]
+__all__ = ["CANDIDATES", "OPS", "TABLE", "Config", "Key", "config_of", "key_of", "table"]
+
+TABLE = Path(__file__).with_name("configs.json")
+OPS = ("bn_act_conv", "bn_act_conv_backward_data", "bn_act_conv_backward_weight")
 
 
 class Config(NamedTuple):
-    """Tile sizes, ``BLOCK_K`` along what is summed; ``each`` is how many programs share a multiprocessor."""
+    """Tile sizes of the matrix product, ``BLOCK_K`` along what is summed; ``each`` programs share a multiprocessor."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -26,18 +32,19 @@ class Config(NamedTuple):
     each: int
 
     def constants(self) -> dict[str, int]:
+        """What a launch takes."""
         return {name: value for name, value in self._asdict().items() if name != "each"}
 
 
-# By operation and whether the kernel is larger than 1x1, for 16-bit operands; BLOCK_N is an upper bound.
-_TABLE = {
-    ("bn_act_conv", False): Config(128, 128, 64, 8, 3, 2),
-    ("bn_act_conv", True): Config(128, 32, 64, 4, 3, 3),
-    ("bn_act_conv_backward_data", False): Config(128, 128, 64, 8, 2, 1),
-    ("bn_act_conv_backward_data", True): Config(128, 128, 32, 8, 2, 1),
-    ("bn_act_conv_backward_weight", False): Config(64, 128, 64, 8, 2, 1),
-    ("bn_act_conv_backward_weight", True): Config(128, 32, 64, 4, 2, 2),
-}
+class Key(NamedTuple):
+    """``taps`` is 1 or "many"; ``precision`` of the product: 16, "tf32" or "ieee"; ``arch`` 80, 90 or 100."""
+
+    op: str
+    taps: str
+    precision: str
+    arch: int
+
+
 CANDIDATES = tuple(
     Config(m, n, k, warps, stages, each)
     for m in (64, 128)
@@ -51,11 +58,29 @@ CANDIDATES = tuple(
 
 
 @functools.cache
+def table() -> dict[Key, Config]:
+    """The table as it is on disk."""
+    return {Key(*row["key"]): Config(*row["config"]) for row in json.loads(TABLE.read_text())}
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """The nearest architecture of the table: consumer cards have neither Hopper's nor Blackwell's matrix instructions."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+def key_of(op: str, device: torch.device, dtype: torch.dtype, taps: int) -> Key:
+    """Where the table has the entry for products in ``dtype`` with so many taps."""
+    return Key(op, "1" if taps == 1 else "many", tf32() if dtype == torch.float32 else "16", _architecture(device))
+
+
 def config_of(op: str, device: torch.device, dtype: torch.dtype, taps: int, rows: int, columns: int) -> Config:
-    """The table's entry for operands of ``rows`` by ``columns`` channels, and no wider. A float32 tile takes twice the room and gets half the depth."""
-    config = _TABLE[op, taps > 1]
-    if dtype == torch.float32:
-        config = config._replace(BLOCK_K=max(config.BLOCK_K // 2, 16), num_stages=2)
+    """The table's entry, and no wider than what is there: ``columns`` results from ``rows`` summed channels.
+
+    The weight gradient has ``rows`` by ``columns`` results, and sums over positions.
+    """
+    config = table()[key_of(op, device, dtype, taps)]
     across = "BLOCK_M" if op == "bn_act_conv_backward_weight" else "BLOCK_K"
     narrow = {across: power_of_two(rows, 16, getattr(config, across)), "BLOCK_N": power_of_two(columns, 16, config.BLOCK_N)}
     return config._replace(**narrow)

@@ -50,11 +50,12 @@ def tickets(x: Tensor, count: int) -> Tensor:
 
 def tf32() -> str:
     """The precision of a float32 product: tf32 where torch's switch for convolutions allows it."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def launch(kernel, grid: tuple[int, ...], x: Tensor, *args, **constants) -> None:
     """Launches on the device of ``x``: Triton itself takes the current one."""
+    constants["enable_fp_fusion"] = True  # a scale and shift is one operation; Triton's own default is about to change
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             kernel[grid](*args, **constants)

@@ -1,0 +1,63 @@
+"""Triton's kernels without a GPU: in its interpreter, against the same tests as every backend; compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+TABLE = TESTS / "triton_resources.txt"
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def interpret(file: str, which: str) -> None:
+    """Runs tests of a file in the interpreter, which has to be chosen before Triton is imported."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", str(TESTS / file), "-k", which],
+        cwd=TESTS.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+    assert " passed" in answer.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_convolutions(dtype):
+    interpret("test_primitives.py", f"TestConvolution and triton and {dtype}")
+
+
+def test_launches_and_allocations():
+    interpret("triton_engine.py", "")
+
+
+def test_dense_block():
+    interpret("test_dense_block.py", "test_lower_precision or test_autocast or (TestDropout and triton)")
+
+
+def test_resources_of_every_shipped_configuration(capsys):
+    """No spills, within the card's shared memory, on Hopper's matrix units; and as in the table that reviewers see."""
+    triton_aot = pytest.importorskip("triton_aot")
+    answer = subprocess.run([sys.executable, str(TESTS / "triton_aot.py")], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    with capsys.disabled():
+        print("\n" + answer.stdout)
+    version, _, *rows = answer.stdout.splitlines()
+    for row in rows:
+        op, taps, precision, arch, *_, registers, stack, shared, wgmma = row.split()
+        assert stack == "0", row
+        assert int(shared) <= triton_aot.SHARED_LIMIT[int(arch.removeprefix("sm_"))], row
+        assert wgmma == "yes" or arch != "sm_90" or precision != "16", row
+    kept = TABLE.read_text().splitlines()
+    refresh = "python tests/triton_aot.py > tests/triton_resources.txt"
+    if kept[0] == version:
+        assert kept == answer.stdout.splitlines(), f"changed: look at the difference and run `{refresh}`"
+    else:
+        # Another Triton takes other registers; what is compiled must be the same all the same.
+        assert [row.split()[:7] for row in kept[2:]] == [row.split()[:7] for row in rows], f"run `{refresh}`"

@@ -1,0 +1,154 @@
+"""Compiles every shipped Triton configuration ahead of time, without a GPU, and prints what each takes of the card.
+
+    python tests/triton_aot.py > tests/triton_resources.txt
+
+Launches are recorded, not made: what is compiled has the signature and the specialisation of real calls of the launchers.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from resdense_ext.kernels import configs, launch  # noqa: E402
+from resdense_ext.kernels.bn_act_conv import bn_act_conv  # noqa: E402
+from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward  # noqa: E402
+from resdense_ext.reference import Activation, BatchNorm, Conv  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that a block may have, by architecture (CUDA C++ Programming Guide, technical specifications)."""
+
+
+class Launch(NamedTuple):
+    kernel: jit.JITFunction
+    args: tuple
+    options: dict
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack: int  # bytes of local memory a thread: spills, or arrays that could not stay in registers
+    shared: int
+    wgmma: bool
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collects launches instead of making them, on a card of ordinary size."""
+    launches: list[Launch] = []
+
+    def run(self, *args, grid, warmup, **options):
+        launches.append(Launch(self, args, options))
+
+    with mock.patch.object(jit.JITFunction, "run", run), mock.patch.object(launch, "_multiprocessors", lambda device: 132):
+        yield launches
+
+
+def compile_launch(recorded_launch: Launch, arch: int) -> Resources:
+    """As `JITFunction.run` would compile it on a card of this architecture."""
+    kernel, args, options = recorded_launch
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = {**options, "debug": False}
+    knobs = triton.knobs.compilation
+    for name in ("instrumentation_mode", "fpsan_homomorphic_casts"):  # by version
+        if hasattr(knobs, name):
+            options[name] = getattr(knobs, name)
+    binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = binder(*args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
+    return Resources(registers, stack, compiled.metadata.shared, "wgmma" in compiled.asm["ptx"])
+
+
+def _map(channels: int, dtype: torch.dtype, last: bool, of: int) -> torch.Tensor:
+    """A slice of a block's buffer; nothing is ever read of it."""
+    buffer = torch.empty((8, of, 56, 56), dtype=dtype)
+    return (buffer.to(memory_format=torch.channels_last) if last else buffer)[:, :channels]
+
+
+def launch_of(key: configs.Key, last: bool, plain: bool) -> Launch:
+    """A launch by this entry of the table: channels-last or first; as in a DenseNet, or ``plain`` with all that it leaves out."""
+    dtype = torch.bfloat16 if key.precision == "16" else torch.float32
+    size = 1 if key.taps == "1" else 3
+    C, K = (192, 128) if size == 1 else (128, 32)
+    x = _map(C, dtype, last, 256 if size == 1 else C)
+    z = _map(K, dtype, last, K if size == 1 else 256)
+    weight = torch.empty((K, C, size, size), dtype=dtype)
+    weight = weight.to(memory_format=torch.channels_last) if last else weight
+    vector, vector_k = torch.empty(C), torch.empty(K)
+    conv = Conv(weight, vector_k if plain else None, (size // 2,) * 2)
+    activation = Activation("leaky_relu", 0.1) if plain else Activation()
+    pending = None if plain else (z, vector_k, vector_k, vector_k)
+    with (
+        recorded() as launches,
+        mock.patch.object(configs, "_architecture", lambda device: key.arch),
+        mock.patch.object(configs, "tf32", lambda: key.precision),
+        mock.patch(f"resdense_ext.kernels.{'bn_act_conv' if key.op == 'bn_act_conv' else 'bn_act_conv_backward'}.tf32",
+                   lambda: "tf32" if key.precision == "16" else key.precision),
+    ):  # fmt: skip
+        if key.op == "bn_act_conv":
+            mask = torch.empty((8, K, 1, 1), dtype=torch.bool) if plain else None
+            bn_act_conv(x, vector, vector, activation, conv, z, mask, 2.0, (vector_k, vector_k), BatchNorm(vector_k, vector_k))
+        elif key.op == "bn_act_conv_backward_data":
+            accumulated = (vector, vector) if size == 1 else None
+            bn_act_conv_data_backward(z, pending, conv, x, (vector,) * 4, 9, activation, x, accumulated)
+        else:
+            bn_act_conv_weight_backward(z, pending, conv, x, vector, vector, activation)
+    (found,) = launches
+    return found
+
+
+def _entries() -> list[tuple[configs.Key, bool, bool]]:
+    return [(key, last, plain) for key in configs.table() for last, plain in ((True, False), (False, True))]
+
+
+def _line(entry: tuple[configs.Key, bool, bool]) -> str:
+    key, last, plain = entry
+    found = compile_launch(launch_of(key, last, plain), key.arch)
+    layout, kind = "last" if last else "first", "plain" if plain else "dense"
+    config = "x".join(map(str, configs.table()[key]))
+    return (
+        f"{key.op:28} {key.taps:5} {key.precision:5} sm_{key.arch:<4} {layout:6} {kind:6} {config:20} "
+        f"{found.registers:9} {found.stack:6} {found.shared:7} {'yes' if found.wgmma else 'no'}"
+    )
+
+
+HEADER = (
+    f"{'operation':28} {'taps':5} {'prec.':5} {'arch':7} {'layout':6} {'kind':6} {'configuration':20} "
+    f"{'registers':>9} {'stack':>6} {'shared':>7} wgmma"
+)
+
+
+def lines() -> Iterator[str]:
+    """The table, its head first."""
+    yield f"# Triton {triton.__version__}"
+    yield HEADER
+    with get_context("spawn").Pool(2) as pool:
+        yield from pool.imap(_line, _entries())
+
+
+if __name__ == "__main__":
+    for line in lines():
+        print(line, flush=True)

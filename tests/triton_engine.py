@@ -1,0 +1,116 @@
+"""What the engine launches and allocates on the Triton backend; run in the interpreter by test_triton.py."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from test_dense_block import random_block
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+import resdense_ext as rd
+from resdense_ext.kernels import launch
+from resdense_ext.ops import dense_block
+
+ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+class Device(TorchDispatchMode):
+    """What a GPU would see: kernels of ours, and operators of torch that compute; and what is allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.allocations: list[int] = []
+        self._run_kernel = GridExecutor.__call__
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        if namespace == "resdense":
+            # The mode is off in here; what is inside the operator is what is asked for.
+            with self:
+                return {"dense_block": dense_block._forward, "dense_block_backward": dense_block._backward}[name](*args)
+        result = func(*args, **kwargs or {})
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if name in ALLOCATE:
+            self.allocations.append(result.numel())
+        elif not is_view:
+            self.launches.append(name)
+        return result
+
+    def __enter__(self):
+        device = self
+
+        def run_kernel(executor, *args, **kwargs):
+            device.launches.append(executor.fn.__name__)
+            with _disable_current_modes():  # the interpreter computes with torch, too
+                device._run_kernel(executor, *args, **kwargs)
+
+        self._patch = mock.patch.object(GridExecutor, "__call__", run_kernel)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.stop()
+        return super().__exit__(*error)
+
+
+@pytest.fixture(autouse=True)
+def tickets(monkeypatch):
+    """On a GPU they are there already."""
+    there = torch.zeros(4096, dtype=torch.int32)
+    for module in ("bn_act_conv", "bn_act_conv_backward"):
+        monkeypatch.setattr(f"resdense_ext.kernels.{module}.tickets", lambda x, count: there)
+    yield
+    assert not there.any(), "tickets must be left as they were found"
+    assert launch.tickets is not None
+
+
+def step(layers: int, policy: str, channels: int = 5, training: bool = True) -> tuple[Device, Device]:
+    """The forward and the backward of one block, on inputs of ``[2, channels, 5, 4]``."""
+    block = random_block(layers=layers, channels=channels, policy=policy).train(training)
+    x = torch.randn(2, channels, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    with rd.use_backend("triton"):
+        with Device() as forward:
+            y = block(x)
+        grad = torch.randn_like(y)
+        with Device() as backward:
+            y.backward(grad)
+    return forward, backward
+
+
+def of_one_layer(policy: str, training: bool = True) -> tuple[list[str], list[str]]:
+    """The launches that a third layer adds."""
+    added = []
+    for two, three in zip(step(2, policy, training=training), step(3, policy, training=training)):
+        remaining = list(two.launches)
+        added.append([name for name in three.launches if name not in remaining or remaining.remove(name)])
+    return tuple(added)
+
+
+@pytest.mark.parametrize("policy", ["fast", "min"])
+def test_a_layer_takes_three_launches_forward_and_six_backward(policy):
+    forward, backward = of_one_layer(policy)
+    assert sorted(forward) == ["bn_act_conv_fwd_kernel"] * 2 + ["fold_fwd_kernel"]
+    recomputed = ["bn_act_conv_fwd_kernel"] * (policy == "min")
+    assert sorted(backward) == sorted(
+        recomputed
+        + ["bn_act_conv_bwd_data_kernel"] * 2
+        + ["bn_act_conv_bwd_weight_kernel"] * 2
+        + ["fold_fwd_kernel"] * 2
+    )
+
+
+def test_in_eval_too():
+    forward, _ = of_one_layer("fast", training=False)
+    assert len(forward) <= 3, forward
+
+
+@pytest.mark.parametrize("policy", ["fast", "min"])
+def test_nothing_of_the_size_of_a_layers_input_is_allocated(policy):
+    channels, positions = 64, 2 * 5 * 4
+    for device in step(3, policy, channels):
+        # The block's buffer in forward, its gradient in backward.
+        assert len([size for size in device.allocations if size >= channels * positions]) == 1
