@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tolerance import assert_within_rule, torch_runs, true_run
 
 import resdense_ext as rd
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops import _library
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.backend import Affine, Pending
 from resdense_ext.reference import Activation, Conv
@@ -379,4 +381,24 @@ class TestBackendChoice:
         assert reason in backends.get("cpu").refusal(x, compute, activation)
         assert backends.choose(x, compute, activation).name == "reference"
 
-
+    @pytest.mark.parametrize(
+        ("dtype", "compute", "activation", "reason"),
+        [
+            (torch.float32, torch.float32, Activation("relu"), None),
+            (torch.float32, torch.bfloat16, Activation("leaky_relu", 0.1), None),
+            (torch.float64, torch.float64, Activation("identity"), None),
+            (torch.float32, torch.float64, Activation(), "is torch.float32 and the convolutions compute in torch.float64"),
+            (torch.complex64, torch.complex64, Activation(), "the input is torch.complex64"),
+            (torch.float32, torch.float32, Activation("elu"), "the activation is elu"),
+        ],
+    )
+    def test_what_the_cuda_backend_refuses(self, monkeypatch, dtype, compute, activation, reason):
+        cuda = backends.get("cuda")
+        with FakeTensorMode():
+            x = torch.empty(1, 1, 1, dtype=dtype, device="cuda")
+        monkeypatch.setattr(_library, "CUDA_LIBRARY", None)
+        refusal = cuda.refusal(x, compute, activation)
+        assert refusal is None if reason is None else reason in refusal
+        assert cuda.refusal(torch.zeros(1, 1, 1), compute, activation) == "the input is on cpu"
+        monkeypatch.setattr(_library, "CUDA_LIBRARY", "not built")
+        assert cuda.refusal(x, compute, activation) == "the CUDA library is not loaded: not built"

@@ -24,7 +24,9 @@ class CudaBackend(CompiledBackend):
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if _library.CUDA_LIBRARY:
             return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
-        return None if x.is_cuda else f"the input is on {x.device.type}"
+        if not x.is_cuda:
+            return f"the input is on {x.device.type}"
+        return super().refusal(x, compute_dtype, activation)
 
 
 register(CudaBackend())
