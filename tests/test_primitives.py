@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tolerance import assert_within_rule, torch_runs, true_run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resdense_ext as rd
 from resdense_ext import reference
-from resdense_ext.ops import backend as backends
 from resdense_ext.ops import _library
+from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.backend import Affine, Pending
 from resdense_ext.reference import Activation, Conv
