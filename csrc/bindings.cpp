@@ -20,6 +20,7 @@
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
 //   dy, xc          grad * act'(scale * x + shift), and x - center
 //   pending grad    alpha * dy + beta * z + delta, by whoever reads it
+// Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
@@ -31,6 +32,7 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bn_act_backward_accumulate(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()");
+  m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
       "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)");

@@ -15,6 +15,8 @@ from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops.backend import Affine, ReferenceBackend
+from resdense_ext.reference import Activation
 
 SHAPES = (
     (2, 3, 5, 7),
@@ -85,6 +87,28 @@ def assert_rounded(ours: Tensor, truth: Tensor, magnitude: Tensor, note: object)
     assert bool((error <= bound).all()), f"{note}: error {error.max().item():.3g}"
 
 
+def written_cases() -> Iterator[tuple[tuple[int, ...], torch.dtype, str]]:
+    """Without the layout that nothing can be written in."""
+    return (case for case in cases() if case[2] != "expanded")
+
+
+def vectors(count: int, channels: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Per-channel coefficients, ``[count, channels]``."""
+    values = torch.randn(count, channels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return values.to(device, wide(dtype))
+
+
+def columns(coefficients: Tensor, rank: int) -> Tensor:
+    """In float64, each shaped so that it broadcasts over a map."""
+    return coefficients.double().view(*coefficients.shape[:1], 1, -1, *[1] * (rank - 2))
+
+
+def assert_nan_around(t: Tensor, note: object) -> None:
+    """Of the buffer that a map is a part of nothing else was written."""
+    if t._base is not None:
+        assert int(t._base.isnan().sum()) == t._base.numel() - t.numel(), note
+
+
 def check_channel_stats(ops, device: str) -> None:
     for case in cases():
         x = make(*case, device)
@@ -101,15 +125,21 @@ def check_channel_stats(ops, device: str) -> None:
         assert bool(((m2.double() - truth).abs() <= bound).all()), case
 
 
-def check_channel_stats_repeats(ops, device: str) -> None:
-    """Bitwise, whatever order the threads run in."""
+def check_repeats(ops, device: str) -> None:
+    """What is reduced repeats bitwise, whatever order the threads run in."""
     results = []
     for order in (0, 1, 2, 3):
         if device == "cpu":
             ops.configure(order, 4)
-        results.append([ops.channel_stats(make(*case, device)) for case in itertools.islice(cases(), 0, None, 7)])
+        results.append([])
+        for shape, dtype, layout in itertools.islice(written_cases(), 0, None, 7):
+            x, grad = make(shape, dtype, layout, device), make(shape, dtype, layout, device, seed=1)
+            coefficients = vectors(3, shape[1], dtype, device)
+            results[-1] += ops.channel_stats(x)
+            results[-1] += ops.bn_act_backward_accumulate(x.clone(), grad, x, *coefficients, 0.1)
+            results[-1] += ops.bn_act_backward(grad, x, *coefficients, 0.1)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for x, y in zip(results[0], other) for a, b in zip(x, y))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 def check_channel_stats_far_mean(ops, device: str) -> None:
@@ -151,18 +181,16 @@ def check_bn_add_act(ops, device: str) -> None:
     projections = itertools.cycle((False, True, True))
     for shape, dtype, layout in cases():
         z = make(shape, dtype, layout, device)
-        channels = shape[1]
-        vectors = torch.randn(4, channels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        scale, shift, scale_d, shift_d = vectors.to(device, wide(dtype))
-        column = (channels, *[1] * (len(shape) - 2))
+        coefficients = vectors(4, shape[1], dtype, device)
+        scale, shift, scale_d, shift_d = columns(coefficients, len(shape))
         for other in {layout, "channels_last"}:
             identity = make(shape, dtype, other, device, seed=1)
             projected = next(projections)
-            more = (scale_d, shift_d) if projected else (None, None)
-            out = ops.bn_add_act(z, scale, shift, identity, *more, 0.0)
-            terms = [scale.double().view(column) * z.double(), shift.double().view(column).expand(shape)]
+            more = coefficients[2:] if projected else (None, None)
+            out = ops.bn_add_act(z, *coefficients[:2], identity, *more, 0.0)
+            terms = [scale * z.double(), shift.expand(shape)]
             if projected:
-                terms += [scale_d.double().view(column) * identity.double(), shift_d.double().view(column).expand(shape)]
+                terms += [scale_d * identity.double(), shift_d.expand(shape)]
             else:
                 terms += [identity.double()]
             note = (shape, dtype, layout, other, projected)
@@ -170,33 +198,123 @@ def check_bn_add_act(ops, device: str) -> None:
 
 
 def check_pending_grad(ops, device: str) -> None:
-    for shape, dtype, layout in cases():
-        if layout == "expanded":
-            continue  # refused: it is written
+    for shape, dtype, layout in written_cases():
         for other in {layout, "channels_last"}:
             dy, z = make(shape, dtype, layout, device), make(shape, dtype, other, device, seed=1)
-            vectors = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-            vectors = vectors.to(device, wide(dtype))
-            alpha, beta, delta = vectors.double().view(3, 1, shape[1], *[1] * (len(shape) - 2))
+            coefficients = vectors(3, shape[1], dtype, device)
+            alpha, beta, delta = columns(coefficients, len(shape))
             terms = [alpha * dy.double(), beta * z.double(), delta.expand(shape)]
-            ops.pending_grad(dy, z, *vectors)
+            ops.pending_grad(dy, z, *coefficients)
             note = (shape, dtype, layout, other)
             assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
-            if dy._base is not None:
-                assert int(dy._base.isnan().sum()) == dy._base.numel() - dy.numel(), note
+            assert_nan_around(dy, note)
+
+
+def check_bn_act(ops, device: str) -> None:
+    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    for shape, dtype, layout in cases():
+        x = make(shape, dtype, layout, device)
+        coefficients = vectors(2, shape[1], dtype, device)
+        scale, shift = columns(coefficients, len(shape))
+        terms = [scale * x.double(), shift.expand(shape)]
+        for other in {"contiguous" if layout == "expanded" else layout, "channels_last_slice"}:
+            slope = next(slopes)
+            out = make(shape, dtype, other, device, seed=1)
+            ops.bn_act(x, *coefficients, slope, out)
+            note = (shape, dtype, layout, other, slope)
+            assert_rounded(out, activate(sum(terms), slope), sum(t.abs() for t in terms), note)
+            assert_nan_around(out, note)
+
+
+def check_bn_act_backward(ops, device: str) -> None:
+    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    for shape, dtype, layout in written_cases():
+        coefficients = vectors(3, shape[1], dtype, device)
+        scale, shift, center = columns(coefficients, len(shape))
+        # What is written is in the one layout, what is only read in another.
+        for other in {layout, "channels_last", "expanded"}:
+            x, slope = make(shape, dtype, other, device), next(slopes)
+            grad, read = (make(shape, dtype, of, device, seed=1) for of in (layout, other))
+            out = make(shape, dtype, layout, device, seed=3)
+            note = (shape, dtype, layout, other, slope)
+
+            for accumulate, g in ((True, read), (False, grad)):
+                passed = scale * x.double() + shift > 0
+                dy = torch.where(passed, g.double(), slope * g.double())
+                xc = x.double() - center
+                sizes = dy.abs() * (x.double().abs() + center.abs())
+                if accumulate:
+                    terms = [out.double().clone(), scale * dy]
+                    sums = ops.bn_act_backward_accumulate(out, g, x, *coefficients, slope)
+                    assert torch.equal(g, make(shape, dtype, other, device, seed=1)), note
+                    assert_rounded(out, sum(terms), sum(t.abs() for t in terms), note)
+                    assert_nan_around(out, note)
+                else:
+                    sums = ops.bn_act_backward(g, x, *coefficients, slope)
+                    assert_rounded(g, dy, dy.abs(), note)
+                    assert_nan_around(g, note)
+                for ours, truth, size in zip(sums, (dy, dy * xc), (dy.abs(), sizes)):
+                    assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
+                    truth, size = (t.movedim(1, 0).flatten(1).sum(1) for t in (truth, size))
+                    bound = 4 * torch.finfo(ours.dtype).eps * size
+                    assert bool(((ours.double() - truth).abs() <= bound).all()), note
+
+
+def check_bn_act_backward_long(ops, device: str) -> None:
+    """Sums over many positions: in the rule's tolerance, which knows that errors of either sign cancel."""
+
+    def run(inputs, params):
+        x, grad = inputs["x"], inputs["grad"]
+        scale, shift, center = (v.to(x.dtype).view(1, -1, 1, 1) for v in params["coefficients"])
+        dy = grad * (scale * x + shift > 0)
+        return {"sum_dy": dy.sum((0, 2, 3)), "sum_dy_xc": (dy * (x - center)).sum((0, 2, 3))}
+
+    for layout in ("contiguous", "channels_last"):
+        shape = (3, 2, 250, 251)
+        coefficients = vectors(3, shape[1], torch.float32, device)
+        x, grad = make(shape, torch.float32, layout, device), make(shape, torch.float32, layout, device, seed=1)
+        inputs, params = {"x": x.cpu(), "grad": grad.cpu()}, {"coefficients": coefficients.cpu()}
+        sums = ops.bn_act_backward(grad, x, *coefficients, 0.0)
+        ours = dict(zip(("sum_dy", "sum_dy_xc"), (t.cpu() for t in sums)))
+        assert_within_rule(ours, true_run(run, inputs, params), torch_runs(run, inputs, params), torch.float32)
+
+
+def check_copy_map(ops, device: str) -> None:
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32))
+    for shape, dtype, layout in cases():
+        x = make(shape, dtype, layout, device)
+        for other in ("slice", "channels_last_slice", "offset"):
+            out = make(shape, next(dtypes), other, device, seed=1)
+            expected = x.to(out.dtype)
+            ops.copy_map(x, out)
+            note = (shape, dtype, layout, out.dtype, other)
+            assert torch.equal(out, expected), note
+            assert_nan_around(out, note)
 
 
 def check_special_values(ops, device: str) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0], device=device).view(1, 1, 6)
     zero, one = torch.zeros_like(x), torch.ones(1, device=device)
-    for out in (ops.add_act(x, zero, 0.0), ops.bn_add_act(x, one, 0 * one, zero, None, None, 0.0)):
+    activated = torch.empty_like(x)
+    ops.bn_act(x, one, 0 * one, 0.0, activated)
+    for out in (ops.add_act(x, zero, 0.0), ops.bn_add_act(x, one, 0 * one, zero, None, None, 0.0), activated):
         torch.testing.assert_close(out, torch.relu(x), rtol=0, atol=0, equal_nan=True)
     # Behind a ReLU that stops it even an infinite gradient is 0.
     dx = ops.add_act_backward(zero + math.inf, torch.relu(x), 0.0)
     expected = torch.tensor([math.inf, math.inf, 0, 0, 0, math.inf], device=device)
     assert torch.equal(dx.flatten(), expected)
+    dy, out = zero + math.inf, zero.clone()
+    ops.bn_act_backward_accumulate(out, dy, x, one, 0 * one, 0 * one, 0.0)
+    ops.bn_act_backward(dy, x, one, 0 * one, 0 * one, 0.0)
+    assert torch.equal(dy.flatten(), expected) and torch.equal(out.flatten(), expected)
     dx = ops.add_act_backward(zero + 1, torch.nn.functional.leaky_relu(x, 0.1), 0.1)
     torch.testing.assert_close(dx.flatten(), torch.tensor([0.1, 1, 0.1, 0.1, 0.1, 1], device=device))
+    # Into the sums goes what the reference lets in.
+    for value in (math.nan, math.inf, -math.inf):
+        x, grad = (torch.tensor([[v]], device=device) for v in ([value, 2.0], [3.0, 4.0]))
+        expected = ReferenceBackend().bn_act_backward(grad.clone(), x, Affine(one, 0 * one, Activation("relu")), one)
+        sums = ops.bn_act_backward(grad, x, one, 0 * one, one, 0.0)
+        torch.testing.assert_close(torch.stack(sums), torch.stack(expected), rtol=0, atol=0, equal_nan=True)
 
 
 def check_empty(ops, device: str) -> None:
@@ -206,6 +324,11 @@ def check_empty(ops, device: str) -> None:
         assert ops.add_act(x, x, 0.0).shape == shape
         assert ops.add_act_backward(x, x, 0.0).shape == shape
         assert ops.bn_add_act(x, channels, channels, x, None, None, 0.0).shape == shape
+        ops.bn_act(x, channels, channels, 0.0, x)
+        ops.copy_map(x, x.bfloat16())
+        sums = ops.bn_act_backward(x, x, channels, channels, channels, 0.0)
+        sums += ops.bn_act_backward_accumulate(x, x, x, channels, channels, channels, 0.0)
+        assert all(torch.equal(t, torch.zeros_like(channels)) for t in sums)
         mean, m2 = ops.channel_stats(x)
         assert bool(mean.isnan().all()) and torch.equal(m2, torch.zeros_like(channels))
 
@@ -224,6 +347,15 @@ def check_errors(ops, device: str) -> None:
         (r"scale: expected shape \(3,\), one value a channel of z, got \(2\)",
          lambda: ops.bn_add_act(x, vector[:2], vector, x, None, None, 0.0)),
         (r"shift: expected dtype float32, got float64", lambda: ops.bn_add_act(x, vector, vector.double(), x, None, None, 0.0)),
+        (r"out: expected dtype float32, got bfloat16", lambda: ops.bn_act(x, vector, vector, 0.0, x.bfloat16())),
+        (r"grad: expected a tensor whose elements do not overlap",
+         lambda: ops.bn_act_backward(x[:1].expand(2, 3, 4, 4), x, vector, vector, vector, 0.0)),
+        (r"center: expected shape \(3,\), one value a channel of x, got \(2\)",
+         lambda: ops.bn_act_backward(x, x, vector, vector, vector[:2], 0.0)),
+        (r"out: expected shape \(2, 3, 4, 4\) \(that of x\), got \(2, 3, 4, 3\)",
+         lambda: ops.bn_act_backward_accumulate(x[..., :3].clone(), x, x, vector, vector, vector, 0.0)),
+        (r"out: expected shape \(2, 3, 4, 4\) \(that of x\), got \(1, 3, 4, 4\)", lambda: ops.copy_map(x, x[:1])),
+        (r"out: expected dtype float32, bfloat16, float16 or float64, got Int", lambda: ops.copy_map(x, x.int())),
         (r"identity_shift: expected a tensor", lambda: ops.bn_add_act(x, vector, vector, x, vector, None, 0.0)),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -232,11 +364,15 @@ def check_errors(ops, device: str) -> None:
 
 CHECKS = (
     check_channel_stats,
-    check_channel_stats_repeats,
     check_channel_stats_far_mean,
     check_add_act,
     check_bn_add_act,
     check_pending_grad,
+    check_bn_act,
+    check_bn_act_backward,
+    check_bn_act_backward_long,
+    check_copy_map,
+    check_repeats,
     check_special_values,
     check_empty,
     check_errors,

@@ -26,6 +26,7 @@ SCHEMAS = {
     "bn_act_backward_accumulate": "(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
     "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "pending_grad": "(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()",
+    "copy_map": "(Tensor x, Tensor(a!) out) -> ()",
     "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
     "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)",
     "bn_act_conv1x1_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor weight, "

@@ -24,24 +24,29 @@ def test_on_the_gpu(check):
     check(torch.ops.resdense, "cuda")
 
 
-def test_on_the_shim(tmp_path):
+def on_the_shim(source: str, target: Path, *options: str) -> Path:
+    """A source of tests/shim compiled as C++ under the sanitizers: a program, or with ``-shared`` a library."""
     compiler = shutil.which("g++")
     if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64 Linux")
     torch_path = Path(torch.__file__).parent
-    library = tmp_path / "shim.so"
-    build = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-DRESDENSE_SHIM", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    build = [compiler, "-std=c++20", "-O1", "-DRESDENSE_SHIM", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     build += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     build += [f"-I{TESTS / 'shim'}", f"-I{TESTS.parent / 'csrc'}", "-isystem", str(torch_path / "include")]
-    build += [str(TESTS / "shim" / "operators.cpp"), f"-L{torch_path / 'lib'}", "-ltorch_cpu", "-o", str(library)]
-    done = subprocess.run(build, capture_output=True, text=True)
+    done = subprocess.run([*build, str(TESTS / "shim" / source), *options, "-o", str(target)], capture_output=True, text=True)
     if "cannot find" in done.stderr and "san" in done.stderr:
         pytest.skip("this g++ comes without the sanitizers' libraries")
     assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_on_the_shim(tmp_path):
+    links = ("-fPIC", "-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
+    library = on_the_shim("operators.cpp", tmp_path / "shim.so", *links)
 
     # Python is not built with the sanitizer, whose library must come first; the C++ one must be there when it looks for it.
     runtime = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     environment = {**os.environ, "LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
@@ -50,3 +55,22 @@ def test_on_the_shim(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("passed") == len(cuda_cases.CHECKS)
+
+
+def test_the_shim_shows_what_is_wrong(tmp_path):
+    """A removed barrier as a wrong sum in some order of the threads; a write past the end as the sanitizer's report."""
+    program = on_the_shim("block_sum.cpp", tmp_path / "block_sum")
+
+    def run(variant: str, order: int) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        return subprocess.run([str(program), variant, str(order)], capture_output=True, text=True, env=environment)
+
+    expected = "".join(f"{sum(range(128 * block, 128 * block + 128))}\n" for block in range(3))
+    for order in range(4):
+        right = run("right", order)
+        assert (right.returncode, right.stdout) == (0, expected), right.stderr
+    unguarded = [run("no_barrier", order) for order in range(4)]
+    assert all(done.returncode == 0 for done in unguarded), unguarded
+    assert any(done.stdout != expected for done in unguarded)
+    outside = run("out_of_bounds", 0)
+    assert outside.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in outside.stderr

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tolerance import assert_within_rule, torch_runs, true_run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resdense_ext as rd
 from resdense_ext import reference
+from resdense_ext.ops import _library
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
@@ -293,6 +295,7 @@ class TestOperators:
             "bn_act_backward": (x.clone(), x, a, b, c, 0.1),
             "bn_act_backward_accumulate": (x.clone(), x.clone(), x, a, b, c, 0.0),
             "pending_grad": (z.clone(), z, p, q, r),
+            "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
             "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True),
             "add_act": (x, x.clone(), 0.0),
@@ -308,6 +311,7 @@ class TestOperators:
             "bn_act_backward",
             "bn_act_backward_accumulate",
             "pending_grad",
+            "copy_map",
             "bn_act_conv1x1",
             "bn_act_conv1x1_backward",
             "add_act",
@@ -394,4 +398,24 @@ class TestBackendChoice:
         assert reason in backends.get("cpu").refusal(x, compute, activation)
         assert backends.choose(x, compute, activation).name == "reference"
 
-
+    @pytest.mark.parametrize(
+        ("dtype", "compute", "activation", "reason"),
+        [
+            (torch.float32, torch.float32, Activation("relu"), None),
+            (torch.float32, torch.bfloat16, Activation("leaky_relu", 0.1), None),
+            (torch.float64, torch.float64, Activation("identity"), None),
+            (torch.float32, torch.float64, Activation(), "is torch.float32 and the convolutions compute in torch.float64"),
+            (torch.complex64, torch.complex64, Activation(), "the input is torch.complex64"),
+            (torch.float32, torch.float32, Activation("elu"), "the activation is elu"),
+        ],
+    )
+    def test_what_the_cuda_backend_refuses(self, monkeypatch, dtype, compute, activation, reason):
+        cuda = backends.get("cuda")
+        with FakeTensorMode():
+            x = torch.empty(1, 1, 1, dtype=dtype, device="cuda")
+        monkeypatch.setattr(_library, "CUDA_LIBRARY", None)
+        refusal = cuda.refusal(x, compute, activation)
+        assert refusal is None if reason is None else reason in refusal
+        assert cuda.refusal(torch.zeros(1, 1, 1), compute, activation) == "the input is on cpu"
+        monkeypatch.setattr(_library, "CUDA_LIBRARY", "not built")
+        assert cuda.refusal(x, compute, activation) == "the CUDA library is not loaded: not built"

@@ -87,14 +87,18 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& l
                  name, ": expected device ", device_string(like), " (that of ", like_name, "), got ", device_string(t));
 }
 
-// Same dtype, device and shape: two maps that are walked together. Strides may differ.
-inline void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  check_dtype(t, name, like.scalar_type());
-  check_same_device(t, name, like, like_name);
+inline void check_same_shape(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
   bool same = t.dim() == like.dim();
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
   RESDENSE_CHECK(same, name, ": expected shape ", shape_string(like), " (that of ", like_name, "), got ",
                  shape_string(t));
+}
+
+// Same dtype, device and shape: two maps that are walked together. Strides may differ.
+inline void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  check_dtype(t, name, like.scalar_type());
+  check_same_device(t, name, like, like_name);
+  check_same_shape(t, name, like, like_name);
 }
 
 // A per-channel vector: contiguous, `channels` long, on the device of `like`, in the dtype of its statistics.

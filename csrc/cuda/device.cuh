@@ -55,6 +55,24 @@ __device__ inline void store(T* to, const Vector<T, VEC>& from) {
   *reinterpret_cast<Vector<T, VEC>*>(to) = from;
 }
 
+// The first `count` values of a vector, and 0 for the others: all at once where all are wanted.
+template <typename T, int VEC>
+__device__ inline Vector<T, VEC> load_first(const T* from, int count) {
+  if (count == VEC) return load<T, VEC>(from);
+  Vector<T, VEC> result;
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) result.v[k] = k < count ? from[k] : T{};
+  return result;
+}
+
+template <typename T, int VEC>
+__device__ inline void store_first(T* to, const Vector<T, VEC>& from, int count) {
+  if (count == VEC) return store<T, VEC>(to, from);
+#pragma unroll
+  for (int k = 0; k < VEC; ++k)
+    if (k < count) to[k] = from.v[k];
+}
+
 // act(y) = y for y > 0, else slope * y. NaN stays NaN, and the ReLU of -inf is 0, which 0 * -inf is not.
 template <typename W>
 __device__ inline W activate(W y, W slope) {
@@ -73,6 +91,8 @@ __device__ inline W activate_backward(W grad, W y, W slope) {
 // 1983), whatever the mean.
 template <typename W, int K>
 struct Moments {
+  using Value = W;
+  static constexpr int kChannels = K;
   W count = 0;
   W mean[K] = {}, m2[K] = {};
 
@@ -94,9 +114,26 @@ struct Moments {
     }
   }
 
+  __device__ void merge(const Moments& other) {
+    merge(other.count, [&](int k, W& a, W& b) { a = other.mean[k], b = other.m2[k]; });
+  }
+
   __device__ void merge(W other_count, W other_mean, W other_m2) {
     static_assert(K == 1);
     merge(other_count, [=](int, W& a, W& b) { a = other_mean, b = other_m2; });
+  }
+
+  // All K as one channel's.
+  __device__ Moments<W, 1> folded() const {
+    Moments<W, 1> all;
+#pragma unroll
+    for (int k = 0; k < K; ++k) all.merge(count, mean[k], m2[k]);
+    return all;
+  }
+
+  __device__ void put(int k, W* to_mean, W* to_m2) const {
+    *to_mean = mean[k];
+    *to_m2 = m2[k];
   }
 };
 

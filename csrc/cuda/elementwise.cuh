@@ -65,44 +65,65 @@ __device__ inline void each_channel(const Place& place, int64_t positions, F f) 
   }
 }
 
-// out = f(k, a, b) for the k-th element of every vector of this thread. All loads come before the first store; the one
-// vector that the end of a row cuts off goes a value at a time.
-template <typename T, int VEC, typename F>
-__device__ inline void walk_rows(const Walk& walk, const Place& place, const Operand<const T>& a,
-                                 const Operand<const T>& b, const Operand<T>& out, F f) {
+// out = f(k, values) for the k-th element of every vector of this thread, values[i] being that of the i-th map. All loads
+// come before the first store; the one vector that the end of a row cuts off goes a value at a time.
+template <typename T, typename To, int VEC, int MAPS, typename F>
+__device__ inline void walk_maps(const Walk& walk, const Place& place, const Operand<const T> (&maps)[MAPS],
+                                 const Operand<To>& out, F f) {
+  using W = wide_t<T>;
   if (place.count < VEC) {
 #pragma unroll 1
     for (int u = 0; u < kRowsPerThread; ++u) {
       const int64_t row = place.first + int64_t(u) * walk.ty;
       if (row >= walk.rows) return;
-      const T* from_a = a.row(walk, row) + place.i;
-      const T* from_b = b.row(walk, row) + place.i;
-      T* to = out.row(walk, row) + place.i;
 #pragma unroll
-      for (int k = 0; k < VEC; ++k)
-        if (k < place.count) narrow(f(k, widen(from_a[k]), widen(from_b[k])), to[k]);
+      for (int k = 0; k < VEC; ++k) {
+        if (k < place.count) {
+          W values[MAPS];
+#pragma unroll
+          for (int i = 0; i < MAPS; ++i) values[i] = widen(maps[i].row(walk, row)[place.i + k]);
+          narrow(f(k, values), out.row(walk, row)[place.i + k]);
+        }
+      }
     }
     return;
   }
-  Vector<T, VEC> va[kRowsPerThread], vb[kRowsPerThread];
+  Vector<T, VEC> loaded[MAPS][kRowsPerThread];
 #pragma unroll
   for (int u = 0; u < kRowsPerThread; ++u) {
     const int64_t row = place.first + int64_t(u) * walk.ty;
     if (row < walk.rows) {
-      va[u] = load<T, VEC>(a.row(walk, row) + place.i * a.si);
-      vb[u] = load<T, VEC>(b.row(walk, row) + place.i * b.si);
+#pragma unroll
+      for (int i = 0; i < MAPS; ++i) loaded[i][u] = load<T, VEC>(maps[i].row(walk, row) + place.i * maps[i].si);
     }
   }
 #pragma unroll
   for (int u = 0; u < kRowsPerThread; ++u) {
     const int64_t row = place.first + int64_t(u) * walk.ty;
     if (row < walk.rows) {
-      Vector<T, VEC> result;
+      Vector<To, VEC> result;
 #pragma unroll
-      for (int k = 0; k < VEC; ++k) narrow(f(k, widen(va[u].v[k]), widen(vb[u].v[k])), result.v[k]);
-      store<T, VEC>(out.row(walk, row) + place.i * out.si, result);
+      for (int k = 0; k < VEC; ++k) {
+        W values[MAPS];
+#pragma unroll
+        for (int i = 0; i < MAPS; ++i) values[i] = widen(loaded[i][u].v[k]);
+        narrow(f(k, values), result.v[k]);
+      }
+      store<To, VEC>(out.row(walk, row) + place.i * out.si, result);
     }
   }
+}
+
+// out = f(k, x), and out = f(k, a, b).
+template <typename T, int VEC, typename To, typename F>
+__device__ inline void walk_rows(const Walk& walk, const Place& place, const Operand<const T>& x, const Operand<To>& out, F f) {
+  walk_maps<T, To, VEC>(walk, place, {x}, out, [&](int k, const wide_t<T>(&v)[1]) { return f(k, v[0]); });
+}
+
+template <typename T, int VEC, typename F>
+__device__ inline void walk_rows(const Walk& walk, const Place& place, const Operand<const T>& a,
+                                 const Operand<const T>& b, const Operand<T>& out, F f) {
+  walk_maps<T, T, VEC>(walk, place, {a, b}, out, [&](int k, const wide_t<T>(&v)[2]) { return f(k, v[0], v[1]); });
 }
 
 }  // namespace resdense::cuda

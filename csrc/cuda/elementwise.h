@@ -18,7 +18,7 @@ struct WalkPlan {
   int64_t blocks, threads;
 };
 
-// `maps` have one shape and dtype, and at least one element; `channels` says that the kernel looks at them.
+// `maps` have one shape and at least one element; `channels` says that the kernel looks at them.
 inline WalkPlan plan_walk(std::initializer_list<Map> maps, bool channels) {
   const Map& m = *maps.begin();
   const auto all = [&](auto holds) { return std::all_of(maps.begin(), maps.end(), holds); };
@@ -46,7 +46,8 @@ inline WalkPlan plan_walk(std::initializer_list<Map> maps, bool channels) {
     w.inner = m.C;
   }
 
-  const int64_t vec = m.dtype == ScalarType::Double ? 2 : m.dtype == ScalarType::Float ? 4 : 8;
+  int64_t vec = 8;
+  for (const Map& a : maps) vec = std::min(vec, vector_length(a.dtype));
   p.vectors = (last || first) && all([&](const Map& a) {
     if (!aligned(a.data)) return false;
     if (p.row == RowOf::everything) return true;

@@ -67,6 +67,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// How many elements 16 bytes hold.
+inline int64_t vector_length(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 2 : dtype == ScalarType::Float ? 4 : 8;
+}
+
 // Calls f with a value of the map's element type.
 template <typename F>
 inline void dispatch(ScalarType dtype, F f) {

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resdense_ext.ops.backend import Pending, ReferenceBackend
+from resdense_ext.ops.backend import Affine, Pending, ReferenceBackend
+from resdense_ext.reference import Activation, accumulation_dtype
 
-__all__ = ["CompiledBackend"]
+__all__ = ["CompiledBackend", "slope_of"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SLOPES = {"relu": 0.0, "identity": 1.0}
+
+
+def slope_of(activation: Activation) -> float:
+    """The negative slope by which the operators know an activation."""
+    return _SLOPES.get(activation.name, activation.slope)
 
 
 class CompiledBackend(ReferenceBackend):
     """A raw schema does not bump the version counter of what it writes; these wrappers do."""
 
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+        # One dtype of statistics must suit both.
+        supported = x.dtype in _DTYPES and compute_dtype in _DTYPES
+        if not supported or accumulation_dtype(x.dtype) != accumulation_dtype(compute_dtype):
+            return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
+        if activation.name not in (*_SLOPES, "leaky_relu"):
+            return f"the activation is {activation.name}"
+        return None
+
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.resdense.channel_stats(x)
+
+    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
+        out = torch.empty_like(x)
+        torch.ops.resdense.bn_act(x, affine.scale, affine.shift, slope_of(affine.activation), out)
+        return out
+
+    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift, activation = affine
+        increment_version(grad)
+        return torch.ops.resdense.bn_act_backward(grad, x, scale, shift, center, slope_of(activation))
+
+    def bn_act_backward_accumulate(
+        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scale, shift, activation = affine
+        increment_version(out)
+        return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, slope_of(activation))
 
     def pending_grad_(self, pending: Pending) -> Tensor:
         increment_version(pending.dy)

@@ -14,18 +14,11 @@ from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import _library
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Stats, register
-from resdense_ext.ops.compiled import CompiledBackend
+from resdense_ext.ops.compiled import CompiledBackend, slope_of
 from resdense_ext.ops.layout import memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SLOPES = {"relu": 0.0, "identity": 1.0}
-
-
-def _slope(activation: Activation) -> float:
-    return _SLOPES.get(activation.name, activation.slope)
 
 
 def _is_matrix_product(conv: Conv) -> bool:
@@ -40,33 +33,14 @@ class CpuBackend(CompiledBackend):
             return f"the CPU library is {_library.CPU_LIBRARY}"
         if x.device.type != "cpu":
             return f"the input is on {x.device.type}"
-        if x.dtype not in _DTYPES or x.dtype != compute_dtype:
+        if x.dtype != compute_dtype:
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        if activation.name not in ("relu", "leaky_relu", "identity"):
-            return f"the activation is {activation.name}"
-        return None
+        return super().refusal(x, compute_dtype, activation)
 
     def chunks(self, x: Tensor) -> list[slice]:
         if x.is_contiguous(memory_format=memory_format_of(x)):
             return super().chunks(x)
         return [slice(n, n + 1) for n in range(x.shape[0])]
-
-    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
-        out = torch.empty_like(x)
-        torch.ops.resdense.bn_act(x, affine.scale, affine.shift, _slope(affine.activation), out)
-        return out
-
-    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift, activation = affine
-        increment_version(grad)
-        return torch.ops.resdense.bn_act_backward(grad, x, scale, shift, center, _slope(activation))
-
-    def bn_act_backward_accumulate(
-        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        scale, shift, activation = affine
-        increment_version(out)
-        return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, _slope(activation))
 
     def bn_act_conv(
         self,
@@ -85,7 +59,7 @@ class CpuBackend(CompiledBackend):
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
         increment_version(out)
         found = torch.ops.resdense.bn_act_conv1x1(
-            x, scale, shift, _slope(activation), conv.weight.flatten(1), bias, out, stats is not None
+            x, scale, shift, slope_of(activation), conv.weight.flatten(1), bias, out, stats is not None
         )
         return self._read(out, found, stats, reader, activation)
 
@@ -99,7 +73,7 @@ class CpuBackend(CompiledBackend):
         scale, shift, activation = fold.affine
         increment_version(into.dy)
         weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
-            x, scale, shift, fold.mean, _slope(activation), conv.weight.flatten(1), *grad, into.dy, need_weight
+            x, scale, shift, fold.mean, slope_of(activation), conv.weight.flatten(1), *grad, into.dy, need_weight
         )
         return self._grads(x, fold, weight.view_as(conv.weight) if need_weight else None, None, None, into, *sums)
 

@@ -25,7 +25,9 @@ class CudaBackend(CompiledBackend, TritonBackend):
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if _library.CUDA_LIBRARY:
             return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
-        return architecture_refusal(x.device) if x.is_cuda else f"the input is on {x.device.type}"
+        if not x.is_cuda:
+            return f"the input is on {x.device.type}"
+        return architecture_refusal(x.device) or CompiledBackend.refusal(self, x, compute_dtype, activation)
 
 
 register(CudaBackend())

@@ -35,6 +35,10 @@ def _pending_grad(dy, z, alpha, beta, delta):
     return None
 
 
+def _copy_map(x, out):
+    return None
+
+
 def _bn_act_conv1x1(x, scale, shift, negative_slope, weight, bias, out, stats):
     return _vectors(out, out.shape[1] if stats else 0)
 
@@ -56,6 +60,12 @@ def _add_act_backward(grad, out, negative_slope):
 
 def _bn_add_act(z, scale, shift, identity, identity_scale, identity_shift, negative_slope):
     return torch.empty_like(z)
+
+
+def _copy_map_cpu(x, out):
+    if x.shape != out.shape:
+        raise RuntimeError(f"out: expected shape {tuple(x.shape)} (that of x), got {tuple(out.shape)}")
+    out.copy_(x)
 
 
 def _add_act_cpu(x, y, negative_slope):
@@ -80,6 +90,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_backward,
         _bn_act_backward_accumulate,
         _pending_grad,
+        _copy_map,
         _bn_act_conv1x1,
         _bn_act_conv1x1_backward,
         _add_act,
@@ -87,5 +98,5 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_add_act,
     ):
         torch.library.register_fake(f"resdense::{fake.__name__[1:]}", fake, lib=LIBRARY)
-    for kernel in (_add_act_cpu, _add_act_backward_cpu, _bn_add_act_cpu):
+    for kernel in (_copy_map_cpu, _add_act_cpu, _add_act_backward_cpu, _bn_add_act_cpu):
         LIBRARY.impl(kernel.__name__[1:-4], kernel, "CPU")

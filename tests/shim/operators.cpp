@@ -1,8 +1,10 @@
 // The CUDA operators, kernels and launchers both, compiled as plain C++ for the shim.
 
 #include "cuda/add_act.cu"
+#include "cuda/bn_act.cu"
 #include "cuda/bn_add_act.cu"
 #include "cuda/channel_stats.cu"
+#include "cuda/copy_map.cu"
 #include "cuda/pending_grad.cu"
 
 static void configure(int64_t order, int64_t multiprocessors) {
@@ -13,6 +15,14 @@ static void configure(int64_t order, int64_t multiprocessors) {
 STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("configure(int order, int multiprocessors) -> ()");
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_backward_accumulate(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+      "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

@@ -1,0 +1,80 @@
+#include "bn_act.cuh"
+
+#include <tuple>
+
+#include "elementwise.h"
+#include "reduce.h"
+
+namespace resdense::cuda {
+namespace {
+
+void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& out) {
+  const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  check_same(out, "out", x, "x");
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  if (from.numel() == 0) return;
+
+  const WalkPlan p = plan_walk({from, to}, true);
+  const Launch on(x);
+  dispatch(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
+    on.run(p.vectors ? bn_act_fwd_kernel<T, kVector<T>> : bn_act_fwd_kernel<T, 1>, p.blocks, p.threads, p.walk, p.positions,
+           operand<const T>(p, from), operand<T>(p, to), vector(scale), vector(shift), negative_slope);
+  });
+}
+
+template <bool ACCUMULATE>
+std::tuple<Tensor, Tensor> mask_and_sum(const Tensor& out, const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                        const Tensor& shift, const Tensor& center, double negative_slope) {
+  const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, ACCUMULATE ? "out" : "grad");
+  check_same(grad, "grad", x, "x");
+  check_same(out, "out", x, "x");
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  check_vector(center, "center", from.C, x, "x");
+  const Tensor sum_dy = torch::stable::new_empty(x, {from.C}, stats_dtype(from.dtype));
+  const Tensor sum_dy_xc = torch::stable::new_empty(x, {from.C}, stats_dtype(from.dtype));
+  if (from.numel() == 0) {
+    torch::stable::fill_(sum_dy, 0.0);
+    torch::stable::fill_(sum_dy_xc, 0.0);
+    return {sum_dy, sum_dy_xc};
+  }
+  const Launch on(x);
+  const ReducePlan p = plan_reduce({g, from, to}, on.multiprocessors());
+  dispatch(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = wide_t<T>;
+    constexpr int VEC = kVector<T>;
+    const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
+    const auto rows = p.vectors ? bn_act_bwd_kernel<T, VEC, true, ACCUMULATE> : bn_act_bwd_kernel<T, 1, true, ACCUMULATE>;
+    const auto planes = p.vectors ? bn_act_bwd_kernel<T, VEC, false, ACCUMULATE> : bn_act_bwd_kernel<T, 1, false, ACCUMULATE>;
+    reduce<Sums<W, 1>>(on, p, sum_dy, sum_dy_xc, [&](W* to_dy, W* to_dy_xc) {
+      on.run(p.rows ? rows : planes, p.blocks, p.threads, p.share, items<const T>(p, g), items<const T>(p, from),
+             items<T>(p, to), vector(scale), vector(shift), vector(center), negative_slope, to_dy, to_dy_xc);
+    });
+  });
+  return {sum_dy, sum_dy_xc};
+}
+
+std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                           const Tensor& center, double negative_slope) {
+  return mask_and_sum<false>(grad, grad, x, scale, shift, center, negative_slope);
+}
+
+std::tuple<Tensor, Tensor> bn_act_backward_accumulate(const Tensor& out, const Tensor& grad, const Tensor& x,
+                                                      const Tensor& scale, const Tensor& shift, const Tensor& center,
+                                                      double negative_slope) {
+  return mask_and_sum<true>(out, grad, x, scale, shift, center, negative_slope);
+}
+
+}  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) {
+  m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
+  m.impl("bn_act_backward_accumulate", TORCH_BOX(&bn_act_backward_accumulate));
+}
+
+}  // namespace resdense::cuda

@@ -1,0 +1,72 @@
+#pragma once
+
+#include "elementwise.cuh"
+#include "reduce.cuh"
+
+namespace resdense::cuda {
+
+// out = act(scale * x + shift). Twice the map's bytes: at 4.3 TB/s a bf16 map of 64 x 56 x 56 x 32 samples takes 6 us.
+template <typename T, int VEC>
+__global__ void bn_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T> x, Operand<T> out,
+                                  const wide_t<T>* scale, const wide_t<T>* shift, wide_t<T> slope) {
+  using W = wide_t<T>;
+  const Place place = place_of<VEC>(walk);
+  if (place.count <= 0) return;
+
+  W a[VEC], b[VEC];
+  each_channel<VEC>(place, positions, [&](int k, int64_t channel) {
+    a[k] = scale[channel];
+    b[k] = shift[channel];
+  });
+  walk_rows<T, VEC>(walk, place, x, out, [&](int k, W value) { return activate(a[k] * value + b[k], slope); });
+}
+
+// dy = grad * act'(scale * x + shift), its sum and that of dy * (x - center), and out = dy or, to ACCUMULATE, out += scale *
+// dy: three or four times the map's bytes in one pass, where the mask, the sums and the addition one by one take ten. The
+// sums are of dy before it is rounded. A thread writes only what it has read itself, so out may be grad.
+template <typename T, int VEC, bool ROWS, bool ACCUMULATE>
+__global__ void __launch_bounds__(kReduceThreads, 2)
+    bn_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> x, Items<T> out, const wide_t<T>* scale,
+                      const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
+                      wide_t<T>* sum_dy_xc) {
+  using W = wide_t<T>;
+  constexpr int CHANNELS = ROWS ? VEC : 1;
+  const Lane lane = lane_of<VEC, ROWS>(share);
+
+  W a[CHANNELS] = {}, b[CHANNELS] = {}, c[CHANNELS] = {};
+#pragma unroll
+  for (int k = 0; k < CHANNELS; ++k) {
+    if (k < lane.count) {
+      a[k] = scale[lane.channel + k];
+      b[k] = shift[lane.channel + k];
+      c[k] = center[lane.channel + k];
+    }
+  }
+  Sums<W, VEC> sums;
+  const auto step = [&]<int MAPS, int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      Vector<T, VEC> result;
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) {
+        const int channel = ROWS ? k : 0;
+        const W value = widen(values[1][u].v[k]);
+        const W dy = activate_backward(widen(values[0][u].v[k]), a[channel] * value + b[channel], slope);
+        sums.add(k, dy, dy * (value - c[channel]));
+        if constexpr (ACCUMULATE)
+          narrow(widen(values[2][u].v[k]) + a[channel] * dy, result.v[k]);
+        else
+          narrow(dy, result.v[k]);
+      }
+      store_first(out.at(at, lane.channel), result, lane.count);
+      at.advance();
+    }
+  };
+  if constexpr (ACCUMULATE)
+    walk_items<T, VEC>(share, lane, {grad, x, {out.data, out.sn, out.si, out.sc}}, step);
+  else
+    walk_items<T, VEC>(share, lane, {grad, x}, step);
+  leave<ROWS>(share, lane, sums, sum_dy, sum_dy_xc);
+}
+
+}  // namespace resdense::cuda
