@@ -21,6 +21,7 @@ from resdense_ext.kernels.fold import fold_columns
 from resdense_ext.kernels.geometry import Geometry, shifted
 from resdense_ext.kernels.launch import ceil_div, launch, programs, tf32, tickets
 from resdense_ext.kernels.maps import Map
+from resdense_ext.kernels.stats import merge_programs
 from resdense_ext.kernels.tiles import (
     activate,
     add_in_memory,
@@ -30,6 +31,7 @@ from resdense_ext.kernels.tiles import (
     product,
     row_offsets,
     store_tile,
+    sum_rows,
 )
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -37,41 +39,16 @@ __all__ = ["bn_act_conv", "bn_act_conv_fwd_kernel"]
 
 
 @triton.jit
-def _merge_programs(part_ptr, part_count_ptr, programs, count, K, columns, mask, ROWS: tl.constexpr):
-    """Mean and sum of squared deviations of what the programs have left: always in one order (Chan et al., 1983)."""
-    first = tl.load(part_ptr + columns, mask=mask, other=0.0, cache_modifier=".cg")
-    ahead = tl.zeros_like(first)
-    for start in range(0, programs, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < programs)[:, None] & mask[None, :]
-        n = tl.load(part_count_ptr + row, mask=row < programs, other=0.0, cache_modifier=".cg")
-        mean = tl.load(part_ptr + row[:, None] * 3 * K + columns[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-        ahead += tl.sum(tl.where(inside, n[:, None] * (mean - first[None, :]), 0.0), 0)
-    total = first + ahead / count
-    m2 = tl.zeros_like(first)
-    for start in range(0, programs, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < programs)[:, None] & mask[None, :]
-        n = tl.load(part_count_ptr + row, mask=row < programs, other=0.0, cache_modifier=".cg")
-        at = part_ptr + row[:, None] * 3 * K + columns[None, :]
-        mean = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-        own = tl.load(at + K, mask=inside, other=0.0, cache_modifier=".cg")
-        d = mean - total[None, :]
-        m2 += tl.sum(tl.where(inside, own + n[:, None] * d * d, 0.0), 0)
-    return total, m2
-
-
-@triton.jit
 def bn_act_conv_fwd_kernel(
     x_ptr, xn, xs, xc,
-    scale_ptr, shift_ptr, slope,
+    scale_ptr, shift_ptr,
     weight_ptr, wk, wc, wt, bias_ptr,
     mask_ptr, mn, ms, mc, mask_scale,
     out_ptr, on, os, oc,
     mean_ptr, m2_ptr, part_ptr, part_count_ptr, ticket_ptr,
     norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr, eps, fold_ptr,
     M, S, C, K, D, H, W, dilation_d, dilation_h, dilation_w,
-    ACT: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, STATS: tl.constexpr,
     FOLD: tl.constexpr, FOLD_WEIGHT: tl.constexpr, FOLD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +61,8 @@ def bn_act_conv_fwd_kernel(
     channel_steps = tl.cdiv(C, BLOCK_K)
 
     if STATS:
-        part = part_ptr + program * 3 * K  # the center, the sums of the deviations from it and of their squares
+        plane = programs * K
+        part = part_ptr + program * K  # in three planes: the center, the sums of the deviations from it and of their squares
         seen = 0.0
     for tile in range(program, tl.cdiv(M, BLOCK_M), programs):
         first = tl.cast(tile, tl.int64) * BLOCK_M
@@ -102,7 +80,7 @@ def bn_act_conv_fwd_kernel(
             x = load_tile(x_ptr, x_rows + offset.to(tl.int64) * xs, channels.to(tl.int64) * xc, valid, channel_mask, X_LAST)
             scale = tl.load(scale_ptr + channels, mask=channel_mask, other=0.0)
             shift = tl.load(shift_ptr + channels, mask=channel_mask, other=0.0)
-            a = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], slope, ACT)
+            a = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], SLOPE, ACT)
             if TAPS > 1:
                 a = tl.where(valid[:, None], a, 0.0)
             weight = tl.load(
@@ -131,29 +109,31 @@ def bn_act_conv_fwd_kernel(
             rows = tl.sum(row_mask.to(tl.float32))
             if tile == program:
                 # Deviations from the first tile's mean: with n tiles a later mean costs at most a factor n of rounding.
-                tl.store(part + columns, tl.sum(tl.where(row_mask[:, None], value, 0.0), 0) / rows, mask=column_mask)
+                tl.store(part + columns, sum_rows(tl.where(row_mask[:, None], value, 0.0)) / rows, mask=column_mask)
             tl.debug_barrier()
             center = tl.load(part + columns, mask=column_mask, other=0.0)
             d = tl.where(row_mask[:, None], value - center[None, :], 0.0)
-            add_in_memory(part + K, columns, column_mask, tl.sum(d, 0), tile == program)
-            add_in_memory(part + 2 * K, columns, column_mask, tl.sum(d * d, 0), tile == program)
+            add_in_memory(part + plane, columns, column_mask, sum_rows(d), tile == program)
+            add_in_memory(part + 2 * plane, columns, column_mask, sum_rows(d * d), tile == program)
             seen += rows
 
     if STATS:
         tl.debug_barrier()
         center = tl.load(part + columns, mask=column_mask, other=0.0)
-        sum_d = tl.load(part + K + columns, mask=column_mask, other=0.0)
-        sum_dd = tl.load(part + 2 * K + columns, mask=column_mask, other=0.0)
+        sum_d = tl.load(part + plane + columns, mask=column_mask, other=0.0)
+        sum_dd = tl.load(part + 2 * plane + columns, mask=column_mask, other=0.0)
         tl.store(part_count_ptr + program, seen)
         tl.store(part + columns, center + sum_d / seen, mask=column_mask)
         tl.store(
-            part + K + columns,
+            part + plane + columns,
             tl.maximum(sum_dd - sum_d * (sum_d / seen), 0.0, propagate_nan=tl.PropagateNan.ALL),
             mask=column_mask,
         )
         if last_arrival(ticket_ptr + tl.program_id(1), programs):
             count = M * 1.0
-            mean, m2 = _merge_programs(part_ptr, part_count_ptr, programs, count, K, columns, column_mask, 32)
+            mean, m2 = merge_programs(
+                part_ptr, part_ptr + plane, part_count_ptr, programs, count, K, columns, column_mask
+            )
             tl.store(mean_ptr + columns, mean, mask=column_mask)
             tl.store(m2_ptr + columns, m2, mask=column_mask)
             if FOLD:
@@ -201,7 +181,7 @@ def bn_act_conv(
     shared = programs(x, ceil_div(M, config.BLOCK_M), blocks, config.each)
     parts = counts = ticket = folded = None
     if stats is not None:
-        parts = torch.empty((shared, 3, K), dtype=torch.float32, device=x.device)
+        parts = torch.empty((3, shared, K), dtype=torch.float32, device=x.device)
         counts = torch.empty(shared, dtype=torch.float32, device=x.device)
         ticket = tickets(x, blocks)
     if reader is not None:
@@ -212,14 +192,14 @@ def bn_act_conv(
     launch(
         bn_act_conv_fwd_kernel, (shared, blocks), x,
         x, source.sn, source.ss, source.sc,
-        scale, shift, activation.slope,
+        scale, shift,
         weight, weight.stride(0), weight.stride(1), geometry.tap_stride(weight), conv.bias,
         mask, *(dropout.sn, dropout.ss, dropout.sc) if dropout else (0, 0, 0), float(mask_scale),
         out, target.sn, target.ss, target.sc,
         *stats or (None, None), parts, counts, ticket,
         norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, folded,
         M, source.S, source.C, K, *geometry.sizes, *geometry.dilation,
-        ACT=activation.name, X_LAST=source.last, OUT_LAST=target.last,
+        ACT=activation.name, SLOPE=activation.slope, X_LAST=source.last, OUT_LAST=target.last,
         KD=geometry.kernel[0], KH=geometry.kernel[1], KW=geometry.kernel[2],
         BIAS=conv.bias is not None, MASK=mask is not None, STATS=stats is not None,
         FOLD=reader is not None, FOLD_WEIGHT=norm.weight is not None, FOLD_BIAS=norm.bias is not None, PRECISION=tf32(),

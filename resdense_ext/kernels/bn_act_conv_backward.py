@@ -24,6 +24,7 @@ from resdense_ext.kernels.configs import Config, config_of
 from resdense_ext.kernels.geometry import Geometry, shifted
 from resdense_ext.kernels.launch import ceil_div, launch, programs, tf32, tickets
 from resdense_ext.kernels.maps import Map
+from resdense_ext.kernels.stats import sum_programs
 from resdense_ext.kernels.tiles import (
     activate,
     activation_slope,
@@ -34,6 +35,7 @@ from resdense_ext.kernels.tiles import (
     product,
     row_offsets,
     store_tile,
+    sum_rows,
 )
 from resdense_ext.reference import Activation, Conv
 
@@ -66,11 +68,12 @@ def _load_grad(
 def bn_act_conv_bwd_data_kernel(
     dy_ptr, dyn, dys, dyc, z_ptr, zn, zs, zc, alpha_ptr, beta_ptr, delta_ptr,
     weight_ptr, wk, wc, wt,
-    x_ptr, xn, xs, xc, scale_ptr, shift_ptr, slope, mean_ptr, rstd_ptr,
+    x_ptr, xn, xs, xc, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
     out_ptr, on, os, oc,
     part_ptr, ticket_ptr, norm_weight_ptr, norm_bias_ptr, correction_beta_ptr, correction_delta_ptr, count,
     M, S, C, K, D, H, W, dilation_d, dilation_h, dilation_w,
-    PENDING: tl.constexpr, ACCUMULATE: tl.constexpr, CORRECT: tl.constexpr, ACT: tl.constexpr,
+    PENDING: tl.constexpr, ACCUMULATE: tl.constexpr, CORRECT: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr,
     DY_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -81,7 +84,8 @@ def bn_act_conv_bwd_data_kernel(
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < C
     output_steps = tl.cdiv(K, BLOCK_K)
-    part = part_ptr + program * 2 * C  # the sums of dy and of dy * (x - mean)
+    plane = programs * C
+    part = part_ptr + program * C  # in two planes: the sums of dy and of dy * (x - mean)
     for tile in range(program, tl.cdiv(M, BLOCK_M), programs):
         first = tl.cast(tile, tl.int64) * BLOCK_M
         row_mask = first + tl.arange(0, BLOCK_M) < M
@@ -110,12 +114,12 @@ def bn_act_conv_bwd_data_kernel(
         mean = tl.load(mean_ptr + columns, mask=column_mask, other=0.0)
         x = load_tile(x_ptr, row_offsets(sample, place, xn, xs), at * xc, row_mask, column_mask, X_LAST).to(tl.float32)
         y = scale[None, :] * x + shift[None, :]
-        dy = acc * activation_slope(y, slope, ACT)
+        dy = acc * activation_slope(y, SLOPE, ACT)
         if ACT == "relu":
             dy = tl.where(y <= 0, 0.0, acc)  # 0 whatever comes, infinities too
         dy = tl.where(row_mask[:, None], dy, 0.0)
-        add_in_memory(part, columns, column_mask, tl.sum(dy, 0), tile == program)
-        add_in_memory(part + C, columns, column_mask, tl.sum(dy * (x - mean[None, :]), 0), tile == program)
+        add_in_memory(part, columns, column_mask, sum_rows(dy), tile == program)
+        add_in_memory(part + plane, columns, column_mask, sum_rows(dy * (x - mean[None, :])), tile == program)
         tl.debug_barrier()
         out_rows = row_offsets(sample, place, on, os)
         if ACCUMULATE:
@@ -124,14 +128,8 @@ def bn_act_conv_bwd_data_kernel(
         store_tile(out_ptr, out_rows, at * oc, dy.to(out_ptr.dtype.element_ty), row_mask, column_mask, OUT_LAST)
 
     if last_arrival(ticket_ptr + block, programs):
-        dbeta = tl.zeros((BLOCK_N,), tl.float32)
-        sum_dy_xc = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, programs, 32):
-            row = start + tl.arange(0, 32)
-            at_part = part_ptr + row[:, None] * 2 * C + columns[None, :]
-            inside = (row < programs)[:, None] & column_mask[None, :]
-            dbeta += tl.sum(tl.load(at_part, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-            sum_dy_xc += tl.sum(tl.load(at_part + C, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        dbeta = sum_programs(part_ptr, programs, C, columns, column_mask, tl.float32)
+        sum_dy_xc = sum_programs(part_ptr + plane, programs, C, columns, column_mask, tl.float32)
         scale = tl.load(scale_ptr + columns, mask=column_mask, other=0.0)
         mean = tl.load(mean_ptr + columns, mask=column_mask, other=0.0)
         rstd = tl.load(rstd_ptr + columns, mask=column_mask, other=0.0)
@@ -152,11 +150,11 @@ def bn_act_conv_bwd_data_kernel(
 @triton.jit
 def bn_act_conv_bwd_weight_kernel(
     dy_ptr, dyn, dys, dyc, z_ptr, zn, zs, zc, alpha_ptr, beta_ptr, delta_ptr,
-    x_ptr, xn, xs, xc, scale_ptr, shift_ptr, slope,
+    x_ptr, xn, xs, xc, scale_ptr, shift_ptr,
     dweight_ptr, wk, wc, wt,
     part_ptr, ticket_ptr, group,
     M, S, C, K, D, H, W, dilation_d, dilation_h, dilation_w,
-    PENDING: tl.constexpr, ACT: tl.constexpr, DY_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr,
+    PENDING: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, DY_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr,
     COMPUTE: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +181,7 @@ def bn_act_conv_bwd_weight_kernel(
         )  # fmt: skip
         rows = row_offsets(sample, place, xn, xs)
         x = load_tile(x_ptr, rows, channels.to(tl.int64) * xc, row_mask, channel_mask, X_LAST).to(tl.float32)
-        a = activate(scale[None, :] * x + shift[None, :], slope, ACT)
+        a = activate(scale[None, :] * x + shift[None, :], SLOPE, ACT)
         acc = product(tl.trans(a.to(COMPUTE)), dz.to(COMPUTE), acc, PRECISION)
 
     size = (KD * KH * KW * C).to(tl.int64) * K
@@ -260,12 +258,12 @@ def bn_act_conv_data_backward(
         bn_act_conv_bwd_data_kernel, (shared * blocks,), x,
         *arguments,
         weight, weight.stride(0), weight.stride(1), geometry.tap_stride(weight),
-        x, source.sn, source.ss, source.sc, scale, shift, activation.slope, mean, rstd,
+        x, source.sn, source.ss, source.sc, scale, shift, mean, rstd,
         out, target.sn, target.ss, target.sc,
-        torch.empty((shared, 2, C), dtype=torch.float32, device=x.device), tickets(x, blocks),
+        torch.empty((2, shared, C), dtype=torch.float32, device=x.device), tickets(x, blocks),
         norm_weight, norm_bias, beta, delta, float(count or 0),
         M, source.S, C, K, *geometry.sizes, *geometry.dilation,
-        ACCUMULATE=correction is not None, CORRECT=count is not None, ACT=activation.name,
+        ACCUMULATE=correction is not None, CORRECT=count is not None, ACT=activation.name, SLOPE=activation.slope,
         X_LAST=source.last, OUT_LAST=target.last,
         KD=geometry.kernel[0], KH=geometry.kernel[1], KW=geometry.kernel[2], PRECISION=tf32(),
         **constants, **config.constants(),
@@ -298,12 +296,12 @@ def bn_act_conv_weight_backward(
     launch(
         bn_act_conv_bwd_weight_kernel, (splits, blocks), x,
         *arguments,
-        x, source.sn, source.ss, source.sc, scale, shift, activation.slope,
+        x, source.sn, source.ss, source.sc, scale, shift,
         dweight, dweight.stride(0), dweight.stride(1), geometry.tap_stride(dweight),
         torch.empty((splits, dweight.numel()), dtype=torch.float32, device=x.device),
         tickets(x, blocks * (ceil_div(splits, group) + 1)), group,
         M, source.S, C, K, *geometry.sizes, *geometry.dilation,
-        ACT=activation.name, X_LAST=source.last, COMPUTE=_COMPUTE[conv.weight.dtype],
+        ACT=activation.name, SLOPE=activation.slope, X_LAST=source.last, COMPUTE=_COMPUTE[conv.weight.dtype],
         KD=geometry.kernel[0], KH=geometry.kernel[1], KW=geometry.kernel[2], PRECISION=tf32(),
         **constants, **config.constants(),
     )  # fmt: skip

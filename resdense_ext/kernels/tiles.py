@@ -18,6 +18,7 @@ __all__ = [
     "product",
     "row_offsets",
     "store_tile",
+    "sum_rows",
 ]
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -41,9 +42,9 @@ def activate(y, slope, ACT: tl.constexpr):
 def activation_slope(y, slope, ACT: tl.constexpr):
     """The activation's derivative at its input."""
     if ACT == "relu":
-        y = tl.where(y <= 0, 0.0, 1.0)
+        y = tl.where(y <= 0, tl.zeros_like(y), 1.0)
     elif ACT == "leaky_relu":
-        y = tl.where(y > 0, 1.0, slope)
+        y = tl.where(y > 0, tl.full(y.shape, 1.0, y.dtype), tl.full(y.shape, slope, y.dtype))
     elif ACT == "elu":
         y = tl.where(y > 0, 1.0, tl.exp(y))
     elif ACT == "silu":
@@ -94,6 +95,15 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         # The interpreter would multiply the bit patterns of bfloat16; in float32 its products are exact.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def sum_rows(tile):
+    """The sum over a tile's positions, as a tree."""
+    if _INTERPRETED and tile.shape[0] > 32:
+        # The interpreter would add row after row in one long chain of roundings.
+        tile = tl.sum(tl.reshape(tile, (32, tile.shape[0] // 32, tile.shape[1])), 0)
+    return tl.sum(tile, 0)
 
 
 @triton.jit

@@ -24,11 +24,12 @@ def update_running_statistics(norms: Sequence[BatchNorm], stats: Sequence[tuple[
     counters = [n.num_batches_tracked for n in norms if n.batch_stats and n.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    updates: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    momenta: dict[float, list[tuple[BatchNorm, Tensor, Tensor]]] = defaultdict(list)
     for norm, (mean, m2) in zip(norms, stats):
         if norm.batch_stats and norm.running_mean is not None and norm.momentum is not None:
-            running, batch = updates[norm.momentum]
-            running += [norm.running_mean, norm.running_var]
-            batch += [mean.to(norm.running_mean.dtype), (m2 / max(count - 1, 1)).to(norm.running_var.dtype)]
-    for momentum, (running, batch) in updates.items():
-        torch._foreach_lerp_(running, batch, momentum)
+            momenta[norm.momentum].append((norm, mean, m2))
+    for momentum, updates in momenta.items():
+        unbiased = torch._foreach_div([m2 for _, _, m2 in updates], max(count - 1, 1))
+        running = [t for norm, _, _ in updates for t in (norm.running_mean, norm.running_var)]
+        batch = [t for (_, mean, _), var in zip(updates, unbiased) for t in (mean, var)]
+        torch._foreach_lerp_(running, [new.to(old.dtype) for new, old in zip(batch, running)], momentum)

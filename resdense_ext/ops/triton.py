@@ -83,7 +83,7 @@ class TritonBackend(ReferenceBackend):
         return bn_act_backward_accumulate(out, grad, x, scale, shift, center, activation)
 
     def pending_grad_(self, pending: Pending) -> Tensor:
-        from resdense_ext.kernels.pending_grad import pending_grad
+        from resdense_ext.kernels.elementwise import pending_grad
 
         increment_version(pending.dy)
         pending_grad(*pending)
