@@ -33,12 +33,20 @@ def test_convolutions(dtype):
     interpret("test_primitives.py", f"TestConvolution and triton and {dtype}")
 
 
+def test_elementwise_and_the_rest():
+    interpret("test_primitives.py", "triton and not TestConvolution")
+
+
 def test_launches_and_allocations():
     interpret("triton_engine.py", "")
 
 
 def test_dense_block():
-    interpret("test_dense_block.py", "test_lower_precision or test_autocast or (TestDropout and triton)")
+    interpret("test_dense_block.py", "test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton)")
+
+
+def test_residual_ends():
+    interpret("test_residual_ends.py", "")
 
 
 def test_resources_of_every_shipped_configuration(capsys):

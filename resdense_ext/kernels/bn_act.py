@@ -15,6 +15,7 @@ from resdense_ext.kernels.tiles import (
     activation_slope,
     last_arrival,
     load_tile,
+    rounded,
     row_offsets,
     store_tile,
     sum_rows,
@@ -35,7 +36,7 @@ def bn_act_fwd_kernel(
     x = load_tile(x_ptr, row_offsets(sample, place, xn, xs), channels * xc, row_mask, mask, LAST).to(WIDE)
     y = activate(load_vector(scale_ptr, channels, mask, WIDE) * x + load_vector(shift_ptr, channels, mask, WIDE), SLOPE, ACT)
     out_rows = row_offsets(sample, place, on, os)
-    store_tile(out_ptr, out_rows, channels * oc, y.to(out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
+    store_tile(out_ptr, out_rows, channels * oc, rounded(y, out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def bn_act_bwd_kernel(
         out_rows = row_offsets(sample, place, on, os)
         if ACCUMULATE:
             dy = load_tile(out_ptr, out_rows, channels * oc, row_mask, mask, OUT_LAST).to(WIDE) + scale * dy
-        store_tile(out_ptr, out_rows, channels * oc, dy.to(out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
+        store_tile(out_ptr, out_rows, channels * oc, rounded(dy, out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
 
     columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = columns < C

@@ -29,6 +29,7 @@ from resdense_ext.kernels.tiles import (
     load_tile,
     positions_from,
     product,
+    rounded,
     row_offsets,
     store_tile,
     sum_rows,
@@ -88,7 +89,7 @@ def bn_act_conv_fwd_kernel(
                 mask=channel_mask[:, None] & column_mask[None, :],
                 other=0.0,
             )
-            acc = product(a.to(weight.dtype), weight, acc, PRECISION)
+            acc = product(rounded(a, weight.dtype), weight, acc, PRECISION)
 
         if BIAS:
             acc += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -99,8 +100,8 @@ def bn_act_conv_fwd_kernel(
                 mask=row_mask[:, None] & column_mask[None, :],
                 other=0.0,
             )
-            acc = acc.to(weight_ptr.dtype.element_ty).to(tl.float32) * keep.to(tl.float32) * mask_scale
-        result = acc.to(out_ptr.dtype.element_ty)
+            acc = rounded(acc, weight_ptr.dtype.element_ty).to(tl.float32) * keep.to(tl.float32) * mask_scale
+        result = rounded(acc, out_ptr.dtype.element_ty)
         store_tile(
             out_ptr, row_offsets(sample, place, on, os), columns.to(tl.int64) * oc, result, row_mask, column_mask, OUT_LAST
         )

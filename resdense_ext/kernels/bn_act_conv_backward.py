@@ -33,6 +33,7 @@ from resdense_ext.kernels.tiles import (
     load_tile,
     positions_from,
     product,
+    rounded,
     row_offsets,
     store_tile,
     sum_rows,
@@ -106,7 +107,7 @@ def bn_act_conv_bwd_data_kernel(
                 mask=output_mask[:, None] & column_mask[None, :],
                 other=0.0,
             )
-            acc = product(dz.to(weight.dtype), weight, acc, PRECISION)
+            acc = product(rounded(dz, weight.dtype), weight, acc, PRECISION)
 
         at = columns.to(tl.int64)
         scale = tl.load(scale_ptr + columns, mask=column_mask, other=0.0)
@@ -125,7 +126,7 @@ def bn_act_conv_bwd_data_kernel(
         if ACCUMULATE:
             dy = scale[None, :] * dy
             dy += load_tile(out_ptr, out_rows, at * oc, row_mask, column_mask, OUT_LAST).to(tl.float32)
-        store_tile(out_ptr, out_rows, at * oc, dy.to(out_ptr.dtype.element_ty), row_mask, column_mask, OUT_LAST)
+        store_tile(out_ptr, out_rows, at * oc, rounded(dy, out_ptr.dtype.element_ty), row_mask, column_mask, OUT_LAST)
 
     if last_arrival(ticket_ptr + block, programs):
         dbeta = sum_programs(part_ptr, programs, C, columns, column_mask, tl.float32)
@@ -182,7 +183,7 @@ def bn_act_conv_bwd_weight_kernel(
         rows = row_offsets(sample, place, xn, xs)
         x = load_tile(x_ptr, rows, channels.to(tl.int64) * xc, row_mask, channel_mask, X_LAST).to(tl.float32)
         a = activate(scale[None, :] * x + shift[None, :], SLOPE, ACT)
-        acc = product(tl.trans(a.to(COMPUTE)), dz.to(COMPUTE), acc, PRECISION)
+        acc = product(tl.trans(rounded(a, COMPUTE)), rounded(dz, COMPUTE), acc, PRECISION)
 
     size = (KD * KH * KW * C).to(tl.int64) * K
     at = ((tap * C + channels[:, None]) * K + outputs[None, :]).to(tl.int64)
@@ -202,7 +203,7 @@ def bn_act_conv_bwd_weight_kernel(
             for leader_of_group in range(0, splits, group):
                 total += tl.load(part_ptr + leader_of_group * size + at, mask=mask, other=0.0, cache_modifier=".cg")
             dweight = dweight_ptr + outputs[None, :].to(tl.int64) * wk + channels[:, None].to(tl.int64) * wc + tap * wt
-            tl.store(dweight, total.to(dweight_ptr.dtype.element_ty), mask=mask)
+            tl.store(dweight, rounded(total, dweight_ptr.dtype.element_ty), mask=mask)
 
 
 def _grad_arguments(dy: Tensor, pending: Optional[tuple[Tensor, ...]]) -> tuple[tuple, dict]:

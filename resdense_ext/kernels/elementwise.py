@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resdense_ext.kernels.launch import launch
 from resdense_ext.kernels.maps import Map
-from resdense_ext.kernels.tiles import activate, activation_slope, load_tile, row_offsets, store_tile
+from resdense_ext.kernels.tiles import activate, activation_slope, load_tile, rounded, row_offsets, store_tile
 from resdense_ext.kernels.walk import load_vector, tile_at, tiling_of, wide
 
 __all__ = ["add_act", "add_act_backward", "bn_add_act", "copy_map", "pending_grad"]
@@ -43,7 +43,7 @@ def elementwise_fwd_kernel(
             b = load_vector(w_ptr, channels, mask, WIDE) * b + load_vector(t_ptr, channels, mask, WIDE)
         a = activate(a + b, SLOPE, ACT)
     out_rows = row_offsets(sample, place, on, os)
-    store_tile(out_ptr, out_rows, channels * oc, a.to(out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
+    store_tile(out_ptr, out_rows, channels * oc, rounded(a, out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
 
 
 def _run(op: str, a: Tensor, b: Optional[Tensor], out: Tensor, vectors: tuple = (), slope: float = 1.0) -> Tensor:

@@ -16,6 +16,7 @@ __all__ = [
     "load_tile",
     "positions_from",
     "product",
+    "rounded",
     "row_offsets",
     "store_tile",
     "sum_rows",
@@ -95,6 +96,17 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         # The interpreter would multiply the bit patterns of bfloat16; in float32 its products are exact.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """``value`` in another dtype, rounded to the nearest."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter would cut the lower bits off.
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, nearest, value)
+    return value.to(DTYPE)
 
 
 @triton.jit

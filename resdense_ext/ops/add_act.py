@@ -1,6 +1,6 @@
 """``act(x + identity)``: one read of each operand and one write; backward reads the gradient and the output.
 
-Compiled for CUDA; elsewhere it is the plain PyTorch of `resdense_ext.reference`.
+Fused on GPUs, in CUDA C++ or Triton; elsewhere it is the plain PyTorch of `resdense_ext.reference`.
 """
 
 from __future__ import annotations
@@ -9,27 +9,37 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops._library import CUDA_LIBRARY
+from resdense_ext.ops import backend as backends
 from resdense_ext.reference import Activation
 
-__all__ = ["add_act", "compiled_slope"]
+__all__ = ["add_act", "fused_slope", "kernels_of"]
 
 
-def compiled_slope(x: Tensor, activation: Activation) -> float | None:
-    """The negative slope by which the CUDA kernels know an activation; None where they do not serve the input.
+def kernels_of(x: Tensor):
+    """Where the fused kernels for this input are, by their operators' names; None where there are none."""
+    name = backends.choose(x, x.dtype, Activation()).name
+    if name == "cuda":
+        return torch.ops.resdense
+    if name == "triton":
+        from resdense_ext.kernels import elementwise
+
+        return elementwise
+    return None
+
+
+def fused_slope(x: Tensor, activation: Activation) -> float | None:
+    """The negative slope by which the fused kernels know an activation; None where they do not serve the input.
 
     Backward tells the sign of the activation's input from that of its output, so the slope may not be negative.
     """
     slope = {"relu": 0.0, "identity": 1.0, "leaky_relu": activation.slope}.get(activation.name)
-    if CUDA_LIBRARY is not None or not x.is_cuda or slope is None or slope < 0:
-        return None
-    return slope
+    return None if slope is None or slope < 0 or kernels_of(x) is None else slope
 
 
 class AddActFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, identity: Tensor, slope: float):
-        out = torch.ops.resdense.add_act(x, identity, slope)
+        out = kernels_of(x).add_act(x, identity, slope)
         ctx.save_for_backward(out)
         ctx.slope = slope
         return out
@@ -40,13 +50,13 @@ class AddActFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             dx = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
         else:
-            dx = torch.ops.resdense.add_act_backward(grad, out, ctx.slope)
+            dx = kernels_of(out).add_act_backward(grad, out, ctx.slope)
         return dx, dx, None
 
 
 def add_act(x: Tensor, identity: Tensor, activation: Activation) -> Tensor:
     """The checked call: see `resdense_ext.functional.add_act`."""
-    slope = compiled_slope(x, activation)
+    slope = fused_slope(x, activation)
     if slope is None:
         return reference.add_act(x, identity, activation)
     return AddActFunction.apply(x, identity, slope)

@@ -1,6 +1,6 @@
 """``act(bn(z) + identity)`` and ``act(bn(z) + bn_d(identity))``, the end of a residual block.
 
-Its forward is compiled for CUDA and used where no gradient is wanted; elsewhere it is plain PyTorch.
+Its forward is fused on GPUs where no gradient is wanted; elsewhere it is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.add_act import compiled_slope
+from resdense_ext.ops.add_act import fused_slope, kernels_of
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
@@ -24,14 +24,14 @@ def bn_add_act(
     z: Tensor, norm: BatchNorm, identity: Tensor, identity_norm: Optional[BatchNorm], activation: Activation
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.bn_add_act`."""
-    slope = compiled_slope(z, activation)
+    slope = fused_slope(z, activation)
     sources = [z, identity, norm.weight, norm.bias] + ([] if identity_norm is None else list(identity_norm[:2]))
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
     if slope is None or differentiable:
         shortcut = identity if identity_norm is None else _batch_norm(identity, identity_norm)
         return reference.add_act(_batch_norm(z, norm), shortcut, activation)
     shortcut_fold = (None, None) if identity_norm is None else _fold(identity, identity_norm)
-    return torch.ops.resdense.bn_add_act(z, *_fold(z, norm), identity, *shortcut_fold, slope)
+    return kernels_of(z).bn_add_act(z, *_fold(z, norm), identity, *shortcut_fold, slope)
 
 
 def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:

@@ -5,10 +5,20 @@ from __future__ import annotations
 import torch
 
 from resdense_ext.ops import backend
-from resdense_ext.ops.add_act import compiled_slope
+from resdense_ext.ops.add_act import fused_slope
+from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.reference import Activation
 
 __all__ = ["explain"]
+
+_PRIMITIVES = ("channel_stats", "fold", "bn_act", "bn_act_backward", "pending_grad_", "bn_act_conv", "bn_act_conv_backward")
+_ENDS = ("add_act", "bn_add_act")
+
+
+def _owner(chosen: ReferenceBackend, primitive: str) -> str:
+    """The backend whose kernels compute a primitive: the chosen one, or one that it builds upon."""
+    owner = next(c for c in type(chosen).__mro__ if primitive in vars(c))
+    return vars(owner).get("name", chosen.name)
 
 
 def explain() -> list[tuple[str, str, str]]:
@@ -16,11 +26,11 @@ def explain() -> list[tuple[str, str, str]]:
     rows = []
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         probe = torch.zeros((1, 1, 1, 1), device=device)
-        chosen = backend.choose(probe, probe.dtype, Activation()).name
+        chosen = backend.choose(probe, probe.dtype, Activation())
         refusals = {b.name: b.refusal(probe, probe.dtype, Activation()) for b in backend.registered()}
-        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if reason) or "the only one"
-        rows += [(f"{op} ({device})", chosen, why) for op in ("dense_block", "channel_stats")]
-        compiled = compiled_slope(probe, Activation()) is not None
-        ends = ("cuda", "compiled") if compiled else ("reference", "a compiled kernel exists for CUDA only")
-        rows += [(f"{op} ({device})", *ends) for op in ("add_act", "bn_add_act")]
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if reason) or "preferred"
+        rows += [(f"{op.rstrip('_')} ({device})", _owner(chosen, op), why) for op in _PRIMITIVES]
+        fused = fused_slope(probe, Activation()) is not None
+        ends = (chosen.name, why) if fused else ("reference", "fused on GPUs only")
+        rows += [(f"{op} ({device})", *ends) for op in _ENDS]
     return rows
