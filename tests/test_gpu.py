@@ -1,0 +1,165 @@
+"""The engine on a GPU: real sizes, autocast, CUDA graphs, streams, no waiting for the device, and running out of memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_nets import small_densenet
+from test_dense_block import POLICIES, random_block, state, stock_of
+from tolerance import assert_within_rule, module_run, torch_runs, true_run
+
+import resdense_ext as rd
+from resdense_ext.ops import backend as backends
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ("triton", "cuda")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    refusal = backends.get(request.param).refusal(torch.zeros(1, 1, 1, device="cuda"), torch.float32, rd.functional.Activation())
+    if refusal:
+        pytest.skip(refusal)
+    with rd.use_backend(request.param):
+        yield request.param
+
+
+def block_of(channels=64, layers=3, policy="fast", **kwargs):
+    return random_block(layers, channels, 32, bn_size=4, policy=policy, **kwargs).cuda().to(memory_format=torch.channels_last)
+
+
+def maps(shape, dtype=torch.float32, channels_last=True):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("sizes", [(8, 56, 56), (32, 7, 7), (3, 29, 31)], ids=str)
+def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes):
+    block = block_of(policy=policy)
+    n, *spatial = sizes
+    params, inputs = state(block), {"x": maps((n, 64, *spatial), channels_last=channels_last)}
+    dtype = torch.bfloat16 if autocast else None
+    run = module_run(stock_of(block), dtype)
+    ours = module_run(block, dtype)({"x": inputs["x"].clone()}, copy.deepcopy(params))
+    truth = true_run(module_run(stock_of(block)), inputs, params)
+    assert_within_rule(ours, truth, torch_runs(run, inputs, params), dtype or torch.float32)
+
+
+def step(net, x, target, optimizer):
+    optimizer.zero_grad(set_to_none=False)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = F.cross_entropy(net(x).float(), target)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def training(policy):
+    torch.manual_seed(0)
+    net = rd.convert(small_densenet(torch.float32), policy).cuda().to(memory_format=torch.channels_last)
+    return net, maps((8, 3, 32, 32)), torch.arange(8, device="cuda") % 3, torch.optim.SGD(net.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_graph_of_a_training_step_replays_it(backend, policy):
+    eager, x, target, optimizer = training(policy)
+    for _ in range(3 + 4):
+        expected = step(eager, x, target, optimizer)
+
+    net, x, target, optimizer = training(policy)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(net, x, target, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(net, x, target, optimizer)
+    for _ in range(4):
+        graph.replay()
+    assert torch.equal(loss, expected)
+    for ours, theirs in zip(net.state_dict().values(), eager.state_dict().values()):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_host_never_waits(backend, policy):
+    net, x, target, optimizer = training(policy)
+    step(net, x, target, optimizer)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(net, x, target, optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_side_stream_is_respected(backend):
+    block, x = block_of(), maps((8, 64, 28, 28))
+    expected = block(x)
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        late = torch.empty_like(x)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10_000_000)  # so that a launch on another stream would read what is not there yet
+            late.copy_(x)
+            got = block(late)
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(got, expected)
+
+
+def test_gradients_repeat_bitwise(backend):
+    block, x = block_of(), maps((16, 64, 28, 28)).requires_grad_()
+    results = []
+    for _ in range(3):
+        results.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_grad_scaler(backend):
+    net, x, target, optimizer = training("fast")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = F.cross_entropy(net(x).float(), target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_out_of_memory_changes_nothing(backend):
+    block = block_of()
+    before = state(block)
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 600 * 2**20) / total))
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            block(maps((64, 64, 112, 112)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(torch.equal(before[name], t) for name, t in block.state_dict().items())
+    block(maps((2, 64, 8, 8))).sum().backward()
+
+
+def test_past_two_to_the_31_elements(backend):
+    """The last samples of a huge batch are what they are in a small one, with frozen statistics."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    block = block_of(64, 1).eval().to(torch.bfloat16)
+    x = maps((2, 64, 112, 112), torch.bfloat16)
+    with torch.no_grad():
+        huge = x.repeat(1100, 1, 1, 1)
+        assert huge.shape[0] * 96 * 112 * 112 > 2**31
+        assert torch.equal(block(huge)[-2:], block(x))
