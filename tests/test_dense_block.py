@@ -704,3 +704,37 @@ def test_backend_is_remembered_for_the_backward(policy, monkeypatch):
         y = block(x)
     y.sum().backward()
     assert calls == ["triton"] * 6
+
+
+@pytest.mark.parametrize("call", [0, 2, 5])
+@pytest.mark.parametrize("during", ["bn_act_conv", "bn_act_conv_backward"])
+def test_running_out_of_memory_in_the_middle_changes_nothing(policy, during, call, monkeypatch):
+    calls = []
+
+    class Full(backends.ReferenceBackend):
+        name = "cuda"
+
+    def fail(self, *args):
+        calls.append(during)
+        if len(calls) > call:
+            raise torch.OutOfMemoryError("no memory left")
+        return getattr(backends.ReferenceBackend, during)(self, *args)
+
+    setattr(Full, during, fail)
+    monkeypatch.setitem(backends._backends, "cuda", Full())
+    block, x = random_block(policy=policy), maps((3, 5, 7, 6)).requires_grad_()
+    before = state(block)
+    with rd.use_backend("cuda"):
+        if during == "bn_act_conv":
+            with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+                block(x)
+        else:
+            y = block(x)
+            before = state(block)  # a forward that has ended counts, as in stock
+            with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+                y.sum().backward()
+            assert x.grad is None and all(p.grad is None for p in block.parameters())
+    assert all(torch.equal(before[name], t) for name, t in block.state_dict().items())
+    monkeypatch.undo()
+    block(x).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())

@@ -17,7 +17,7 @@ from resdense_ext.ops import _library
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
-from resdense_ext.ops.triton import interpreting
+from resdense_ext.ops.triton import architecture_refusal, interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
@@ -381,9 +381,15 @@ class TestBackendChoice:
         with pytest.raises(ValueError, match="RESDENSE_BACKEND: expected one of"):
             backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
 
-    def test_a_missing_backend_says_so(self):
+    def test_a_missing_backend_says_so(self, monkeypatch):
+        monkeypatch.delitem(backends._backends, "triton")
         with backends.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for"):
             backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
+
+    def test_old_gpus_are_refused(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        refusal = architecture_refusal.__wrapped__(torch.device("cuda:1"))
+        assert refusal == "cuda:1 is sm_75, and the kernels are for sm_80 and later"
 
     @built
     @pytest.mark.parametrize(
@@ -414,6 +420,7 @@ class TestBackendChoice:
         with FakeTensorMode():
             x = torch.empty(1, 1, 1, dtype=dtype, device="cuda")
         monkeypatch.setattr(_library, "CUDA_LIBRARY", None)
+        monkeypatch.setattr("resdense_ext.ops.cuda.architecture_refusal", lambda device: None)
         refusal = cuda.refusal(x, compute, activation)
         assert refusal is None if reason is None else reason in refusal
         assert cuda.refusal(torch.zeros(1, 1, 1), compute, activation) == "the input is on cpu"
