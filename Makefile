@@ -8,8 +8,10 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 PYTHON ?= python3
 VENV ?= .venv
-# Where `make gpu` leaves its results.
+# Where `make gpu` leaves its results, which of its parts run, and of which networks.
 OUT ?= build/gpu
+PART ?= test kernels models
+MODEL ?= densenet121
 # Passed on to the program that a target runs: make demo ARGS="--epochs 2", make test ARGS="-k dense -x".
 ARGS ?=
 
@@ -18,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq
 torch_key := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build bench tables wheel gpu clean
+.PHONY: help demo test build bench tables wheel gpu gpu-test gpu-kernels gpu-models clean
 
 help:
 	@echo "make demo    set up, then train a DenseNet twice, stock and converted, and compare (about 3 minutes)"
@@ -27,7 +29,8 @@ help:
 	@echo "make bench   run the benchmarks; rows go to benchmarks/results"
 	@echo "make tables  write the README's measured tables from the rows in benchmarks/results"
 	@echo "make wheel   build a wheel into dist/"
-	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made)"
+	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made);"
+	@echo "             in parts of at most nine minutes: make gpu PART=test, PART=kernels, PART=models MODEL=densenet201"
 	@echo "make clean   remove what was built (not $(VENV))"
 	@echo "Variables: TORCH='$(TORCH)' PYTHON=$(PYTHON) VENV=$(VENV) ARGS='$(ARGS)'"
 
@@ -40,7 +43,7 @@ test: $(VENV)/.test $(VENV)/.built
 build: $(VENV)/.built
 
 bench: $(VENV)/.test $(VENV)/.built
-	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do echo "$$file"; $(PY) $$file --out benchmarks/results $(ARGS); done
+	@set -e; for file in benchmarks/bench_densenet.py; do echo "$$file"; $(PY) $$file --out benchmarks/results $(ARGS); done
 
 tables: $(VENV)/.test
 	$(PY) benchmarks/_tables.py
@@ -50,13 +53,31 @@ wheel: $(VENV)/.torch-$(torch_key)
 	@$(PY) -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps -w dist .
 	@ls -l dist/*.whl
 
-# Nine minutes at most in all.
+# On a machine with a GPU: PYTHON as it is, no environment is made. A part ends within nine minutes; a second run of a part
+# goes on with what is missing. $(OUT) gets at most 8 files, a table comes last.
 gpu:
+	@$(PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit(1)' 2>/dev/null || { \
+		echo "make gpu needs a CUDA device, and torch with CUDA in PYTHON=$(PYTHON): torch.cuda.is_available() is not True"; exit 2; }
 	@mkdir -p $(OUT)
-	timeout 180 $(PYTHON) setup.py -q build_ext --inplace
-	timeout 220 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml $(ARGS)
-	@set -e; for file in $(wildcard benchmarks/[!_]*.py); do \
-		PYTHONPATH=. timeout 130 $(PYTHON) $$file --device cuda --out $(OUT); done
+	@timeout 180 $(PYTHON) setup.py -q build_ext --inplace >$(OUT)/build.log 2>&1 || { tail -n 40 $(OUT)/build.log; exit 1; }
+	@set -e; for part in $(PART); do $(MAKE) --no-print-directory gpu-$$part; done
+
+gpu-test:
+	@timeout 240 $(PYTHON) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-tests.xml $(ARGS) || touch $(OUT)/failed
+	@if command -v compute-sanitizer >/dev/null; then \
+		for tool in memcheck racecheck; do \
+			echo "compute-sanitizer --tool $$tool"; \
+			timeout 50 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tests/sanitize.py; \
+			case $$? in 0) ;; 124) echo "stopped after 50 s: nothing was found until then";; *) touch $(OUT)/failed;; esac; \
+		done >$(OUT)/sanitizer.txt 2>&1; tail -n 5 $(OUT)/sanitizer.txt; \
+	else echo "compute-sanitizer is not installed: left out"; fi
+	@test ! -e $(OUT)/failed || { rm $(OUT)/failed; echo "make gpu: tests or the sanitizer failed, see above"; exit 1; }
+
+gpu-kernels:
+	@PYTHONPATH=. timeout 540 $(PYTHON) benchmarks/bench_kernels.py --seconds 420 --out $(OUT) $(ARGS)
+
+gpu-models:
+	@PYTHONPATH=. timeout 540 $(PYTHON) benchmarks/bench_models.py --seconds 420 --model $(MODEL) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info resdense_ext/*.so $(VENV)/.built

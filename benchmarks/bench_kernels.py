@@ -1,0 +1,258 @@
+"""Every primitive of the dense engine on a GPU, at the layers of densenet121 and densenet201, beside plain PyTorch's.
+
+Time is set against two floors of the same run: the bytes of every operand, read or written once, over the bandwidth of a large
+copy; and the products over the rate of a large matrix product. Each is preceded by a comparison with the reference in float32.
+
+    python benchmarks/bench_kernels.py [--seconds 500] [--batch 256 32] [--backend cuda] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from _gpu import Budget, Results, ceilings, device_times, require_gpu
+from _rows import conditions, row
+from torch import Tensor
+from tqdm import tqdm
+
+import resdense_ext as rd
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops.backend import Affine, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.reference import Activation, BatchNorm, Conv
+
+NETWORKS = {"densenet121": (6, 12, 24, 16), "densenet201": (6, 12, 48, 32)}
+GROWTH, BOTTLENECK = 32, 128
+
+
+class Shape(NamedTuple):
+    """One dense layer: its input's channels, the block buffer's, and the size of a side."""
+
+    network: str
+    block: int
+    channels: int
+    buffer: int
+    side: int
+
+
+def shapes() -> Iterator[Shape]:
+    """The first and the last layer of every block."""
+    for network, blocks in NETWORKS.items():
+        channels, side = 64, 56
+        for block, layers in enumerate(blocks):
+            buffer = channels + layers * GROWTH
+            yield Shape(network, block + 1, channels, buffer, side)
+            yield Shape(network, block + 1, buffer - GROWTH, buffer, side)
+            channels, side = buffer // 2, side // 2
+
+
+class Operands:
+    """A layer's tensors in channels-last, on slices of its block's buffers."""
+
+    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        C, side = shape.channels, shape.side
+
+        def maps(channels: int) -> Tensor:
+            return torch.randn((batch, side, side, channels), dtype=dtype, device=device).movedim(-1, 1)
+
+        def fold(channels: int) -> Fold:
+            scale, shift, mean, rstd = torch.rand((4, channels), device=device).add_(0.1).unbind()
+            return Fold(Affine(scale, shift - 0.6, Activation()), mean, rstd, batch * side * side)
+
+        self.buffer, self.gradient = maps(shape.buffer), maps(shape.buffer)
+        self.x, self.D = self.buffer[:, :C], self.gradient[:, :C]
+        self.new, self.new_gradient = self.buffer[:, C : C + GROWTH], self.gradient[:, C : C + GROWTH]
+        self.z, self.dy = maps(BOTTLENECK), maps(BOTTLENECK)
+        self.fold, self.inner = fold(C), fold(BOTTLENECK)
+        norm = [torch.rand(BOTTLENECK, device=device) for _ in range(2)]
+        self.norm = BatchNorm(*norm)
+        weights = [torch.randn(BOTTLENECK, C, 1, 1), torch.randn(GROWTH, BOTTLENECK, 3, 3)]
+        w1, w3 = (
+            (w / w[0].numel() ** 0.5).to(device, dtype, memory_format=torch.channels_last) for w in weights
+        )
+        self.conv1, self.conv3 = Conv(w1), Conv(w3, padding=(1, 1))
+        self.beta, self.delta = torch.zeros((2, C), device=device).unbind()
+
+    def float(self) -> Operands:
+        """A copy in float32."""
+        other = object.__new__(Operands)
+
+        def wide(value):
+            if isinstance(value, Tensor):
+                return value.to(torch.float32, copy=True)
+            return type(value)(*map(wide, value)) if isinstance(value, tuple) and hasattr(value, "_fields") else value
+
+        for name, value in vars(self).items():
+            setattr(other, name, wide(value))
+        C = self.x.shape[1]
+        other.x, other.D = other.buffer[:, :C], other.gradient[:, :C]
+        other.new, other.new_gradient = other.buffer[:, C : C + GROWTH], other.gradient[:, C : C + GROWTH]
+        return other
+
+    def stats(self, channels: int) -> Stats:
+        return Stats(*torch.empty((2, channels), device=self.z.device).unbind())
+
+    def pending(self, dy: Tensor, z: Tensor) -> Pending:
+        ones = torch.ones(z.shape[1], device=z.device)
+        return Pending(dy, z, ones, 0.01 * ones, 0.02 * ones)
+
+
+class Operation(NamedTuple):
+    """``run`` returns what is compared; ``channels`` are moved for every position; ``stock`` is the vendor's way."""
+
+    name: str
+    run: Callable[[ReferenceBackend, Operands], list[Tensor]]
+    channels: Callable[[int], int]
+    flops: Callable[[int], int]
+    stock: Optional[Callable[[Operands], object]] = None
+
+
+def _conv(conv: str, x: str, fold: str, out: str, reader: bool):
+    def run(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
+        target, stats = getattr(t, out), t.stats(getattr(t, out).shape[1])
+        args = (getattr(t, x), getattr(t, fold).affine, getattr(t, conv), target, None, 1.0, stats)
+        folded = backend.bn_act_conv(*args, t.norm if reader else None)
+        return [target, *stats, *(folded.affine[:2] if reader else ())]
+
+    return run
+
+
+def _backward1(need_weight: bool):
+    def run(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
+        into = Pending(t.D, t.x, None, t.beta, t.delta)
+        grads = backend.bn_act_conv_backward(t.x, t.fold, t.conv1, t.pending(t.dy, t.z), into, need_weight)
+        return [t.D, *grads.input[3:], *grads[3:], *([grads.weight] if need_weight else [])]
+
+    return run
+
+
+def _backward3(need_weight: bool):
+    def run(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
+        grads = backend.bn_act_conv_backward(t.z, t.inner, t.conv3, t.pending(t.new_gradient, t.new), None, need_weight)
+        return [grads.input.dy, *grads.input[3:], *grads[3:], *([grads.weight] if need_weight else [])]
+
+    return run
+
+
+def _stock(x: str, conv: str, backward: bool):
+    """Batch norm, ReLU and convolution of a map that is there; forward, or forward and backward."""
+
+    def run(t: Operands) -> object:
+        weight = getattr(t, conv).weight.detach().requires_grad_(backward)
+        source = getattr(t, x).detach().requires_grad_(backward)
+        scale = torch.ones(source.shape[1], device=source.device, requires_grad=backward)
+        out = F.conv2d(F.relu(F.batch_norm(source, None, None, scale, scale, True)), weight, None, 1, getattr(t, conv).padding)
+        return torch.autograd.grad(out, [source, weight, scale], out) if backward else out
+
+    return run
+
+
+OPERATIONS = (
+    Operation("channel_stats", lambda b, t: list(b.channel_stats(t.x)), lambda C: C, lambda C: 0),
+    Operation("bn_act", lambda b, t: [b.bn_act(t.z, t.inner.affine)], lambda C: 256, lambda C: 0),
+    Operation("bn_act_backward", lambda b, t: [t.dy, *b.bn_act_backward(t.dy, t.z, t.inner.affine, t.inner.mean)][:3],
+              lambda C: 384, lambda C: 0),
+    Operation("bn_act_backward_accumulate",
+              lambda b, t: [t.D, *b.bn_act_backward_accumulate(t.D, t.x, t.x, t.fold.affine, t.fold.mean)],
+              lambda C: 3 * C, lambda C: 0),
+    Operation("pending_grad", lambda b, t: [b.pending_grad_(t.pending(t.dy, t.z))], lambda C: 384, lambda C: 0),
+    Operation("bn_act_conv 1x1", _conv("conv1", "x", "fold", "z", True), lambda C: C + 128, lambda C: 2 * C * 128,
+              _stock("x", "conv1", False)),
+    Operation("bn_act_conv 3x3", _conv("conv3", "z", "inner", "new", False), lambda C: 160, lambda C: 2 * 9 * 128 * 32,
+              _stock("z", "conv3", False)),
+    Operation("bn_act_conv_backward 1x1 data", _backward1(False), lambda C: 3 * C + 256, lambda C: 2 * C * 128),
+    Operation("bn_act_conv_backward 1x1", _backward1(True), lambda C: 4 * C + 512, lambda C: 4 * C * 128,
+              _stock("x", "conv1", True)),
+    Operation("bn_act_conv_backward 3x3 data", _backward3(False), lambda C: 320, lambda C: 2 * 9 * 128 * 32),
+    Operation("bn_act_conv_backward 3x3", _backward3(True), lambda C: 512, lambda C: 4 * 9 * 128 * 32,
+              _stock("z", "conv3", True)),
+    Operation("add_act", lambda b, t: [rd.functional.add_act(t.z, t.dy)], lambda C: 384, lambda C: 0,
+              lambda t: F.relu(t.z + t.dy)),
+)  # fmt: skip
+
+
+def worst_error(operation: Operation, backend: ReferenceBackend, t: Operands) -> float:
+    """The largest relative error, in norm, against the reference in float32 at the same size. Changes ``t``."""
+    wide = t.float()
+    with rd.use_backend(backend.name):
+        ours = [out.float() for out in operation.run(backend, t)]
+    with rd.use_backend("reference"):
+        truth = operation.run(backends.get("reference"), wide)
+    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(ours, truth))
+
+
+def measure(operation: Operation, backend: ReferenceBackend, shape: Shape, batch: int, peak: tuple[float, float]) -> list[dict]:
+    """Rows of ours and the vendor's, after ours has been found right."""
+    bandwidth, rate = peak
+    t = Operands(shape, batch, torch.bfloat16, "cuda")
+    setting = {"network": shape.network, "shape": [batch, shape.channels, shape.side, shape.side], "dtype": "bfloat16"}
+    error = worst_error(operation, backend, t)
+    if not error < 0.02:
+        return [row(operation.name, backend.name, "check", "error", "1", [error], failed=True, **setting)]
+    positions = batch * shape.side**2
+    moved = 2 * positions * operation.channels(shape.channels)
+    floor = max(moved / bandwidth, positions * operation.flops(shape.channels) / rate)
+    with rd.use_backend(backend.name):
+        times = device_times(lambda: operation.run(backend, t))
+    rows = [
+        row(operation.name, backend.name, "device", "time", "s", times, **setting),
+        row(operation.name, backend.name, "device", "bytes over copy bandwidth", "1", [moved / s / bandwidth for s in times], **setting),
+        row(operation.name, backend.name, "device", "FLOP over product rate", "1",
+            [positions * operation.flops(shape.channels) / s / rate for s in times], **setting),
+        row(operation.name, backend.name, "device", "time over floor", "1", [s / floor for s in times], **setting),
+        row(operation.name, backend.name, "check", "error", "1", [error], **setting),
+    ]  # fmt: skip
+    if operation.stock is not None:
+        times = device_times(lambda: operation.stock(t))
+        rows.append(row(operation.name, "torch", "device", "time", "s", times, **setting))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The operations by their time over the floor, worst first."""
+    over: dict[tuple[str, str], list[float]] = {}
+    failed = {(r["op"], r["provider"]) for r in rows if r.get("failed")}
+    for r in rows:
+        if r["metric"] == "time over floor":
+            over.setdefault((r["op"], r["provider"]), []).append(r["median"])
+    lines = [f"{'operation':34} {'backend':8} {'median time over floor':>22} {'worst':>7}"]
+    for (op, provider), values in sorted(over.items(), key=lambda item: -median(item[1])):
+        lines.append(f"{op:34} {provider:8} {median(values):22.2f} {max(values):7.2f}")
+    lines += [f"{op:34} {provider:8} WRONG RESULT, not timed" for op, provider in sorted(failed)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after so long")
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 32])
+    parser.add_argument("--backend", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    require_gpu()
+    budget = Budget(options.seconds)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = Results(options.out / "kernels.jsonl", conditions("cuda")["commit"])
+    rows, *peak = ceilings()
+    results.add(rows)
+    probe = torch.zeros(1, 1, 1, device="cuda")
+    chosen = [b for b in map(backends.get, options.backend) if b.refusal(probe, probe.dtype, Activation()) is None]
+    todo = [(op, b, s, n) for n in options.batch for s in shapes() for b in chosen for op in OPERATIONS]
+    for operation, backend, shape, batch in tqdm(todo, disable=None, unit="case"):
+        shape_of = [batch, shape.channels, shape.side, shape.side]
+        if budget.left() < 0:
+            print(f"stopped after {options.seconds:.0f} s; run it again for what is missing")
+            break
+        if not results.find(op=operation.name, provider=backend.name, shape=shape_of, network=shape.network):
+            results.add(measure(operation, backend, shape, batch, tuple(peak)))
+    print(table(results.find()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""A DenseNet's training step on a GPU in bfloat16 autocast and channels-last: stock, its checkpoint, torch.compile, ours.
+
+Images a second, the host's time and the launches of a step, what is kept for backward, the peak, and the largest batch that fits
+(from a line through the peaks at two batches). Loss and gradients are compared with stock's before anything is timed.
+
+    python benchmarks/bench_models.py [--model densenet121] [--batch 32 256] [--seconds 500] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from _gpu import Budget, Results, ceilings, device_times, require_gpu
+from _rows import conditions, row
+from bench_densenet import Step
+from tqdm import tqdm
+
+import resdense_ext as rd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from stock import import_torchvision  # noqa: E402
+
+BYTES_AN_IMAGE = {"densenet121": 4.3e12 / 21900, "densenet169": 4.3e12 / 18500, "densenet201": 4.3e12 / 14700, "densenet161": 4.3e12 / 12000}
+"""What the dense engine must move in a training step at 224x224 in bfloat16: every operand of every layer once (docs of the design)."""
+CARDS = (16, 24, 80)
+PROVIDERS = ("stock", "memory_efficient", "compile", "fast", "min", "fast graph", "min graph")
+
+
+def network(model: str, provider: str) -> torch.nn.Module:
+    """The same weights whatever the provider."""
+    build = getattr(import_torchvision().models, model)
+    torch.manual_seed(0)
+    net = build(memory_efficient=provider == "memory_efficient")
+    policy = provider.split()[0]
+    if policy in ("fast", "min"):
+        rd.convert(net, policy)
+    net.to("cuda", memory_format=torch.channels_last)
+    return torch.compile(net) if provider == "compile" else net
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn((batch, 3, 224, 224), generator=generator, device="cuda").contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(1000, (batch,), generator=generator, device="cuda")
+
+
+def training_step(model: str, provider: str, batch: int) -> Step:
+    return Step(network(model, provider), *inputs(batch), torch.bfloat16)
+
+
+def gradients(step: Step) -> tuple[float, torch.Tensor]:
+    loss = step().item()
+    return loss, torch.cat([p.grad.float().flatten() for p in step.net.parameters()])
+
+
+def disagreement(model: str, provider: str) -> float:
+    """How far the gradients are from stock's in float32, over how far stock's own in bfloat16 are."""
+    exact = Step(network(model, "stock"), *inputs(16), torch.float32)
+    truth = gradients(exact)[1]
+    distance = {}
+    for name in ("stock", provider.split()[0]):
+        distance[name] = (gradients(training_step(model, name, 16))[1] - truth).norm().item()
+    return distance[provider.split()[0]] / distance["stock"]
+
+
+def captured(step: Step) -> Callable[[], None]:
+    """The step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def host_times(run: Callable[[], object], repeats: int = 9) -> list[float]:
+    """Seconds until a step is on its way."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        run()
+        times.append(perf_counter() - start)
+    torch.cuda.synchronize()
+    return times
+
+
+def launches(run: Callable[[], object]) -> int:
+    """Kernels on the device in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+
+def largest_batches(small: tuple[int, float], large: tuple[int, float]) -> dict[int, int]:
+    """By GiB of a card: the largest batch on the line through two (batch, peak bytes)."""
+    slope = (large[1] - small[1]) / (large[0] - small[0])
+    constant = small[1] - slope * small[0]
+    return {card: max(0, int((card * 2**30 - constant) / slope)) for card in CARDS}
+
+
+def peak_of(model: str, provider: str, batch: int) -> float:
+    """All memory of the process's tensors at its highest, in bytes: parameters and their gradients, too."""
+    step = training_step(model, provider, batch)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return float(torch.cuda.max_memory_allocated())
+
+
+def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dict]:
+    setting = {"shape": [batch, 3, 224, 224], "dtype": "bfloat16", "layout": "channels_last"}
+    rows = []
+
+    def add(metric: str, unit: str, values: list[float], mode: str = "train") -> None:
+        rows.append(row(model, provider, mode, metric, unit, values, **setting))
+
+    ratio = disagreement(model, provider)
+    add("gradient error over stock's", "1", [ratio], "check")
+    if not ratio < 2:
+        raise RuntimeError(f"gradients are {ratio:.2f} times as far from float32 as stock's in bfloat16")
+    _clear()
+    step = training_step(model, provider, batch)
+    if not provider.endswith("graph"):
+        add("saved", "B/image", [rd.memory.saved_bytes(step.loss) / batch])
+    run = captured(step) if provider.endswith("graph") else step
+    for _ in range(3):
+        run()
+    times = device_times(run, 3.0)
+    add("step", "s", times)
+    add("images", "1/s", [batch / s for s in times])
+    add("share of the byte floor", "1", [BYTES_AN_IMAGE[model] * batch / bandwidth / s for s in times])
+    add("host", "s", host_times(run))
+    add("launches", "1", [launches(run)])
+    del step, run
+    _clear()
+    if not provider.endswith("graph"):
+        peaks = [(n, peak_of(model, provider, n)) for n in (16, 32)]
+        add("peak", "B/image", [(peaks[1][1] - peaks[0][1]) / 16])
+        for card, largest in largest_batches(*peaks).items():
+            add(f"largest batch in {card} GiB", "1", [largest])
+    return rows
+
+
+def _clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def table(rows: list[dict], model: str) -> str:
+    """A line a provider and batch."""
+    metrics = {"images": "images/s", "share of the byte floor": "of floor", "host": "host s", "launches": "launches",
+               "saved": "saved B/img", "peak": "peak B/img", "largest batch in 80 GiB": "batch 80 GiB"}  # fmt: skip
+    lines = [f"{model:28}" + "".join(f"{title:>14}" for title in metrics.values())]
+    for provider, batch in dict.fromkeys((r["provider"], r["shape"][0]) for r in rows if r["op"] == model):
+        own = [r for r in rows if r["op"] == model and r["provider"] == provider and r["shape"][0] == batch]
+        failures = [r["error"] for r in own if "error" in r]
+        found = {r["metric"]: r["median"] for r in own}
+        values = "".join(f"{found[m]:14.4g}" if m in found else f"{'-':>14}" for m in metrics)
+        lines.append(f"{provider:20} {batch:7d}" + (f"  failed: {failures[0]}" if failures else values))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", default=["densenet121"], choices=list(BYTES_AN_IMAGE))
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--provider", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+    parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after so long")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    require_gpu()
+    budget = Budget(options.seconds)
+    results = Results(options.out / "models.jsonl", conditions("cuda")["commit"])
+    rows, bandwidth, _ = ceilings()
+    results.add(rows)
+    todo = [(m, p, n) for m in options.model for n in options.batch for p in options.provider]
+    for model, provider, batch in tqdm(todo, disable=None, unit="case"):
+        # torch.compile alone takes minutes.
+        if budget.left() < (180 if provider == "compile" else 0):
+            print(f"left out for want of time: {model} {provider} at batch {batch}; run it again")
+            continue
+        if results.find(op=model, provider=provider, shape=[batch, 3, 224, 224]):
+            continue
+        try:
+            results.add(measure(model, provider, batch, bandwidth))
+        except Exception as error:  # one provider's failure is a result, too
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            failed = row(model, provider, "train", "failed", "1", [1], shape=[batch, 3, 224, 224], error=text)
+            results.add([failed])
+        _clear()
+    for model in options.model:
+        print(table(results.find(), model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The GPU benchmarks as far as they go without one: their operations, what they resume, and what they say without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import _gpu  # noqa: E402
+import bench_kernels  # noqa: E402
+import bench_models  # noqa: E402
+from _rows import row  # noqa: E402
+
+from resdense_ext.ops import backend as backends  # noqa: E402
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+@without_gpu
+def test_make_gpu_says_in_one_sentence_what_it_needs(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    call = ["make", "-s", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'out'}"]
+    answer = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 2
+    assert answer.stdout.strip() == (
+        f"make gpu needs a CUDA device, and torch with CUDA in PYTHON={sys.executable}: torch.cuda.is_available() is not True"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@without_gpu
+@pytest.mark.parametrize("name", ["bench_kernels", "bench_models"])
+def test_the_benchmarks_say_so_too(name):
+    answer = subprocess.run([sys.executable, f"benchmarks/{name}.py"], cwd=ROOT, capture_output=True, text=True,
+                            env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
+    assert answer.returncode == 1 and answer.stderr.strip() == _gpu.NO_GPU
+
+
+def test_layers():
+    found = list(bench_kernels.shapes())
+    assert [s.channels for s in found[:8]] == [64, 224, 128, 480, 256, 992, 512, 992]
+    assert [s.side for s in found[:8:2]] == [56, 28, 14, 7] and len(found) == 16
+
+
+@pytest.mark.parametrize("operation", bench_kernels.OPERATIONS, ids=lambda o: o.name)
+def test_every_operation_runs_and_is_checked(operation):
+    shape = bench_kernels.Shape("tiny", 1, 16, 64, 5)
+    t = bench_kernels.Operands(shape, 2, torch.bfloat16, "cpu")
+    assert bench_kernels.worst_error(operation, backends.get("cpu"), t) < 0.02
+    if operation.stock is not None:
+        operation.stock(t.float())
+    wrong = type("Wrong", (backends.ReferenceBackend,), {"name": "reference"})()
+    for name in ("channel_stats", "bn_act_conv", "bn_act_conv_backward", "bn_act", "bn_act_backward",
+                 "bn_act_backward_accumulate", "pending_grad_"):  # fmt: skip
+        setattr(wrong, name, lambda *args, _right=getattr(backends.get("reference"), name): _spoiled(_right(*args), args))
+    if operation.name != "add_act":
+        assert not bench_kernels.worst_error(operation, wrong, bench_kernels.Operands(shape, 2, torch.bfloat16, "cpu")) < 0.02
+
+
+def _spoiled(result, args):
+    """The result with its first tensor a tenth too large; the convolution's is the fourth argument."""
+    if result is None or isinstance(result, backends.Fold):
+        args[3].mul_(1.1)
+    else:
+        first = result if isinstance(result, torch.Tensor) else result[0]
+        (first.dy if isinstance(first, backends.Pending) else first).mul_(1.1)
+    return result
+
+
+def test_floors():
+    """Bytes of the 1x1 and 3x3 kernels on 128 positions, as clocks of 18.5 bytes."""
+    by_name = {o.name: o for o in bench_kernels.OPERATIONS}
+    clocks = lambda name, C: 2 * 128 * by_name[name].channels(C) / 18.5  # noqa: E731
+    assert clocks("bn_act_conv 1x1", 1000) - clocks("bn_act_conv 1x1", 0) == pytest.approx(13.8 * 1000, rel=0.01)
+    assert clocks("bn_act_conv_backward 1x1 data", 1000) - clocks("bn_act_conv_backward 1x1 data", 0) == pytest.approx(
+        41 * 1000, rel=0.02
+    )
+    assert clocks("bn_act_conv 3x3", 0) == pytest.approx(2200, rel=0.02)
+    assert clocks("bn_act_conv_backward 3x3 data", 0) == pytest.approx(4400, rel=0.02)
+
+
+def test_rows_of_the_same_commit_are_found_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    first = _gpu.Results(path, "abc")
+    setting = {"shape": [2, 3], "network": "tiny"}
+    path.parent.mkdir(exist_ok=True)
+    first.rows.append({**row("op", "ours", "device", "time", "s", [1.0, 2.0], **setting), "commit": "abc"})
+    assert first.find(op="op", **setting) and not first.find(op="other") and not first.find(op="op", shape=[2, 4])
+    path.write_text("\n".join(json.dumps(r) for r in first.rows))
+    assert _gpu.Results(path, "abc").find(op="op", **setting)
+    assert not _gpu.Results(path, "def").find(op="op", **setting)
+
+
+def test_budget():
+    now = [10.0]
+    budget = _gpu.Budget(5, lambda: now[0])
+    now[0] = 14.0
+    assert budget.left() == 1.0
+
+
+def test_largest_batches():
+    """1 GiB of constants and 64 MiB an image."""
+    peaks = [(n, 2**30 + n * 2**26) for n in (16, 32)]
+    assert bench_models.largest_batches(*peaks) == {16: 240, 24: 368, 80: 1264}
+
+
+def test_tables_show_the_worst_first_and_every_failure():
+    rows = [row(op, "cuda", "device", "time over floor", "1", [value]) for op, value in (("a", 1.5), ("b", 3.0))]
+    rows.append(row("c", "cuda", "check", "error", "1", [0.5], failed=True))
+    lines = bench_kernels.table(rows).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["b", "a", "c"] and "WRONG" in lines[-1]
+    rows = [row("densenet121", "fast", "train", "images", "1/s", [5000.0], shape=[32, 3, 224, 224])]
+    rows.append(row("densenet121", "compile", "train", "failed", "1", [1], shape=[32, 3, 224, 224], error="no triton"))
+    text = bench_models.table(rows, "densenet121")
+    assert "5000" in text and "failed: no triton" in text
