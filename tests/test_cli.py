@@ -326,3 +326,10 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     printed = capsys.readouterr().out
     assert "demo" in printed and "info" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_tuning_needs_a_gpu(capsys):
+    assert main(["bench", "--tune"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("resdense bench: error: --tune: ") and said.err.count("\n") == 1

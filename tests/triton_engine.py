@@ -1,6 +1,8 @@
-"""What the engine launches and allocates on the Triton backend; run in the interpreter by test_triton.py."""
+"""What the engine launches and allocates on the Triton backend, and how it is tuned; run in the interpreter by test_triton.py."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import GridExecutor
 
 import resdense_ext as rd
+from resdense_ext.kernels import configs, tune
+from resdense_ext.kernels.configs import Config
 from resdense_ext.ops import dense_block
 
 pytestmark = pytest.mark.unpoisoned  # filling memory would be one more launch
@@ -108,3 +112,34 @@ def test_nothing_of_the_size_of_a_layers_input_is_allocated(policy):
     for device in step(3, policy, channels):
         # The block's buffer in forward, its gradient in backward.
         assert len([size for size in device.allocations if size >= channels * positions]) == 1
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_what_is_tuned_runs(taps):
+    for run in tune.layer_runs(taps, torch.bfloat16, "cpu", batch=1, side=5).values():
+        assert all(result.isfinite().all() for result in run(None))
+
+
+def test_tuning_takes_the_fastest_that_is_right(monkeypatch):
+    good, fastest, wrong, broken = (Config(size, 32, 16, 4, 2, 1) for size in (32, 64, 16, 48))
+    took = {good: 2.0, fastest: 1.0, wrong: 0.5, broken: 0.5}
+    asked = []
+
+    def run(config):
+        asked.append(config)
+        if config == broken:
+            raise ValueError("a tile is a power of two")
+        return [torch.ones(3), torch.full((3,), 2.0 if config == wrong else 1.0)]
+
+    def seconds(run):
+        run()
+        return took.get(asked[-1], 3.0)
+
+    monkeypatch.setattr(tune, "layer_runs", lambda *args: dict.fromkeys(configs.OPS, run))
+    choices = tune.tune("cpu", [good, wrong, broken, fastest], seconds=seconds)
+    assert len(choices) == 12 and all(c.best == fastest and c.best_seconds == 1.0 for c in choices)
+    assert broken in asked and wrong in asked
+
+    written = {tuple(row["key"]): row["config"] for row in json.loads(tune.table_text(choices))}
+    assert set(written) == set(configs.table())
+    assert all(written[c.key] == list(fastest) for c in choices)

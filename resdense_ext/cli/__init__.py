@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from resdense_ext import __version__
-from resdense_ext.cli import demo, info
+from resdense_ext.cli import bench, demo, info
 from resdense_ext.cli.errors import CommandError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, info)
+COMMANDS = (demo, bench, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
