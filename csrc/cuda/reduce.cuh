@@ -49,7 +49,8 @@ struct Items {
   T* data;
   int64_t sn, si, sc;  // strides of sample, item and channel
 
-  __device__ T* at(const Cursor& cursor, int64_t channel) const { return data + cursor.n * sn + cursor.s * si + channel * sc; }
+  __device__ T* at(int64_t n, int64_t s, int64_t channel) const { return data + n * sn + s * si + channel * sc; }
+  __device__ T* at(const Cursor& cursor, int64_t channel) const { return at(cursor.n, cursor.s, channel); }
 };
 
 // Where a thread works: at the items first, first + step, ... before end.
