@@ -25,7 +25,7 @@ __global__ void bn_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T>
 // dy * (x - center), and out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into, and
 // what gradient(at, values, u, g) needs to set g, the gradients of the u-th vector from `at` on. The sums are of dy before it is
 // rounded.
-template <int VEC, bool ROWS, bool ACCUMULATE, typename T, int MAPS, typename F>
+template <int VEC, bool ROWS, bool ACCUMULATE, int AT_ONCE, typename T, int MAPS, typename F>
 __device__ inline void mask_and_sum(const Share& share, const Items<const T> (&maps)[MAPS], const Items<T>& out,
                                     const wide_t<T>* scale, const wide_t<T>* shift, const wide_t<T>* center,
                                     wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc, F gradient) {
@@ -43,7 +43,7 @@ __device__ inline void mask_and_sum(const Share& share, const Items<const T> (&m
     }
   }
   Sums<W, VEC> sums;
-  walk_items<T, VEC>(share, lane, maps, [&]<int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
+  walk_items<T, VEC, AT_ONCE>(share, lane, maps, [&]<int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       W g[VEC];
@@ -75,11 +75,12 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
                       const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
                       wide_t<T>* sum_dy_xc) {
   const auto run = [&]<int MAPS>(const Items<const T>(&maps)[MAPS]) {
-    mask_and_sum<VEC, ROWS, ACCUMULATE>(share, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc,
-                                        [](const Lane&, const Cursor&, const auto& values, int u, wide_t<T>(&g)[VEC]) {
+    const auto loaded = [](const Lane&, const Cursor&, const auto& values, int u, wide_t<T>(&g)[VEC]) {
 #pragma unroll
-                                          for (int k = 0; k < VEC; ++k) g[k] = widen(values[MAPS - 1][u].v[k]);
-                                        });
+      for (int k = 0; k < VEC; ++k) g[k] = widen(values[MAPS - 1][u].v[k]);
+    };
+    mask_and_sum<VEC, ROWS, ACCUMULATE, kAtOnce<MAPS>>(share, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc,
+                                                       loaded);
   };
   if constexpr (ACCUMULATE)
     run({x, {out.data, out.sn, out.si, out.sc}, grad});

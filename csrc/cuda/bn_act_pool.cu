@@ -82,10 +82,10 @@ void check_pooled(const Tensor& t, const char* name, const Tensor& x, const Wind
   check_same_device(t, name, x, "x");
 }
 
-// Whether the channels of every position are whole vectors.
+// Whether the channels of every position are whole vectors, with none cut off: the loops over windows have no case for that.
 bool whole_vectors(std::initializer_list<Map> maps, int64_t length) {
   return std::all_of(maps.begin(), maps.end(), [&](const Map& m) {
-    return m.channels_last && aligned(m.data) && (m.N == 1 || m.sn % length == 0) && (m.S == 1 || m.ss % length == 0);
+    return m.channels_last && aligned(m.data) && m.C % length == 0 && (m.N == 1 || m.sn % length == 0) && (m.S == 1 || m.ss % length == 0);
   });
 }
 

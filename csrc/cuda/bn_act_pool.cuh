@@ -71,25 +71,26 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
         return Average<W, VEC>{windows.taps};
     }();
     box.each<2>([&](int64_t position, int tap) {
-      const auto values = load_first<T, VEC>(x.at(at.n, position, lane.channel), lane.count);
+      const auto values = load<T, VEC>(x.at(at.n, position, lane.channel));
 #pragma unroll
       for (int k = 0; k < VEC; ++k) pool.add(k, activate(a[k] * widen(values.v[k]) + b[k], slope), tap);
     });
     Vector<T, VEC> result;
 #pragma unroll
     for (int k = 0; k < VEC; ++k) narrow(pool.result(k), result.v[k]);
-    store_first(out.at(at, lane.channel), result, lane.count);
+    store(out.at(at, lane.channel), result);
     if constexpr (MAXIMUM) {
       Vector<uint8_t, VEC> chosen;
 #pragma unroll
       for (int k = 0; k < VEC; ++k) chosen.v[k] = pool.tap[k];
-      store_first(taps.at(at, lane.channel), chosen, lane.count);
+      store(taps.at(at, lane.channel), chosen);
     }
   }
 }
 
 // `mask_and_sum` of the gradient that a pool passes back to an input: from every window that covers it its share, or, of
-// MAXIMUM, all of it where the input was the largest. Two or three times the map's bytes and the outputs'.
+// MAXIMUM, all of it where the input was the largest. Two or three times the map's bytes and the outputs'. One item at a time:
+// the loops over windows are what fills the registers.
 template <typename T, int VEC, bool MAXIMUM, bool ACCUMULATE>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_pool_bwd_kernel(Share share, Windows windows, Items<const T> grad, Items<const uint8_t> taps,
@@ -100,9 +101,9 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
 #pragma unroll
     for (int k = 0; k < VEC; ++k) g[k] = 0;
     windows.outputs_of(at.s).each<1>([&](int64_t position, int tap) {
-      const auto values = load_first<T, VEC>(grad.at(at.n, position, lane.channel), lane.count);
+      const auto values = load<T, VEC>(grad.at(at.n, position, lane.channel));
       if constexpr (MAXIMUM) {
-        const auto chosen = load_first<uint8_t, VEC>(taps.at(at.n, position, lane.channel), lane.count);
+        const auto chosen = load<uint8_t, VEC>(taps.at(at.n, position, lane.channel));
 #pragma unroll
         for (int k = 0; k < VEC; ++k) g[k] += chosen.v[k] == tap ? widen(values.v[k]) : W(0);
       } else {
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     }
   };
   const auto run = [&]<int MAPS>(const Items<const T>(&maps)[MAPS]) {
-    mask_and_sum<VEC, true, ACCUMULATE>(share, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc, gather);
+    mask_and_sum<VEC, true, ACCUMULATE, 1>(share, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc, gather);
   };
   if constexpr (ACCUMULATE)
     run({x, {out.data, out.sn, out.si, out.sc}});
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     }
   }
   Sum<W, VEC> sum;
-  walk_items<T, VEC>(share, lane, {x}, [&]<int UNROLL>(const Cursor&, const Vector<T, VEC>(&values)[1][UNROLL]) {
+  walk_items<T, VEC, kAtOnce<1>>(share, lane, {x}, [&]<int UNROLL>(const Cursor&, const Vector<T, VEC>(&values)[1][UNROLL]) {
 #pragma unroll
     for (int k = 0; k < VEC; ++k) {
       W group = 0;
