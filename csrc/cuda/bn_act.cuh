@@ -26,12 +26,11 @@ __global__ void bn_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T>
 // what gradient(at, values, u, g) needs to set g, the gradients of the u-th vector from `at` on. The sums are of dy before it is
 // rounded.
 template <int VEC, bool ROWS, bool ACCUMULATE, int AT_ONCE, typename T, int MAPS, typename F>
-__device__ inline void mask_and_sum(const Share& share, const Items<const T> (&maps)[MAPS], const Items<T>& out,
-                                    const wide_t<T>* scale, const wide_t<T>* shift, const wide_t<T>* center,
+__device__ inline void mask_and_sum(const Share& share, const Lane& lane, const Items<const T> (&maps)[MAPS],
+                                    const Items<T>& out, const wide_t<T>* scale, const wide_t<T>* shift, const wide_t<T>* center,
                                     wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc, F gradient) {
   using W = wide_t<T>;
   constexpr int CHANNELS = ROWS ? VEC : 1;
-  const Lane lane = lane_of<VEC, ROWS>(share);
 
   W a[CHANNELS] = {}, b[CHANNELS] = {}, c[CHANNELS] = {};
 #pragma unroll
@@ -47,7 +46,7 @@ __device__ inline void mask_and_sum(const Share& share, const Items<const T> (&m
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       W g[VEC];
-      gradient(lane, at, values, u, g);
+      gradient(at, values, u, g);
       Vector<T, VEC> result;
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
@@ -75,12 +74,12 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
                       const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
                       wide_t<T>* sum_dy_xc) {
   const auto run = [&]<int MAPS>(const Items<const T>(&maps)[MAPS]) {
-    const auto loaded = [](const Lane&, const Cursor&, const auto& values, int u, wide_t<T>(&g)[VEC]) {
+    const auto loaded = [](const Cursor&, const auto& values, int u, wide_t<T>(&g)[VEC]) {
 #pragma unroll
       for (int k = 0; k < VEC; ++k) g[k] = widen(values[MAPS - 1][u].v[k]);
     };
-    mask_and_sum<VEC, ROWS, ACCUMULATE, kAtOnce<MAPS>>(share, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc,
-                                                       loaded);
+    mask_and_sum<VEC, ROWS, ACCUMULATE, kAtOnce<MAPS>>(share, lane_of<VEC, ROWS>(share), maps, out, scale, shift, center, slope,
+                                                       sum_dy, sum_dy_xc, loaded);
   };
   if constexpr (ACCUMULATE)
     run({x, {out.data, out.sn, out.si, out.sc}, grad});

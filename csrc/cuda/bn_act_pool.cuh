@@ -10,6 +10,14 @@
 
 namespace resdense::cuda {
 
+// Vectors are whole, or lie past the last channel. That no case is left for one that is cut off spares registers.
+template <int VEC>
+__device__ inline Lane whole_lane_of(const Share& share) {
+  Lane lane = lane_of<VEC, true>(share);
+  lane.count = lane.count < VEC ? 0 : VEC;
+  return lane;
+}
+
 // A window's sum as it grows; `taps` is a whole window's, as padding counts.
 template <typename W, int VEC>
 struct Average {
@@ -51,7 +59,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_pool_fwd_kernel(Share share, Windows windows, Items<const T> x, const wide_t<T>* scale, const wide_t<T>* shift,
                            wide_t<T> slope, Items<T> out, Items<uint8_t> taps) {
   using W = wide_t<T>;
-  const Lane lane = lane_of<VEC, true>(share);
+  const Lane lane = whole_lane_of<VEC>(share);
 
   W a[VEC] = {}, b[VEC] = {};
 #pragma unroll
@@ -97,7 +105,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
                            Items<const T> x, Items<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
                            const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc) {
   using W = wide_t<T>;
-  const auto gather = [&](const Lane& lane, const Cursor& at, const auto&, int, W(&g)[VEC]) {
+  const Lane lane = whole_lane_of<VEC>(share);
+  const auto gather = [&](const Cursor& at, const auto&, int, W(&g)[VEC]) {
 #pragma unroll
     for (int k = 0; k < VEC; ++k) g[k] = 0;
     windows.outputs_of(at.s).each<1>([&](int64_t position, int tap) {
@@ -105,7 +114,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
       if constexpr (MAXIMUM) {
         const auto chosen = load<uint8_t, VEC>(taps.at(at.n, position, lane.channel));
 #pragma unroll
-        for (int k = 0; k < VEC; ++k) g[k] += chosen.v[k] == tap ? widen(values.v[k]) : W(0);
+        for (int k = 0; k < VEC; ++k)
+          if (chosen.v[k] == tap) g[k] += widen(values.v[k]);
       } else {
 #pragma unroll
         for (int k = 0; k < VEC; ++k) g[k] += widen(values.v[k]);
@@ -117,7 +127,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     }
   };
   const auto run = [&]<int MAPS>(const Items<const T>(&maps)[MAPS]) {
-    mask_and_sum<VEC, true, ACCUMULATE, 1>(share, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc, gather);
+    mask_and_sum<VEC, true, ACCUMULATE, 1>(share, lane, maps, out, scale, shift, center, slope, sum_dy, sum_dy_xc, gather);
   };
   if constexpr (ACCUMULATE)
     run({x, {out.data, out.sn, out.si, out.sc}});
@@ -143,7 +153,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_global_pool_fwd_kernel(Share share, Items<const T> x, const wide_t<T>* scale, const wide_t<T>* shift,
                                   wide_t<T> slope, T* out) {
   using W = wide_t<T>;
-  const Lane lane = lane_of<VEC, true>(share);
+  const Lane lane = whole_lane_of<VEC>(share);
 
   W a[VEC] = {}, b[VEC] = {};
 #pragma unroll
