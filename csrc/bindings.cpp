@@ -19,6 +19,7 @@
 //   act(y)          y where y > 0, else negative_slope * y (0 is the ReLU, 1 the identity)
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
 //   dy, xc          grad * act'(scale * x + shift), and x - center
+//   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
 //   pending grad    alpha * dy + beta * z + delta, by whoever reads it
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
@@ -65,6 +66,9 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
       "Tensor? identity_shift, float negative_slope) -> Tensor");
+  m.def(
+      "bn_add_act_backward(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
+      "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)");
 }
 
 namespace {

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import cuda_cases
 import cuda_pool_cases
+import cuda_residual_cases
 import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-CHECKS = (*cuda_cases.CHECKS, *cuda_pool_cases.CHECKS)
+CHECKS = (*cuda_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS)
 
 
 @pytest.mark.gpu
