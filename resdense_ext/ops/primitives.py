@@ -90,7 +90,7 @@ def _bn_add_act_cpu(z, scale, shift, identity, identity_scale, identity_shift, n
 
 def _bn_add_act_backward_cpu(grad, out, z, center, identity, identity_center, negative_slope):
     wide, reduced = center.dtype, [0, *range(2, z.dim())]
-    g = _add_act_backward_cpu(grad.to(wide), out, negative_slope)
+    g = _add_act_backward_cpu(grad.to(wide), out.to(wide), negative_slope)
     sum_of = lambda x, c: (g * (x - reference.per_channel(c, x))).sum(reduced)  # noqa: E731
     sum_g_ic = center.new_empty(0) if identity is None else sum_of(identity, identity_center)
     return torch.empty_like(out).copy_(g), g.sum(reduced), sum_of(z, center), sum_g_ic
