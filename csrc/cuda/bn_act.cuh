@@ -22,13 +22,14 @@ __global__ void bn_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T>
 }
 
 // What every backward of act(scale * x + shift) does in one pass: dy = gradient * act'(scale * x + shift), its sum and that of
-// dy * (x - center), and out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into, and
-// what gradient(at, values, u, g) needs to set g, the gradients of the u-th vector from `at` on. The sums are of dy before it is
-// rounded.
+// dy * (x - center), and out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into, and what
+// gradient(at, values, u, g) takes g from, the gradients of the u-th vector; `at` is its place. The sums are of dy before it
+// is rounded.
 template <int VEC, bool ROWS, bool ACCUMULATE, int AT_ONCE, typename T, int MAPS, typename F>
 __device__ inline void mask_and_sum(const Share& share, const Lane& lane, const Items<const T> (&maps)[MAPS],
-                                    const Items<T>& out, const wide_t<T>* scale, const wide_t<T>* shift, const wide_t<T>* center,
-                                    wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc, F gradient) {
+                                    const Items<T>& out, const wide_t<T>* scale, const wide_t<T>* shift,
+                                    const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
+                                    wide_t<T>* sum_dy_xc, F gradient) {
   using W = wide_t<T>;
   constexpr int CHANNELS = ROWS ? VEC : 1;
 

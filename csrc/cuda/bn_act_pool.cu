@@ -72,7 +72,7 @@ void check_taps(const Windows& w) {
                  w.taps);
 }
 
-// A tensor of the outputs of x.
+// Has the shape and the device of the outputs of x.
 void check_pooled(const Tensor& t, const char* name, const Tensor& x, const Windows& w) {
   Sizes expected{x.size(0), x.size(1)};
   for (int64_t i = 2; i < x.dim(); ++i) expected.push_back(w.out[i + 3 - x.dim()]);
@@ -85,7 +85,8 @@ void check_pooled(const Tensor& t, const char* name, const Tensor& x, const Wind
 // Whether the channels of every position are whole vectors, with none cut off: the loops over windows have no case for that.
 bool whole_vectors(std::initializer_list<Map> maps, int64_t length) {
   return std::all_of(maps.begin(), maps.end(), [&](const Map& m) {
-    return m.channels_last && aligned(m.data) && m.C % length == 0 && (m.N == 1 || m.sn % length == 0) && (m.S == 1 || m.ss % length == 0);
+    return m.channels_last && aligned(m.data) && m.C % length == 0 && (m.N == 1 || m.sn % length == 0) &&
+           (m.S == 1 || m.ss % length == 0);
   });
 }
 
@@ -189,8 +190,10 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional
     using W = wide_t<T>;
     constexpr int VEC = kVector<T>;
     const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
-    const auto write = p.vectors ? bn_act_pool_bwd_kernel<T, VEC, MAXIMUM, false> : bn_act_pool_bwd_kernel<T, 1, MAXIMUM, false>;
-    const auto add = p.vectors ? bn_act_pool_bwd_kernel<T, VEC, MAXIMUM, true> : bn_act_pool_bwd_kernel<T, 1, MAXIMUM, true>;
+    const auto write =
+        p.vectors ? bn_act_pool_bwd_kernel<T, VEC, MAXIMUM, false> : bn_act_pool_bwd_kernel<T, 1, MAXIMUM, false>;
+    const auto add =
+        p.vectors ? bn_act_pool_bwd_kernel<T, VEC, MAXIMUM, true> : bn_act_pool_bwd_kernel<T, 1, MAXIMUM, true>;
     reduce<Sums<W, 1>>(on, p, std::get<0>(sums), std::get<1>(sums), [&](W* to_dy, W* to_dy_xc) {
       on.run(accumulate ? add : write, p.blocks, p.threads, p.share, windows, items<const T>(g),
              MAXIMUM ? items<const uint8_t>(chosen) : Items<const uint8_t>{}, items<const T>(from), items<T>(to),

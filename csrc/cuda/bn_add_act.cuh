@@ -31,9 +31,9 @@ __global__ void bn_add_act_fwd_kernel(Walk walk, int64_t positions, Operand<cons
   });
 }
 
-// g = grad * act', of which the output tells the sign, its sum and that of g * (z - center), and where the shortcut is PROJECTED
-// that of g * (identity - identity_center): four or five times the map's bytes in one pass. g is the gradient of the sum's
-// both terms. The sums are of g before it is rounded; `sum_g_too` gets those of g once more.
+// g = grad * act', where the output tells the side of 0, its sum and that of g * (z - center), and where the shortcut is
+// PROJECTED that of g * (identity - identity_center): four or five times the map's bytes in one pass. g is the gradient of
+// either term. The sums are of g before it is rounded; `sum_g_too` gets those of g once more.
 template <typename T, int VEC, bool ROWS, bool PROJECTED>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_add_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> out, Items<const T> z, Items<const T> identity,
@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
       at.advance();
     }
   };
+  // With more under way at once the sums of the projection would not fit into the registers.
   if constexpr (PROJECTED)
-    walk_items<T, VEC, kAtOnce<4>>(share, lane, {grad, out, z, identity}, step);
+    walk_items<T, VEC, 1>(share, lane, {grad, out, z, identity}, step);
   else
     walk_items<T, VEC, kAtOnce<3>>(share, lane, {grad, out, z}, step);
   leave<ROWS>(share, lane, sums, sum_g, sum_g_zc);

@@ -1,4 +1,4 @@
-"""The operators of ``pool(act(scale * x + shift))``: fake kernels, and the reference on the CPU, as CUDA alone has compiled ones.
+"""The operators of ``pool(act(scale * x + shift))``: fake kernels, and the reference where CUDA alone has a compiled kernel.
 
 The reference computes in three spatial dimensions, of which a map's missing ones come first, with size 1.
 """
@@ -27,9 +27,7 @@ def _bn_act_avg_pool(x, scale, shift, negative_slope, kernel_size, stride, paddi
     return None
 
 
-def _bn_act_avg_pool_backward(
-    grad, x, scale, shift, center, negative_slope, kernel_size, stride, padding, out, accumulate
-):
+def _bn_act_avg_pool_backward(grad, x, scale, shift, center, negative_slope, kernel_size, stride, padding, out, accumulate):
     return _sums(x)
 
 
@@ -70,9 +68,7 @@ def _windows(kernel_size: list[int], stride: list[int], padding: list[int]) -> t
 def _byte_windows(kernel_size: list[int], stride: list[int], padding: list[int]) -> tuple[list[int], list[int], list[int]]:
     taps = math.prod(kernel_size)
     if taps > 255:
-        raise RuntimeError(
-            f"kernel_size: expected at most 255 places a window, whose numbers are kept in a byte, got {taps}"
-        )
+        raise RuntimeError(f"kernel_size: expected at most 255 places a window, whose numbers are kept in a byte, got {taps}")
     return _windows(kernel_size, stride, padding)
 
 
@@ -127,9 +123,7 @@ def _mask_and_sum(gradient: Tensor, x, scale, shift, center, negative_slope, out
     return sums
 
 
-def _bn_act_avg_pool_backward_cpu(
-    grad, x, scale, shift, center, negative_slope, kernel_size, stride, padding, out, accumulate
-):
+def _bn_act_avg_pool_backward_cpu(grad, x, scale, shift, center, negative_slope, kernel_size, stride, padding, out, accumulate):
     wide, windows = _deep(x).to(scale.dtype), _windows(kernel_size, stride, padding)
     gradient = aten.avg_pool3d_backward(_deep(grad).to(scale.dtype), wide, *windows, False, True, None)
     return _mask_and_sum(gradient, x, scale, shift, center, negative_slope, out, accumulate)

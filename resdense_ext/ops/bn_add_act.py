@@ -44,9 +44,7 @@ class BNAddActFunction(torch.autograd.Function):
             z, identity = (of[0] for of in (*operands, shortcut)[:2])
             fold, identity_fold = ctx.folds
             center = None if identity_fold is None else identity_fold.mean
-            g, sum_g, *sums = torch.ops.resdense.bn_add_act_backward(
-                grad, out, z, fold.mean, identity, center, ctx.slope
-            )
+            g, sum_g, *sums = torch.ops.resdense.bn_add_act_backward(grad, out, z, fold.mean, identity, center, ctx.slope)
             # A plain shortcut's gradient is g itself; of a projection g is free for it in the end.
             targets = (g.clone(), g)
             grads = [_gradients(*of, sum_g) for of in zip(targets, operands, ctx.folds, sums)]
