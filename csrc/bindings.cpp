@@ -19,7 +19,10 @@
 //   act(y)          y where y > 0, else negative_slope * y (0 is the ReLU, 1 the identity)
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
 //   dy, xc          grad * act'(scale * x + shift), and x - center
+//   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
 //   pending grad    alpha * dy + beta * z + delta, by whoever reads it
+//   tap             the place in a window of kernel_size, row by row; padding is of the activated map
+// Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
@@ -40,11 +43,32 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bn_act_conv1x1_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
       "Tensor weight, Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool need_weight) "
       "-> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_avg_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+      "int[] padding, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_act_avg_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_max_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+      "int[] padding, Tensor(a!) out, Tensor(b!) taps) -> ()");
+  m.def(
+      "bn_act_max_pool_backward(Tensor grad, Tensor taps, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+      "float negative_slope, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def("bn_act_global_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope) -> Tensor");
+  m.def(
+      "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+      "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(
       "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
       "Tensor? identity_shift, float negative_slope) -> Tensor");
+  m.def(
+      "bn_add_act_backward(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
+      "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)");
 }
 
 namespace {

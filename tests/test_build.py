@@ -32,10 +32,25 @@ SCHEMAS = {
     "bn_act_conv1x1_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor weight, "
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",
+    "bn_act_avg_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+    "int[] padding, Tensor(a!) out) -> ()",
+    "bn_act_avg_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+    "int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+    "-> (Tensor sum_dy, Tensor sum_dy_xc)",
+    "bn_act_max_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+    "int[] padding, Tensor(a!) out, Tensor(b!) taps) -> ()",
+    "bn_act_max_pool_backward": "(Tensor grad, Tensor taps, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+    "float negative_slope, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+    "-> (Tensor sum_dy, Tensor sum_dy_xc)",
+    "bn_act_global_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope) -> Tensor",
+    "bn_act_global_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+    "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "add_act": "(Tensor x, Tensor y, float negative_slope) -> Tensor",
     "add_act_backward": "(Tensor grad, Tensor out, float negative_slope) -> Tensor",
     "bn_add_act": "(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, Tensor? identity_shift, "
     "float negative_slope) -> Tensor",
+    "bn_add_act_backward": "(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
+    "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)",
 }
 
 

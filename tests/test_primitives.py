@@ -289,6 +289,8 @@ class TestOperators:
         x, z, w = torch.randn(2, 6, 5, 4), torch.randn(2, 3, 5, 4), torch.randn(3, 6)
         a, b, c = torch.randn(6), torch.randn(6), torch.randn(6)
         p, q, r = torch.randn(3), torch.randn(3), torch.randn(3)
+        windows, small = ([3, 2], [2, 2], [1, 0]), torch.randn(2, 6, 3, 2)
+        taps = torch.full_like(small, 2, dtype=torch.uint8)
         return {
             "channel_stats": (x,),
             "bn_act": (x, a, b, 0.0, torch.empty_like(x)),
@@ -298,9 +300,16 @@ class TestOperators:
             "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
             "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True),
+            "bn_act_avg_pool": (x, a, b, 0.1, *windows, small),
+            "bn_act_avg_pool_backward": (small, x, a, b, c, 0.1, *windows, x.clone(), True),
+            "bn_act_max_pool": (x, a, b, 0.1, *windows, small, taps),
+            "bn_act_max_pool_backward": (small, taps, x, a, b, c, 0.1, *windows, x.clone(), False),
+            "bn_act_global_pool": (x, a, b, 0.1),
+            "bn_act_global_pool_backward": (torch.randn(2, 6, 1, 1), x, a, b, c, 0.1, x.clone(), True),
             "add_act": (x, x.clone(), 0.0),
             "add_act_backward": (x, x.clone(), 0.0),
             "bn_add_act": (x, a, b, x.clone(), c, a.clone(), 0.0),
+            "bn_add_act_backward": (x, x.clone(), x.clone(), a, x.clone(), b, 0.1),
         }[name]
 
     @pytest.mark.parametrize(
@@ -314,9 +323,16 @@ class TestOperators:
             "copy_map",
             "bn_act_conv1x1",
             "bn_act_conv1x1_backward",
+            "bn_act_avg_pool",
+            "bn_act_avg_pool_backward",
+            "bn_act_max_pool",
+            "bn_act_max_pool_backward",
+            "bn_act_global_pool",
+            "bn_act_global_pool_backward",
             "add_act",
             "add_act_backward",
             "bn_add_act",
+            "bn_add_act_backward",
         ],
     )
     def test_opcheck(self, name):

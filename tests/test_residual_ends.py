@@ -9,6 +9,8 @@ from torch import nn
 
 from resdense_ext import functional
 from resdense_ext.functional import BatchNorm
+from resdense_ext.ops import bn_add_act
+from resdense_ext.ops.triton import interpreting
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -74,6 +76,74 @@ def test_bn_add_act_gradients(projection):
         return functional.bn_add_act(z, BatchNorm(a, b), identity, shortcut, activation="silu")
 
     assert torch.autograd.gradcheck(run, (z, identity, *vectors), fast_mode=True)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The fused path: in Triton's interpreter as it is; else that of the CUDA operators, which the CPU serves by references."""
+    if interpreting():
+        return
+    pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
+    slopes = {"relu": 0.0, "identity": 1.0}
+    monkeypatch.setattr(bn_add_act, "fused_slope", lambda x, activation: slopes.get(activation.name, activation.slope))
+    monkeypatch.setattr(bn_add_act, "kernels_of", lambda x: torch.ops.resdense)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "identity"])
+def test_fused_bn_add_act(fused, activation, projection, training, affine):
+    norms = [batch_norm().train(training) for _ in range(2)]
+    if not affine:
+        for norm in norms:
+            norm.weight = norm.bias = None
+    stock = copy.deepcopy(norms)
+    z, identity = maps(2)
+    grad = torch.randn_like(z)
+
+    def gradients(y, modules):
+        used = modules[: 1 + projection]
+        return torch.autograd.grad(y, [z, identity, *(p for module in used for p in module.parameters())], grad)
+
+    shortcut = norm_of(norms[1]) if projection else None
+    y = functional.bn_add_act(z, norm_of(norms[0]), identity, shortcut, activation=activation, negative_slope=0.2)
+    assert type(y.grad_fn).__name__ == "BNAddActFunctionBackward"
+    expected = ACTIVATIONS[activation](stock[0](z) + (stock[1](identity) if projection else identity))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(y, norms), gradients(expected, stock), rtol=1e-11, atol=1e-11)
+    for ours, other in zip(norms, stock):
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(other.named_buffers()), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("projection", [False, True])
+def test_fused_bn_add_act_twice(fused, projection, training):
+    z, identity = (torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    vectors = [(torch.randn(3).double() + 1).requires_grad_() for _ in range(4)]
+    running = torch.randn(3).double(), torch.rand(3).double() + 0.5
+
+    def run(z, identity, a, b, c, d):
+        norms = [BatchNorm(weight, bias, *running, training) for weight, bias in ((a, b), (c, d))]
+        shortcut = norms[1] if projection else None
+        return functional.bn_add_act(z, norms[0], identity, shortcut, activation="leaky_relu", negative_slope=0.2)
+
+    assert torch.autograd.gradcheck(run, (z, identity, *vectors))
+    assert torch.autograd.gradgradcheck(run, (z, identity, *vectors))
+
+
+def test_fused_bn_add_act_keeps_only_what_it_needs(fused):
+    z, identity = maps(2)
+    grad = torch.randn_like(z)
+    y = functional.bn_add_act(z, norm_of(batch_norm()), identity)
+    with torch.no_grad():
+        identity.zero_()
+    y.backward(grad, retain_graph=True)
+    assert torch.equal(identity.grad, grad * (y > 0))
+    with torch.no_grad():
+        z.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(grad)
 
 
 def test_running_statistics_without_momentum_stay():

@@ -36,6 +36,7 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte: return "uint8";
     default: return torch::headeronly::toString(dtype);
   }
 }

@@ -29,7 +29,6 @@ namespace detail {
 inline Map map_from(const Tensor& t, const char* name, void* data) {
   RESDENSE_CHECK(t.dim() >= 2, name, ": expected shape (N, C, ...), got ", shape_string(t));
   RESDENSE_CHECK(t.layout() == torch::headeronly::Layout::Strided, name, ": expected a dense tensor, got a sparse one");
-  check_float(t, name);
   Map m{data, t.size(0), t.size(1), 1, t.stride(0), t.stride(1), 0, false, t.scalar_type()};
 
   // The stride of a dimension of size 1 means nothing and may be anything. The others must nest into one stride.
@@ -77,12 +76,20 @@ inline Map map_from(const Tensor& t, const char* name, void* data) {
 // A map to read. An error names the argument where positions have no single stride, or where neither neighbouring
 // positions nor neighbouring channels are adjacent. Strides may be 0 (an expanded tensor).
 inline Map map_of(const Tensor& t, const char* name) {
+  check_float(t, name);
   return detail::map_from(t, name, const_cast<void*>(t.const_data_ptr()));
 }
 
-// A map to write: no two of its elements may share memory.
-inline Map mutable_map_of(const Tensor& t, const char* name) {
-  const Map m = detail::map_from(t, name, t.mutable_data_ptr());
+// A map of bytes, such as the places of maxima, to read.
+inline Map byte_map_of(const Tensor& t, const char* name) {
+  check_dtype(t, name, ScalarType::Byte);
+  return detail::map_from(t, name, const_cast<void*>(t.const_data_ptr()));
+}
+
+namespace detail {
+
+// No two elements of a map that is written may share memory.
+inline Map check_no_overlap(const Map& m, const Tensor& t, const char* name) {
   if (m.numel() == 0) return m;
   const int64_t row = m.channels_last ? m.C : m.S;        // elements of the unit-stride axis
   const int64_t step = m.channels_last ? m.ss : m.sc;     // stride and count of the axis around it
@@ -92,6 +99,19 @@ inline Map mutable_map_of(const Tensor& t, const char* name) {
                  ": expected a tensor whose elements do not overlap, got shape ", shape_string(t), " with strides ",
                  stride_string(t));
   return m;
+}
+
+}  // namespace detail
+
+// Maps to write.
+inline Map mutable_map_of(const Tensor& t, const char* name) {
+  check_float(t, name);
+  return detail::check_no_overlap(detail::map_from(t, name, t.mutable_data_ptr()), t, name);
+}
+
+inline Map mutable_byte_map_of(const Tensor& t, const char* name) {
+  check_dtype(t, name, ScalarType::Byte);
+  return detail::check_no_overlap(detail::map_from(t, name, t.mutable_data_ptr()), t, name);
 }
 
 }  // namespace resdense

@@ -1,7 +1,5 @@
 #include "bn_act.cuh"
 
-#include <tuple>
-
 #include "elementwise.h"
 #include "reduce.h"
 
@@ -34,13 +32,9 @@ std::tuple<Tensor, Tensor> mask_and_sum(const Tensor& out, const Tensor& grad, c
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
   check_vector(center, "center", from.C, x, "x");
-  const Tensor sum_dy = torch::stable::new_empty(x, {from.C}, stats_dtype(from.dtype));
-  const Tensor sum_dy_xc = torch::stable::new_empty(x, {from.C}, stats_dtype(from.dtype));
-  if (from.numel() == 0) {
-    torch::stable::fill_(sum_dy, 0.0);
-    torch::stable::fill_(sum_dy_xc, 0.0);
-    return {sum_dy, sum_dy_xc};
-  }
+  const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
+  if (from.numel() == 0) return sums;
+
   const Launch on(x);
   const ReducePlan p = plan_reduce({g, from, to}, on.multiprocessors());
   dispatch(from.dtype, [&](auto zero) {
@@ -50,12 +44,12 @@ std::tuple<Tensor, Tensor> mask_and_sum(const Tensor& out, const Tensor& grad, c
     const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
     const auto rows = p.vectors ? bn_act_bwd_kernel<T, VEC, true, ACCUMULATE> : bn_act_bwd_kernel<T, 1, true, ACCUMULATE>;
     const auto planes = p.vectors ? bn_act_bwd_kernel<T, VEC, false, ACCUMULATE> : bn_act_bwd_kernel<T, 1, false, ACCUMULATE>;
-    reduce<Sums<W, 1>>(on, p, sum_dy, sum_dy_xc, [&](W* to_dy, W* to_dy_xc) {
+    reduce<Sums<W, 1>>(on, p, std::get<0>(sums), std::get<1>(sums), [&](W* to_dy, W* to_dy_xc) {
       on.run(p.rows ? rows : planes, p.blocks, p.threads, p.share, items<const T>(p, g), items<const T>(p, from),
              items<T>(p, to), vector(scale), vector(shift), vector(center), negative_slope, to_dy, to_dy_xc);
     });
   });
-  return {sum_dy, sum_dy_xc};
+  return sums;
 }
 
 std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,

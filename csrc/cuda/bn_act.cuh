@@ -21,17 +21,17 @@ __global__ void bn_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T>
   walk_rows<T, VEC>(walk, place, x, out, [&](int k, W value) { return activate(a[k] * value + b[k], slope); });
 }
 
-// dy = grad * act'(scale * x + shift), its sum and that of dy * (x - center), and out = dy or, to ACCUMULATE, out += scale *
-// dy: three or four times the map's bytes in one pass, where the mask, the sums and the addition one by one take ten. The
-// sums are of dy before it is rounded. A thread writes only what it has read itself, so out may be grad.
-template <typename T, int VEC, bool ROWS, bool ACCUMULATE>
-__global__ void __launch_bounds__(kReduceThreads, 2)
-    bn_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> x, Items<T> out, const wide_t<T>* scale,
-                      const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
-                      wide_t<T>* sum_dy_xc) {
+// What every backward of act(scale * x + shift) does in one pass: dy = gradient * act'(scale * x + shift), its sum and that of
+// dy * (x - center), and out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into, and what
+// gradient(at, values, u, g) takes g from, the gradients of the u-th vector; `at` is its place. The sums are of dy before it
+// is rounded.
+template <int VEC, bool ROWS, bool ACCUMULATE, int AT_ONCE, typename T, int MAPS, typename F>
+__device__ inline void mask_and_sum(const Share& share, const Lane& lane, const Items<const T> (&maps)[MAPS],
+                                    const Items<T>& out, const wide_t<T>* scale, const wide_t<T>* shift,
+                                    const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
+                                    wide_t<T>* sum_dy_xc, F gradient) {
   using W = wide_t<T>;
   constexpr int CHANNELS = ROWS ? VEC : 1;
-  const Lane lane = lane_of<VEC, ROWS>(share);
 
   W a[CHANNELS] = {}, b[CHANNELS] = {}, c[CHANNELS] = {};
 #pragma unroll
@@ -43,30 +43,49 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     }
   }
   Sums<W, VEC> sums;
-  const auto step = [&]<int MAPS, int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
+  walk_items<T, VEC, AT_ONCE>(share, lane, maps, [&]<int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
+      W g[VEC];
+      gradient(at, values, u, g);
       Vector<T, VEC> result;
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
         const int channel = ROWS ? k : 0;
-        const W value = widen(values[1][u].v[k]);
-        const W dy = activate_backward(widen(values[0][u].v[k]), a[channel] * value + b[channel], slope);
+        const W value = widen(values[0][u].v[k]);
+        const W dy = activate_backward(g[k], a[channel] * value + b[channel], slope);
         sums.add(k, dy, dy * (value - c[channel]));
         if constexpr (ACCUMULATE)
-          narrow(widen(values[2][u].v[k]) + a[channel] * dy, result.v[k]);
+          narrow(widen(values[1][u].v[k]) + a[channel] * dy, result.v[k]);
         else
           narrow(dy, result.v[k]);
       }
       store_first(out.at(at, lane.channel), result, lane.count);
       at.advance();
     }
+  });
+  leave<ROWS>(share, lane, sums, sum_dy, sum_dy_xc);
+}
+
+// `mask_and_sum` of a gradient that is a map: three or four times the map's bytes in one pass, where the mask, the sums and
+// the addition one by one take ten. A thread writes only what it has read itself, so out may be grad.
+template <typename T, int VEC, bool ROWS, bool ACCUMULATE>
+__global__ void __launch_bounds__(kReduceThreads, 2)
+    bn_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> x, Items<T> out, const wide_t<T>* scale,
+                      const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
+                      wide_t<T>* sum_dy_xc) {
+  const auto run = [&]<int MAPS>(const Items<const T>(&maps)[MAPS]) {
+    const auto loaded = [](const Cursor&, const auto& values, int u, wide_t<T>(&g)[VEC]) {
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) g[k] = widen(values[MAPS - 1][u].v[k]);
+    };
+    mask_and_sum<VEC, ROWS, ACCUMULATE, kAtOnce<MAPS>>(share, lane_of<VEC, ROWS>(share), maps, out, scale, shift, center, slope,
+                                                       sum_dy, sum_dy_xc, loaded);
   };
   if constexpr (ACCUMULATE)
-    walk_items<T, VEC>(share, lane, {grad, x, {out.data, out.sn, out.si, out.sc}}, step);
+    run({x, {out.data, out.sn, out.si, out.sc}, grad});
   else
-    walk_items<T, VEC>(share, lane, {grad, x}, step);
-  leave<ROWS>(share, lane, sums, sum_dy, sum_dy_xc);
+    run({x, grad});
 }
 
 }  // namespace resdense::cuda

@@ -1,8 +1,10 @@
 #include "bn_add_act.cuh"
 
 #include <optional>
+#include <tuple>
 
 #include "elementwise.h"
+#include "reduce.h"
 
 namespace resdense::cuda {
 namespace {
@@ -44,8 +46,62 @@ Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, con
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad, const Tensor& out, const Tensor& z,
+                                                               const Tensor& center, const std::optional<Tensor>& identity,
+                                                               const std::optional<Tensor>& identity_center,
+                                                               double negative_slope) {
+  const bool projected = identity.has_value();
+  RESDENSE_CHECK(projected == identity_center.has_value(), projected ? "identity_center" : "identity",
+                 ": expected a tensor, as the other of identity and identity_center is one, got None");
+  RESDENSE_CHECK(negative_slope >= 0, "negative_slope: expected 0 or more, as the sign is told from the output, got ",
+                 negative_slope);
+  const Map from = map_of(grad, "grad"), y = map_of(out, "out"), a = map_of(z, "z");
+  check_same(grad, "grad", out, "out");
+  check_same(z, "z", out, "out");
+  check_vector(center, "center", y.C, z, "z");
+  Map b{};
+  if (projected) {
+    b = map_of(*identity, "identity");
+    check_same(*identity, "identity", out, "out");
+    check_vector(*identity_center, "identity_center", y.C, *identity, "identity");
+  }
+  const Tensor g = torch::stable::empty_like(out);
+  const auto [sum_g, sum_g_zc] = new_sums(z, a);
+  const Tensor sum_g_ic = projected ? std::get<0>(new_sums(z, a)) : torch::stable::new_empty(z, {0}, stats_dtype(y.dtype));
+  if (y.numel() == 0) return {g, sum_g, sum_g_zc, sum_g_ic};
+
+  const Map to = mutable_map_of(g, "g");
+  const Launch on(z);
+  const ReducePlan p = plan_reduce({to, from, y, a, projected ? b : a}, on.multiprocessors());
+  dispatch(y.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = wide_t<T>;
+    const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
+    const auto start = [&]<bool PROJECTED>(W* to_g, W* to_g_zc, W* to_g_too, W* to_g_ic) {
+      constexpr int VEC = kVector<T>;
+      const auto rows =
+          p.vectors ? bn_add_act_bwd_kernel<T, VEC, true, PROJECTED> : bn_add_act_bwd_kernel<T, 1, true, PROJECTED>;
+      const auto planes =
+          p.vectors ? bn_add_act_bwd_kernel<T, VEC, false, PROJECTED> : bn_add_act_bwd_kernel<T, 1, false, PROJECTED>;
+      on.run(p.rows ? rows : planes, p.blocks, p.threads, p.share, items<const T>(p, from), items<const T>(p, y),
+             items<const T>(p, a), PROJECTED ? items<const T>(p, b) : Items<const T>{}, items<T>(p, to), vector(center),
+             PROJECTED ? vector(*identity_center) : nullptr, negative_slope, to_g, to_g_zc, to_g_too, to_g_ic);
+    };
+    reduce<Sums<W, 1>>(on, p, sum_g, sum_g_zc, [&](W* to_g, W* to_g_zc) {
+      if (!projected) return start.template operator()<false>(to_g, to_g_zc, nullptr, nullptr);
+      reduce<Sums<W, 1>>(on, p, sum_g, sum_g_ic, [&](W* to_g_too, W* to_g_ic) {
+        start.template operator()<true>(to_g, to_g_zc, to_g_too, to_g_ic);
+      });
+    });
+  });
+  return {g, sum_g, sum_g_zc, sum_g_ic};
+}
+
 }  // namespace
 
-RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_add_act", TORCH_BOX(&bn_add_act)); }
+RESDENSE_CUDA_OPERATORS(m) {
+  m.impl("bn_add_act", TORCH_BOX(&bn_add_act));
+  m.impl("bn_add_act_backward", TORCH_BOX(&bn_add_act_backward));
+}
 
 }  // namespace resdense::cuda

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "elementwise.cuh"
+#include "reduce.cuh"
 
 namespace resdense::cuda {
 
@@ -28,6 +29,55 @@ __global__ void bn_add_act_fwd_kernel(Walk walk, int64_t positions, Operand<cons
   walk_rows<T, VEC>(walk, place, z, identity, out, [&](int k, W value, W other) {
     return activate(a[k] * value + b[k] + (PROJECTED ? c[k] * other : other), slope);
   });
+}
+
+// g = grad * act', where the output tells the side of 0, its sum and that of g * (z - center), and where the shortcut is
+// PROJECTED that of g * (identity - identity_center): four or five times the map's bytes in one pass. g is the gradient of
+// either term. The sums are of g before it is rounded; `sum_g_too` gets those of g once more.
+template <typename T, int VEC, bool ROWS, bool PROJECTED>
+__global__ void __launch_bounds__(kReduceThreads, 2)
+    bn_add_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> out, Items<const T> z, Items<const T> identity,
+                          Items<T> g, const wide_t<T>* center, const wide_t<T>* identity_center, wide_t<T> slope,
+                          wide_t<T>* sum_g, wide_t<T>* sum_g_zc, wide_t<T>* sum_g_too, wide_t<T>* sum_g_ic) {
+  using W = wide_t<T>;
+  constexpr int CHANNELS = ROWS ? VEC : 1;
+  const Lane lane = lane_of<VEC, ROWS>(share);
+
+  W c[CHANNELS] = {}, d[CHANNELS] = {};
+#pragma unroll
+  for (int k = 0; k < CHANNELS; ++k) {
+    if (k < lane.count) {
+      c[k] = center[lane.channel + k];
+      if (PROJECTED) d[k] = identity_center[lane.channel + k];
+    }
+  }
+  Sums<W, VEC> sums, identity_sums;
+  const auto step = [&]<int MAPS, int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      Vector<T, VEC> result;
+#pragma unroll
+      for (int k = 0; k < VEC; ++k) {
+        const int channel = ROWS ? k : 0;
+        const W masked = activate_backward(widen(values[0][u].v[k]), widen(values[1][u].v[k]), slope);
+        sums.add(k, masked, masked * (widen(values[2][u].v[k]) - c[channel]));
+        if constexpr (PROJECTED) identity_sums.add(k, masked, masked * (widen(values[3][u].v[k]) - d[channel]));
+        narrow(masked, result.v[k]);
+      }
+      store_first(g.at(at, lane.channel), result, lane.count);
+      at.advance();
+    }
+  };
+  // With more under way at once the sums of the projection would not fit into the registers.
+  if constexpr (PROJECTED)
+    walk_items<T, VEC, 1>(share, lane, {grad, out, z, identity}, step);
+  else
+    walk_items<T, VEC, kAtOnce<3>>(share, lane, {grad, out, z}, step);
+  leave<ROWS>(share, lane, sums, sum_g, sum_g_zc);
+  if constexpr (PROJECTED) {
+    __syncthreads();  // the first merge is done with its slots
+    leave<ROWS>(share, lane, identity_sums, sum_g_too, sum_g_ic);
+  }
 }
 
 }  // namespace resdense::cuda

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     channel_stats_kernel(Share share, Items<const T> x, wide_t<T>* mean, wide_t<T>* m2) {
   const Lane lane = lane_of<VEC, ROWS>(share);
   Moments<wide_t<T>, VEC> moments;
-  walk_items<T, VEC>(share, lane, {x}, [&](const Cursor&, const auto& values) { merge_vectors(moments, values[0]); });
+  walk_items<T, VEC, kAtOnce<1>>(share, lane, {x},
+                                 [&](const Cursor&, const auto& values) { merge_vectors(moments, values[0]); });
   leave<ROWS>(share, lane, moments, mean, m2);
 }
 

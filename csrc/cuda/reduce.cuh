@@ -49,7 +49,8 @@ struct Items {
   T* data;
   int64_t sn, si, sc;  // strides of sample, item and channel
 
-  __device__ T* at(const Cursor& cursor, int64_t channel) const { return data + cursor.n * sn + cursor.s * si + channel * sc; }
+  __device__ T* at(int64_t n, int64_t s, int64_t channel) const { return data + n * sn + s * si + channel * sc; }
+  __device__ T* at(const Cursor& cursor, int64_t channel) const { return at(cursor.n, cursor.s, channel); }
 };
 
 // Where a thread works: at the items first, first + step, ... before end.
@@ -89,14 +90,17 @@ __device__ inline void walk_group(Cursor& cursor, const Lane& lane, const Items<
   f(at, values);
 }
 
+// How many items a thread loads at once.
+template <int MAPS>
+constexpr int kAtOnce = MAPS == 1 ? 4 : 2;
+
 // f(at, values) for all items of the lane. A group's loads are under way at once; what fills no group, and vectors that are cut
 // off, go one by one: with conditions in a group every 16-bit element would take a register of its own.
-template <typename T, int VEC, int MAPS, typename F>
+template <typename T, int VEC, int UNROLL, int MAPS, typename F>
 __device__ inline void walk_items(const Share& share, const Lane& lane, const Items<const T> (&maps)[MAPS], F f) {
-  constexpr int UNROLL = MAPS == 1 ? 4 : 2;
   Cursor cursor(lane.first, lane.step, share.sample_items);
   int64_t item = lane.first;
-  if (lane.count == VEC)
+  if (UNROLL > 1 && lane.count == VEC)
     for (; item + (UNROLL - 1) * lane.step < lane.end; item += UNROLL * lane.step)
       walk_group<T, VEC, UNROLL>(cursor, lane, maps, f);
 #pragma unroll 1

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <initializer_list>
+#include <tuple>
 
 #include "launch.h"
 #include "reduce.cuh"
@@ -23,8 +24,8 @@ struct ReducePlan {
   int64_t chunks, blocks, threads;
 };
 
-// `maps` have one shape and dtype, and at least one element.
-inline ReducePlan plan_reduce(std::initializer_list<Map> maps, int multiprocessors) {
+// `maps` have one shape and dtype, and at least one element. `vectors` says that whatever else is read allows them.
+inline ReducePlan plan_reduce(std::initializer_list<Map> maps, int multiprocessors, bool vectors = true) {
   const Map& m = *maps.begin();
   const auto all = [&](auto holds) { return std::all_of(maps.begin(), maps.end(), holds); };
   const bool last = all([](const Map& a) { return a.channels_last; });
@@ -34,7 +35,7 @@ inline ReducePlan plan_reduce(std::initializer_list<Map> maps, int multiprocesso
   ReducePlan p{};
   Share& s = p.share;
   p.rows = !first;
-  p.vectors = (last || first) && all([&](const Map& a) {
+  p.vectors = vectors && (last || first) && all([&](const Map& a) {
     if (!aligned(a.data) || (a.N > 1 && a.sn % length != 0)) return false;
     // A vector of a plane holds values of one channel, so the planes must be whole vectors.
     return last ? a.S == 1 || a.ss % length == 0 : a.S % length == 0 && (a.C == 1 || a.sc % length == 0);
@@ -66,6 +67,17 @@ inline ReducePlan plan_reduce(std::initializer_list<Map> maps, int multiprocesso
 template <typename T>
 inline Items<T> items(const ReducePlan& p, const Map& m) {
   return {static_cast<T*>(m.data), m.sn, p.rows ? m.ss : p.item_positions, m.sc};
+}
+
+// The two vectors of sums over a map: zero where it is empty, else uninitialised.
+inline std::tuple<Tensor, Tensor> new_sums(const Tensor& x, const Map& m) {
+  const Tensor first = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  const Tensor second = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  if (m.numel() == 0) {
+    torch::stable::fill_(first, 0.0);
+    torch::stable::fill_(second, 0.0);
+  }
+  return {first, second};
 }
 
 // Both stages of a reduction to accumulators A of one channel: start(first, second) launches the first one, which leaves its

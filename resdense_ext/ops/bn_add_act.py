@@ -1,6 +1,7 @@
 """``act(bn(z) + identity)`` and ``act(bn(z) + bn_d(identity))``, the end of a residual block.
 
-Its forward is fused on GPUs where no gradient is wanted; elsewhere it is plain PyTorch.
+Fused on GPUs, with a backward of one pass over its operands; elsewhere it is plain PyTorch. Kept are ``z``, the output, and
+the operand of a projection's norm; of a plain shortcut nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +15,63 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.add_act import fused_slope, kernels_of
+from resdense_ext.ops.backend import Affine, Fold
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
 __all__ = ["bn_add_act"]
+
+
+class BNAddActFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, weight, bias, identity, identity_weight, identity_bias, norms, folds, slope: float):
+        projection = (None, None) if folds[1] is None else folds[1].affine[:2]
+        out = kernels_of(z).bn_add_act(z, *folds[0].affine[:2], identity, *projection, slope)
+        shortcut = () if folds[1] is None else (identity, identity_weight, identity_bias)
+        ctx.save_for_backward(out, z, weight, bias, *shortcut)
+        ctx.norms, ctx.folds, ctx.slope = norms, folds, slope
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out, *saved = ctx.saved_tensors
+        operands = [saved[:3]] + ([saved[3:]] if len(saved) > 3 else [])
+        shortcut = (None, None, None)
+        if torch.is_grad_enabled():
+            g = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
+            grads = [_differentiable_gradients(g, *of, norm) for of, norm in zip(operands, ctx.norms)]
+        else:
+            z, identity = (of[0] for of in (*operands, shortcut)[:2])
+            fold, identity_fold = ctx.folds
+            center = None if identity_fold is None else identity_fold.mean
+            g, sum_g, *sums = kernels_of(z).bn_add_act_backward(grad, out, z, fold.mean, identity, center, ctx.slope)
+            # A plain shortcut's gradient is g itself; of a projection g is free for it in the end.
+            targets = (g.clone(), g)
+            grads = [_gradients(*of, sum_g) for of in zip(targets, operands, ctx.folds, sums)]
+        if len(grads) == 1:
+            grads.append((g, None, None))
+        return *grads[0], *grads[1], None, None, None
+
+
+def _gradients(g: Tensor, operands: tuple, fold: Fold, sum_g_xc: Tensor, sum_g: Tensor) -> tuple:
+    """Of a norm's input, made in ``g``, its weight and its bias."""
+    x, weight, bias = operands
+    dgamma = fold.rstd * sum_g_xc
+    zero = torch.zeros_like(dgamma)
+    correction = (zero, zero) if fold.count is None else fold.correction(sum_g, dgamma)
+    kernels_of(g).pending_grad(g, x, fold.affine.scale, *correction)
+    return g, None if weight is None else dgamma.to(weight.dtype), None if bias is None else sum_g.to(bias.dtype)
+
+
+def _differentiable_gradients(
+    g: Tensor, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], norm: BatchNorm
+) -> list[Optional[Tensor]]:
+    # Of aliases: what they were computed from is not to be walked again.
+    x, weight, bias = operands = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+    y = _batch_norm(x, norm._replace(weight=weight, bias=bias, momentum=None, num_batches_tracked=None))
+    wanted = [t for t in operands if t is not None and t.requires_grad]
+    grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
+    return [next(grads) if t is not None and t.requires_grad else None for t in operands]
 
 
 def bn_add_act(
@@ -25,13 +79,12 @@ def bn_add_act(
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.bn_add_act`."""
     slope = fused_slope(z, activation)
-    sources = [z, identity, norm.weight, norm.bias] + ([] if identity_norm is None else list(identity_norm[:2]))
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
-    if slope is None or differentiable:
+    if slope is None:
         shortcut = identity if identity_norm is None else _batch_norm(identity, identity_norm)
         return reference.add_act(_batch_norm(z, norm), shortcut, activation)
-    shortcut_fold = (None, None) if identity_norm is None else _fold(identity, identity_norm)
-    return kernels_of(z).bn_add_act(z, *_fold(z, norm), identity, *shortcut_fold, slope)
+    folds = _fold(z, norm), None if identity_norm is None else _fold(identity, identity_norm)
+    projection = (None, None) if identity_norm is None else identity_norm[:2]
+    return BNAddActFunction.apply(z, *norm[:2], identity, *projection, (norm, identity_norm), folds, slope)
 
 
 def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
@@ -43,7 +96,9 @@ def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     return F.batch_norm(x, mean, var, norm.weight, norm.bias, norm.batch_stats, norm.momentum or 0.0, norm.eps)
 
 
-def _fold(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _fold(x: Tensor, norm: BatchNorm) -> Fold:
+    count = None
     if norm.batch_stats:
         count = x.numel() // x.shape[1]
         mean, m2 = backends.choose(x, x.dtype, Activation()).channel_stats(x)
@@ -52,4 +107,5 @@ def _fold(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     else:
         dtype = accumulation_dtype(x.dtype)
         mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    return reference.fold_batch_norm(norm, mean, var)[:2]
+    scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
+    return Fold(Affine(scale, shift, Activation("identity")), mean, rstd, count)

@@ -62,6 +62,11 @@ def _bn_add_act(z, scale, shift, identity, identity_scale, identity_shift, negat
     return torch.empty_like(z)
 
 
+def _bn_add_act_backward(grad, out, z, center, identity, identity_center, negative_slope):
+    sums = _vectors(z, z.shape[1])
+    return torch.empty_like(out), *sums, *_vectors(z, 0 if identity is None else z.shape[1], 1)
+
+
 def _copy_map_cpu(x, out):
     if x.shape != out.shape:
         raise RuntimeError(f"out: expected shape {tuple(x.shape)} (that of x), got {tuple(out.shape)}")
@@ -83,6 +88,14 @@ def _bn_add_act_cpu(z, scale, shift, identity, identity_scale, identity_shift, n
     return _add_act_cpu(reference.apply_pending(z, scale, shift, linear), identity, negative_slope)
 
 
+def _bn_add_act_backward_cpu(grad, out, z, center, identity, identity_center, negative_slope):
+    wide, reduced = center.dtype, [0, *range(2, z.dim())]
+    g = _add_act_backward_cpu(grad.to(wide), out.to(wide), negative_slope)
+    sum_of = lambda x, c: (g * (x - reference.per_channel(c, x))).sum(reduced)  # noqa: E731
+    sum_g_ic = center.new_empty(0) if identity is None else sum_of(identity, identity_center)
+    return torch.empty_like(out).copy_(g), g.sum(reduced), sum_of(z, center), sum_g_ic
+
+
 if CPU_LIBRARY is None:  # else there are no such operators
     for fake in (
         _channel_stats,
@@ -96,7 +109,8 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _add_act,
         _add_act_backward,
         _bn_add_act,
+        _bn_add_act_backward,
     ):
         torch.library.register_fake(f"resdense::{fake.__name__[1:]}", fake, lib=LIBRARY)
-    for kernel in (_copy_map_cpu, _add_act_cpu, _add_act_backward_cpu, _bn_add_act_cpu):
+    for kernel in (_copy_map_cpu, _add_act_cpu, _add_act_backward_cpu, _bn_add_act_cpu, _bn_add_act_backward_cpu):
         LIBRARY.impl(kernel.__name__[1:-4], kernel, "CPU")

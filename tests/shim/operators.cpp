@@ -2,6 +2,7 @@
 
 #include "cuda/add_act.cu"
 #include "cuda/bn_act.cu"
+#include "cuda/bn_act_pool.cu"
 #include "cuda/bn_add_act.cu"
 #include "cuda/channel_stats.cu"
 #include "cuda/copy_map.cu"
@@ -23,11 +24,32 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "bn_act_backward_accumulate(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_act_avg_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+      "int[] padding, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_act_avg_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_max_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+      "int[] padding, Tensor(a!) out, Tensor(b!) taps) -> ()");
+  m.def(
+      "bn_act_max_pool_backward(Tensor grad, Tensor taps, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+      "float negative_slope, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def("bn_act_global_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope) -> Tensor");
+  m.def(
+      "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
+      "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(
       "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
       "Tensor? identity_shift, float negative_slope) -> Tensor");
+  m.def(
+      "bn_add_act_backward(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
+      "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)");
   m.def("pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()");
 }
 

@@ -1,0 +1,241 @@
+#include "bn_act_pool.cuh"
+
+#include <optional>
+#include <vector>
+
+#include "reduce.h"
+
+namespace resdense::cuda {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+int narrowed(int64_t size) {
+  RESDENSE_CHECK(size <= std::numeric_limits<int32_t>::max(), "x: expected spatial sizes below 2^31, got ", size);
+  return static_cast<int>(size);
+}
+
+std::string sizes_string(const Sizes& sizes) {
+  std::ostringstream text;
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "(") << sizes[i];
+  text << ')';
+  return text.str();
+}
+
+void check_spatial(const Tensor& x) {
+  RESDENSE_CHECK(x.dim() >= 3 && x.dim() <= 5, "x: expected shape (N, C, ...) with 1 to 3 spatial dimensions, got ",
+                 shape_string(x));
+  for (int64_t i = 2; i < x.dim(); ++i)
+    RESDENSE_CHECK(x.size(i) > 0, "x: expected spatial sizes of 1 or more, got ", shape_string(x));
+}
+
+void check_sizes(const Sizes& sizes, const char* name, int64_t count, int64_t least) {
+  RESDENSE_CHECK(static_cast<int64_t>(sizes.size()) == count, name, ": expected ", count,
+                 " values, one a spatial dimension of x, got ", sizes_string(sizes));
+  for (const int64_t size : sizes)
+    RESDENSE_CHECK(size >= least && size <= std::numeric_limits<int32_t>::max(), name, ": expected values from ", least,
+                   " to 2^31 - 1, got ", sizes_string(sizes));
+}
+
+Windows windows_of(const Tensor& x, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding) {
+  check_spatial(x);
+  const int64_t count = x.dim() - 2;
+  check_sizes(kernel_size, "kernel_size", count, 1);
+  check_sizes(stride, "stride", count, 1);
+  check_sizes(padding, "padding", count, 0);
+  Windows w{{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, 1};
+  for (int64_t i = 0, to = 3 - count; i < count; ++i, ++to) {
+    const int64_t size = x.size(i + 2), spare = size + 2 * padding[i] - kernel_size[i];
+    RESDENSE_CHECK(padding[i] <= kernel_size[i] / 2, "padding: expected at most half of kernel_size ",
+                   sizes_string(kernel_size), ", got ", sizes_string(padding));
+    RESDENSE_CHECK(spare >= 0, "kernel_size: expected windows within the padded x of shape ", shape_string(x), ", got ",
+                   sizes_string(kernel_size), " with padding ", sizes_string(padding));
+    w.in[to] = narrowed(size);
+    w.out[to] = narrowed(spare / stride[i] + 1);
+    w.kernel[to] = static_cast<int>(kernel_size[i]);
+    w.stride[to] = static_cast<int>(stride[i]);
+    w.padding[to] = static_cast<int>(padding[i]);
+    w.taps *= kernel_size[i];
+  }
+  return w;
+}
+
+Windows whole(const Tensor& x) {
+  check_spatial(x);
+  Sizes sizes;
+  for (int64_t i = 2; i < x.dim(); ++i) sizes.push_back(x.size(i));
+  return windows_of(x, sizes, Sizes(sizes.size(), 1), Sizes(sizes.size(), 0));
+}
+
+void check_taps(const Windows& w) {
+  RESDENSE_CHECK(w.taps <= 255, "kernel_size: expected at most 255 places a window, whose numbers are kept in a byte, got ",
+                 w.taps);
+}
+
+// Has the shape and the device of the outputs of x.
+void check_pooled(const Tensor& t, const char* name, const Tensor& x, const Windows& w) {
+  Sizes expected{x.size(0), x.size(1)};
+  for (int64_t i = 2; i < x.dim(); ++i) expected.push_back(w.out[i + 3 - x.dim()]);
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
+  RESDENSE_CHECK(same, name, ": expected shape ", sizes_string(expected), " (that of the pooled x), got ", shape_string(t));
+  check_same_device(t, name, x, "x");
+}
+
+// Whether the channels of every position are whole vectors, with none cut off: the loops over windows have no case for that.
+bool whole_vectors(std::initializer_list<Map> maps, int64_t length) {
+  return std::all_of(maps.begin(), maps.end(), [&](const Map& m) {
+    return m.channels_last && aligned(m.data) && m.C % length == 0 && (m.N == 1 || m.sn % length == 0) &&
+           (m.S == 1 || m.ss % length == 0);
+  });
+}
+
+// Windows need to know the sample of every item.
+ReducePlan plan_pool(std::initializer_list<Map> maps, const Launch& on, bool vectors) {
+  ReducePlan p = plan_reduce(maps, on.multiprocessors(), vectors);
+  p.share.sample_items = maps.begin()->S;
+  return p;
+}
+
+template <typename T>
+Items<T> items(const Map& m) {
+  return {static_cast<T*>(m.data), m.sn, m.ss, m.sc};
+}
+
+template <bool MAXIMUM>
+void pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Windows& windows,
+          const Tensor& out, const std::optional<Tensor>& taps) {
+  const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  const Map chosen = MAXIMUM ? mutable_byte_map_of(*taps, "taps") : to;
+  check_dtype(out, "out", from.dtype);
+  check_pooled(out, "out", x, windows);
+  if (MAXIMUM) check_pooled(*taps, "taps", x, windows);
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  if (from.numel() == 0) return;
+
+  const Launch on(x);
+  const ReducePlan p = plan_pool({to}, on, whole_vectors({from, to, chosen}, vector_length(from.dtype)));
+  dispatch(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
+    on.run(p.vectors ? bn_act_pool_fwd_kernel<T, kVector<T>, MAXIMUM> : bn_act_pool_fwd_kernel<T, 1, MAXIMUM>, p.blocks,
+           p.threads, p.share, windows, items<const T>(from), vector(scale), vector(shift), negative_slope, items<T>(to),
+           MAXIMUM ? items<uint8_t>(chosen) : Items<uint8_t>{});
+  });
+}
+
+void bn_act_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+                     const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Tensor& out) {
+  pool<false>(x, scale, shift, negative_slope, windows_of(x, kernel_size, stride, padding), out, {});
+}
+
+void bn_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+                     const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Tensor& out,
+                     const Tensor& taps) {
+  const Windows windows = windows_of(x, kernel_size, stride, padding);
+  check_taps(windows);
+  pool<true>(x, scale, shift, negative_slope, windows, out, taps);
+}
+
+Tensor bn_act_global_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope) {
+  const Map from = map_of(x, "x");
+  check_spatial(x);
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  Sizes shape(x.dim(), 1);
+  shape[0] = from.N, shape[1] = from.C;
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (from.numel() == 0) return out;
+
+  // The plan of a single sample, every one of which is then a chunk.
+  Map sample = from;
+  sample.N = 1;
+  const Launch on(x);
+  const bool vectors = whole_vectors({from}, vector_length(from.dtype));
+  ReducePlan p = plan_pool({sample}, on, vectors);
+  p.share.items = from.rows();
+  p.share.chunk_items = from.S;
+  dispatch(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
+    on.run(vectors ? bn_act_global_pool_fwd_kernel<T, kVector<T>> : bn_act_global_pool_fwd_kernel<T, 1>,
+           from.N * p.share.tiles, p.threads, p.share, items<const T>(from), vector(scale), vector(shift), negative_slope,
+           static_cast<T*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+template <bool MAXIMUM>
+std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional<Tensor>& taps, const Tensor& x,
+                                         const Tensor& scale, const Tensor& shift, const Tensor& center,
+                                         double negative_slope, const Windows& windows, const Tensor& out,
+                                         bool accumulate) {
+  const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
+  const Map chosen = MAXIMUM ? byte_map_of(*taps, "taps") : g;
+  check_dtype(grad, "grad", from.dtype);
+  check_pooled(grad, "grad", x, windows);
+  if (MAXIMUM) check_pooled(*taps, "taps", x, windows);
+  check_same(out, "out", x, "x");
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  check_vector(center, "center", from.C, x, "x");
+  const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
+  if (from.numel() == 0) return sums;
+
+  const Launch on(x);
+  const ReducePlan p = plan_pool({from, to}, on, whole_vectors({from, g, chosen}, vector_length(from.dtype)));
+  dispatch(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using W = wide_t<T>;
+    constexpr int VEC = kVector<T>;
+    const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
+    const auto write =
+        p.vectors ? bn_act_pool_bwd_kernel<T, VEC, MAXIMUM, false> : bn_act_pool_bwd_kernel<T, 1, MAXIMUM, false>;
+    const auto add =
+        p.vectors ? bn_act_pool_bwd_kernel<T, VEC, MAXIMUM, true> : bn_act_pool_bwd_kernel<T, 1, MAXIMUM, true>;
+    reduce<Sums<W, 1>>(on, p, std::get<0>(sums), std::get<1>(sums), [&](W* to_dy, W* to_dy_xc) {
+      on.run(accumulate ? add : write, p.blocks, p.threads, p.share, windows, items<const T>(g),
+             MAXIMUM ? items<const uint8_t>(chosen) : Items<const uint8_t>{}, items<const T>(from), items<T>(to),
+             vector(scale), vector(shift), vector(center), negative_slope, to_dy, to_dy_xc);
+    });
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> bn_act_avg_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                    const Tensor& shift, const Tensor& center, double negative_slope,
+                                                    const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
+                                                    const Tensor& out, bool accumulate) {
+  const Windows windows = windows_of(x, kernel_size, stride, padding);
+  return pool_backward<false>(grad, {}, x, scale, shift, center, negative_slope, windows, out, accumulate);
+}
+
+std::tuple<Tensor, Tensor> bn_act_max_pool_backward(const Tensor& grad, const Tensor& taps, const Tensor& x,
+                                                    const Tensor& scale, const Tensor& shift, const Tensor& center,
+                                                    double negative_slope, const Sizes& kernel_size, const Sizes& stride,
+                                                    const Sizes& padding, const Tensor& out, bool accumulate) {
+  const Windows windows = windows_of(x, kernel_size, stride, padding);
+  check_taps(windows);
+  return pool_backward<true>(grad, taps, x, scale, shift, center, negative_slope, windows, out, accumulate);
+}
+
+// The average over the one window that holds everything.
+std::tuple<Tensor, Tensor> bn_act_global_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                       const Tensor& shift, const Tensor& center, double negative_slope,
+                                                       const Tensor& out, bool accumulate) {
+  return pool_backward<false>(grad, {}, x, scale, shift, center, negative_slope, whole(x), out, accumulate);
+}
+
+}  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) {
+  m.impl("bn_act_avg_pool", TORCH_BOX(&bn_act_avg_pool));
+  m.impl("bn_act_avg_pool_backward", TORCH_BOX(&bn_act_avg_pool_backward));
+  m.impl("bn_act_max_pool", TORCH_BOX(&bn_act_max_pool));
+  m.impl("bn_act_max_pool_backward", TORCH_BOX(&bn_act_max_pool_backward));
+  m.impl("bn_act_global_pool", TORCH_BOX(&bn_act_global_pool));
+  m.impl("bn_act_global_pool_backward", TORCH_BOX(&bn_act_global_pool_backward));
+}
+
+}  // namespace resdense::cuda
