@@ -38,6 +38,9 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bn_act_conv1x1_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
       "Tensor weight, Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool need_weight) "
       "-> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
+      "-> (Tensor mean, Tensor m2)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import cuda_cases
+import cuda_conv_cases
 import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
+CHECKS = (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", cuda_cases.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_on_the_gpu(check):
     import resdense_ext  # noqa: F401
 
@@ -49,4 +51,4 @@ def test_on_the_shim(tmp_path):
         [sys.executable, str(TESTS / "shim" / "run.py"), str(library)], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("passed") == len(cuda_cases.CHECKS)
+    assert run.stdout.count("passed") == len(CHECKS)

@@ -1,6 +1,7 @@
 // The CUDA operators, kernels and launchers both, compiled as plain C++ for the shim.
 
 #include "cuda/add_act.cu"
+#include "cuda/bn_act_conv3x3.cu"
 #include "cuda/bn_add_act.cu"
 #include "cuda/channel_stats.cu"
 #include "cuda/pending_grad.cu"
@@ -13,6 +14,9 @@ static void configure(int64_t order, int64_t multiprocessors) {
 STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("configure(int order, int multiprocessors) -> ()");
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
+      "-> (Tensor mean, Tensor m2)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(
