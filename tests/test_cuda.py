@@ -26,6 +26,12 @@ def test_on_the_gpu(check):
     check(torch.ops.resdense, "cuda")
 
 
+def test_on_the_cpu():
+    """What an operator that has a kernel for CUDA alone computes there: the reference."""
+    pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
+    cuda_conv_cases.check_bn_act_conv3x3(torch.ops.resdense, "cpu")
+
+
 def test_on_the_shim(tmp_path):
     compiler = shutil.which("g++")
     if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":

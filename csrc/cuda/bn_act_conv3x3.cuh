@@ -16,11 +16,11 @@ namespace resdense::cuda {
 constexpr int kConvChunk = 32;  // channels
 constexpr int kConvTaps = 9;
 
-// For 128 -> 32 channels a large tile (256 positions) costs, in clocks of a multiprocessor: 4,400 for its bytes, 4,600 for its
-// products at the rate of wgmma and some 7,300 at that of mma.sync, 6,900 for reading its fragments (a warp multiplies 64 x 32, so
-// that each of a's is used 4 times and each of b's 4 times), 1,400 for the activation of its halo. The weights, 72 KiB, stay
-// in shared memory for all tiles of a block where two blocks a multiprocessor have room for them (the halo takes 25 KiB); else
-// they come anew for every tile, a chunk ahead. A small tile (64 positions) is for maps that do not fill the device.
+// For 128 -> 32 channels a large tile (256 positions) costs, in clocks of a multiprocessor: 4,400 for its bytes; 4,500 for its
+// products at the rate of wgmma, some 7,500 at that of mma.sync; 6,900 for reading its fragments, of which a warp, with its
+// 64 x 32 products, uses each 4 times; 1,400 for the activation of its halo. The weights, 72 KiB, stay in shared memory for all
+// tiles of a block where the blocks of a multiprocessor have room for them (the halo takes 25 KiB); else they come anew for
+// every tile, a chunk ahead. A small tile (64 positions) is for maps that do not fill the device.
 template <int N16, bool LARGE>
 struct ConvTile {
   static constexpr int kOutputs = 16 * N16;
@@ -28,7 +28,7 @@ struct ConvTile {
   static constexpr int kPositions = LARGE ? 256 : 64;
   static constexpr int kThreads = kPositions / (16 * kM16) * 32;
   static constexpr int kBlocks = LARGE && N16 > 2 ? 1 : 2;  // a multiprocessor
-  static constexpr int kHalo = LARGE ? 352 : 128;           // positions of the tile and around it, at most
+  static constexpr int kHalo = !LARGE ? 128 : N16 <= 2 ? 352 : 320;  // positions of the tile and around it, at most
   static constexpr int kWeights = kConvTaps * kOutputs * kConvChunk;
 
   // Shared memory: the halo, where it comes from, scale and shift, and `slots` chunks of the weights.
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   using Piece = Vector<T, 8>;
   constexpr int kPieces = kConvChunk / 8;
   constexpr int kRowsAtOnce = Tile::kThreads / kPieces;
-  constexpr int kLoads = (Tile::kHalo + kRowsAtOnce - 1) / kRowsAtOnce;
-  static_assert(kPieces == 4 && kLoads <= 16);
+  constexpr int kLoads = Tile::kHalo / kRowsAtOnce;
+  static_assert(kPieces == 4 && Tile::kHalo % kRowsAtOnce == 0 && kLoads <= 16);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int chunks = (p.channels + kConvChunk - 1) / kConvChunk;
@@ -119,29 +119,30 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
 
   const auto place_halo = [&](int tile) {
     const int top = tile / p.strips, left = tile - top * p.strips;
-    for (int i = thread; i < halo; i += Tile::kThreads) {
-      const int row = i / pitch;
-      s_offset[i] = p.offset(top * p.tile_rows + row - 1, left * p.tile_columns + (i - row * pitch) - 1, p.x_sn, p.x_ss);
+    for (int i = thread; i < Tile::kHalo; i += Tile::kThreads) {
+      const int row = i / pitch, column = i - row * pitch;
+      const int64_t offset = p.offset(top * p.tile_rows + row - 1, left * p.tile_columns + column - 1, p.x_sn, p.x_ss);
+      s_offset[i] = i < halo ? offset : -1;
     }
   };
 
-  Piece values[kLoads];
+  // As words, since 16-bit values that are loaded on a condition would take a register each.
+  Vector<uint32_t, 4> values[kLoads];
   uint32_t inside = 0;  // a bit for each of the values that is not padding
   const auto load_values = [&](int chunk) {
     const int channel = chunk * kConvChunk + piece * 8;
     inside = 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int row = first + i * kRowsAtOnce;
-      const int64_t offset = row < halo && channel < p.channels ? s_offset[row] : -1;
-      if (offset >= 0) {
-        values[i] = load<T, 8>(p.x + offset + channel);
+      const int64_t offset = s_offset[first + i * kRowsAtOnce];
+      if (offset >= 0 && channel < p.channels) {
+        values[i] = load<uint32_t, 4>(reinterpret_cast<const uint32_t*>(p.x + offset + channel));
         inside |= 1u << i;
       }
     }
   };
 
-  const auto activate_values = [&](int chunk) {
+  const auto activate_values = [&](int chunk, float slope) {
     const int channel = chunk * kConvChunk + piece * 8;
     float scale[8], shift[8];
 #pragma unroll
@@ -151,16 +152,14 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int row = first + i * kRowsAtOnce;
-      if (row < halo) {
-        Piece activated{};
-        if (inside >> i & 1) {
+      Piece activated = std::bit_cast<Piece>(values[i]);
 #pragma unroll
-          for (int k = 0; k < 8; ++k)
-            narrow(activate(scale[k] * widen(values[i].v[k]) + shift[k], p.slope), activated.v[k]);
-        }
-        s_tile[swizzled(row, keys >> 2 * i << 1, piece)] = activated;
-      }
+      for (int k = 0; k < 8; ++k)
+        narrow(activate(scale[k] * widen(activated.v[k]) + shift[k], slope), activated.v[k]);
+      auto words = std::bit_cast<Vector<uint32_t, 4>>(activated);
+#pragma unroll
+      for (uint32_t& word : words.v) word = inside >> i & 1 ? word : 0;
+      s_tile[swizzled(first + i * kRowsAtOnce, keys >> 2 * i << 1, piece)] = std::bit_cast<Piece>(words);
     }
   };
 
@@ -177,23 +176,28 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   float sums[Tile::kM16][2 * N16][4];
   const auto multiply = [&](const Piece* weight) {
     const int output = lane % 8 + lane / 16 * 8;
-    for (int tap = 0; tap < kConvTaps; ++tap) {
-      const int dy = tap / 3, dx = tap - dy * 3;
-      const int key = lane + dy * p.tile_columns + dx;
+#pragma unroll 1
+    for (int dy = 0; dy < 3; ++dy) {
 #pragma unroll
-      for (int k = 0; k < kPieces; k += 2) {
-        uint32_t b[N16][4];
+      for (int dx = 0; dx < 3; ++dx) {
+        const int key = lane + dy * p.tile_columns + dx;
 #pragma unroll
-        for (int n = 0; n < N16; ++n)
-          load_matrices(b[n], weight + swizzled((tap * N16 + n) * 16 + output, output, k + lane / 8 % 2));
-#pragma unroll
-        for (int m = 0; m < Tile::kM16; ++m) {
-          uint32_t a[4];
-          load_matrices(a, s_tile + swizzled(positions[m] + dy * pitch + dx, key, k + lane / 16));
+        for (int k = 0; k < kPieces; k += 2) {
+          uint32_t b[N16][4];
 #pragma unroll
           for (int n = 0; n < N16; ++n) {
-            multiply_add(sums[m][2 * n], a, b[n][0], b[n][1], T{});
-            multiply_add(sums[m][2 * n + 1], a, b[n][2], b[n][3], T{});
+            const int row = ((dy * 3 + dx) * N16 + n) * 16 + output;
+            load_matrices(b[n], weight + swizzled(row, output, k + lane / 8 % 2));
+          }
+#pragma unroll
+          for (int m = 0; m < Tile::kM16; ++m) {
+            uint32_t a[4];
+            load_matrices(a, s_tile + swizzled(positions[m] + dy * pitch + dx, key, k + lane / 16));
+#pragma unroll
+            for (int n = 0; n < N16; ++n) {
+              multiply_add(sums[m][2 * n], a, b[n][0], b[n][1], T{});
+              multiply_add(sums[m][2 * n + 1], a, b[n][2], b[n][3], T{});
+            }
           }
         }
       }
@@ -235,13 +239,13 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
       }
     }
     if (p.parts == nullptr) return;
-    const float count = static_cast<float>(std::popcount(written));
+    const float count = static_cast<float>(std::popcount(written)), inverse = 1 / count;
     moments.merge(count, [&](int k, float& mean, float& m2) {
       mean = 0;
 #pragma unroll
       for (int i = 0; i < 2 * Tile::kM16; ++i)
         if (written >> i & 1) mean += sums[i / 2][k / 2][i % 2 * 2 + k % 2];
-      mean /= count;
+      mean *= inverse;
       m2 = 0;
 #pragma unroll
       for (int i = 0; i < 2 * Tile::kM16; ++i) {
@@ -265,7 +269,11 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   // The place of the chunk's weights: its own, or one of two in turn.
   for (int slot = 0;;) {
     __syncthreads();  // all are done with the chunk before
-    activate_values(chunk);
+    // With a slope that the compiler knows the ReLU is part of the rounding.
+    if (p.slope == 0)
+      activate_values(chunk, 0);
+    else
+      activate_values(chunk, p.slope);
     const bool last = chunk + 1 == chunks;
     const int next_tile = last ? tile + gridDim.x : tile;
     if (last && next_tile < p.tiles) place_halo(next_tile);

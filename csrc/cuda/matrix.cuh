@@ -1,6 +1,6 @@
 #pragma once
-// The matrix units, and the copies that feed them: the one place with PTX. All lanes of a warp call together. (The shim has
-// the same functions by the fragment layouts that the PTX manual documents.)
+// The matrix units, which all lanes of a warp call together, and the copies that feed them: the one place with PTX. (The shim
+// has the same functions by the fragment layouts that the PTX manual documents.)
 
 #include "device.cuh"
 
