@@ -83,11 +83,11 @@ void check_channels(const Map& m, const char* name, int64_t most) {
                  ", got ", m.C);
 }
 
-void check_rows(const Map& m, const char* name) {
+void check_rows(const Map& m, const Tensor& t, const char* name) {
   const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
   RESDENSE_CHECK(m.channels_last && vectors, name,
-                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ", m.sn, ", ", m.sc,
-                 ", ", m.ss, " of sample, channel and position at address ", m.data);
+                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ", stride_string(t),
+                 aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
 std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, 
     torch::stable::fill_(m2, 0.0);
     return {mean, m2};
   }
-  check_rows(from, "x");
-  check_rows(to, "out");
+  check_rows(from, x, "x");
+  check_rows(to, out, "out");
   const int64_t rows = from.N * (height + 1) - 1;
   RESDENSE_CHECK(rows < std::numeric_limits<int32_t>::max() / 2 && width < std::numeric_limits<int32_t>::max() / 2,
                  "x: expected less than 2^30 rows and columns, got ", rows, " and ", width);

@@ -36,7 +36,8 @@ struct Index {
   unsigned x = 0;
 };
 
-inline int order = 0;  // 0 forward, 1 reverse, else the seed of a shuffle
+// 0 forward and 1 reverse, all warps in step; else the seed of a shuffle, in which a warp goes as far as it can before the next.
+inline int order = 0;
 inline int multiprocessors = 1;
 
 }  // namespace shim
@@ -70,12 +71,11 @@ class Block {
     }
     for (;;) {
       bool moved = false;
-      for (unsigned t : permutation(fibers_.size(), block)) {
-        if (fibers_[t].state != State::ready) continue;
-        moved = true;
-        threadIdx.x = t;
-        swapcontext(&scheduler_, &fibers_[t].context);
-        release_warp(t / 32);
+      if (order > 1) {
+        for (unsigned warp : permutation((fibers_.size() + 31) / 32, block))
+          while (pass(warp * 32, std::min<size_t>(32, fibers_.size() - warp * 32), block)) moved = true;
+      } else {
+        moved = pass(0, fibers_.size(), block);
       }
       if (moved) continue;
       if (count(State::done) == fibers_.size()) return;
@@ -114,11 +114,15 @@ class Block {
 
   static unsigned char* shared() { return current_->shared_[0].bytes; }
 
-  static void copy_later(void* to, const void* from) {
-    current_->fibers_[threadIdx.x].copies.emplace_back(static_cast<Piece*>(to), static_cast<const Piece*>(from));
+  // 16 bytes, or zeros where there is no `from`, at some time before `finish_copies`: every other thread at once, the others
+  // as late as can be, so that both a missing wait and a place that is still being read show.
+  static void copy(void* to, const void* from) {
+    auto& copies = current_->fibers_[threadIdx.x].copies;
+    copies.emplace_back(static_cast<Piece*>(to), static_cast<const Piece*>(from));
+    if (threadIdx.x % 2) finish_copies();
   }
 
-  static void copy_now() {
+  static void finish_copies() {
     auto& copies = current_->fibers_[threadIdx.x].copies;
     for (const auto& [to, from] : copies) *to = from ? *from : Piece{};
     copies.clear();
@@ -143,6 +147,20 @@ class Block {
   static void enter() {
     current_->kernel_();
     current_->fibers_[threadIdx.x].state = State::done;
+  }
+
+  // Lets every thread of some go on to where it next waits; false where none could.
+  bool pass(unsigned first, size_t threads, unsigned block) {
+    bool moved = false;
+    for (unsigned i : permutation(threads, block)) {
+      const unsigned t = first + i;
+      if (fibers_[t].state != State::ready) continue;
+      moved = true;
+      threadIdx.x = t;
+      swapcontext(&scheduler_, &fibers_[t].context);
+      release_warp(t / 32);
+    }
+    return moved;
   }
 
   void yield(State state) {

@@ -36,9 +36,8 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   }
 }
 
-// As late as the instruction may: at `finish_copies`.
-inline void copy_16_bytes(void* to, const void* from, bool exists) { shim::Block::copy_later(to, exists ? from : nullptr); }
+inline void copy_16_bytes(void* to, const void* from, bool exists) { shim::Block::copy(to, exists ? from : nullptr); }
 
-inline void finish_copies() { shim::Block::copy_now(); }
+inline void finish_copies() { shim::Block::finish_copies(); }
 
 }  // namespace resdense::cuda
