@@ -123,6 +123,14 @@ def _conv(conv: str, x: str, fold: str, out: str, reader: bool):
     return run
 
 
+def _halo(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
+    """The 3x3 in CUDA C++, which activates its halo once; elsewhere the backend's own."""
+    if backend.name != "cuda":
+        return _conv("conv3", "z", "inner", "new", False)(backend, t)
+    scale, shift, _ = t.inner.affine
+    return [t.new, *torch.ops.resdense.bn_act_conv3x3(t.z, scale, shift, 0.0, t.conv3.weight, t.new, True)]
+
+
 def _backward1(need_weight: bool):
     def run(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
         into = Pending(t.D, t.x, None, t.beta, t.delta)
@@ -166,6 +174,7 @@ OPERATIONS = (
               _stock("x", "conv1", False)),
     Operation("bn_act_conv 3x3", _conv("conv3", "z", "inner", "new", False), lambda C: 160, lambda C: 2 * 9 * 128 * 32,
               _stock("z", "conv3", False)),
+    Operation("bn_act_conv3x3", _halo, lambda C: 160, lambda C: 2 * 9 * 128 * 32),
     Operation("bn_act_conv_backward 1x1 data", _backward1(False), lambda C: 3 * C + 256, lambda C: 2 * C * 128),
     Operation("bn_act_conv_backward 1x1", _backward1(True), lambda C: 4 * C + 512, lambda C: 4 * C * 128,
               _stock("x", "conv1", True)),

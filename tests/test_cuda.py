@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import cuda_cases
+import cuda_conv_cases
 import cuda_pool_cases
 import cuda_residual_cases
 import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-CHECKS = (*cuda_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS)
+CHECKS = (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS)
 
 
 @pytest.mark.gpu
@@ -25,6 +26,12 @@ def test_on_the_gpu(check):
     import resdense_ext  # noqa: F401
 
     check(torch.ops.resdense, "cuda")
+
+
+def test_on_the_cpu():
+    """What an operator that has a kernel for CUDA alone computes there: the reference."""
+    pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
+    cuda_conv_cases.check_bn_act_conv3x3(torch.ops.resdense, "cpu")
 
 
 def on_the_shim(source: str, target: Path, *options: str) -> Path:

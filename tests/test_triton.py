@@ -5,48 +5,51 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
+INTERPRETED = {
+    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32"),
+    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16"),
+    "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and (wide or 3x3)"),
+    "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
+    "dense block": ("test_dense_block.py", "test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton)"),
+    "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
+    "engine": ("triton_engine.py", ""),
+}
+"""Files, and which of their tests are run again in the interpreter."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def interpret(file: str, which: str) -> None:
-    """Runs tests of a file in the interpreter, which has to be chosen before Triton is imported."""
-    answer = subprocess.run(
+def interpret(file: str, which: str) -> subprocess.CompletedProcess:
+    """Runs tests in a process of their own: the interpreter has to be chosen before Triton is imported."""
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", str(TESTS / file), "-k", which],
         cwd=TESTS.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def interpreted(request):
+    """The runs that this session asks for, two at a time: the interpreter uses one core."""
+    asked = [i.callspec.params["name"] for i in request.session.items if i.originalname == "test_in_the_interpreter"]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(interpret, *INTERPRETED[name]) for name in asked}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_in_the_interpreter(interpreted, name):
+    answer = interpreted[name].result()
     assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
     assert " passed" in answer.stdout
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_convolutions(dtype):
-    interpret("test_primitives.py", f"TestConvolution and triton and {dtype}")
-
-
-def test_elementwise_and_the_rest():
-    interpret("test_primitives.py", "triton and not TestConvolution")
-
-
-def test_launches_and_allocations():
-    interpret("triton_engine.py", "")
-
-
-def test_dense_block():
-    interpret("test_dense_block.py", "test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton)")
-
-
-def test_residual_ends():
-    interpret("test_residual_ends.py", "")
 
 
 def test_resources_of_every_shipped_configuration(capsys):

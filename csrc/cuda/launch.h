@@ -34,20 +34,35 @@ class Launch {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // Of one multiprocessor, in bytes. A block can have all of it but the 1 KiB that every block costs.
+  int64_t shared_memory() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 
   template <typename... Parameters, typename... Args>
   void run(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
+    run_shared(0, kernel, blocks, threads, args...);
+  }
+
+  // With so many bytes of dynamic shared memory.
+  template <typename... Parameters, typename... Args>
+  void run_shared(int64_t bytes, void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
     RESDENSE_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "resdense: expected at most 2^31 - 1 blocks, got ", blocks);
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream_>>>(static_cast<Parameters>(args)...);
+    // What a kernel gets without asking for more.
+    if (bytes > 48 * 1024)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream_>>>(
+        static_cast<Parameters>(args)...);
     check(cudaGetLastError());
   }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
+  }
+
   static void check(cudaError_t error) {
     RESDENSE_CHECK(error == cudaSuccess, "resdense: CUDA error: ", cudaGetErrorString(error));
   }

@@ -6,7 +6,7 @@ import torch
 
 from resdense_ext import reference
 from resdense_ext.ops._library import CPU_LIBRARY, LIBRARY
-from resdense_ext.reference import Activation, accumulation_dtype
+from resdense_ext.reference import Activation, Conv, accumulation_dtype
 
 __all__: list[str] = []
 
@@ -50,6 +50,10 @@ def _bn_act_conv1x1_backward(
     return weight.new_empty((outputs if need_weight else 0, inputs)), *_vectors(x, inputs)
 
 
+def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):
+    return _vectors(out, out.shape[1] if stats else 0)
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -71,6 +75,12 @@ def _copy_map_cpu(x, out):
     if x.shape != out.shape:
         raise RuntimeError(f"out: expected shape {tuple(x.shape)} (that of x), got {tuple(out.shape)}")
     out.copy_(x)
+
+
+def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, stats):
+    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+    out.copy_(reference.convolution(activated, Conv(weight, padding=(1, 1))))
+    return reference.channel_stats(out) if stats else _vectors(out, 0)
 
 
 def _add_act_cpu(x, y, negative_slope):
@@ -106,11 +116,19 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _copy_map,
         _bn_act_conv1x1,
         _bn_act_conv1x1_backward,
+        _bn_act_conv3x3,
         _add_act,
         _add_act_backward,
         _bn_add_act,
         _bn_add_act_backward,
     ):
         torch.library.register_fake(f"resdense::{fake.__name__[1:]}", fake, lib=LIBRARY)
-    for kernel in (_copy_map_cpu, _add_act_cpu, _add_act_backward_cpu, _bn_add_act_cpu, _bn_add_act_backward_cpu):
+    for kernel in (
+        _copy_map_cpu,
+        _bn_act_conv3x3_cpu,
+        _add_act_cpu,
+        _add_act_backward_cpu,
+        _bn_add_act_cpu,
+        _bn_add_act_backward_cpu,
+    ):
         LIBRARY.impl(kernel.__name__[1:-4], kernel, "CPU")

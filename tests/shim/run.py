@@ -7,12 +7,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cuda_cases
+import cuda_conv_cases
 import cuda_pool_cases
 import cuda_residual_cases
 
 torch.set_num_threads(1)
 torch.ops.load_library(sys.argv[1])
-for check in (*cuda_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS):
+for check in (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS):
     # A shuffled order, since a missing barrier may show in none of the sorted ones, and several blocks a channel.
     torch.ops.resdense_shim.configure(2, 4)
     check(torch.ops.resdense_shim, "cpu")

@@ -1,6 +1,6 @@
 #pragma once
 // An execution model of a GPU's threads on the CPU, to run kernels under the sanitizers: a fiber a thread, one block at a
-// time; barriers and shuffles yield. Fibers that can go on do so in a chosen order, so that a missing barrier shows.
+// time; barriers and warp collectives yield. Fibers that can go on do so in a chosen order, so that a missing barrier shows.
 
 #include <ucontext.h>
 
@@ -36,7 +36,8 @@ struct Index {
   unsigned x = 0;
 };
 
-inline int order = 0;  // 0 forward, 1 reverse, else the seed of a shuffle
+// 0 forward and 1 reverse, all warps in step; else the seed of a shuffle, in which a warp goes as far as it can before the next.
+inline int order = 0;
 inline int multiprocessors = 1;
 
 }  // namespace shim
@@ -47,7 +48,8 @@ namespace shim {
 
 class Block {
  public:
-  Block(unsigned threads, const std::function<void()>& kernel) : kernel_(kernel), fibers_(threads) {
+  Block(unsigned threads, const std::function<void()>& kernel, size_t shared_bytes)
+      : kernel_(kernel), shared_bytes_(shared_bytes), fibers_(threads) {
     blockDim.x = threads;
     for (Fiber& fiber : fibers_) fiber.stack = std::make_unique<char[]>(kStack);
   }
@@ -55,9 +57,12 @@ class Block {
   void run(unsigned block) {
     blockIdx.x = block;
     current_ = this;
+    // Allocated to the byte, so that the address sanitizer sees what is beyond; and full of values that are not numbers.
+    shared_ = std::make_unique<Piece[]>(shared_bytes_ / sizeof(Piece));
+    std::memset(shared_.get(), 0xff, shared_bytes_);
     for (Fiber& fiber : fibers_) {
       fiber.state = State::ready;
-      fiber.shuffles = 0;
+      fiber.exchanges = 0;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
@@ -66,17 +71,16 @@ class Block {
     }
     for (;;) {
       bool moved = false;
-      for (unsigned t : permutation(fibers_.size(), block)) {
-        if (fibers_[t].state != State::ready) continue;
-        moved = true;
-        threadIdx.x = t;
-        swapcontext(&scheduler_, &fibers_[t].context);
-        release_warp(t / 32);
+      if (order > 1) {
+        for (unsigned warp : permutation((fibers_.size() + 31) / 32, block))
+          while (pass(warp * 32, std::min<size_t>(32, fibers_.size() - warp * 32), block)) moved = true;
+      } else {
+        moved = pass(0, fibers_.size(), block);
       }
       if (moved) continue;
       if (count(State::done) == fibers_.size()) return;
       if (count(State::barrier) != fibers_.size())
-        throw std::runtime_error("shim: not all threads of the block arrive at the barrier or shuffle");
+        throw std::runtime_error("shim: not all threads of the block arrive at the barrier or warp collective");
       for (Fiber& fiber : fibers_) fiber.state = State::ready;
     }
   }
@@ -91,33 +95,72 @@ class Block {
 
   static void barrier() { current_->yield(State::barrier); }
 
+  // What every lane of the warp brings, as a function of the lane; valid until this lane's next but one exchange.
   template <typename V>
-  static V shuffle_down(V value, unsigned delta) {
-    static_assert(sizeof(V) <= sizeof(uint64_t));
+  static auto exchange(const V& value) {
+    static_assert(sizeof(V) <= kSlot);
     const unsigned thread = threadIdx.x;
     Fiber& self = current_->fibers_[thread];
     // Two slots: a lane may write its next value before a neighbour has read this one, but not the one after.
-    const unsigned slot = self.shuffles++ % 2;
-    std::memcpy(&self.slots[slot], &value, sizeof(V));
-    current_->yield(State::shuffle);
-    if (thread % 32 + delta < 32) std::memcpy(&value, &current_->fibers_[thread + delta].slots[slot], sizeof(V));
-    return value;
+    const unsigned slot = self.exchanges++ % 2;
+    std::memcpy(self.slots[slot], &value, sizeof(V));
+    current_->yield(State::exchange);
+    return [slot, warp = thread - thread % 32](unsigned lane) {
+      V other;
+      std::memcpy(&other, current_->fibers_.at(warp + lane).slots[slot], sizeof(V));
+      return other;
+    };
+  }
+
+  static unsigned char* shared() { return current_->shared_[0].bytes; }
+
+  // 16 bytes, or zeros where there is no `from`, at some time before `finish_copies`: every other thread at once, the others
+  // as late as can be, so that both a missing wait and a place that is still being read show.
+  static void copy(void* to, const void* from) {
+    auto& copies = current_->fibers_[threadIdx.x].copies;
+    copies.emplace_back(static_cast<Piece*>(to), static_cast<const Piece*>(from));
+    if (threadIdx.x % 2) finish_copies();
+  }
+
+  static void finish_copies() {
+    auto& copies = current_->fibers_[threadIdx.x].copies;
+    for (const auto& [to, from] : copies) *to = from ? *from : Piece{};
+    copies.clear();
   }
 
  private:
   static constexpr size_t kStack = 64 * 1024;
-  enum class State { ready, barrier, shuffle, done };
+  static constexpr size_t kSlot = 32;
+  enum class State { ready, barrier, exchange, done };
+  struct alignas(16) Piece {
+    unsigned char bytes[16];
+  };
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state;
-    unsigned shuffles;
-    uint64_t slots[2];
+    unsigned exchanges;
+    unsigned char slots[2][kSlot];
+    std::vector<std::pair<Piece*, const Piece*>> copies;
   };
 
   static void enter() {
     current_->kernel_();
     current_->fibers_[threadIdx.x].state = State::done;
+  }
+
+  // Lets every thread of some go on to where it next waits; false where none could.
+  bool pass(unsigned first, size_t threads, unsigned block) {
+    bool moved = false;
+    for (unsigned i : permutation(threads, block)) {
+      const unsigned t = first + i;
+      if (fibers_[t].state != State::ready) continue;
+      moved = true;
+      threadIdx.x = t;
+      swapcontext(&scheduler_, &fibers_[t].context);
+      release_warp(t / 32);
+    }
+    return moved;
   }
 
   void yield(State state) {
@@ -129,7 +172,7 @@ class Block {
   void release_warp(unsigned warp) {
     const size_t end = std::min<size_t>(fibers_.size(), warp * 32 + 32);
     for (size_t t = warp * 32; t < end; ++t)
-      if (fibers_[t].state != State::shuffle) return;
+      if (fibers_[t].state != State::exchange) return;
     for (size_t t = warp * 32; t < end; ++t) fibers_[t].state = State::ready;
   }
 
@@ -141,14 +184,17 @@ class Block {
 
   static inline Block* current_ = nullptr;
   const std::function<void()>& kernel_;
+  const size_t shared_bytes_;
   std::vector<Fiber> fibers_;
+  std::unique_ptr<Piece[]> shared_;
   ucontext_t scheduler_;
 };
 
-inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
-  if (threads == 0 || threads > 1024 || blocks == 0) throw std::runtime_error("shim: bad launch configuration");
+inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel, size_t shared_bytes = 0) {
+  if (threads == 0 || threads > 1024 || blocks == 0 || shared_bytes % 16 != 0)
+    throw std::runtime_error("shim: bad launch configuration");
   gridDim.x = blocks;
-  Block block(threads, kernel);
+  Block block(threads, kernel, shared_bytes);
   for (unsigned b : Block::permutation(blocks, 0)) block.run(b);
 }
 
@@ -158,5 +204,12 @@ inline void __syncthreads() { shim::Block::barrier(); }
 
 template <typename V>
 inline V __shfl_down_sync(unsigned, V value, unsigned delta) {
-  return shim::Block::shuffle_down(value, delta);
+  const auto values = shim::Block::exchange(value);
+  const unsigned from = threadIdx.x % 32 + delta;
+  return from < 32 ? values(from) : value;
+}
+
+template <typename V>
+inline V __shfl_xor_sync(unsigned, V value, unsigned mask) {
+  return shim::Block::exchange(value)(threadIdx.x % 32 ^ mask);
 }

@@ -10,10 +10,16 @@ class Launch {
   explicit Launch(const Tensor&) {}
 
   int multiprocessors() const { return shim::multiprocessors; }
+  int64_t shared_memory() const { return 100 * 1024; }
 
   template <typename... Parameters, typename... Args>
   void run(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
-    shim::launch(blocks, threads, [&] { kernel(static_cast<Parameters>(args)...); });
+    run_shared(0, kernel, blocks, threads, args...);
+  }
+
+  template <typename... Parameters, typename... Args>
+  void run_shared(int64_t bytes, void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
+    shim::launch(blocks, threads, [&] { kernel(static_cast<Parameters>(args)...); }, bytes);
   }
 };
 

@@ -1,0 +1,154 @@
+#include "bn_act_conv3x3.cuh"
+
+#include <tuple>
+
+#include "launch.h"
+
+namespace resdense::cuda {
+namespace {
+
+constexpr int64_t kConvChannels = 256, kConvOutputs = 64;
+
+struct Shape {
+  int64_t rows, columns, strips, tiles;
+};
+
+// Of the tiles of at most so many positions, and so many with those around them, the shape of which the fewest cover the
+// stack; and of these the one that reads least.
+Shape shape_of_tiles(int64_t stack, int64_t width, int64_t positions, int64_t halo) {
+  Shape best{};
+  int64_t least = 0;
+  for (int64_t columns = std::min<int64_t>(width, 32); columns >= std::min<int64_t>(width, 4); --columns) {
+    const int64_t rows = std::min({positions / columns, halo / (columns + 2) - 2, stack});
+    const int64_t strips = ceil_div(width, columns), tiles = strips * ceil_div(stack, rows);
+    const int64_t around = (rows + 2) * (columns + 2);
+    if (best.tiles == 0 || std::tuple(tiles, around) < std::tuple(best.tiles, least)) {
+      best = {rows, columns, strips, tiles};
+      least = around;
+    }
+  }
+  return best;
+}
+
+template <typename T, int N16, bool LARGE>
+void run(const Launch& on, Conv3x3<T> p, const Shape& shape, Tensor& mean, Tensor& m2) {
+  using Tile = ConvTile<N16, LARGE>;
+  const int64_t chunks = ceil_div(p.channels, kConvChunk), memory = on.shared_memory();
+  const auto fits = [&](int64_t slots) { return Tile::kBlocks * (Tile::bytes(chunks, slots) + 1024) <= memory; };
+  p.slots = static_cast<int>(chunks <= 2 || fits(chunks) ? chunks : 2);
+  const int64_t blocks = std::min<int64_t>(shape.tiles, on.multiprocessors() * Tile::kBlocks);
+
+  Tensor parts;
+  const bool stats = mean.numel() != 0;
+  if (stats) {
+    parts = torch::stable::new_empty(mean, {1 + 2 * p.outputs, blocks});
+    p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  }
+  on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
+  if (stats) {
+    on.run(bn_act_conv3x3_stats_kernel, p.outputs, 32, p.parts, blocks, p.outputs,
+           static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(m2.mutable_data_ptr()));
+  }
+}
+
+template <typename T, int N16>
+void run(const Launch& on, Conv3x3<T> p, Tensor& mean, Tensor& m2) {
+  const auto shape = [&](auto tile) { return shape_of_tiles(p.rows, p.width, tile.kPositions, tile.kHalo); };
+  const auto start = [&]<bool LARGE>(const Shape& s) {
+    RESDENSE_CHECK(s.tiles <= std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 tiles, got ", s.tiles);
+    p.tile_rows = static_cast<int>(s.rows), p.tile_columns = static_cast<int>(s.columns);
+    p.strips = static_cast<int>(s.strips), p.tiles = static_cast<int>(s.tiles);
+    run<T, N16, LARGE>(on, p, s, mean, m2);
+  };
+  // Small tiles have to read more, but leave half of the device idle less often.
+  const Shape large = shape(ConvTile<N16, true>{});
+  if (2 * large.tiles > on.multiprocessors())
+    start.template operator()<true>(large);
+  else
+    start.template operator()<false>(shape(ConvTile<N16, false>{}));
+}
+
+template <typename T>
+void run(const Launch& on, const Conv3x3<T>& p, Tensor& mean, Tensor& m2) {
+  switch (ceil_div(p.outputs, 16)) {
+    case 1: return run<T, 1>(on, p, mean, m2);
+    case 2: return run<T, 2>(on, p, mean, m2);
+    case 3: return run<T, 3>(on, p, mean, m2);
+    default: return run<T, 4>(on, p, mean, m2);
+  }
+}
+
+void check_channels(const Map& m, const char* name, int64_t most) {
+  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
+                 ", got ", m.C);
+}
+
+void check_rows(const Map& m, const Tensor& t, const char* name) {
+  const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
+  RESDENSE_CHECK(m.channels_last && vectors, name,
+                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ", stride_string(t),
+                 aligned(m.data) ? "" : " at an address that is not aligned");
+}
+
+std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+                                          const Tensor& weight, const Tensor& out, bool stats) {
+  const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
+  RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
+                 "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
+  check_channels(from, "x", kConvChannels);
+  check_dtype(out, "out", from.dtype);
+  check_same_device(out, "out", x, "x");
+  const int64_t height = x.size(2), width = x.size(3);
+  RESDENSE_CHECK(out.dim() == 4 && out.size(0) == from.N && out.size(2) == height && out.size(3) == width,
+                 "out: expected the samples and positions of x, whose shape is ", shape_string(x), ", got shape ",
+                 shape_string(out));
+  check_channels(to, "out", kConvOutputs);
+  RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == to.C && weight.size(1) == from.C && weight.size(2) == 3 &&
+                     weight.size(3) == 3,
+                 "weight: expected shape (", to.C, ", ", from.C, ", 3, 3), got ", shape_string(weight));
+  check_dtype(weight, "weight", from.dtype);
+  check_same_device(weight, "weight", x, "x");
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+
+  Tensor mean = torch::stable::new_empty(scale, {stats ? to.C : 0}), m2 = torch::stable::new_empty(scale, {stats ? to.C : 0});
+  if (from.numel() == 0) {
+    torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
+    torch::stable::fill_(m2, 0.0);
+    return {mean, m2};
+  }
+  check_rows(from, x, "x");
+  check_rows(to, out, "out");
+  const int64_t rows = from.N * (height + 1) - 1;
+  RESDENSE_CHECK(rows < std::numeric_limits<int32_t>::max() / 2 && width < std::numeric_limits<int32_t>::max() / 2,
+                 "x: expected less than 2^30 rows and columns, got ", rows, " and ", width);
+
+  const Launch on(x);
+  // Free for the weights of a channels-last network.
+  Tensor rows_of_channels = torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (!aligned(rows_of_channels.const_data_ptr())) rows_of_channels = torch::stable::clone(rows_of_channels);
+  const auto start = [&](auto zero) {
+    using T = decltype(zero);
+    Conv3x3<T> p{};
+    p.x = static_cast<const T*>(from.data), p.out = static_cast<T*>(to.data);
+    p.scale = static_cast<const float*>(scale.const_data_ptr()), p.shift = static_cast<const float*>(shift.const_data_ptr());
+    p.weight = static_cast<const T*>(rows_of_channels.const_data_ptr());
+    p.slope = static_cast<float>(negative_slope);
+    p.x_sn = from.sn, p.x_ss = from.ss, p.out_sn = to.sn, p.out_ss = to.ss;
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
+    p.rows = static_cast<int>(rows), p.height = static_cast<int>(height), p.width = static_cast<int>(width);
+    run(on, p, mean, m2);
+  };
+  if (from.dtype == ScalarType::Half)
+    start(__half{});
+  else
+    start(__nv_bfloat16{});
+  return {mean, m2};
+}
+
+}  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_act_conv3x3", TORCH_BOX(&bn_act_conv3x3)); }
+
+}  // namespace resdense::cuda

@@ -1,0 +1,222 @@
+"""Checks of the CUDA convolution whose halo is activated in shared memory, run as those of cuda_cases.py."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from cuda_cases import make
+from tolerance import assert_within_rule, torch_runs, true_run
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops.conv3x3 import refusal
+from resdense_ext.reference import Activation, Conv
+
+ACTIVATIONS = (Activation("relu"), Activation("leaky_relu", 0.2), Activation("identity"))
+SLOPES = {"relu": 0.0, "leaky_relu": 0.2, "identity": 1.0}
+
+
+class Case(NamedTuple):
+    """``multiprocessors`` is how large the shim's device is: small tiles are for those that large ones would not fill."""
+
+    shape: tuple[int, int, int, int]
+    outputs: int
+    multiprocessors: int
+
+
+SMALL_TILES, LARGE_TILES = 64, 1
+CASES = (
+    Case((1, 16, 1, 1), 8, SMALL_TILES),
+    Case((2, 32, 5, 3), 16, SMALL_TILES),
+    Case((3, 48, 7, 7), 32, SMALL_TILES),  # half a chunk of channels, tiles across samples
+    Case((1, 8, 1, 19), 40, SMALL_TILES),
+    Case((2, 24, 11, 9), 48, 4),  # several tiles a block
+    Case((1, 104, 6, 5), 64, SMALL_TILES),  # weights a chunk ahead of the products, a chunk cut off
+    Case((5, 96, 9, 9), 16, 3),  # weights of three chunks that stay
+    Case((2, 40, 9, 21), 32, LARGE_TILES),  # overhanging tiles
+    Case((1, 128, 3, 37), 16, LARGE_TILES),  # tiles side by side
+    Case((20, 16, 4, 3), 48, LARGE_TILES),
+    Case((1, 72, 5, 4), 64, LARGE_TILES),
+)
+# What takes the shim too long.
+GPU_CASES = (
+    Case((12, 128, 56, 56), 32, 0),
+    Case((32, 128, 7, 7), 32, 0),
+    Case((24, 192, 28, 28), 48, 0),
+    Case((9, 256, 33, 65), 64, 0),
+    Case((1, 64, 130, 257), 16, 0),
+)
+
+
+def configure(ops, multiprocessors: int, order: int = 2) -> None:
+    if hasattr(ops, "configure"):
+        ops.configure(order, multiprocessors)
+
+
+def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The input is a slice of a buffer that is NaN elsewhere."""
+    channels = case.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    scale, shift = torch.randn(2, channels, generator=generator).to(device)
+    weight = torch.randn(case.outputs, channels, 3, 3, generator=generator) / math.sqrt(9 * channels)
+    x = make(case.shape, dtype, "channels_last_slice", device)
+    return {"x": x, "scale": scale, "shift": shift, "weight": weight.to(device, dtype)}
+
+
+def convolved(ops, inputs: dict[str, Tensor], activation: Activation, stats: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, a slice of a buffer in which nothing else is written, and its statistics."""
+    x, weight = inputs["x"], inputs["weight"]
+    out = make((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype, "channels_last_slice", x.device.type).fill_(math.nan)
+    assert refusal(x, Conv(weight, padding=(1, 1)), out) is None
+    mean, m2 = ops.bn_act_conv3x3(x, inputs["scale"], inputs["shift"], SLOPES[activation.name], weight, out, stats)
+    nans = int(out._base.isnan().sum()) - int(out.isnan().sum())
+    assert nans == out._base.numel() - out.numel(), "written outside of the slice"
+    return out, mean, m2
+
+
+def assert_right(inputs: dict[str, Tensor], activation: Activation, out: Tensor, mean: Tensor, m2: Tensor) -> None:
+    def run(maps, params):
+        activated = reference.apply_pending(maps["x"], params["scale"], params["shift"], activation)
+        return {"out": reference.convolution(activated, Conv(params["weight"], padding=(1, 1)))}
+
+    params = {name: t.cpu() for name, t in inputs.items()}
+    maps = {"x": params.pop("x")}
+    out = out.cpu()
+    assert_within_rule({"out": out}, true_run(run, maps, params), torch_runs(run, maps, params), out.dtype)
+
+    def stats(maps, params):
+        return dict(zip(("mean", "m2"), reference.channel_stats(maps["out"])))
+
+    # Of what was written, rounded as it is.
+    written = {"out": out.float()}
+    ours = {"mean": mean.cpu(), "m2": m2.cpu()}
+    assert_within_rule(ours, true_run(stats, written, {}), torch_runs(stats, written, {}), torch.float32)
+
+
+def check_bn_act_conv3x3(ops, device: str) -> None:
+    for i, case in enumerate(CASES + (GPU_CASES if device == "cuda" else ())):
+        configure(ops, case.multiprocessors)
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        activation = ACTIVATIONS[i % 3]
+        inputs = tensors(case, dtype, device)
+        if i % 2:
+            inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+        assert_right(inputs, activation, *convolved(ops, inputs, activation))
+
+
+def check_bn_act_conv3x3_without_stats(ops, device: str) -> None:
+    configure(ops, SMALL_TILES)
+    inputs = tensors(CASES[1], torch.bfloat16, device)
+    out, mean, m2 = convolved(ops, inputs, ACTIVATIONS[0])
+    other, *nothing = convolved(ops, inputs, ACTIVATIONS[0], stats=False)
+    assert torch.equal(out, other)
+    assert all(t.shape == (0,) and t.dtype == torch.float32 for t in nothing)
+
+
+def check_bn_act_conv3x3_repeats(ops, device: str) -> None:
+    """Bitwise, whatever order the threads run in."""
+    for case in (CASES[2], CASES[4], CASES[8]):
+        inputs = tensors(case, torch.bfloat16, device)
+        results = []
+        for order in (0, 1, 2, 3):
+            configure(ops, case.multiprocessors, order)
+            results.append(convolved(ops, inputs, ACTIVATIONS[0]))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def check_bn_act_conv3x3_far_mean(ops, device: str) -> None:
+    """A mean of many deviations: the centre tap copies a map of values around 1000, its smallest steps apart."""
+    configure(ops, 4)
+    inputs = tensors(Case((3, 8, 11, 10), 8, 4), torch.float16, device)
+    steps = torch.arange(3 * 8 * 11 * 10, device=device).view(3, 8, 11, 10) % 7
+    inputs["x"].copy_(1000 + 0.5 * (steps % 3 == 0) + 0.5 * (steps > 4))
+    inputs["scale"].fill_(1)
+    inputs["shift"].zero_()
+    inputs["weight"].zero_()[:, :, 1, 1] = torch.eye(8, dtype=torch.float16, device=device)
+    out, mean, m2 = convolved(ops, inputs, ACTIVATIONS[0])
+    assert torch.equal(out, inputs["x"])
+    values = out.double().transpose(0, 1).flatten(1)
+    deviation = values.std(1)
+    assert bool((values.mean(1) > 1000 * deviation).all())
+    assert_right(inputs, ACTIVATIONS[0], out, mean, m2)
+
+
+def check_bn_act_conv3x3_special_values(ops, device: str) -> None:
+    """NaN and infinity reach the positions around them and no others, as in torch."""
+    configure(ops, SMALL_TILES)
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = tensors(Case((2, 16, 9, 9), 8, SMALL_TILES), dtype, device)
+        inputs["scale"].fill_(1)
+        inputs["weight"].abs_()
+        x = inputs["x"]
+        x[0, 3, 0, 0], x[0, 5, 4, 4], x[0, 7, 7, 8], x[1, 0, 8, 4] = math.nan, math.inf, -math.inf, math.inf
+        for activation in (Activation("relu"), Activation("identity")):
+            out, *_ = convolved(ops, inputs, activation)
+            activated = reference.apply_pending(x, inputs["scale"], inputs["shift"], activation)
+            stock = reference.convolution(activated.double(), Conv(inputs["weight"].double(), padding=(1, 1)))
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(out), kind(stock)), (dtype, activation, kind)
+            assert bool(stock.isnan().any()) and bool(stock.isinf().any()) and bool(stock.isfinite().any())
+
+
+def check_bn_act_conv3x3_empty(ops, device: str) -> None:
+    for shape in ((0, 16, 4, 4), (2, 16, 0, 4)):
+        inputs = tensors(Case(shape, 8, SMALL_TILES), torch.bfloat16, device)
+        out = torch.empty(shape[0], 8, *shape[2:], dtype=torch.bfloat16, device=device)
+        mean, m2 = ops.bn_act_conv3x3(inputs["x"], inputs["scale"], inputs["shift"], 0.0, inputs["weight"], out, True)
+        assert bool(mean.isnan().all()) and torch.equal(m2, torch.zeros_like(mean)) and mean.shape == (8,)
+
+
+def check_bn_act_conv3x3_errors(ops, device: str) -> None:
+    """What the operator refuses, `refusal` refuses too, as far as it sees it."""
+
+    def last(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+
+    right = {"x": last(2, 16, 5, 6), "weight": last(8, 16, 3, 3), "out": last(2, 8, 5, 6)}
+    vector = torch.zeros(16, device=device)
+    for message, refused, change in (
+        (r"x: expected dtype bfloat16 or float16, got float32", True, {"x": right["x"].float()}),
+        (r"x: expected shape \(N, C, H, W\), got \(2, 16, 5\)", False, {"x": right["x"][..., 0]}),
+        (r"x: expected a multiple of 8 channels, at most 256, got 12", True, {"x": last(2, 12, 5, 6)}),
+        (r"x: expected a multiple of 8 channels, at most 256, got 264", True, {"x": last(2, 264, 5, 6)}),
+        (r"x: expected channels_last, .* aligned to 16 bytes, got strides \(480, 30, 6, 1\)", True, {"x": right["x"].contiguous()}),
+        (r"x: expected channels_last, .* got strides \(600, 1, 120, 20\)$", True, {"x": last(2, 20, 5, 6)[:, :16]}),
+        (r"x: expected channels_last, .* at an address that is not aligned", True, {"x": last(2, 24, 5, 6)[:, 4:20]}),
+        (r"x: expected spatial positions with one stride", True, {"x": last(2, 16, 5, 7)[..., :6]}),
+        (r"out: expected dtype bfloat16, got float16", True, {"out": right["out"].half()}),
+        (r"out: expected the samples and positions of x, .* got shape \(2, 8, 6, 5\)", False, {"out": last(2, 8, 6, 5)}),
+        (r"out: expected a multiple of 8 channels, at most 64, got 72", True, {"out": last(2, 72, 5, 6)}),
+        (r"out: expected channels_last", True, {"out": right["out"].contiguous()}),
+        (r"out: expected a tensor whose elements do not overlap", False, {"out": right["out"][:1].expand(2, -1, -1, -1)}),
+        (r"weight: expected shape \(8, 16, 3, 3\), got \(8, 16, 1, 1\)", True, {"weight": last(8, 16, 1, 1)}),
+        (r"weight: expected dtype bfloat16, got float32", True, {"weight": right["weight"].float()}),
+        (r"scale: expected shape \(16,\), one value a channel of x, got \(8\)", False, {"scale": vector[:8]}),
+        (r"shift: expected dtype float32, got float64", False, {"shift": vector.double()}),
+    ):
+        given = {**right, "scale": vector, "shift": vector, **change}
+        before = given["out"].clone()
+        with pytest.raises(RuntimeError, match=message):
+            ops.bn_act_conv3x3(given["x"], given["scale"], given["shift"], 0.0, given["weight"], given["out"], True)
+        assert torch.equal(given["out"], before)
+        if refused:
+            assert refusal(given["x"], Conv(given["weight"], padding=(1, 1)), given["out"]) is not None
+    conv = Conv(right["weight"], padding=(1, 1))
+    bias = torch.zeros(8, dtype=torch.bfloat16, device=device)
+    for other in (conv._replace(padding=(0, 0)), conv._replace(dilation=(2, 2)), conv._replace(groups=2), conv._replace(bias=bias)):
+        assert refusal(right["x"], other, right["out"]) is not None
+
+
+CHECKS = (
+    check_bn_act_conv3x3,
+    check_bn_act_conv3x3_without_stats,
+    check_bn_act_conv3x3_repeats,
+    check_bn_act_conv3x3_far_mean,
+    check_bn_act_conv3x3_special_values,
+    check_bn_act_conv3x3_empty,
+    check_bn_act_conv3x3_errors,
+)
