@@ -64,7 +64,7 @@ def test_resources_of_every_shipped_configuration(capsys):
         op, taps, precision, arch, *_, registers, stack, shared, wgmma = row.split()
         assert stack == "0", row
         assert int(shared) <= triton_aot.SHARED_LIMIT[int(arch.removeprefix("sm_"))], row
-        assert wgmma == "yes" or arch != "sm_90" or precision != "16", row
+        assert wgmma == "yes" or arch != "sm_90" or precision != "16" or taps == "-", row
     kept = TABLE.read_text().splitlines()
     refresh = "python tests/triton_aot.py > tests/triton_resources.txt"
     if kept[0] == version:

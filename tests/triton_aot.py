@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 from unittest import mock
 
 import torch
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resdense_ext.kernels import configs, launch  # noqa: E402
+from resdense_ext.kernels import bn_act, channel_stats, configs, elementwise, fold, launch  # noqa: E402
 from resdense_ext.kernels.bn_act_conv import bn_act_conv  # noqa: E402
 from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward  # noqa: E402
 from resdense_ext.reference import Activation, BatchNorm, Conv  # noqa: E402
@@ -120,17 +120,55 @@ def launch_of(key: configs.Key, last: bool, plain: bool) -> Launch:
     return found
 
 
-def _entries() -> list[tuple[configs.Key, bool, bool]]:
-    return [(key, last, plain) for key in configs.table() for last, plain in ((True, False), (False, True))]
+def _elementwise(last: bool) -> dict[str, Launch]:
+    """A launch of every kernel without products, in bfloat16."""
+    x, y = (_map(96, torch.bfloat16, last, 256) for _ in range(2))
+    v, relu = torch.empty(96), Activation()
+    calls = {
+        "channel_stats": lambda: channel_stats.channel_stats(x),
+        "fold": lambda: fold.fold(v, v, 9.0, 1e-5, v, v),
+        "bn_act": lambda: bn_act.bn_act(x, v, v, relu, y),
+        "bn_act_backward": lambda: bn_act.bn_act_backward(y, x, v, v, v, relu),
+        "bn_act_backward_accumulate": lambda: bn_act.bn_act_backward_accumulate(y, x, x, v, v, v, relu),
+        "pending_grad": lambda: elementwise.pending_grad(y, x, v, v, v),
+        "add_act": lambda: elementwise.add_act(x, y, 0.0),
+        "add_act_backward": lambda: elementwise.add_act_backward(x, y, 0.0),
+        "bn_add_act": lambda: elementwise.bn_add_act(x, v, v, y, v, v, 0.0),
+        "copy_map": lambda: elementwise.copy_map(x, _map(96, torch.float32, not last, 96)),
+    }
+    found = {}
+    for name, call in calls.items():
+        with recorded() as launches:
+            call()
+        (found[name],) = launches
+    return found
 
 
-def _line(entry: tuple[configs.Key, bool, bool]) -> str:
-    key, last, plain = entry
-    found = compile_launch(launch_of(key, last, plain), key.arch)
+class Entry(NamedTuple):
+    """A row of the table: of the configurations' table where ``key`` is there, else the kernel of that name."""
+
+    name: str
+    arch: int
+    last: bool
+    plain: bool
+    key: Optional[configs.Key] = None
+
+
+def _entries() -> list[Entry]:
+    variants = ((True, False), (False, True))
+    products = [Entry(key.op, key.arch, *variant, key) for key in configs.table() for variant in variants]
+    names = _elementwise(True)
+    return products + [Entry(name, arch, last, False) for name in names for arch in SHARED_LIMIT for last in (True, False)]
+
+
+def _line(entry: Entry) -> str:
+    name, arch, last, plain, key = entry
+    found = compile_launch(launch_of(key, last, plain) if key else _elementwise(last)[name], arch)
     layout, kind = "last" if last else "first", "plain" if plain else "dense"
-    config = "x".join(map(str, configs.table()[key]))
+    taps, precision = key[1:3] if key else ("-", "16")
+    config = "x".join(map(str, configs.table()[key])) if key else "-"
     return (
-        f"{key.op:28} {key.taps:5} {key.precision:5} sm_{key.arch:<4} {layout:6} {kind:6} {config:20} "
+        f"{name:28} {taps:5} {precision:5} sm_{arch:<4} {layout:6} {kind:6} {config:20} "
         f"{found.registers:9} {found.stack:6} {found.shared:7} {'yes' if found.wgmma else 'no'}"
     )
 
