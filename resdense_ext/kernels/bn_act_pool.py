@@ -121,10 +121,12 @@ def bn_act_global_pool_fwd_kernel(
     tl.store(out_ptr + sample * C + channels, rounded(total / S, out_ptr.dtype.element_ty), mask=mask)
 
 
-def _pool(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation, windows: Windows, out: Tensor, taps: Optional[Tensor]):
+def _pool(
+    x: Tensor, scale: Tensor, shift: Tensor, activation: Activation, windows: Windows, out: Tensor, taps: Optional[Tensor]
+) -> None:
     m, to = Map.of(x), Map.of(out, "out")
-    _check_shape(out, "out", windows.pooled(x), "the pooled x")
     chosen = to if taps is None else _map_of_taps(taps, windows, x)
+    _check_shape(out, "out", windows.pooled(x), "the pooled x")
     if out.numel() == 0:
         return
     tiling = tiling_of(to)

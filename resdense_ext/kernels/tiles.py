@@ -125,8 +125,8 @@ def sum_rows(tile):
     """The sum over a tile's positions, as a tree."""
     if _INTERPRETED:
         # The interpreter would add row after row in one long chain of roundings.
-        while tile.shape[0] > 1:
-            tile = tl.sum(tl.reshape(tile, (2, tile.shape[0] // 2, tile.shape[1])), 0)
+        while tile.shape[0] > 8:
+            tile = tl.sum(tl.reshape(tile, (8, tile.shape[0] // 8, tile.shape[1])), 0)
     return tl.sum(tile, 0)
 
 
