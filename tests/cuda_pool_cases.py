@@ -133,6 +133,16 @@ def check_max_pool(ops, device: str) -> None:
             assert taps._base is None or int((taps._base == 255).sum()) == taps._base.numel() - taps.numel(), note
 
 
+def check_max_pool_compares_what_is_written(ops, device: str) -> None:
+    """Two values that bfloat16 cannot tell apart: the first is the maximum, although the second is larger."""
+    x = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16, device=device).view(1, 1, 2).repeat(1, 2, 1)
+    scale, shift = torch.ones(2, device=device) / 512, torch.ones(2, device=device)
+    out = x.new_empty((1, 2, 1))
+    taps = torch.empty((1, 2, 1), dtype=torch.uint8, device=device)
+    ops.bn_act_max_pool(x, scale, shift, 0.0, [2], [2], [0], out, taps)
+    assert bool(out.eq(1).all()) and bool(taps.eq(0).all())
+
+
 def check_global_pool(ops, device: str) -> None:
     slopes = itertools.cycle((0.0, 0.1, 1.0))
     for shape, dtype, layout, _ in cases():
@@ -315,6 +325,7 @@ def check_pool_errors(ops, device: str) -> None:
 CHECKS = (
     check_avg_pool,
     check_max_pool,
+    check_max_pool_compares_what_is_written,
     check_global_pool,
     check_pool_backward,
     check_pool_repeats,

@@ -14,7 +14,7 @@ TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
     "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32"),
-    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16"),
+    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and (wide or 3x3)"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and (wide or 3x3)"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
     "dense block": ("test_dense_block.py", "test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton)"),

@@ -28,9 +28,11 @@ struct Average {
   __device__ W result(int k) const { return sum[k] / W(taps); }
 };
 
-// A window's maximum and its tap as torch chooses it: the first of equals, the last NaN.
-template <typename W, int VEC>
+// A window's maximum and its tap as torch chooses it: the first of equals, the last NaN; of the values as they would have been
+// written.
+template <typename T, int VEC>
 struct Maximum {
+  using W = wide_t<T>;
   W largest[VEC];
   uint8_t tap[VEC];
 
@@ -43,6 +45,9 @@ struct Maximum {
   }
 
   __device__ void add(int k, W y, int at) {
+    T rounded;
+    narrow(y, rounded);
+    y = widen(rounded);
     if (y > largest[k] || y != y) {
       largest[k] = y;
       tap[k] = static_cast<uint8_t>(at);
@@ -74,7 +79,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     const Box box = windows.inputs_of(at.s);
     auto pool = [&] {
       if constexpr (MAXIMUM)
-        return Maximum<W, VEC>(box.first_tap());
+        return Maximum<T, VEC>(box.first_tap());
       else
         return Average<W, VEC>{windows.taps};
     }();
