@@ -20,10 +20,13 @@ INTERPRETED = {
     "dense block": ("test_dense_block.py", "test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton)"),
     "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
     "engine": ("triton_engine.py", ""),
+    "operators": ("triton_kernels.py", "not pool"),
+    "pools": ("triton_kernels.py", "pool"),
 }
 """Files, and which of their tests are run again in the interpreter."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from triton_kernels import CHECKS, Kernels  # noqa: E402
 
 
 def interpret(file: str, which: str) -> subprocess.CompletedProcess:
@@ -50,6 +53,12 @@ def test_in_the_interpreter(interpreted, name):
     answer = interpreted[name].result()
     assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
     assert " passed" in answer.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_on_the_gpu(check):
+    check(Kernels(), "cuda")
 
 
 def test_resources_of_every_shipped_configuration(capsys):

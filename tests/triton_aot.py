@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resdense_ext.kernels import bn_act, channel_stats, configs, elementwise, fold, launch  # noqa: E402
+from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, configs, elementwise, fold, launch  # noqa: E402
 from resdense_ext.kernels.bn_act_conv import bn_act_conv  # noqa: E402
 from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward  # noqa: E402
 from resdense_ext.reference import Activation, BatchNorm, Conv  # noqa: E402
@@ -124,6 +124,9 @@ def _elementwise(last: bool) -> dict[str, Launch]:
     """A launch of every kernel without products, in bfloat16."""
     x, y = (_map(96, torch.bfloat16, last, 256) for _ in range(2))
     v, relu = torch.empty(96), Activation()
+    halves, thirds = ([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1])
+    pooled, means = _map(96, x.dtype, last, 96)[..., ::2, ::2].clone(), torch.empty((8, 96, 1, 1), dtype=x.dtype)
+    taps = pooled.to(torch.uint8)
     calls = {
         "channel_stats": lambda: channel_stats.channel_stats(x),
         "fold": lambda: fold.fold(v, v, 9.0, 1e-5, v, v),
@@ -134,6 +137,15 @@ def _elementwise(last: bool) -> dict[str, Launch]:
         "add_act": lambda: elementwise.add_act(x, y, 0.0),
         "add_act_backward": lambda: elementwise.add_act_backward(x, y, 0.0),
         "bn_add_act": lambda: elementwise.bn_add_act(x, v, v, y, v, v, 0.0),
+        "bn_add_act_backward": lambda: elementwise.bn_add_act_backward(x, y, y, v, x, v, 0.0),
+        "bn_act_avg_pool": lambda: bn_act_pool.bn_act_avg_pool(x, v, v, relu, *halves, pooled),
+        "bn_act_avg_pool_backward": lambda: bn_act_pool.bn_act_avg_pool_backward(pooled, x, v, v, v, relu, *halves, y, True),
+        "bn_act_max_pool": lambda: bn_act_pool.bn_act_max_pool(x, v, v, relu, *thirds, pooled, taps),
+        "bn_act_max_pool_backward": lambda: bn_act_pool.bn_act_max_pool_backward(
+            pooled, taps, x, v, v, v, relu, *thirds, y, True
+        ),
+        "bn_act_global_pool": lambda: bn_act_pool.bn_act_global_pool(x, v, v, relu),
+        "bn_act_global_pool_backward": lambda: bn_act_pool.bn_act_global_pool_backward(means, x, v, v, v, relu, y, True),
         "copy_map": lambda: elementwise.copy_map(x, _map(96, torch.float32, not last, 96)),
     }
     found = {}

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from resdense_ext.kernels.launch import launch, programs, tickets
 from resdense_ext.kernels.maps import Map
-from resdense_ext.kernels.stats import sum_programs
+from resdense_ext.kernels.stats import finish_sums
 from resdense_ext.kernels.tiles import (
     activate,
-    activation_slope,
-    last_arrival,
     load_tile,
+    masked,
     rounded,
     row_offsets,
     store_tile,
@@ -23,7 +22,7 @@ from resdense_ext.kernels.tiles import (
 from resdense_ext.kernels.walk import load_vector, tile_at, tiling_of, wide
 from resdense_ext.reference import Activation, accumulation_dtype
 
-__all__ = ["bn_act", "bn_act_backward", "bn_act_backward_accumulate"]
+__all__ = ["bn_act", "bn_act_backward", "bn_act_backward_accumulate", "mask_and_sum", "mask_tile"]
 
 
 @triton.jit
@@ -40,9 +39,29 @@ def bn_act_fwd_kernel(
 
 
 @triton.jit
+def mask_tile(
+    grad, x_ptr, x_rows, x_columns, scale_ptr, shift_ptr, center_ptr, out_ptr, out_rows, out_columns,
+    channels, row_mask, mask,
+    ACCUMULATE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    LAST: tl.constexpr, OUT_LAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes ``dy = grad * act'`` or adds ``scale * dy``; the tile's sums of dy and of ``dy * (x - center)``."""
+    x = load_tile(x_ptr, x_rows, x_columns, row_mask, mask, LAST).to(WIDE)
+    scale = load_vector(scale_ptr, channels, mask, WIDE)
+    y = scale * x + load_vector(shift_ptr, channels, mask, WIDE)
+    dy = tl.where(row_mask[:, None], masked(grad, y, SLOPE, ACT), 0.0)
+    sum_dy = sum_rows(dy)
+    sum_dy_xc = sum_rows(dy * (x - load_vector(center_ptr, channels, mask, WIDE)))
+    if ACCUMULATE:
+        dy = load_tile(out_ptr, out_rows, out_columns, row_mask, mask, OUT_LAST).to(WIDE) + scale * dy
+    store_tile(out_ptr, out_rows, out_columns, rounded(dy, out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
+    return sum_dy, sum_dy_xc
+
+
+@triton.jit
 def bn_act_bwd_kernel(
     grad_ptr, gn, gs, gc, x_ptr, xn, xs, xc, scale_ptr, shift_ptr, center_ptr, out_ptr, on, os, oc,
-    sum_dy_ptr, sum_dy_xc_ptr, part_ptr, ticket_ptr, M, S, C, tiles,
+    sums_ptr, part_ptr, ticket_ptr, M, S, C, tiles,
     ACCUMULATE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     GRAD_LAST: tl.constexpr, LAST: tl.constexpr, OUT_LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -53,28 +72,14 @@ def bn_act_bwd_kernel(
     for tile in range(program, tiles, programs):
         sample, place, channels, row_mask, mask = tile_at(tile, block, M, S, C, BLOCK_M, BLOCK_C)
         grad = load_tile(grad_ptr, row_offsets(sample, place, gn, gs), channels * gc, row_mask, mask, GRAD_LAST).to(WIDE)
-        x = load_tile(x_ptr, row_offsets(sample, place, xn, xs), channels * xc, row_mask, mask, LAST).to(WIDE)
-        scale = load_vector(scale_ptr, channels, mask, WIDE)
-        y = scale * x + load_vector(shift_ptr, channels, mask, WIDE)
-        dy = grad * activation_slope(y, SLOPE, ACT)
-        if ACT == "relu":
-            dy = tl.where(y <= 0, 0.0, grad)  # 0 whatever comes, infinities too
-        dy = tl.where(row_mask[:, None], dy, 0.0)
-        sum_dy += sum_rows(dy)
-        sum_dy_xc += sum_rows(dy * (x - load_vector(center_ptr, channels, mask, WIDE)))
-        out_rows = row_offsets(sample, place, on, os)
-        if ACCUMULATE:
-            dy = load_tile(out_ptr, out_rows, channels * oc, row_mask, mask, OUT_LAST).to(WIDE) + scale * dy
-        store_tile(out_ptr, out_rows, channels * oc, rounded(dy, out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
-
-    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = columns < C
-    xc_part_ptr = part_ptr + programs * C
-    tl.store(part_ptr + program * C + columns, sum_dy, mask=mask)
-    tl.store(xc_part_ptr + program * C + columns, sum_dy_xc, mask=mask)
-    if last_arrival(ticket_ptr + block, programs):
-        tl.store(sum_dy_ptr + columns, sum_programs(part_ptr, programs, C, columns, mask, WIDE), mask=mask)
-        tl.store(sum_dy_xc_ptr + columns, sum_programs(xc_part_ptr, programs, C, columns, mask, WIDE), mask=mask)
+        dy, dy_xc = mask_tile(
+            grad, x_ptr, row_offsets(sample, place, xn, xs), channels * xc, scale_ptr, shift_ptr, center_ptr,
+            out_ptr, row_offsets(sample, place, on, os), channels * oc, channels, row_mask, mask,
+            ACCUMULATE, ACT, SLOPE, LAST, OUT_LAST, WIDE,
+        )  # fmt: skip
+        sum_dy += dy
+        sum_dy_xc += dy_xc
+    finish_sums((sum_dy, sum_dy_xc), sums_ptr, part_ptr, ticket_ptr, block, C, WIDE, BLOCK_C)
 
 
 def bn_act(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation, out: Tensor) -> None:
@@ -90,7 +95,10 @@ def bn_act(x: Tensor, scale: Tensor, shift: Tensor, activation: Activation, out:
     )  # fmt: skip
 
 
-def _backward(grad, x, scale, shift, center, activation, out, accumulate) -> tuple[Tensor, Tensor]:
+def mask_and_sum(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor, activation: Activation, out: Tensor, accumulate: bool
+) -> tuple[Tensor, Tensor]:
+    """``out = dy`` or ``out += scale * dy`` with ``dy = grad * act'``; the sums of dy and of its product with ``x - center``."""
     m, g, to = Map.of(x), Map.of(grad, "grad"), Map.of(out, "out")
     dtype = accumulation_dtype(x.dtype)
     sums = torch.empty((2, m.C), dtype=dtype, device=x.device)
@@ -101,7 +109,7 @@ def _backward(grad, x, scale, shift, center, activation, out, accumulate) -> tup
     launch(
         bn_act_bwd_kernel, (shared, tiling.columns), x,
         grad, g.sn, g.ss, g.sc, x, m.sn, m.ss, m.sc, scale, shift, center, out, to.sn, to.ss, to.sc,
-        *sums.unbind(), torch.empty((2, shared, m.C), dtype=dtype, device=x.device), tickets(x, tiling.columns),
+        sums, torch.empty((2, shared, m.C), dtype=dtype, device=x.device), tickets(x, tiling.columns),
         m.count, m.S, m.C, tiling.rows,
         ACCUMULATE=accumulate, ACT=activation.name, SLOPE=activation.slope,
         GRAD_LAST=g.last, LAST=m.last, OUT_LAST=to.last, WIDE=wide(x.dtype), **tiling.constants(),
@@ -113,11 +121,11 @@ def bn_act_backward(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """``grad *= act'(scale * x + shift)``, in place; the sums of that and of its product with ``x - center``, ``[C]``."""
-    return _backward(grad, x, scale, shift, center, activation, grad, False)
+    return mask_and_sum(grad, x, scale, shift, center, activation, grad, False)
 
 
 def bn_act_backward_accumulate(
     out: Tensor, grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     """``out += scale * dy`` with dy as in `bn_act_backward`; ``grad`` stays as it is."""
-    return _backward(grad, x, scale, shift, center, activation, out, True)
+    return mask_and_sum(grad, x, scale, shift, center, activation, out, True)

@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resdense_ext.kernels.bn_act import bn_act_backward
+from resdense_ext.kernels.bn_add_act_backward import bn_add_act_backward
 from resdense_ext.kernels.launch import launch
 from resdense_ext.kernels.maps import Map
-from resdense_ext.kernels.tiles import activate, activation_slope, load_tile, rounded, row_offsets, store_tile
+from resdense_ext.kernels.tiles import activate, load_tile, masked, rounded, row_offsets, store_tile
 from resdense_ext.kernels.walk import load_vector, tile_at, tiling_of, wide
-from resdense_ext.reference import Activation
 
 __all__ = ["add_act", "add_act_backward", "bn_add_act", "bn_add_act_backward", "copy_map", "pending_grad"]
 
@@ -37,8 +36,7 @@ def elementwise_fwd_kernel(
     elif OP == "add_act":
         a = activate(a + b, SLOPE, ACT)
     elif OP == "add_act_backward":
-        slope = activation_slope(b, SLOPE, ACT)
-        a = tl.where(slope == 0, 0.0, slope * a)  # 0 whatever comes, infinities too
+        a = masked(a, b, SLOPE, ACT)
     elif OP == "bn_add_act" or OP == "bn_add_bn_act":
         a = load_vector(u_ptr, channels, mask, WIDE) * a + load_vector(v_ptr, channels, mask, WIDE)
         if OP == "bn_add_bn_act":
@@ -91,25 +89,6 @@ def bn_add_act(
     """``act(scale * z + shift + identity)``, the identity itself scaled and shifted where it is a projection."""
     op, more = ("bn_add_act", ()) if identity_scale is None else ("bn_add_bn_act", (identity_scale, identity_shift))
     return _run(op, z, identity, torch.empty_like(z), (scale, shift, *more), slope)
-
-
-def bn_add_act_backward(
-    grad: Tensor,
-    out: Tensor,
-    z: Tensor,
-    center: Tensor,
-    identity: Optional[Tensor],
-    identity_center: Optional[Tensor],
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``g = grad * act'``, and its sums alone, with ``z - center`` and, of a projection, with ``identity - identity_center``."""
-    g = add_act_backward(grad, out, slope)
-    linear = Activation("identity")
-    sum_g, sum_g_zc = bn_act_backward(g, z, center, center, center, linear)
-    if identity is None:
-        return g, sum_g, sum_g_zc, sum_g.new_empty(0)
-    _, sum_g_ic = bn_act_backward(g, identity, identity_center, identity_center, identity_center, linear)
-    return g, sum_g, sum_g_zc, sum_g_ic
 
 
 def copy_map(x: Tensor, out: Tensor) -> Tensor:

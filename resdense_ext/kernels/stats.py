@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resdense_ext.kernels.tiles import sum_rows
+from resdense_ext.kernels.tiles import last_arrival, sum_rows
 
-__all__ = ["merge_programs", "sum_programs"]
+__all__ = ["finish_sums", "merge_programs", "sum_programs"]
 
 
 @triton.jit
@@ -20,6 +20,20 @@ def sum_programs(part_ptr, programs, C, columns, mask, WIDE: tl.constexpr, ROWS:
         at = part_ptr + row[:, None] * C + columns[None, :]
         total += sum_rows(tl.load(at, mask=inside, other=0.0, cache_modifier=".cg"))
     return total
+
+
+@triton.jit
+def finish_sums(sums, sums_ptr, part_ptr, ticket_ptr, block, C, WIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Leaves a program's vectors of sums; the last program of a block of channels adds up those of all, ``[len(sums), C]``."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = columns < C
+    for i in tl.static_range(len(sums)):
+        tl.store(part_ptr + (i * programs + program) * C + columns, sums[i], mask=mask)
+    if last_arrival(ticket_ptr + block, programs):
+        for i in tl.static_range(len(sums)):
+            total = sum_programs(part_ptr + i * programs * C, programs, C, columns, mask, WIDE)
+            tl.store(sums_ptr + i * C + columns, total, mask=mask)
 
 
 @triton.jit

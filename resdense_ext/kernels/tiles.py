@@ -14,6 +14,7 @@ __all__ = [
     "add_in_memory",
     "last_arrival",
     "load_tile",
+    "masked",
     "positions_from",
     "product",
     "rounded",
@@ -54,6 +55,16 @@ def activation_slope(y, slope, ACT: tl.constexpr):
     else:
         y = tl.full(y.shape, 1.0, y.dtype)
     return y
+
+
+@triton.jit
+def masked(grad, y, slope, ACT: tl.constexpr):
+    """``grad`` times the activation's derivative at ``y``; behind a ReLU that stops it even an infinite gradient is 0."""
+    if ACT == "relu":
+        grad = tl.where(y <= 0, 0.0, grad)
+    else:
+        grad = grad * activation_slope(y, slope, ACT)
+    return grad
 
 
 @triton.jit
@@ -102,9 +113,9 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 def rounded(value, DTYPE: tl.constexpr):
     """``value`` in another dtype, rounded to the nearest."""
     if _INTERPRETED and DTYPE == tl.bfloat16:
-        # The interpreter would cut the lower bits off.
+        # The interpreter would cut the lower bits off, and of a subnormal number, which a 0 must not become, do worse.
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
         value = tl.where(value == value, nearest, value)
     return value.to(DTYPE)
 
@@ -112,9 +123,10 @@ def rounded(value, DTYPE: tl.constexpr):
 @triton.jit
 def sum_rows(tile):
     """The sum over a tile's positions, as a tree."""
-    if _INTERPRETED and tile.shape[0] > 32:
+    if _INTERPRETED:
         # The interpreter would add row after row in one long chain of roundings.
-        tile = tl.sum(tl.reshape(tile, (32, tile.shape[0] // 32, tile.shape[1])), 0)
+        while tile.shape[0] > 8:
+            tile = tl.sum(tl.reshape(tile, (8, tile.shape[0] // 8, tile.shape[1])), 0)
     return tl.sum(tile, 0)
 
 
