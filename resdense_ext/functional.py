@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -9,31 +10,43 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops import backend as backends
+from resdense_ext.checks import (
+    activation_of,
+    autocasts,
+    check_dense_block,
+    check_input,
+    check_norm,
+    check_pooled_unit,
+    check_probability,
+    check_same,
+    kept_layers,
+    pool_of,
+)
 from resdense_ext.ops import add_act as _add_act
+from resdense_ext.ops import backend as backends
 from resdense_ext.ops import bn_add_act as _bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
-from resdense_ext.ops.cast import cast_convolutions
+from resdense_ext.ops import pooled_unit_function as _pooled_unit
+from resdense_ext.ops.cast import cast_convolution, cast_convolutions
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, Unit
 
 __all__ = [
     "Activation",
     "BatchNorm",
     "Conv",
     "DenseLayer",
+    "Pool",
+    "PooledUnit",
     "Unit",
     "add_act",
+    "bn_act_pool",
     "bn_add_act",
     "channel_stats",
-    "check_dense_block",
-    "check_probability",
     "dense_block",
     "dropout_mask",
+    "transition",
 ]
-
-POLICIES = ("fast", "min")
-_RANKS = (3, 4, 5)
 
 
 def dense_block(
@@ -42,9 +55,10 @@ def dense_block(
     *,
     activation: str = "relu",
     negative_slope: float = 0.01,
-    policy: str = "fast",
+    policy: str | Sequence[bool] = "fast",
+    behind: Optional[PooledUnit] = None,
 ) -> Tensor:
-    """A whole dense block in the memory of its feature maps.
+    """A whole dense block in the memory of its feature maps, alone or with the transition or head behind it.
 
     Equivalent to::
 
@@ -53,7 +67,7 @@ def dense_block(
             for norm, conv in layer.units:
                 new = convolution(act(batch_norm(new, norm)), conv)      # stride 1, same size
             x = torch.cat([x, new * layer.mask * layer.mask_scale], 1)
-        return x
+        return x                                                         # or conv(pool(act(batch_norm(x)))) of `behind`
 
     In training mode running statistics are updated once, as `torch.nn.functional.batch_norm` does it, and
     ``num_batches_tracked`` is increased by one.
@@ -67,11 +81,14 @@ def dense_block(
         activation: relu, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, ``C + L * (1 + bn_size) *
-            k`` channels; "min" only the feature maps, ``C + L * k`` channels, and computes the 1x1 convolutions again.
+            k`` channels; "min" only the feature maps, ``C + L * k`` channels, and computes the 1x1 convolutions again; a bool a
+            layer says whose bottleneck is kept.
+        behind: the unit that reads the block's output, with an average or global pool; its activation is the block's. In one
+            node with the block it costs neither a copy of its input's gradient nor statistics of its own.
 
     Returns:
         ``[N, C + sum of the layers' new channels, *spatial]`` in the memory format of ``x``. It is the buffer that backward
-        reads: changing it in place, or a view of it, makes the backward raise.
+        reads: changing it in place, or a view of it, makes the backward raise. With ``behind``, that unit's output.
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
@@ -81,17 +98,118 @@ def dense_block(
     Source: Huang et al., Densely Connected Convolutional Networks (2017); Pleiss et al., Memory-Efficient Implementation of
     DenseNets (2017).
     """
-    act = _activation(activation, negative_slope)
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    act = activation_of(activation, negative_slope)
+    keep = kept_layers(policy, len(layers))
     check_dense_block(x, layers)
-    if _autocasts(x.device.type):
+    if behind is not None:
+        channels = x.shape[1] + sum(layer.units[-1].conv.weight.shape[0] for layer in layers)
+        check_pooled_unit("behind.", behind, channels, x)
+        if behind.pool.kind == "maximum":
+            raise ValueError("behind.pool: expected average or global, got maximum")
+    if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
-        layers = cast_convolutions(layers, torch.get_autocast_dtype(x.device.type))
+        dtype = torch.get_autocast_dtype(x.device.type)
+        layers, behind = cast_convolutions(layers, dtype), _cast(behind, dtype)
     if not layers or x.numel() == 0:
-        return reference.dense_block(x, layers, act)
+        y = reference.dense_block(x, layers, act)
+        return y if behind is None else _bn_act_pool(y, behind, act)
     compute = layers[0].units[0].conv.weight.dtype
-    return _dense_block.dense_block(x, layers, act, policy, backends.choose(x, compute, act))
+    return _dense_block.dense_block(x, layers, act, keep, backends.choose(x, compute, act), behind, act)
+
+
+def bn_act_pool(
+    x: Tensor,
+    norm: BatchNorm,
+    pool: str = "average",
+    kernel_size: int | Sequence[int] = 2,
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """A pool of what batch norm and activation make of the input, which is never stored: a stem's end, or a head.
+
+    Equivalent to::
+
+        avg_pool(act(batch_norm(x)), kernel_size, stride, padding)     # or max_pool, or the mean over all positions
+
+    In training mode running statistics are updated as `torch.nn.functional.batch_norm` does it.
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
+        norm: its parameters and state; vectors of ``C``.
+        pool: average (padding counts as zeros), maximum, or global: the mean over all positions, without the sizes below.
+        kernel_size, stride, padding: one number or one a spatial dimension; stride is kernel_size where it is None; padding
+            is at most half of a window. Positions behind the last whole window are dropped.
+        activation: relu, leaky_relu, elu, silu or identity.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        ``[N, C, *pooled sizes]``, sizes of 1 for global, in the dtype and memory format of ``x``. Backward keeps ``x`` and, of
+        maxima, one byte an output (windows of more than 255 positions: nothing, they are looked up again).
+
+    Raises:
+        ValueError, TypeError: as `dense_block`; windows that do not fit. Nothing is changed before.
+
+    Source: He et al., Deep Residual Learning for Image Recognition (2016), for the stem; Huang et al. (2017) for the rest.
+    """
+    act = activation_of(activation, negative_slope)
+    check_input(x)
+    unit = PooledUnit(norm, pool_of(pool, kernel_size, stride, padding, x.dim() - 2))
+    check_pooled_unit("", unit, x.shape[1], x)
+    return _bn_act_pool(x, unit, act)
+
+
+def transition(
+    x: Tensor,
+    unit: Unit,
+    kernel_size: int | Sequence[int] = 2,
+    stride: int | Sequence[int] | None = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """What stands between two dense blocks. It pools first, since an average pool and a 1x1 convolution commute.
+
+    Equivalent to::
+
+        avg_pool(convolution(act(batch_norm(x, unit.norm)), unit.conv), kernel_size, stride)
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
+        unit: the norm and the 1x1 convolution.
+        kernel_size, stride: of the pool, one number or one a spatial dimension; stride is kernel_size where it is None.
+        activation: relu, leaky_relu, elu, silu or identity.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        ``[N, K, *pooled sizes]`` in the memory format of ``x``. Backward keeps ``x``.
+
+    Raises:
+        ValueError, TypeError: as `bn_act_pool`; a convolution of another kernel size.
+
+    Source: Huang et al., Densely Connected Convolutional Networks (2017).
+    """
+    act = activation_of(activation, negative_slope)
+    check_input(x)
+    pooled = PooledUnit(unit.norm, pool_of("average", kernel_size, stride, 0, x.dim() - 2), unit.conv)
+    check_pooled_unit("unit.", pooled, x.shape[1], x)
+    if autocasts(x.device.type):
+        pooled = _cast(pooled, torch.get_autocast_dtype(x.device.type))
+    return _bn_act_pool(x, pooled, act)
+
+
+def _bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
+    if x.numel() == 0:
+        return reference.bn_act_pool(x, unit, activation)
+    in_a_byte = unit.pool.kind != "maximum" or math.prod(unit.pool.kernel_size) <= 255
+    backend = backends.choose(x, x.dtype, activation) if in_a_byte else backends.get("reference")
+    return _pooled_unit.bn_act_pool(x, unit, activation, backend)
+
+
+def _cast(unit: Optional[PooledUnit], dtype: torch.dtype) -> Optional[PooledUnit]:
+    return unit if unit is None or unit.conv is None else unit._replace(conv=cast_convolution(unit.conv, dtype))
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +232,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (1983).
     """
-    _check_input(x)
+    check_input(x)
     if x.numel() == 0:
         raise ValueError(f"x: expected at least one value a channel, got shape {tuple(x.shape)}")
     if torch.is_grad_enabled() and x.requires_grad:
@@ -143,9 +261,9 @@ def add_act(x: Tensor, identity: Tensor, *, activation: str = "relu", negative_s
 
     Source: He et al., Deep Residual Learning for Image Recognition (2016).
     """
-    act = _activation(activation, negative_slope)
-    _check_input(x)
-    _check_same("identity", identity, x)
+    act = activation_of(activation, negative_slope)
+    check_input(x)
+    check_same("identity", identity, x)
     return _add_act.add_act(x, identity, act)
 
 
@@ -179,12 +297,12 @@ def bn_add_act(
 
     Source: He et al., Deep Residual Learning for Image Recognition (2016).
     """
-    act = _activation(activation, negative_slope)
-    _check_input(z)
-    _check_same("identity", identity, z)
-    _check_norm("norm", norm, z.shape[1], z)
+    act = activation_of(activation, negative_slope)
+    check_input(z)
+    check_same("identity", identity, z)
+    check_norm("norm", norm, z.shape[1], z)
     if identity_norm is not None:
-        _check_norm("identity_norm", identity_norm, z.shape[1], z)
+        check_norm("identity_norm", identity_norm, z.shape[1], z)
     return _bn_add_act.bn_add_act(z, norm, identity, identity_norm, act)
 
 
@@ -219,131 +337,3 @@ def dropout_mask(like: Tensor, channels: int, p: float, *, per_channel: bool = F
             # There the framework draws the mask in a kernel of its own.
             return torch.native_dropout(noise.fill_(1), p, True)[1], 1 / (1 - p)
         return noise.bernoulli_(1 - p).bool(), 1 / (1 - p)
-
-
-def _activation(name: str, negative_slope: float) -> Activation:
-    if name not in ("relu", "leaky_relu", "elu", "silu", "identity"):
-        raise ValueError(f"activation: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
-    return Activation(name, negative_slope if name == "leaky_relu" else 0.0)
-
-
-def _check_input(x: Tensor) -> None:
-    if x.dim() not in _RANKS:
-        raise ValueError(f"x: expected 3, 4 or 5 dimensions [N, C, *spatial], got {x.dim()}: {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-
-
-def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.shape != x.shape:
-        raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
-    _check_device(name, tensor, x)
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{name}: expected dtype {x.dtype}, got {tensor.dtype}")
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def check_probability(name: str, p: float) -> None:
-    """Raises ValueError for what is no probability."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name}: expected a probability from 0 to 1, got {p}")
-
-
-def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
-    """Raises what `dense_block` raises for these arguments."""
-    _check_input(x)
-    channels = x.shape[1]
-    # Under autocast weights are cast, whatever they are.
-    dtype = None if _autocasts(x.device.type) else x.dtype
-    for index, layer in enumerate(layers):
-        if len(layer.units) not in (1, 2):
-            raise ValueError(f"layers[{index}].units: expected one or two, got {len(layer.units)}")
-        width = channels
-        for number, unit in enumerate(layer.units):
-            where = f"layers[{index}].units[{number}]"
-            _check_norm(f"{where}.norm", unit.norm, width, x)
-            width = _check_conv(f"{where}.conv", unit.conv, width, x, dtype)
-        if layer.mask is not None:
-            _check_mask(f"layers[{index}].mask", layer.mask, width, x)
-            if not layer.mask_scale > 0:
-                raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
-        channels += width
-
-
-def _check_norm(where: str, norm: BatchNorm, channels: int, x: Tensor) -> None:
-    if norm.eps < 0 or (norm.batch_stats and norm.eps == 0):
-        raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
-    vectors = norm._asdict()
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        vector: Optional[Tensor] = vectors[name]
-        if vector is None:
-            continue
-        if vector.shape != (channels,):
-            raise ValueError(f"{where}.{name}: expected shape ({channels},), one value a channel, got {tuple(vector.shape)}")
-        _check_device(f"{where}.{name}", vector, x)
-        if not vector.is_floating_point():
-            raise TypeError(f"{where}.{name}: expected a floating dtype, got {vector.dtype}")
-    if norm.batch_stats:
-        if x.numel() == x.shape[1]:
-            raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-        if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):
-            raise ValueError(f"{where}: expected running_mean and running_var both or neither, got one of them")
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            buffer = vectors[name]
-            if buffer is not None and norm.momentum is not None:
-                _check_writable(f"{where}.{name}", buffer)
-    elif norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"{where}: expected running_mean and running_var where batch_stats is False, got None")
-
-
-def _check_writable(where: str, buffer: Tensor) -> None:
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{where}: expected a buffer that training can update, got one made in inference mode")
-    if buffer.requires_grad:
-        raise ValueError(f"{where}: expected a buffer that training can update, got one that requires grad")
-    if any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride())):
-        raise ValueError(f"{where}: expected a buffer that training can update, got an expanded one (stride 0)")
-
-
-def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optional[torch.dtype]) -> int:
-    weight, rank = conv.weight, x.dim() - 2
-    if weight.dim() != x.dim():
-        raise ValueError(f"{where}.weight: expected {x.dim()} dimensions as x has, got {weight.dim()}: {tuple(weight.shape)}")
-    if weight.shape[1] * conv.groups != channels or weight.shape[0] % conv.groups:
-        raise ValueError(
-            f"{where}.weight: expected [K, {channels} / groups, *kernel] with K a multiple of groups = {conv.groups}, "
-            f"got {tuple(weight.shape)}"
-        )
-    if len(conv.padding) != rank or len(conv.dilation) != rank:
-        raise ValueError(
-            f"{where}: expected padding and dilation of {rank} numbers each, got {conv.padding} and {conv.dilation}"
-        )
-    for size, padding, dilation in zip(weight.shape[2:], conv.padding, conv.dilation):
-        if 2 * padding != dilation * (size - 1):
-            raise ValueError(
-                f"{where}: expected a convolution that keeps the spatial size (2 * padding == dilation * (kernel - 1)), got "
-                f"kernel {tuple(weight.shape[2:])}, padding {conv.padding}, dilation {conv.dilation}"
-            )
-    if conv.bias is not None and conv.bias.shape != weight.shape[:1]:
-        raise ValueError(f"{where}.bias: expected shape ({weight.shape[0]},), got {tuple(conv.bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", conv.bias)):
-        if tensor is not None:
-            _check_device(f"{where}.{name}", tensor, x)
-            if dtype is not None and tensor.dtype != dtype:
-                raise TypeError(f"{where}.{name}: expected dtype {dtype}, got {tensor.dtype}")
-    return weight.shape[0]
-
-
-def _check_mask(where: str, mask: Tensor, channels: int, x: Tensor) -> None:
-    full = (x.shape[0], channels, *x.shape[2:])
-    if mask.dim() != x.dim() or any(m not in (1, f) for m, f in zip(mask.shape, full)) or mask.shape[0] != full[0]:
-        raise ValueError(f"{where}: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
-    _check_device(where, mask, x)
-
-
-def _check_device(where: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{where}: expected device {x.device} (that of x), got {tensor.device}")

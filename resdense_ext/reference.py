@@ -22,6 +22,8 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "DenseLayer",
+    "Pool",
+    "PooledUnit",
     "Unit",
     "accumulation_dtype",
     "activate",
@@ -39,7 +41,7 @@ __all__ = [
     "fold_batch_norm",
     "pending_grad",
     "per_channel",
-    "transition",
+    "pool",
 ]
 
 
@@ -95,6 +97,35 @@ class DenseLayer(NamedTuple):
     units: tuple[Unit, ...]
     mask: Optional[Tensor] = None
     mask_scale: float = 1.0
+
+
+class Pool(NamedTuple):
+    """A pooling layer: ``kind`` is average (padding counts as zeros), maximum, or global (the mean over all positions, where
+    the sizes stay empty). One size a spatial dimension; padding is at most half of a window."""
+
+    kind: str
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the pooled map. Positions behind the last whole window are dropped."""
+        if self.kind == "global":
+            return (1,) * len(sizes)
+        windows = zip(sizes, self.kernel_size, self.stride, self.padding)
+        return tuple((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in windows)
+
+
+class PooledUnit(NamedTuple):
+    """Batch norm, activation, pool and, in a transition, a convolution of the pooled map: what stands around dense blocks.
+
+    A transition's 1x1 convolution comes before its average pool in most models. Behind it, it is the same in exact arithmetic,
+    on fewer positions: both are linear, one over channels, the other over positions.
+    """
+
+    norm: BatchNorm
+    pool: Pool
+    conv: Optional[Conv] = None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -234,26 +265,19 @@ def conv1x1_bn_add_act(
     return bn_add_act(convolution(a, conv), norm, identity, identity_norm, activation)
 
 
-def bn_act_pool(
-    x: Tensor,
-    norm: BatchNorm,
-    pool: str,
-    kernel_size: int = 2,
-    stride: int = 2,
-    padding: int = 0,
-    activation: Activation = Activation(),
-) -> Tensor:
-    """``pool(act(batch_norm(x)))`` with pool one of average, maximum, global (the mean over all positions)."""
-    scale, shift, _ = fold_batch_norm(norm, *_statistics(x, norm))
-    y = apply_pending(x, scale, shift, activation)
-    if pool == "global":
+def pool(y: Tensor, pool: Pool) -> Tensor:
+    rank = y.dim() - 2
+    if pool.kind == "global":
         return y.mean(list(range(2, y.dim())), keepdim=True)
-    average = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-    maximum = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
-    return {"average": average, "maximum": maximum}[pool][x.dim() - 3](y, kernel_size, stride, padding)
+    functions = {
+        "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+        "maximum": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    }
+    return functions[pool.kind][rank - 1](y, pool.kernel_size, pool.stride, pool.padding)
 
 
-def transition(x: Tensor, unit: Unit, activation: Activation = Activation()) -> Tensor:
-    """Batch norm, activation, 1x1 convolution, average pooling by 2: what stands between two dense blocks."""
-    y = bn_act_conv(x, unit, activation)
-    return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.dim() - 3](y, 2, 2)
+def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation = Activation()) -> Tensor:
+    """``conv(pool(act(batch_norm(x))))``, or without the convolution: a transition (Huang et al., 2017), a stem, a head."""
+    scale, shift, _ = fold_batch_norm(unit.norm, *_statistics(x, unit.norm))
+    y = pool(apply_pending(x, scale, shift, activation), unit.pool)
+    return y if unit.conv is None else convolution(y.to(unit.conv.weight.dtype), unit.conv)

@@ -26,7 +26,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import resdense_ext as rd
-from resdense_ext.nn.engine import read_layers
+from resdense_ext.nn.read import read_layers
 
 densenet = torchvision_densenet()
 POLICIES = ("fast", "min")
@@ -957,6 +957,6 @@ class TestErrors:
 
     def test_policy(self):
         model = small_densenet()
-        with pytest.raises(ValueError, match="policy: expected one of fast, min, got 'fastest'"):
+        with pytest.raises(ValueError, match="policy: expected one of fast, min, auto, got 'fastest'"):
             rd.convert(model, "fastest")
         assert type(model.features.denseblock1) is densenet._DenseBlock

@@ -611,7 +611,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            (dict(policy="tiny"), ValueError, "policy: expected one of fast, min, got 'tiny'"),
+            (dict(policy="tiny"), ValueError, "policy: expected one of fast, min, or a bool a layer, got 'tiny'"),
             (dict(activation="gelu"), ValueError, "activation: expected relu, .* got 'gelu'"),
         ],
     )
@@ -661,7 +661,7 @@ class TestReference:
     def test_dense_block_is_the_stock_path(self):
         block = random_block().double()
         x = maps((3, 5, 7, 6)).double()
-        from resdense_ext.nn.engine import read_layers
+        from resdense_ext.nn.read import read_layers
 
         layers, activation = read_layers(block.layer_modules())
         with stock_path():

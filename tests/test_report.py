@@ -34,7 +34,9 @@ def test_counts_what_is_kept(policy):
     stock = rd.revert(copy.deepcopy(model))
     assert report.saved_bytes == rd.memory.saved_bytes(lambda: model(x))
     assert report.stock_saved_bytes == rd.memory.saved_bytes(lambda: stock(x))
-    first, second, rest = report.rows
+    first, between, second, rest = report.rows
+    assert (between.path, between.layers, between.policy, between.note) == ("features.transition1", 0, policy, "")
+    assert between.saved_bytes == 0 < between.stock_saved_bytes, "it runs in the node of the block before it"
     assert (first.path, first.layers, first.policy, first.note) == ("features.denseblock1", 2, policy, "")
     assert (second.path, second.layers, second.policy, second.note) == ("features.denseblock2", 3, policy, "")
     assert (rest.path, rest.layers, rest.policy, rest.note) == ("(everything else)", 0, None, "")
@@ -62,9 +64,9 @@ def test_stock_model_has_one_row():
 def test_own_models(policy):
     model = rd.models.DenseNet(8, (2, 3), 16, num_classes=5, policy=policy).double()
     x = images(2, 3, 32, 32)
-    assert [row.policy for row in rd.report(model, x).rows] == [policy, policy, None]
+    assert [row.policy for row in rd.report(model, x).rows] == [policy, policy, policy, None]
     report = rd.report(rd.revert(model), x)
-    assert [(row.policy, row.note) for row in report.rows[:2]] == [(None, "stock path: its policy is None")] * 2
+    assert [(row.policy, row.note) for row in report.rows[:3]] == [(None, "stock path: its policy is None")] * 3
     assert report.saved_bytes == report.stock_saved_bytes
 
 
@@ -72,11 +74,12 @@ def test_says_why_a_block_runs_its_stock_path():
     model, x = rd.convert(small_densenet()), images(2, 3, 32, 32)
     model.features.denseblock1.denselayer2.norm2.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="runs its stock path: denselayer2.norm2 carries hooks") as said:
-        first, second, _ = rd.report(model, x).rows
+        first, between, second, _ = rd.report(model, x).rows
     assert [w.filename for w in said] == [__file__]
     assert (first.policy, first.note) == (None, "stock path: denselayer2.norm2 carries hooks")
     assert first.saved_bytes == first.stock_saved_bytes
     assert (second.policy, second.note) == ("fast", "")
+    assert 0 < between.saved_bytes < between.stock_saved_bytes, "it runs by itself"
 
 
 def test_table():
@@ -94,9 +97,10 @@ def test_table():
     ratio = f"{report.saved_bytes / report.stock_saved_bytes:.2f}"
     assert lines[-1].split() == ["total", "5", *kept.split(), *stock.split(), ratio]
     assert lines[2].endswith("1.00  stock path: denselayer1.relu1 carries hooks")
-    assert lines[3].split()[:3] == ["features.denseblock2", "3", "fast"]
-    assert lines[4].startswith("(everything else)")
-    assert lines[0].index("keeps") + 5 == lines[3].index("KB") + 2, "columns of numbers end where their headings do"
+    assert lines[3].split()[:2] == ["features.transition1", "fast"]
+    assert lines[4].split()[:3] == ["features.denseblock2", "3", "fast"]
+    assert lines[5].startswith("(everything else)")
+    assert lines[0].index("keeps") + 5 == lines[4].index("KB") + 2, "columns of numbers end where their headings do"
 
 
 def test_table_of_a_model_that_keeps_nothing():

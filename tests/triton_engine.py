@@ -32,7 +32,7 @@ class Device(TorchDispatchMode):
         if namespace == "resdense":
             # The mode is off in here; what is inside the operator is what is asked for.
             with self:
-                return {"dense_block": dense_block._forward, "dense_block_backward": dense_block._backward}[name](*args)
+                return {"dense_block": dense_block._dense_block, "dense_block_backward": dense_block._dense_block_backward}[name](*args)
         result = func(*args, **kwargs or {})
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if name in ALLOCATE:

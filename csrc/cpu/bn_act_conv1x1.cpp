@@ -22,6 +22,15 @@ void check_positions(const Map& m, const char* name, const Map& x) {
                  " of ", m.S);
 }
 
+// The weight with neighbouring outputs adjacent, as products of channels-last tiles want it; made once for all tiles.
+Matrix transposed(const Matrix& w, const Scratch& to) {
+  float* copy = to.of<float>(0);
+  for (int64_t k = 0; k < w.rows; ++k)
+    for (int64_t c = 0; c < w.cols; ++c)
+      copy[c * w.rows + k] = static_cast<const float*>(w.data)[k * w.row_stride + c * w.col_stride];
+  return {copy, w.rows, w.cols, 1, w.rows};
+}
+
 // Adds a tile's product, computed in a 16-bit dtype, to the float32 accumulator.
 void widen_and_add(float* sum, const void* product, int64_t count, ScalarType dtype) {
   if (dtype == ScalarType::BFloat16)
@@ -51,7 +60,9 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
   const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
-  const Matrix w = weight_matrix(weight, from, K);
+  const bool copied = gemm != nullptr && dtype == ScalarType::Float && last;
+  const Scratch copy(1, copied ? C * K * bytes : 0);
+  const Matrix given = weight_matrix(weight, from, K), w = copied ? transposed(given, copy) : given;
   const void* a = coefficients(scale, "scale", C, x);
   const void* b = coefficients(shift, "shift", C, x);
   const std::vector<double> zeros(bias ? 0 : K, 0.0);  // as float32, too

@@ -4,11 +4,14 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "sweep.h"
+#include "gemm.h"
+#include "pool.h"
 
 #if defined(__x86_64__)
 // After every other header, so that no shared inline function is compiled with instructions a processor may lack.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define RESDENSE_ISA isa_avx512
 #include "sweep.inc"
+#include "pool.inc"
+#include "gemm.inc"
 #endif

@@ -47,7 +47,7 @@ struct Tiling {
 
   // `bytes_a_position` is what the kernel's scratch takes of each.
   Tiling(const Map& m, int64_t bytes_a_position) : rows(m.rows()), S(m.S) {
-    constexpr int64_t CACHE = 256 << 10, SMALLEST = 64, LARGEST = 512, MULTIPLE = 16;
+    constexpr int64_t CACHE = 512 << 10, SMALLEST = 64, LARGEST = 1024, MULTIPLE = 16;
     const int64_t threads = torch::stable::get_num_threads();
     size = std::clamp(CACHE / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST);
     size = std::min(size, std::max(SMALLEST, (rows + threads - 1) / threads));

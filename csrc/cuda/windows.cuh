@@ -1,6 +1,7 @@
 #pragma once
 // The windows of a pool: which inputs an output has, and which outputs an input.
 
+#include "../common/windows.h"
 #include "device.cuh"
 
 namespace resdense::cuda {
@@ -34,12 +35,9 @@ struct Box {
   }
 };
 
-// Three dimensions: those that a map lacks come first and have size and window 1. Padding is at most half a window, so every
-// window has an input.
-struct Windows {
-  int in[3], out[3];
-  int kernel[3], stride[3], padding[3];
-  int64_t taps;  // places of a window
+// The windows of a pool on the device.
+struct Windows : WindowSizes {
+  Windows(const WindowSizes& sizes) : WindowSizes(sizes) {}
 
   __device__ Box inputs_of(int64_t position) const {
     return box(position, out, in, [&](int i, int o) {

@@ -10,28 +10,24 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import LayerModules, run_dense_block
+from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_transition
+from resdense_ext.nn.read import LayerModules, PooledModules
 
-__all__ = ["ConvertedDenseBlock", "converted_class"]
+__all__ = ["Converted", "ConvertedChain", "ConvertedDenseBlock", "ConvertedTransition", "converted_class"]
 
 
-class ConvertedDenseBlock:
-    """Mixed in before a library's dense block class: its forward on the engine.
-
-    A subclass made by `converted_class` carries ``stock_class``; an adapter's mixin says what a layer's modules are.
-    """
+class Converted:
+    """Mixed in before a library's class. A subclass made by `converted_class` carries ``stock_class``."""
 
     stock_class: type[nn.Module]
-    resdense_policy: str
+    resdense_policy: Policy = "fast"
 
-    def layer_modules(self) -> list[LayerModules]:
-        """What `resdense_ext.nn.engine.Block` asks for; an adapter's part."""
+    @property
+    def engine_policy(self) -> Policy:
+        return self.resdense_policy
 
     def stock_forward(self, x: Tensor) -> Tensor:
         return self.stock_class.forward(self, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run_dense_block(self, x, self.resdense_policy)
 
     def __prepare_scriptable__(self):
         raise RuntimeError("torch.jit.script takes stock classes only: call resdense_ext.revert(model) first")
@@ -41,13 +37,40 @@ class ConvertedDenseBlock:
         return _new, (*type(self).__bases__, *arguments), *rest
 
 
+class ConvertedDenseBlock(Converted):
+    """A dense block; an adapter's mixin says what a layer's modules are."""
+
+    def layer_modules(self) -> list[LayerModules]:
+        """What `resdense_ext.nn.engine.Block` asks for; an adapter's part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_dense_block(self, x)
+
+
+class ConvertedTransition(Converted):
+    """A transition; an adapter's mixin says what its modules are."""
+
+    def pooled_modules(self) -> PooledModules:
+        """What `resdense_ext.nn.engine.Transition` asks for; an adapter's part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_transition(self, x)
+
+
+class ConvertedChain(Converted):
+    """A `torch.nn.Sequential` that holds dense blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_chain(list(self), x)
+
+
 @cache
-def converted_class(mixin: type[ConvertedDenseBlock], stock: type[nn.Module]) -> type[nn.Module]:
+def converted_class(mixin: type[Converted], stock: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``stock`` whose forward is the engine's; it prints as ``stock`` does."""
     names = {"stock_class": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (mixin, stock), names)
 
 
-def _new(mixin: type[ConvertedDenseBlock], stock: type[nn.Module], *arguments) -> nn.Module:
+def _new(mixin: type[Converted], stock: type[nn.Module], *arguments) -> nn.Module:
     cls = converted_class(mixin, stock)
     return cls.__new__(cls, *arguments)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 from torch import nn
 
-from resdense_ext.convert import torchvision
-from resdense_ext.convert.classes import ConvertedDenseBlock, converted_class
-from resdense_ext.functional import POLICIES
-from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import Unsupported
+from resdense_ext.checks import POLICIES
+from resdense_ext.convert import chain, torchvision
+from resdense_ext.convert.budget import apply_budget, forget_plan
+from resdense_ext.convert.classes import Converted, converted_class
+from resdense_ext.nn.engine import OnEngine
+from resdense_ext.nn.read import Unsupported
+from resdense_ext.plan import parse_budget
 
 __all__ = ["convert", "revert"]
 
-_ADAPTERS = (torchvision.recognise,)
+_ADAPTERS = (torchvision.recognise, chain.recognise)
 _logger = logging.getLogger("resdense_ext")
 
 
-def convert(model: nn.Module, policy: str = "fast") -> nn.Module:
-    """Makes a model's dense blocks train in the memory of their features, in place.
+def convert(
+    model: nn.Module,
+    policy: str = "fast",
+    memory_budget: int | float | str | None = None,
+    example_input: Any = None,
+) -> nn.Module:
+    """Makes a DenseNet, or what there is of one in a model, train in the memory of its features, in place.
 
     Equivalent to: nothing. Outputs, gradients, running statistics, Parameter objects, ``state_dict`` keys, module paths and
     classes (by `isinstance`) stay what they were; optimizers built before or after serve alike.
@@ -32,45 +40,99 @@ def convert(model: nn.Module, policy: str = "fast") -> nn.Module:
     Args:
         model: a model with dense blocks of torchvision's classes or of this library's, or such a block.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward; "min" keeps the feature maps
-            only and computes the bottlenecks again. A converted model can be converted again to another policy.
+            only and computes the bottlenecks again; "auto" keeps what there is free memory for. A converted model can be
+            converted again to another policy.
+        memory_budget: instead of a policy, what the whole model may keep for backward with an input like ``example_input``:
+            bytes, a string such as "8GiB" (units are 1024 of the one before), or a share between 0 and 1 of what stock keeps.
+            Every layer's bottleneck is kept or computed again so that the fewest FLOPs are. Gradients, optimizer states and
+            scratch come on top: `resdense_ext.memory.peak_bytes` measures all of it.
+        example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
+            inputs. One forward runs with it, under the autocast in which `convert` is called (and for a share a stock one);
+            buffers and random states are put back.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: another policy.
-        TypeError: ``model`` is not a Module.
+        ValueError: another policy; a budget below the least possible, which the message says, or without an example input.
+        TypeError: ``model`` is not a Module. Errors of the model's own forward pass through.
+        The model is then as it was.
 
     Warns:
         UserWarning: nothing in the model is recognised, or a block is left alone; the message says why.
     """
     _check_module(model)
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
-    converted, skipped = [], []
-    for path, module in model.named_modules():
-        path = path or type(module).__name__
-        if isinstance(module, DenseBlock):
-            module.policy = policy
-        elif isinstance(module, ConvertedDenseBlock):
-            module.resdense_policy = policy
-        else:
-            try:
-                mixin = next(filter(None, (recognise(module) for recognise in _ADAPTERS)), None)
-            except Unsupported as unsupported:
-                skipped.append(f"{path}: {unsupported.within(module)}")
-                continue
-            if mixin is None:
-                continue
-            module.__class__ = converted_class(mixin, type(module))
-            module.resdense_policy = policy
-        converted.append(path)
-    _logger.info("converted %d blocks to policy %r: %s", len(converted), policy, ", ".join(converted))
+    if policy not in (*POLICIES, "auto"):
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, auto, got {policy!r}")
+    if policy == "auto" and memory_budget is not None:
+        raise ValueError(f'memory_budget: expected None beside policy "auto", which finds one, got {memory_budget!r}')
+    budget = None if memory_budget is None else parse_budget(memory_budget)
+    planned = policy == "auto" or budget is not None
+    if planned and example_input is None:
+        raise ValueError("example_input: expected an input, of which the budget's bytes are counted, got None")
+    before = _state(model)
+    try:
+        blocks, skipped = _put_all_on_engine(model, "min" if planned else policy)
+        forget_plan(model)
+        if planned:
+            apply_budget(model, budget, example_input)
+    except BaseException:
+        _restore(before)
+        raise
+    _logger.info("converted %d blocks to policy %r: %s", len(blocks), "a budget" if planned else policy, ", ".join(blocks))
     if skipped:
         warnings.warn("resdense_ext.convert left alone " + "; ".join(skipped), stacklevel=2)
-    elif not converted:
+    elif not blocks:
         warnings.warn(f"resdense_ext.convert recognised no dense block in {type(model).__name__}", stacklevel=2)
     return model
+
+
+def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str]]:
+    """The paths of the dense blocks that are on the engine now, and what was left alone and why."""
+    blocks, skipped = [], []
+    # What is inside comes first: a sequence is recognised by the dense blocks in it.
+    for path, module in reversed(list(model.named_modules())):
+        path = path or type(module).__name__
+        try:
+            if not _put_on_engine(module, policy):
+                continue
+        except Unsupported as unsupported:
+            skipped.insert(0, f"{path}: {unsupported.within(module)}")
+            continue
+        if hasattr(module, "layer_modules"):
+            blocks.insert(0, path)
+    return blocks, skipped
+
+
+def _put_on_engine(module: nn.Module, policy: str) -> bool:
+    """Whether the module is one that runs on the engine, which it does with this policy from here on."""
+    if isinstance(module, OnEngine):
+        module.policy = policy
+        return True
+    if not isinstance(module, Converted):
+        mixin = next(filter(None, (recognise(module) for recognise in _ADAPTERS)), None)
+        if mixin is None:
+            return False
+        module.__class__ = converted_class(mixin, type(module))
+    module.resdense_policy = policy
+    return True
+
+
+_State = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _state(model: nn.Module) -> _State:
+    """Every module's class and policy: what `convert` changes."""
+    names = ("policy", "resdense_policy")
+    return [(m, m.__class__, {name: m.__dict__[name] for name in names if name in m.__dict__}) for m in model.modules()]
+
+
+def _restore(state: _State) -> None:
+    for module, cls, policies in state:
+        if isinstance(module, Converted):
+            module.__dict__.pop("resdense_policy", None)
+        module.__class__ = cls
+        module.__dict__.update(policies)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -87,11 +149,12 @@ def revert(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
-        if isinstance(module, DenseBlock):
+        if isinstance(module, OnEngine):
             module.policy = None
-        elif isinstance(module, ConvertedDenseBlock):
+        elif isinstance(module, Converted):
             module.__class__ = module.stock_class
-            del module.resdense_policy
+            # A slice of a sequence is one of its own and has none.
+            module.__dict__.pop("resdense_policy", None)
     return model
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from resdense_ext.convert.classes import ConvertedDenseBlock
+from resdense_ext.convert.budget import Plan, plan_of
+from resdense_ext.convert.classes import ConvertedDenseBlock, ConvertedTransition
+from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import stock_path, why_stock
+from resdense_ext.nn import DenseBlock, Transition
+from resdense_ext.nn.engine import Policy, stock_path, watching, why_stock
 
 __all__ = ["MemoryReport", "report"]
 
@@ -19,7 +21,10 @@ _REST = "(everything else)"
 
 
 class Row(NamedTuple):
-    """One block, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs."""
+    """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs.
+
+    A block's bytes are those of the transition or head behind it, too, where they run in one node.
+    """
 
     path: str
     layers: int
@@ -30,9 +35,13 @@ class Row(NamedTuple):
 
 
 class MemoryReport(NamedTuple):
-    """``rows`` for programs, ``str()`` for people; byte counts are of one forward with the example input."""
+    """``rows`` for programs, ``str()`` for people; byte counts are of one forward with the example input.
+
+    ``plan`` is what a budget came to, of a model that was converted by one; its bytes are of the conversion's example input.
+    """
 
     rows: list[Row]
+    plan: Optional[Plan] = None
 
     @property
     def saved_bytes(self) -> int:
@@ -53,7 +62,8 @@ class MemoryReport(NamedTuple):
             for row in table
         ]
         rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        plan = [] if self.plan is None else [str(self.plan)]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *plan])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -72,68 +82,51 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
         example_input: its input, or a tuple of its positional inputs.
 
     Returns:
-        A row a dense block (module path, layers, policy, bytes kept, bytes that stock keeps, note) and one for the rest.
+        A row a dense block or transition (module path, layers, policy, bytes kept, bytes that stock keeps, note) and one for the rest.
 
     Raises:
         TypeError: ``model`` is not a Module. Errors of the model's own forward pass through.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    kinds = (DenseBlock, ConvertedDenseBlock)
+    arguments = positional(example_input)
+    kinds = (DenseBlock, ConvertedDenseBlock, Transition, ConvertedTransition)
     blocks = {path or type(m).__name__: m for path, m in model.named_modules() if isinstance(m, kinds)}
     ours = _measure(model, arguments, blocks, nullcontext())
     stock = _measure(model, arguments, blocks, stock_path())
     rows = []
     for path, block in blocks.items():
         policy, note = _state(block)
-        rows.append(Row(path, len(block), policy, ours.get(path, 0), stock.get(path, 0), note))
+        layers = len(block) if hasattr(block, "layer_modules") else 0
+        rows.append(Row(path, layers, policy, ours.get(path, 0), stock.get(path, 0), note))
     rest = "" if blocks else "nothing converted"
-    return MemoryReport(rows + [Row(_REST, 0, None, ours.get(_REST, 0), stock.get(_REST, 0), rest)])
+    rows.append(Row(_REST, 0, None, ours.get(_REST, 0), stock.get(_REST, 0), rest))
+    return MemoryReport(rows, plan_of(model))
 
 
 def _state(block: nn.Module) -> tuple[Optional[str], str]:
-    policy = block.policy if isinstance(block, DenseBlock) else block.resdense_policy
+    policy = block.engine_policy
     reason = "its policy is None" if policy is None else why_stock(block)
-    return (policy, "") if reason is None else (None, f"stock path: {reason}")
+    return (_named(policy), "") if reason is None else (None, f"stock path: {reason}")
+
+
+def _named(policy: Policy) -> str:
+    """A policy for people: of a bool a layer, how many bottlenecks are kept."""
+    return policy if isinstance(policy, str) else f"{sum(policy)} of {len(policy)} kept"
 
 
 def _measure(model: nn.Module, arguments: tuple, blocks: dict[str, nn.Module], path) -> dict[str, int]:
-    with _unchanged(model), torch.inference_mode(False), torch.enable_grad(), path, track_saved() as saved, ExitStack() as hooks:
+    paths = {block: path for path, block in blocks.items()}
+    with unchanged(model), path, track_saved() as saved:
         saved.label = _REST
 
-        def label(name: str):
-            def hook(*_) -> None:
-                saved.label = name
+        def label(module: Optional[nn.Module], _: Optional[Tensor]) -> None:
+            saved.label = paths.get(module, _REST)
 
-            return hook
-
-        for name, block in blocks.items():
-            for handle in (
-                block.register_forward_pre_hook(label(name)),
-                block.register_forward_hook(label(_REST)),
-            ):
-                hooks.callback(handle.remove)
-        output = model(*arguments)
+        with watching(label):
+            output = model(*arguments)
         totals: dict[str, int] = {}
         for storage in saved.storages():
             totals[storage.label] = totals.get(storage.label, 0) + storage.nbytes
         del output
     return totals
-
-
-@contextmanager
-def _unchanged(model: nn.Module):
-    """Puts buffers and random states back."""
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
-    devices = sorted({b.device.index for b in model.parameters() if b.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for (module, name, buffer), value in zip(buffers, values):
-                module._buffers[name] = buffer
-                # Only what changed: a write would make a graph that the user still holds stale.
-                if buffer is not None and not torch.equal(buffer, value):
-                    buffer.detach().copy_(value)

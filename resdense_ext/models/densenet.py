@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resdense_ext.nn import DenseBlock, Transition
+from resdense_ext.nn import Chain, DenseBlock, Transition
+from resdense_ext.nn.engine import OnEngine, is_transformed, run_features
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
 
@@ -20,7 +21,7 @@ _MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _GLOBAL_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
-class DenseNet(nn.Module):
+class DenseNet(OnEngine, nn.Module):
     """A DenseNet for 1D, 2D or 3D inputs whose dense blocks keep little more than their feature maps for backward.
 
     Equivalent to: `torchvision.models.DenseNet` with the same arguments, where torchvision has them. Parameter names,
@@ -45,7 +46,7 @@ class DenseNet(nn.Module):
         small_inputs: start with one 3x3 convolution at full resolution (CIFAR, digits) instead of the strided 7x7
             convolution, batch norm, ReLU and max pool.
         reduction: a transition passes on this share of its channels, rounded down (`theta` in the paper); 1 keeps all.
-        policy: what the dense blocks keep for backward: "fast", "min", or None for plain PyTorch.
+        policy: what the dense blocks keep for backward: "fast", "min", or None for a network in plain PyTorch.
 
     Shapes: input `(N, in_channels, *spatial)`, output `(N, num_classes)`.
 
@@ -75,10 +76,10 @@ class DenseNet(nn.Module):
             raise ValueError(f"block_config: expected at least one block of at least one layer, got {block_config!r}")
         if not 0 < reduction <= 1:
             raise ValueError(f"reduction: expected a share in (0, 1], got {reduction!r}")
-        self.spatial_dims = spatial_dims
+        self.spatial_dims, self.policy = spatial_dims, policy
 
         conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
-        self.features = nn.Sequential()
+        self.features = Chain(policy=policy)
         if small_inputs:
             self.features.add_module("conv0", conv(in_channels, num_init_features, 3, padding=1, bias=False))
         else:
@@ -96,7 +97,7 @@ class DenseNet(nn.Module):
             channels += num_layers * growth_rate
             if index < len(block_config):
                 compressed = int(channels * reduction)
-                transition = Transition(channels, compressed, spatial_dims=spatial_dims)
+                transition = Transition(channels, compressed, spatial_dims=spatial_dims, policy=policy)
                 self.features.add_module(f"transition{index}", transition)
                 channels = compressed
 
@@ -111,6 +112,8 @@ class DenseNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.policy is not None and type(self.features) is Chain and not is_transformed(x):
+            return self.classifier(run_features(self.features, x))
         features = F.relu(self.features(x), inplace=True)
         return self.classifier(_GLOBAL_POOL[self.spatial_dims](features, 1).flatten(1))
 

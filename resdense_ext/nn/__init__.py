@@ -1,5 +1,5 @@
 """Modules: state and policy; a forward is one functional call."""
 
-from resdense_ext.nn.dense import DenseBlock, DenseLayer, Transition
+from resdense_ext.nn.dense import Chain, DenseBlock, DenseLayer, Transition
 
-__all__ = ["DenseBlock", "DenseLayer", "Transition"]
+__all__ = ["Chain", "DenseBlock", "DenseLayer", "Transition"]

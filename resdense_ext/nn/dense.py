@@ -1,4 +1,4 @@
-"""Dense layers, blocks and transitions with torchvision's attribute names, so that its ``state_dict`` keys fit."""
+"""Dense layers, blocks, transitions and chains of them, with torchvision's attribute names, so that its ``state_dict`` fits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resdense_ext.functional import POLICIES
-from resdense_ext.nn.engine import LayerModules, check_forward, run_dense_block
+from resdense_ext.checks import POLICIES
+from resdense_ext.nn.engine import OnEngine, Policy, run_chain, run_dense_block, run_transition
+from resdense_ext.nn.read import LayerModules, PooledModules, check_forward, read_children
 
-__all__ = ["DenseBlock", "DenseLayer", "Transition"]
+__all__ = ["Chain", "DenseBlock", "DenseLayer", "Transition"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,8 +31,8 @@ def _check_spatial_dims(spatial_dims: int) -> None:
         raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims!r}")
 
 
-def _check_policy(policy: Optional[str]) -> None:
-    if policy is not None and policy not in POLICIES:
+def _check_policy(policy: Optional[Policy]) -> None:
+    if policy is not None and not isinstance(policy, tuple) and policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, or None for the stock path, got {policy!r}")
 
 
@@ -92,7 +93,7 @@ class DenseLayer(nn.Module):
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
 
 
-class DenseBlock(nn.ModuleDict):
+class DenseBlock(OnEngine, nn.ModuleDict):
     """A dense block, ``denselayer1`` to ``denselayerL``, that keeps little more than its feature maps for backward.
 
     Equivalent to::
@@ -104,7 +105,8 @@ class DenseBlock(nn.ModuleDict):
         num_layers: L.
         num_input_features: C, the channels of the input.
         bn_size, growth_rate, drop_rate, spatial_dims, activation: as `DenseLayer` takes them.
-        policy: "fast" or "min" (see `resdense_ext.functional.dense_block`), or None for the stock path: the code above.
+        policy: "fast", "min" or a bool a layer (see `resdense_ext.functional.dense_block`), or None for the stock path: the
+            code above.
 
     Shape: ``[N, C, *spatial]`` to ``[N, C + L * growth_rate, *spatial]``, in the memory format of the input.
 
@@ -122,7 +124,7 @@ class DenseBlock(nn.ModuleDict):
         *,
         spatial_dims: int = 2,
         activation: str = "relu",
-        policy: Optional[str] = "fast",
+        policy: Optional[Policy] = "fast",
     ) -> None:
         super().__init__()
         _check_policy(policy)
@@ -135,10 +137,8 @@ class DenseBlock(nn.ModuleDict):
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.policy is None:
-            return self.stock_forward(x)
         _check_policy(self.policy)
-        return run_dense_block(self, x, self.policy)
+        return run_dense_block(self, x)
 
     def layer_modules(self) -> list[LayerModules]:
         for layer in self.values():
@@ -155,19 +155,65 @@ class DenseBlock(nn.ModuleDict):
         return f"policy={self.policy!r}"
 
 
-class Transition(nn.Sequential):
+class Transition(OnEngine, nn.Sequential):
     """``norm, relu, conv, pool``: halves the positions (average pooling by 2) between two dense blocks.
+
+    On the engine it pools first, which is the same (see `resdense_ext.functional.transition`), and keeps its input alone.
+
+    Args:
+        num_input_features, num_output_features: channels.
+        spatial_dims: 1, 2 or 3.
+        policy: None for the stock path; "fast" and "min" are alike here.
 
     Shape: ``[N, num_input_features, *spatial]`` to ``[N, num_output_features, *spatial // 2]``.
 
     Raises:
-        ValueError: ``spatial_dims`` is not 1, 2 or 3.
+        ValueError: ``spatial_dims`` or ``policy`` is none of these.
     """
 
-    def __init__(self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2) -> None:
+    def __init__(
+        self,
+        num_input_features: int,
+        num_output_features: int,
+        *,
+        spatial_dims: int = 2,
+        policy: Optional[Policy] = "fast",
+    ) -> None:
         super().__init__()
         _check_spatial_dims(spatial_dims)
+        _check_policy(policy)
+        self.policy = policy
         self.norm = _NORMS[spatial_dims - 1](num_input_features)
         self.relu = nn.ReLU(inplace=True)
         self.conv = _CONVS[spatial_dims - 1](num_input_features, num_output_features, kernel_size=1, bias=False)
         self.pool = _POOLS[spatial_dims - 1](kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_transition(self, x)
+
+    def pooled_modules(self) -> PooledModules:
+        return PooledModules(*read_children(self, "norm", "relu", "conv", "pool"))
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The transition in plain PyTorch."""
+        return super().forward(x)
+
+
+class Chain(OnEngine, nn.Sequential):
+    """A `torch.nn.Sequential` in which neighbours share a node: a dense block and the transition or head behind it; a batch
+    norm, an activation and a pool.
+
+    Equivalent to ``torch.nn.Sequential(*modules)``. A module that carries hooks, or that the engine does not know, is called by
+    itself.
+
+    Args:
+        modules: as `torch.nn.Sequential` takes them.
+        policy: None for plain PyTorch.
+    """
+
+    def __init__(self, *modules, policy: Optional[Policy] = "fast") -> None:
+        super().__init__(*modules)
+        self.policy = policy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.policy is None else run_chain(list(self), x)

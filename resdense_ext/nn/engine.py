@@ -1,69 +1,69 @@
-"""From modules to the functional call: reads a block's inner modules as they are now, or says why the engine cannot."""
+"""Modules on the engine: a dense block, a transition or another pooled unit, and sequences in which these are neighbours."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import itemgetter
-from typing import NamedTuple, Optional, Protocol
+from typing import Optional, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from resdense_ext import functional
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit
+from resdense_ext import checks, functional
+from resdense_ext.nn.read import (
+    LayerModules,
+    PooledModules,
+    Unsupported,
+    check_untouched,
+    is_wrapper,
+    pool_kind,
+    read_layers,
+    read_pooled_unit,
+)
+from resdense_ext.reference import Activation, DenseLayer, PooledUnit
 
 __all__ = [
     "Block",
-    "LayerModules",
-    "Unsupported",
-    "check_forward",
-    "read_layers",
+    "OnEngine",
+    "Policy",
+    "Transition",
+    "is_transformed",
+    "run_chain",
     "run_dense_block",
+    "run_features",
+    "run_transition",
     "stock_path",
+    "watching",
     "why_stock",
 ]
 
-_NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
-_PARAMETERS = itemgetter("weight", "bias")
-_BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
+Policy = str | tuple[bool, ...]
+"""What a dense block keeps: a name, or a bool a layer."""
+
+Watch = Callable[[Optional[nn.Module], Optional[Tensor]], None]
+
 _LIBRARIES = ("resdense_ext", "torch", "torchvision")
 
 
-class Unsupported(Exception):
-    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception."""
+class OnEngine:
+    """A module of this library that runs on the engine; where its ``policy`` is None, it is plain PyTorch."""
 
-    def __init__(self, reason: str, module: Optional[nn.Module] = None) -> None:
-        super().__init__(reason)
-        self.reason, self.module = reason, module
+    policy: Optional[Policy]
 
-    def within(self, block: nn.Module) -> str:
-        """The reason as a sentence, with the module's path in the block."""
-        subject = next((path for path, module in block.named_modules() if module is self.module), "")
-        return f"{subject} {self.reason}".lstrip()
-
-
-class LayerModules(NamedTuple):
-    """The modules of one dense layer: ``(norm, activation, convolution)`` once or twice, and its dropout.
-
-    ``module`` is the layer itself: its ``training`` decides about the dropout and its hooks count.
-    """
-
-    module: nn.Module
-    units: tuple[tuple[nn.Module, nn.Module, nn.Module], ...]
-    drop_rate: float = 0.0
-    drop_channels: bool = False
+    @property
+    def engine_policy(self) -> Optional[Policy]:
+        return self.policy
 
 
 class Block(Protocol):
-    """What a module offers to run on the engine."""
+    """What a dense block offers to run on the engine; ``engine_policy`` is None where it is not to."""
+
+    engine_policy: Optional[Policy]
 
     def layer_modules(self) -> list[LayerModules]:
         """Raises Unsupported where a layer is not what the block's stock forward would find."""
@@ -72,14 +72,27 @@ class Block(Protocol):
         """The forward that the engine stands in for."""
 
 
+class Transition(Protocol):
+    """What a transition offers."""
+
+    engine_policy: Optional[Policy]
+
+    def pooled_modules(self) -> PooledModules:
+        """Raises Unsupported where the modules are not what the transition's stock forward would find."""
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The forward that the engine stands in for."""
+
+
 _stock: ContextVar[bool] = ContextVar("resdense_stock", default=False)
+_watch: ContextVar[Optional[Watch]] = ContextVar("resdense_watch", default=None)
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """The reasons that a block has given. Not on the block: it would be copied, pickled and left behind by `revert`."""
 
 
 @contextmanager
 def stock_path() -> Iterator[None]:
-    """Inside, every block runs its stock path."""
+    """Inside, every module runs its stock path."""
     token = _stock.set(True)
     try:
         yield
@@ -87,80 +100,205 @@ def stock_path() -> Iterator[None]:
         _stock.reset(token)
 
 
-def run_dense_block(block: Block, x: Tensor, policy: str) -> Tensor:
-    """The block's forward on the engine, or on its stock path where the engine cannot; the latter is said once a block."""
-    if _is_transformed(x) or _stock.get():
-        return block.stock_forward(x)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if x.numel() == 0:
-        return block.stock_forward(x)
+@contextmanager
+def watching(tell: Watch) -> Iterator[None]:
+    """Inside, ``tell`` hears which module is about to run, on the engine or by its stock path, and on what; None when it has."""
+    token = _watch.set(tell)
     try:
-        if _is_wrapper(x):
-            raise Unsupported(f"the input is {type(x).__name__}")
+        yield
+    finally:
+        _watch.reset(token)
+
+
+@contextmanager
+def _running(module: nn.Module, x: Tensor) -> Iterator[None]:
+    tell = _watch.get()
+    if tell is not None:
+        tell(module, x)
+    yield
+    if tell is not None:
+        tell(None, None)
+
+
+def run_dense_block(block: Block, x: Tensor) -> Tensor:
+    """The block's forward on the engine, or on its stock path where the engine cannot; the latter is said once a block."""
+    if is_transformed(x):
+        return block.stock_forward(x)
+    _check_is_tensor(x)
+    with _running(block, x):
+        if block.engine_policy is not None and _takes(x):
+            try:
+                _check_plain(x)
+                modules = block.layer_modules()
+                layers, activation = read_layers(modules)
+            except Unsupported as unsupported:
+                _say(block, unsupported)
+            else:
+                return _dense_block(x, modules, layers, activation, block.engine_policy)
+        # Outside of the handler, so that an error of the stock path carries no Unsupported along.
+        return block.stock_forward(x)
+
+
+def run_transition(transition: Transition, x: Tensor) -> Tensor:
+    """The transition's forward, as `run_dense_block` runs a block's."""
+    if is_transformed(x):
+        return transition.stock_forward(x)
+    _check_is_tensor(x)
+    with _running(transition, x):
+        if transition.engine_policy is not None and _takes(x):
+            try:
+                _check_plain(x)
+                modules = transition.pooled_modules()
+                unit, activation = read_pooled_unit(modules)
+            except Unsupported as unsupported:
+                _say(transition, unsupported)
+            else:
+                if x.dim() == modules.dims:
+                    return _pooled_unit(x, unit, activation)
+        return transition.stock_forward(x)
+
+
+def run_chain(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Calls modules one after another; in one node run a dense block and the transition or head behind it, and a norm, an
+    activation and a pool in a row, where none of them carries hooks."""
+    at = 0
+    while at < len(modules):
+        run, used = _match(modules, at) if _takes(x) else (None, 1)
+        y = run(x) if run is not None else None
+        x, at = (modules[at](x), at + 1) if y is None else (y, at + used)
+    return x
+
+
+_HEAD = {4: nn.AdaptiveAvgPool2d(1), 3: nn.AdaptiveAvgPool1d(1), 5: nn.AdaptiveAvgPool3d(1)}
+_RELU = nn.ReLU(inplace=True)
+
+
+def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
+    """``global_average_pool(relu(features(x)))``, flat: how a DenseNet goes on behind its features, as a chain with them."""
+    try:
+        check_untouched(features)
+        links = list(features)
+    except Unsupported:
+        links = [features]
+    return run_chain([*links, _RELU, _HEAD[x.dim()]], x).flatten(1)
+
+
+_Run = Callable[[Tensor], Optional[Tensor]]
+
+
+def _match(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+    """What runs the modules from ``at`` on in one node, and how many these are. It answers None where it turns out that it
+    cannot: each module by itself then says why."""
+    first = modules[at]
+    if not hasattr(first, "layer_modules"):
+        unit = _three(modules, at)
+        return (None, 1) if unit is None else (lambda x: _run_three(unit, x), 3)
+    if first.engine_policy is not None and at + 1 < len(modules):
+        transition = modules[at + 1]
+        if hasattr(transition, "pooled_modules"):
+            return (lambda x: _run_stage(first, transition, None, x)), 2
+        unit = _three(modules, at + 1)
+        if unit is not None:
+            return (lambda x: _run_stage(first, None, unit, x)), 4
+    return None, 1
+
+
+def _three(modules: Sequence[nn.Module], at: int) -> Optional[PooledModules]:
+    """A norm, an activation and a pool in a row."""
+    three = modules[at : at + 3]
+    if len(three) < 3 or not isinstance(three[0], nn.modules.batchnorm._BatchNorm) or pool_kind(three[2]) is None:
+        return None
+    norm, activation, pool = three
+    return PooledModules(norm, activation, None, pool)
+
+
+def _run_three(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
+    try:
+        _check_plain(x)
+        unit, activation = read_pooled_unit(modules)
+    except Unsupported:
+        return None
+    return _pooled_unit(x, unit, activation) if x.dim() == modules.dims else None
+
+
+def _run_stage(
+    block: Block, transition: Optional[Transition], behind: Optional[PooledModules], x: Tensor
+) -> Optional[Tensor]:
+    try:
+        _check_plain(x)
+        check_untouched(block)
+        if transition is not None:
+            check_untouched(transition)
+            if transition.engine_policy is None:
+                return None
+            behind = transition.pooled_modules()
         modules = block.layer_modules()
         layers, activation = read_layers(modules)
-    except Unsupported as unsupported:
-        _say(block, unsupported)
-    else:
-        if any(layer.drop_rate > 0 for layer in modules):
-            # Checked before masks are drawn: an error leaves the random state as it was.
-            functional.check_dense_block(x, layers)
-            for of in modules:
-                functional.check_probability("drop_rate", max(of.drop_rate, 0.0))
-            layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
-        return functional.dense_block(
-            x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy
-        )
-    # Outside of the handler, so that an error of the stock path carries no Unsupported along.
-    return block.stock_forward(x)
+        unit, unit_activation = read_pooled_unit(behind)
+    except Unsupported:
+        return None
+    if not layers or unit_activation != activation or unit.pool.kind == "maximum" or x.dim() != behind.dims:
+        return None
+    if any(size < 1 for size in unit.pool.outputs(x.shape[2:])):
+        return None
+    with _running(block, x):
+        return _dense_block(x, modules, layers, activation, block.engine_policy, unit)
 
 
-def why_stock(block: Block) -> Optional[str]:
-    """Why the block's modules, as they are now, make it run its stock path; None where they do not."""
+def _dense_block(
+    x: Tensor,
+    modules: Sequence[LayerModules],
+    layers: Sequence[DenseLayer],
+    activation: Activation,
+    policy: Policy,
+    behind: Optional[PooledUnit] = None,
+) -> Tensor:
+    if any(layer.drop_rate > 0 for layer in modules):
+        # Checked before masks are drawn: an error leaves the random state as it was.
+        checks.check_dense_block(x, layers)
+        for of in modules:
+            checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
+        layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
+    return functional.dense_block(
+        x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy, behind=behind
+    )
+
+
+def _pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
+    options = {"activation": activation.name, "negative_slope": activation.slope}
+    if unit.conv is not None:
+        return functional.transition(x, functional.Unit(unit.norm, unit.conv), *unit.pool[1:3], **options)
+    return functional.bn_act_pool(x, unit.norm, *unit.pool, **options)
+
+
+def why_stock(module: Block | Transition) -> Optional[str]:
+    """Why the modules in it, as they are now, make it run its stock path; None where they do not."""
     try:
-        read_layers(block.layer_modules())
+        if hasattr(module, "layer_modules"):
+            read_layers(module.layer_modules())
+        else:
+            read_pooled_unit(module.pooled_modules())
     except Unsupported as unsupported:
-        return unsupported.within(block)
+        return unsupported.within(module)
     return None
 
 
-def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:
-    """The layers as the functional call takes them, without masks.
-
-    Raises:
-        Unsupported: an inner module that the engine cannot stand in for, or one with hooks.
-    """
-    if _has_any_global_hook():
-        raise Unsupported("global module hooks are set")
-    read, norms, activations = [], set(), set()
-    for layer in layers:
-        _check_untouched(layer.module)
-        units = []
-        for norm, activation, conv in layer.units:
-            # The convolution first: it says which norm belongs beside it.
-            read_conv = _read_conv(conv)
-            if norm in norms:
-                raise Unsupported("serves twice, so its running statistics change in between", norm)
-            norms.add(norm)
-            units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
-            activations.add(_read_activation(activation))
-        read.append(DenseLayer(tuple(units)))
-    if len(activations) > 1:
-        raise Unsupported(f"the layers' activations differ: {sorted(a.name for a in activations)}")
-    return read, activations.pop() if activations else Activation()
+def _takes(x: Tensor) -> bool:
+    """Whether x is something for the engine at all; what is not takes the stock path without a word."""
+    return not is_transformed(x) and not _stock.get() and isinstance(x, Tensor) and x.numel() > 0
 
 
-def check_forward(module: nn.Module, owner: type[nn.Module], *methods: str) -> None:
-    """Raises Unsupported unless ``module`` is an ``owner`` that runs the owner's ``forward`` and other ``methods``."""
-    if not isinstance(module, owner):
-        raise Unsupported(f"is {type(module).__name__}", module)
-    for method in ("forward", *methods):
-        if getattr(type(module), method) is not getattr(owner, method) or method in module.__dict__:
-            raise Unsupported(f"has a {method} of its own", module)
+def _check_is_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
 
 
-def _is_transformed(x: Tensor) -> bool:
+def _check_plain(x: Tensor) -> None:
+    if is_wrapper(x):
+        raise Unsupported(f"the input is {type(x).__name__}")
+
+
+def is_transformed(x: Tensor) -> bool:
     """Whether x passes through something that rewrites programs and needs a rule for each operation.
 
     Of these the engine has none yet; the stock path is right under all of them, and is taken without a word. ``torch.compile``
@@ -175,11 +313,11 @@ def _is_transformed(x: Tensor) -> bool:
     )
 
 
-def _say(block: nn.Module, unsupported: Unsupported) -> None:
-    said = _said.setdefault(block, set())
+def _say(module: nn.Module, unsupported: Unsupported) -> None:
+    said = _said.setdefault(module, set())
     if unsupported.reason not in said:
         said.add(unsupported.reason)
-        message = f"resdense_ext: a {type(block).__name__} runs its stock path: {unsupported.within(block)}"
+        message = f"resdense_ext: a {type(module).__name__} runs its stock path: {unsupported.within(module)}"
         warnings.warn(message, stacklevel=_users_level())
 
 
@@ -197,81 +335,3 @@ def _with_mask(layer: DenseLayer, modules: LayerModules, x: Tensor) -> DenseLaye
     width = layer.units[-1].conv.weight.shape[0]
     mask, scale = functional.dropout_mask(x, width, modules.drop_rate, per_channel=modules.drop_channels)
     return layer._replace(mask=mask, mask_scale=scale)
-
-
-def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: itemgetter) -> tuple[Optional[Tensor], ...]:
-    """From ``module._parameters`` or ``_buffers``: as attributes tensors cost five times as much, and there are hundreds."""
-    try:
-        found = names(tensors)
-    except KeyError as name:
-        raise Unsupported(f"has no registered {name}", module) from None
-    for tensor in found:
-        if _is_wrapper(tensor):
-            raise Unsupported(f"holds {type(tensor).__name__}", module)
-    return found
-
-
-def _is_wrapper(tensor: Optional[Tensor]) -> bool:
-    """DTensor and its like; a subclass that only adds attributes or names is none."""
-    return type(tensor) not in (nn.Parameter, Tensor) and tensor is not None and is_traceable_wrapper_subclass(tensor)
-
-
-def _check_untouched(module: nn.Module) -> None:
-    """Raises Unsupported where calling the module does more, or something else, than its class says."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise Unsupported("carries hooks", module)
-    if "forward" in module.__dict__:
-        raise Unsupported("has a forward of its own", module)
-
-
-def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
-    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
-    if type(norm) is not expected:
-        raise Unsupported(f"is {type(norm).__name__}", norm)
-    _check_untouched(norm)
-    weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
-    mean, var, count = _registered(norm, norm._buffers, _BUFFERS)
-    batch_stats = norm.training or (mean is None and var is None)
-    if not norm.training:
-        return BatchNorm(weight, bias, mean, var, batch_stats, norm.momentum, norm.eps)
-    if not norm.track_running_stats:
-        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps)
-    momentum = norm.momentum
-    if momentum is None:
-        momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
-    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count)
-
-
-def _read_conv(conv: nn.Module) -> Conv:
-    if type(conv) not in _NORM_BESIDE:
-        raise Unsupported(f"is {type(conv).__name__}", conv)
-    _check_untouched(conv)
-    weight, bias = _registered(conv, conv._parameters, _PARAMETERS)
-    rank = weight.dim() - 2
-    stride, dilation = _sizes(conv.stride, rank), _sizes(conv.dilation, rank)
-    extent = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
-    same = tuple(e // 2 for e in extent)
-    padding = _sizes({"same": same, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else conv.padding, rank)
-    if any(s != 1 for s in stride) or any(2 * p != e for p, e in zip(padding, extent)):
-        geometry = f"kernel {tuple(weight.shape[2:])}, stride {stride}, padding {conv.padding!r}, dilation {dilation}"
-        raise Unsupported(f"does not keep every position in its place: {geometry}", conv)
-    if any(padding) and conv.padding_mode != "zeros":
-        raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
-    return Conv(weight, bias, padding, dilation, conv.groups)
-
-
-def _sizes(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
-
-
-def _read_activation(activation: nn.Module) -> Activation:
-    _check_untouched(activation)
-    kind = type(activation)
-    if kind is nn.LeakyReLU:
-        return Activation("leaky_relu", activation.negative_slope)
-    if kind is nn.ELU and activation.alpha == 1:
-        return Activation("elu")
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
-    if kind not in names:
-        raise Unsupported(f"is {activation}", activation)
-    return Activation(names[kind])

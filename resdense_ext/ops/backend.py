@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops.layout import memory_format_of
-from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
+from resdense_ext.ops.layout import dense_map, memory_format_of
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
 __all__ = [
     "Affine",
@@ -78,7 +78,7 @@ class Pending(NamedTuple):
 
 
 class ConvGrads(NamedTuple):
-    """The gradients of a norm, an activation and a convolution: of the input, and of the parameters."""
+    """The gradients of a norm, an activation and a convolution or a pool: of the input, and of the parameters."""
 
     input: Pending
     weight: Optional[Tensor]
@@ -179,9 +179,8 @@ class ReferenceBackend:
         dtype = conv.weight.dtype
         dimensions = x.dim() - 2
         total: list[Optional[Tensor]] = [None, None, None, None]
-        dy = None
-        # Where all of dy is wanted it has the width of a bottleneck, and so may the activation.
-        for part in [slice(None)] if into is None else self.chunks(x):
+        dy = torch.empty_like(x) if into is None else None
+        for part in self.chunks(x):
             activated = self.bn_act(x[part], fold.affine).to(dtype)
             dx, weight, bias = torch.ops.aten.convolution_backward(
                 grad[part].to(dtype),
@@ -200,8 +199,8 @@ class ReferenceBackend:
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
             if into is None:
-                dy = dx
-                sums = self.bn_act_backward(dy, x[part], fold.affine, fold.mean)
+                sums = self.bn_act_backward(dx, x[part], fold.affine, fold.mean)
+                dy[part] = dx
             else:
                 sums = self.bn_act_backward_accumulate(into.dy[part], dx, x[part], fold.affine, fold.mean)
             for i, new in enumerate((weight, bias, *sums)):
@@ -211,8 +210,26 @@ class ReferenceBackend:
         weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
         return self._grads(x, fold, weight, bias, dy, into, *total[2:])
 
-    @staticmethod
+    def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
+        """``pool(act(scale * x + shift))``, a new dense tensor in the layout of ``x``.
+
+        Of maxima also, where a backend keeps them, the numbers of their places in their windows (uint8).
+        """
+        return dense_map(reference.pool(self.bn_act(x, affine), pool)), None
+
+    def bn_act_pool_backward(
+        self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
+    ) -> ConvGrads:
+        """As `bn_act_conv_backward`, from the gradient of what `bn_act_pool` returned, which is dense."""
+        dy = _unpool(grad, self.bn_act(x, fold.affine), pool).contiguous(memory_format=memory_format_of(x))
+        if into is None:
+            sums = self.bn_act_backward(dy, x, fold.affine, fold.mean)
+        else:
+            sums = self.bn_act_backward_accumulate(into.dy, dy, x, fold.affine, fold.mean)
+        return self._grads(x, fold, None, None, dy, into, *sums)
+
     def _grads(
+        self,
         x: Tensor,
         fold: Fold,
         weight: Optional[Tensor],
@@ -223,17 +240,20 @@ class ReferenceBackend:
         sum_dy_xc: Tensor,
     ) -> ConvGrads:
         """Makes of the sums the norm's gradients and its correction of the gradient of ``x``."""
-        dgamma = fold.rstd * sum_dy_xc
-        if fold.count is None:
-            beta = delta = torch.zeros_like(dgamma)
-        else:
-            beta, delta = fold.correction(sum_dy, dgamma)
         if into is None:
-            into = Pending(dy, x, fold.affine.scale, beta, delta)
-        else:
+            # Of a layer's own: alpha is that of its norm.
+            into = Pending(dy, x, fold.affine.scale, *torch.zeros((2, len(fold.mean)), dtype=fold.mean.dtype, device=x.device))
+        dgamma = self._correct(fold, sum_dy, sum_dy_xc, into)
+        return ConvGrads(into, weight, bias, dgamma, sum_dy)
+
+    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
+        """Adds the norm's correction to a pending gradient; returns the gradient of the norm's weight."""
+        dgamma = fold.rstd * sum_dy_xc
+        if fold.count is not None:
+            beta, delta = fold.correction(sum_dy, dgamma)
             into.beta.add_(beta)
             into.delta.add_(delta)
-        return ConvGrads(into, weight, bias, dgamma, sum_dy)
+        return dgamma
 
     @staticmethod
     def _masked(grad: Tensor, x: Tensor, affine: Affine) -> Tensor:
@@ -245,6 +265,23 @@ class ReferenceBackend:
     def _sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         reduced = [d for d in range(x.dim()) if d != 1]
         return dy.sum(reduced), (dy * (x.to(dy.dtype) - reference.per_channel(center, x))).sum(reduced)
+
+
+def _unpool(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
+    """The gradient of `reference.pool` of ``y``, by the framework's kernels for three spatial dimensions."""
+    if pool.kind == "global":
+        return (grad / y[0, 0].numel()).expand(y.shape)
+    missing = 5 - y.dim()
+    wide = accumulation_dtype(y.dtype)  # in 16 bits these add up in 16 bits
+    grad, deep = (t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]).to(wide) for t in (grad, y))
+    fill = ((1,) * missing, (1,) * missing, (0,) * missing)
+    windows = [[*of, *sizes] for of, sizes in zip(fill, pool[1:])]
+    if pool.kind == "average":
+        result = torch.ops.aten.avg_pool3d_backward(grad, deep, *windows, False, True, None)
+    else:
+        _, places = torch.ops.aten.max_pool3d_with_indices(deep, *windows)
+        result = torch.ops.aten.max_pool3d_with_indices_backward(grad, deep, *windows, [1, 1, 1], False, places)
+    return result.reshape(y.shape).to(y.dtype)
 
 
 _backends: dict[str, ReferenceBackend] = {}

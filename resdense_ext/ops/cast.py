@@ -1,8 +1,9 @@
-"""A block's convolution weights in the dtype of autocast: one launch for all of them, and one for their gradients."""
+"""Autocast: convolution weights in its dtype, one launch for a block's and one for their gradients; and none inside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from resdense_ext.reference import Conv, DenseLayer, Unit
 
-__all__ = ["cast_convolutions"]
+__all__ = ["cast_convolution", "cast_convolutions", "without_autocast"]
 
 
 class CastFunction(torch.autograd.Function):
@@ -41,8 +42,14 @@ def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tens
     return results
 
 
+def cast_convolution(conv: Conv, dtype: torch.dtype) -> Conv:
+    """One convolution in ``dtype``; like autocast itself, it leaves float64 alone."""
+    weight, bias = (t.to(dtype) if _changes(t, dtype) else t for t in (conv.weight, conv.bias))
+    return conv._replace(weight=weight, bias=bias)
+
+
 def cast_convolutions(layers: Sequence[DenseLayer], dtype: torch.dtype) -> list[DenseLayer]:
-    """The layers with convolutions in ``dtype``; like autocast itself, it leaves float64 alone."""
+    """The layers with convolutions as `cast_convolution` gives them."""
     convs = [unit.conv for layer in layers for unit in layer.units]
     tensors = [t for conv in convs for t in (conv.weight, conv.bias) if _changes(t, dtype)]
     if not tensors:
@@ -60,3 +67,10 @@ def cast_convolutions(layers: Sequence[DenseLayer], dtype: torch.dtype) -> list[
 
 def _changes(tensor: Optional[Tensor], dtype: torch.dtype) -> bool:
     return tensor is not None and tensor.dtype not in (dtype, torch.float64)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The engines have their dtypes already; an inner convolution is to take them as they are."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resdense_ext.ops.backend import Affine, Pending, ReferenceBackend
-from resdense_ext.reference import Activation, accumulation_dtype
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend
+from resdense_ext.ops.pool import run_pool, run_pool_backward
+from resdense_ext.reference import Activation, Pool, accumulation_dtype
 
 __all__ = ["CompiledBackend", "slope_of"]
 
@@ -58,3 +59,15 @@ class CompiledBackend(ReferenceBackend):
         increment_version(pending.dy)
         torch.ops.resdense.pending_grad(*pending)
         return pending.dy
+
+    def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
+        scale, shift, activation = affine
+        return run_pool(torch.ops.resdense, x, scale, shift, slope_of(activation), pool)
+
+    def bn_act_pool_backward(
+        self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
+    ) -> ConvGrads:
+        scale, shift, activation = fold.affine
+        vectors = (scale, shift, fold.mean, slope_of(activation))
+        dy, sums = run_pool_backward(torch.ops.resdense, grad, taps, x, vectors, pool, into)
+        return self._grads(x, fold, None, None, dy, into, *sums)

@@ -1,7 +1,7 @@
 """The CPU backend: the bandwidth-bound primitives in C++ (``csrc/cpu``), other convolutions through the framework.
 
-A wide input (a slice of the block buffer) is never activated whole: a 1x1 convolution goes tile by tile through the
-cache, any other sample by sample through the framework's convolution.
+No input is activated whole: a 1x1 convolution goes tile by tile through the cache, any other some samples at a time through the
+framework's convolution.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dty
 __all__ = ["CpuBackend"]
 
 
+_CACHED = 2**18
+"""Values of an activation for a thread, 1 MB in float32: then it is read by the convolution from where it was written."""
+
+
 def _is_matrix_product(conv: Conv) -> bool:
     return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
 
@@ -38,9 +42,28 @@ class CpuBackend(CompiledBackend):
         return super().refusal(x, compute_dtype, activation)
 
     def chunks(self, x: Tensor) -> list[slice]:
-        if x.is_contiguous(memory_format=memory_format_of(x)):
-            return super().chunks(x)
-        return [slice(n, n + 1) for n in range(x.shape[0])]
+        """Of a bottleneck so many samples that every thread's share of an activation stays in its cache; of a buffer one."""
+        if not x.is_contiguous(memory_format=memory_format_of(x)):
+            return [slice(n, n + 1) for n in range(x.shape[0])]
+        size = max(1, _CACHED * torch.get_num_threads() // max(x[0].numel(), 1))
+        return [slice(n, n + size) for n in range(0, x.shape[0], size)]
+
+    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
+        mean, dtype = stats.mean, stats.mean.dtype
+        m2 = stats.m2
+        if not norm.batch_stats:
+            mean, m2 = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+        weight, bias = (None if v is None else v.detach().to(dtype) for v in (norm.weight, norm.bias))
+        divisor = count if norm.batch_stats else 1
+        scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, divisor, norm.eps, weight, bias).unbind()
+        return Fold(Affine(scale, shift, activation), mean, rstd, count if norm.batch_stats else None)
+
+    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
+        if fold.count is None:
+            return super()._correct(fold, sum_dy, sum_dy_xc, into)
+        increment_version((into.beta, into.delta))
+        scale, mean, rstd = fold.affine.scale, fold.mean, fold.rstd
+        return torch.ops.resdense.bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, fold.count, into.beta, into.delta)
 
     def bn_act_conv(
         self,

@@ -30,14 +30,25 @@ from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit, accumulation_dtype
 
-__all__ = ["GRADS", "UNIT", "DenseBlockConfig", "flat_tensors"]
+__all__ = [
+    "GRADS",
+    "SCHEMA",
+    "UNIT",
+    "BufferGradient",
+    "DenseBlockConfig",
+    "backward",
+    "backward_fake",
+    "flat_tensors",
+    "forward",
+    "forward_fake",
+]
 
 UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
 GRADS = (0, 1, 4, 5)
 """Those of them that can have a gradient."""
 
-_SCHEMA = (
+SCHEMA = (
     "Tensor?[] tensors, Tensor[] masks, int[] units, float[] eps, bool[] batch_stats, int[] geometry, "
     "float[] mask_scales, str activation, float slope, bool[] keep, str backend"
 )
@@ -116,8 +127,13 @@ def _walk(layers: Sequence[DenseLayer], channels: int) -> Iterator[_Walk]:
         channels = end
 
 
-def _forward(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    config = DenseBlockConfig(*numbers)
+def forward(
+    x: Tensor, tensors, masks, config: DenseBlockConfig, read_behind: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The buffer of all maps; its statistics and those of the bottlenecks; the bottlenecks that are kept.
+
+    ``read_behind`` says that a norm behind the block reads the buffer with the batch's statistics.
+    """
     layers = config.layers(tensors, masks)
     backend = backends.get(config.backend)
     activation = Activation(config.activation, config.slope)
@@ -127,7 +143,7 @@ def _forward(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Tensor],
     count = buffer.numel() // buffer.shape[1]
     stats = Stats(*(torch.zeros(walk[-1].end, dtype=accumulation_dtype(buffer.dtype), device=x.device) for _ in range(2)))
     # The statistics of a channel are needed where a later layer normalises by them.
-    readers = [layer.units[0].norm.batch_stats for layer in layers]
+    readers = [*(layer.units[0].norm.batch_stats for layer in layers), read_behind]
     bottleneck_stats, kept = [], []
 
     buffer[:, : x.shape[1]].copy_(x)
@@ -164,29 +180,45 @@ def _new_stats(z: Tensor, reader: BatchNorm) -> Stats:
     return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
 
 
-def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tensor]:
-    *numbers, stats, kept, needs = rest
-    config = DenseBlockConfig(*numbers)
+class BufferGradient(NamedTuple):
+    """The gradient of a block's buffer: ``D``, and the correction of it that all consumers of a channel have asked for so far,
+    ``beta * x + delta``; ``deferred`` says whether any has."""
+
+    D: Tensor
+    ones: Tensor
+    beta: Tensor
+    delta: Tensor
+    deferred: bool
+
+    @staticmethod
+    def of(D: Tensor) -> BufferGradient:
+        dtype = accumulation_dtype(D.dtype)
+        beta, delta = D.new_zeros((2, D.shape[1]), dtype=dtype).unbind()
+        return BufferGradient(D, D.new_ones(D.shape[1], dtype=dtype), beta, delta, False)
+
+    def pending(self, buffer: Tensor, begin: int, end: int) -> Pending:
+        """That of a slice of the channels; once all its consumers have added to it, its reader may finish it."""
+        at = slice(begin, end)
+        return Pending(self.D[:, at], buffer[:, at], self.ones[at], self.beta[at], self.delta[at])
+
+
+def backward(
+    gradient: BufferGradient, buffer: Tensor, tensors, masks, config: DenseBlockConfig, stats, kept, needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, of x and of every unit's `GRADS`; empty tensors for the rest."""
     layers = config.layers(tensors, masks)
     backend = backends.get(config.backend)
     activation = Activation(config.activation, config.slope)
     mean, m2, *bottleneck_stats = stats
     stats = Stats(mean, m2)
     count = buffer.numel() // buffer.shape[1]
-    kept, bottleneck_stats = list(kept), list(bottleneck_stats)
+    kept = list(kept)
 
     growth = sum(layer.units[-1].conv.weight.shape[0] for layer in layers)
     C0 = buffer.shape[1] - growth
     walk = list(_walk(layers, C0))
-    D = torch.empty_like(buffer).copy_(grad)
-    # The correction of D that all consumers of a channel have asked for so far: beta * x + delta.
-    beta, delta = torch.zeros((2, buffer.shape[1]), dtype=mean.dtype, device=mean.device).unbind()
-    ones = torch.ones_like(mean)
+    D, *_, deferred = gradient
     results: list[Optional[Tensor]] = [None] * len(needs)
-
-    def pending(begin: int, end: int) -> Pending:
-        """The gradient of a slice of the buffer; once all its consumers have added to it, its reader may finish it."""
-        return Pending(D[:, begin:end], buffer[:, begin:end], ones[begin:end], beta[begin:end], delta[begin:end])
 
     def record(unit: int, grads: backends.ConvGrads) -> None:
         values = (grads.norm_weight, grads.norm_bias, grads.weight, grads.bias)
@@ -198,12 +230,11 @@ def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tenso
         return any(needs[3 + 4 * unit : 5 + 4 * unit])
 
     unit = sum(config.units)
-    deferred = False
     for index, layer, C, end in reversed(walk):
         unit -= len(layer.units)
         if not any(needs[: 1 + 4 * (unit + len(layer.units))]):
             break  # nothing before this point wants a gradient
-        upstream: Tensor | Pending = pending(C, end) if deferred else D[:, C:end]
+        upstream: Tensor | Pending = gradient.pending(buffer, C, end) if deferred else D[:, C:end]
         if layer.mask is not None:
             upstream = backend.pending_grad_(upstream) if deferred else upstream
             upstream.mul_(layer.mask).mul_(layer.mask_scale)
@@ -224,16 +255,16 @@ def _backward(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tenso
             record(unit + 1, grads)
             upstream = grads.input
             del z, grads
-        record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, pending(0, C), wants_weight(unit)))
+        into = gradient.pending(buffer, 0, C)
+        record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, into, wants_weight(unit)))
         del upstream
         deferred = deferred or norm.batch_stats
     if needs[0]:
-        results[0] = backend.pending_grad_(pending(0, C0)) if deferred else D[:, :C0]
+        results[0] = backend.pending_grad_(gradient.pending(buffer, 0, C0)) if deferred else D[:, :C0]
     return [torch.empty(0, dtype=buffer.dtype, device=buffer.device) if r is None else r for r in results]
 
 
-def _forward_fake(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    config = DenseBlockConfig(*numbers)
+def forward_fake(x: Tensor, tensors, masks, config: DenseBlockConfig) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     layers = config.layers(tensors, masks)
     compute = layers[0].units[0].conv.weight.dtype
     *_, last = _walk(layers, x.shape[1])
@@ -250,9 +281,7 @@ def _forward_fake(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, list[Ten
     return buffer, stats, kept
 
 
-def _backward_fake(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[Tensor]:
-    *numbers, _stats, _kept, needs = rest
-    config = DenseBlockConfig(*numbers)
+def backward_fake(buffer: Tensor, tensors, masks, config: DenseBlockConfig, needs) -> list[Tensor]:
     growth = sum(layer.units[-1].conv.weight.shape[0] for layer in config.layers(tensors, masks))
     wanted = [torch.empty_like(buffer)[:, : buffer.shape[1] - growth]]
     for unit in range(len(config.eps)):
@@ -263,11 +292,30 @@ def _backward_fake(grad: Tensor, buffer: Tensor, tensors, masks, *rest) -> list[
     ]
 
 
-LIBRARY.define(f"dense_block(Tensor x, {_SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)")
+def _dense_block(x: Tensor, tensors, masks, *numbers):
+    return forward(x, tensors, masks, DenseBlockConfig(*numbers))
+
+
+def _dense_block_backward(grad: Tensor, out: Tensor, tensors, masks, *rest) -> list[Tensor]:
+    *numbers, stats, kept, needs = rest
+    gradient = BufferGradient.of(torch.empty_like(out).copy_(grad))
+    return backward(gradient, out, tensors, masks, DenseBlockConfig(*numbers), stats, kept, needs)
+
+
+def _dense_block_fake(x: Tensor, tensors, masks, *numbers):
+    return forward_fake(x, tensors, masks, DenseBlockConfig(*numbers))
+
+
+def _dense_block_backward_fake(grad: Tensor, out: Tensor, tensors, masks, *rest) -> list[Tensor]:
+    *numbers, _, _, needs = rest
+    return backward_fake(out, tensors, masks, DenseBlockConfig(*numbers), needs)
+
+
+LIBRARY.define(f"dense_block(Tensor x, {SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)")
 LIBRARY.define(
-    f"dense_block_backward(Tensor grad, Tensor out, {_SCHEMA}, Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]"
+    f"dense_block_backward(Tensor grad, Tensor out, {SCHEMA}, Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]"
 )
-LIBRARY.impl("dense_block", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("dense_block_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::dense_block", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::dense_block_backward", _backward_fake, lib=LIBRARY)
+LIBRARY.impl("dense_block", _dense_block, "CompositeExplicitAutograd")
+LIBRARY.impl("dense_block_backward", _dense_block_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("resdense::dense_block", _dense_block_fake, lib=LIBRARY)
+torch.library.register_fake("resdense::dense_block_backward", _dense_block_backward_fake, lib=LIBRARY)

@@ -1,9 +1,8 @@
-"""The dense block as autograd sees it: one node, whatever the number of layers."""
+"""The dense block as autograd sees it: one node, whatever the number of layers, and with it the unit behind the block."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import islice
 from typing import Optional
 
@@ -11,32 +10,55 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops import pooled_unit
 from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import GRADS, UNIT, DenseBlockConfig, flat_tensors
+from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.running import update_running_statistics
-from resdense_ext.reference import Activation, BatchNorm, DenseLayer
+from resdense_ext.reference import Activation, BatchNorm, DenseLayer, PooledUnit
 
 __all__ = ["DenseBlockFunction", "dense_block"]
 
 
 class DenseBlockFunction(torch.autograd.Function):
-    """Keeps the block buffer (its own output), the statistics, the masks, and the bottlenecks that the policy keeps."""
+    """Keeps the block buffer (its own output), the statistics, the masks, and the bottlenecks that the policy keeps.
+
+    With a unit behind the block there are two outputs: the unit's, and the buffer, so that its gradient can be differentiated.
+    """
 
     @staticmethod
-    def forward(ctx, config: DenseBlockConfig, norms: list[BatchNorm], masks: list[Tensor], x: Tensor, *tensors):
-        with _without_autocast(x.device):
-            out, stats, kept = torch.ops.resdense.dense_block(x, tensors, masks, *config)
+    def forward(
+        ctx,
+        config: DenseBlockConfig,
+        unit: Optional[PooledUnitConfig],
+        norms: list[BatchNorm],
+        masks: list[Tensor],
+        x: Tensor,
+        *tensors,
+    ):
+        layers, unit_tensors = _split(tensors, unit)
+        with without_autocast(x.device):
+            if unit is None:
+                buffer, stats, kept = torch.ops.resdense.dense_block(x, layers, masks, *config)
+                out = buffer
+            else:
+                out, buffer, stats, kept = torch.ops.resdense.dense_stage(x, layers, masks, *config, unit_tensors, *unit)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        update_running_statistics(norms, _norm_statistics(config, stats, x.shape[1], tensors), out.numel() // out.shape[1])
-        ctx.config, ctx.counts = config, (len(tensors), len(masks), len(stats))
+        statistics = _norm_statistics(config, stats, x.shape[1], layers)
+        if unit is not None:
+            statistics.append((stats[0], stats[1]))
+        update_running_statistics(norms, statistics, buffer.numel() // buffer.shape[1])
+        ctx.set_materialize_grads(False)
+        ctx.configs, ctx.counts = (config, unit), (len(tensors), len(masks), len(stats))
         ctx.channels = x.shape[1]
-        ctx.save_for_backward(out, *tensors, *masks, *stats, *kept)
-        return out
+        ctx.save_for_backward(buffer, *tensors, *masks, *stats, *kept)
+        return out if unit is None else (out, buffer)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Optional[Tensor]):
         try:
-            out, *saved = ctx.saved_tensors
+            buffer, *saved = ctx.saved_tensors
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -46,33 +68,46 @@ class DenseBlockFunction(torch.autograd.Function):
             ) from error
         saved = iter(saved)
         tensors, masks, stats = (list(islice(saved, size)) for size in ctx.counts)
-        needs = [ctx.needs_input_grad[3]]
-        for unit in range(len(ctx.config.eps)):
-            needs += [ctx.needs_input_grad[4 + UNIT * unit + position] for position in GRADS]
-        if torch.is_grad_enabled():
-            grads = _differentiable_backward(grad, out, ctx.channels, ctx.config, tensors, masks, needs)
+        config, unit = ctx.configs
+        needs = [ctx.needs_input_grad[4]]
+        for at in range(0, len(tensors), UNIT):
+            needs += [ctx.needs_input_grad[5 + at + position] for position in GRADS]
+        if all(grad is None for grad in grads):
+            found = [None] * len(needs)
+        elif torch.is_grad_enabled():
+            found = _differentiable_backward(grads, buffer, ctx.channels, config, unit, tensors, masks, needs)
         else:
-            with _without_autocast(out.device):
-                grads = torch.ops.resdense.dense_block_backward(
-                    grad, out, tensors, masks, *ctx.config, stats, list(saved), needs
-                )
-        wanted = [value if need else None for value, need in zip(grads, needs)]
+            found = _backward(grads, buffer, config, unit, tensors, masks, stats, list(saved), needs)
+        wanted = [value if need else None for value, need in zip(found, needs)]
         result: list[Optional[Tensor]] = []
-        for unit in range(len(ctx.config.eps)):
-            weight, bias, conv_weight, conv_bias = wanted[1 + 4 * unit : 5 + 4 * unit]
+        for at in range(1, len(wanted), len(GRADS)):
+            weight, bias, conv_weight, conv_bias = wanted[at : at + 4]
             result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, None, wanted[0], *result
+        return None, None, None, None, wanted[0], *result
 
 
-def _without_autocast(device: torch.device):
-    """The engine has its dtypes already; an inner convolution is to take them as they are."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def _backward(grads, buffer, config, unit, tensors, masks, stats, kept, needs) -> list[Optional[Tensor]]:
+    layers, unit_tensors = _split(tensors, unit)
+    *upstream, grad_buffer = grads
+    with without_autocast(buffer.device):
+        if upstream and upstream[0] is not None:
+            return torch.ops.resdense.dense_stage_backward(
+                *grads, buffer, layers, masks, *config, unit_tensors, *unit, stats, kept, needs
+            )
+        # No unit behind the block, or none whose output was used.
+        of_block = needs[: 1 + len(GRADS) * len(layers) // UNIT]
+        found = torch.ops.resdense.dense_block_backward(grad_buffer, buffer, layers, masks, *config, stats, kept, of_block)
+    return found + [None] * (len(needs) - len(found))
+
+
+def _split(tensors: Sequence[Optional[Tensor]], unit: Optional[PooledUnitConfig]) -> tuple[list, list]:
+    """The tensors of the layers and those of the unit behind them."""
+    end = len(tensors) - (0 if unit is None else UNIT)
+    return list(tensors[:end]), list(tensors[end:])
 
 
 def _norm_statistics(config, stats, channels: int, tensors) -> list[tuple[Tensor, Tensor]]:
-    """Every unit's ``(mean, m2)`` of this batch, in the order of the units."""
+    """Every layer's units' ``(mean, m2)`` of this batch, in the order of the units."""
     mean, m2, *bottleneck = stats
     result, i = [], 0
     for count in config.units:
@@ -85,29 +120,47 @@ def _norm_statistics(config, stats, channels: int, tensors) -> list[tuple[Tensor
     return result
 
 
-def _differentiable_backward(grad, out, channels, config, tensors, masks, needs) -> list[Optional[Tensor]]:
+def _differentiable_backward(grads, buffer, channels, config, unit, tensors, masks, needs) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference.
 
-    The input is read from the output, of which it is the first channels, and everything is aliased: differentiation is to
+    The input is read from the buffer, of which it is the first channels, and everything is aliased: differentiation is to
     stop at these aliases, not to go on to what they are views of.
     """
-    x = out[:, :channels].view_as(out[:, :channels])
+    x = buffer[:, :channels].view_as(buffer[:, :channels])
     tensors = [t if t is None else t.view_as(t) for t in tensors]
-    inputs = [x] + [tensors[UNIT * u + p] for u in range(len(config.eps)) for p in GRADS]
+    inputs = [x] + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
     wanted = [value for value, need in zip(inputs, needs) if need]
-    y = reference.dense_block(x, config.layers(tensors, masks), Activation(config.activation, config.slope))
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    layers, unit_tensors = _split(tensors, unit)
+    y = reference.dense_block(x, config.layers(layers, masks), Activation(config.activation, config.slope))
+    outputs = [y]
+    if unit is not None:
+        activation = Activation(unit.activation, unit.slope)
+        outputs = [reference.bn_act_pool(y, unit.unit(*unit_tensors), activation), y]
+    outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, grads) if grad is not None))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 
 def dense_block(
-    x: Tensor, layers: Sequence[DenseLayer], activation: Activation, policy: str, backend: ReferenceBackend
+    x: Tensor,
+    layers: Sequence[DenseLayer],
+    activation: Activation,
+    keep: Sequence[bool],
+    backend: ReferenceBackend,
+    unit: Optional[PooledUnit] = None,
+    unit_activation: Activation = Activation(),
 ) -> Tensor:
-    """The checked call: see `resdense_ext.functional.dense_block`."""
+    """The checked call: see `resdense_ext.functional.dense_block`. ``keep`` says whose bottleneck may be kept."""
     tensors = flat_tensors(layers)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    keep = [policy == "fast" and grad and len(layer.units) == 2 for layer in layers]
-    config = DenseBlockConfig.of(layers, activation, keep, backend.name)
-    masks = [layer.mask for layer in layers if layer.mask is not None]
     norms = [unit.norm for layer in layers for unit in layer.units]
-    return DenseBlockFunction.apply(config, norms, masks, x, *tensors)
+    unit_config = None
+    if unit is not None:
+        tensors += pooled_unit.flat_tensors(unit)
+        norms.append(unit.norm)
+        unit_config = PooledUnitConfig.of(unit, unit_activation, backend.name)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    kept = [wanted and grad and len(layer.units) == 2 for wanted, layer in zip(keep, layers)]
+    config = DenseBlockConfig.of(layers, activation, kept, backend.name)
+    masks = [layer.mask for layer in layers if layer.mask is not None]
+    out = DenseBlockFunction.apply(config, unit_config, norms, masks, x, *tensors)
+    return out if unit is None else out[0]

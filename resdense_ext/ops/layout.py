@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Optional
+
 import torch
 from torch import Tensor
 
-__all__ = ["empty_map", "memory_format_of"]
+__all__ = ["dense_map", "empty_map", "memory_format_of"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -18,7 +21,13 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return channels_last
 
 
-def empty_map(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised map of ``channels`` channels on the device, in the sizes and the memory format of ``like``."""
-    shape = (like.shape[0], channels, *like.shape[2:])
+def dense_map(x: Tensor) -> Tensor:
+    """``x``, or a copy where it is not dense in its memory format."""
+    return x.contiguous(memory_format=memory_format_of(x))
+
+
+def empty_map(like: Tensor, channels: int, dtype: torch.dtype, sizes: Optional[Sequence[int]] = None) -> Tensor:
+    """An uninitialised map of ``channels`` channels on the device and in the memory format of ``like``, and in its spatial
+    sizes or others."""
+    shape = (like.shape[0], channels, *(like.shape[2:] if sizes is None else sizes))
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format_of(like))

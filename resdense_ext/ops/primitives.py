@@ -19,6 +19,14 @@ def _channel_stats(x):
     return _vectors(x, x.shape[1])
 
 
+def _bn_fold(mean, m2, count, eps, weight, bias):
+    return mean.new_empty((3, mean.shape[0]))
+
+
+def _bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, count, beta, delta):
+    return torch.empty_like(mean)
+
+
 def _bn_act(x, scale, shift, negative_slope, out):
     return None
 
@@ -109,6 +117,8 @@ def _bn_add_act_backward_cpu(grad, out, z, center, identity, identity_center, ne
 if CPU_LIBRARY is None:  # else there are no such operators
     for fake in (
         _channel_stats,
+        _bn_fold,
+        _bn_correction,
         _bn_act,
         _bn_act_backward,
         _bn_act_backward_accumulate,

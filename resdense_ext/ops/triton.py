@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
-from resdense_ext.reference import Activation, BatchNorm, Conv
+from resdense_ext.ops.pool import run_pool, run_pool_backward
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
 __all__ = ["TritonBackend", "architecture_refusal", "interpreting", "missing"]
 
@@ -150,6 +151,20 @@ class TritonBackend(ReferenceBackend):
         if into is None:
             into = Pending(out, x, scale, beta, delta)
         return ConvGrads(into, weight, None, norm_weight, norm_bias)
+
+    def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
+        from resdense_ext.kernels import bn_act_pool
+
+        return run_pool(bn_act_pool, x, *affine, pool)
+
+    def bn_act_pool_backward(
+        self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
+    ) -> ConvGrads:
+        from resdense_ext.kernels import bn_act_pool
+
+        scale, shift, activation = fold.affine
+        dy, sums = run_pool_backward(bn_act_pool, grad, taps, x, (scale, shift, fold.mean, activation), pool, into)
+        return self._grads(x, fold, None, None, dy, into, *sums)
 
 
 register(TritonBackend())

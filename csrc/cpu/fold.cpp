@@ -1,0 +1,77 @@
+// The vectors of batch norm: what its statistics and parameters amount to forward, and what its sums amount to backward. They
+// are short; as strings of framework operations they would cost more than the passes over small maps.
+
+#include <cmath>
+
+#include <torch/csrc/stable/library.h>
+
+#include "tile.h"
+
+namespace resdense::cpu {
+namespace {
+
+// f(of the vectors' type) for a vector of statistics.
+template <class F> auto by_type(const Tensor& like, const F& f) {
+  return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+template <class A> const A* optional_vector(const std::optional<Tensor>& v, const char* name, const Tensor& like) {
+  return v ? static_cast<const A*>(coefficients(*v, name, like.size(0), like)) : nullptr;
+}
+
+}  // namespace
+
+// Rows scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations.
+Tensor bn_fold(const Tensor& mean, const Tensor& m2, double count, double eps, const std::optional<Tensor>& weight,
+               const std::optional<Tensor>& bias) {
+  const int64_t C = mean.size(0);
+  const Tensor out = torch::stable::empty({3, C}, mean.scalar_type());
+  by_type(mean, [&](auto type) {
+    using A = decltype(type);
+    const A* m = static_cast<const A*>(coefficients(mean, "mean", C, mean));
+    const A* squares = static_cast<const A*>(coefficients(m2, "m2", C, mean));
+    const A* gamma = optional_vector<A>(weight, "weight", mean);
+    const A* beta = optional_vector<A>(bias, "bias", mean);
+    A* scale = static_cast<A*>(out.mutable_data_ptr());
+    for (int64_t c = 0; c < C; ++c) {
+      const double rstd = 1 / std::sqrt(squares[c] / count + eps), s = gamma ? gamma[c] * rstd : rstd;
+      scale[c] = static_cast<A>(s);
+      scale[C + c] = static_cast<A>((beta ? beta[c] : A(0)) - m[c] * static_cast<double>(scale[c]));
+      scale[2 * C + c] = static_cast<A>(rstd);
+    }
+  });
+  return out;
+}
+
+// From the sums of dy and of dy * (x - mean): returns dgamma, and adds to beta and delta the norm's correction of the gradient
+// of its input, which is beta * x + delta.
+Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor& scale, const Tensor& mean, const Tensor& rstd,
+                     double count, const Tensor& beta, const Tensor& delta) {
+  const int64_t C = mean.size(0);
+  const Tensor dgamma = torch::stable::empty({C}, mean.scalar_type());
+  by_type(mean, [&](auto type) {
+    using A = decltype(type);
+    const auto vector = [&](const Tensor& v, const char* name) {
+      return static_cast<const A*>(coefficients(v, name, C, mean));
+    };
+    const A *dy = vector(sum_dy, "sum_dy"), *dy_xc = vector(sum_dy_xc, "sum_dy_xc"), *s = vector(scale, "scale"),
+            *m = vector(mean, "mean"), *r = vector(rstd, "rstd");
+    A* b = const_cast<A*>(vector(beta, "beta"));
+    A* d = const_cast<A*>(vector(delta, "delta"));
+    A* g = static_cast<A*>(dgamma.mutable_data_ptr());
+    for (int64_t c = 0; c < C; ++c) {
+      const double shared = s[c] / count, dg = static_cast<double>(r[c]) * dy_xc[c], slope = -shared * r[c] * dg;
+      g[c] = static_cast<A>(dg);
+      b[c] += static_cast<A>(slope);
+      d[c] -= static_cast<A>(shared * dy[c] + slope * m[c]);
+    }
+  });
+  return dgamma;
+}
+
+}  // namespace resdense::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
+  m.impl("bn_fold", TORCH_BOX(&resdense::cpu::bn_fold));
+  m.impl("bn_correction", TORCH_BOX(&resdense::cpu::bn_correction));
+}

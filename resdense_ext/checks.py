@@ -1,0 +1,211 @@
+"""What the public functions ask of their arguments: every error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit
+
+__all__ = [
+    "POLICIES",
+    "activation_of",
+    "autocasts",
+    "check_dense_block",
+    "check_input",
+    "check_norm",
+    "check_pooled_unit",
+    "check_probability",
+    "check_same",
+    "kept_layers",
+    "pool_of",
+]
+
+POLICIES = ("fast", "min")
+_RANKS = (3, 4, 5)
+
+
+def activation_of(name: str, negative_slope: float) -> Activation:
+    if name not in ("relu", "leaky_relu", "elu", "silu", "identity"):
+        raise ValueError(f"activation: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
+    return Activation(name, negative_slope if name == "leaky_relu" else 0.0)
+
+
+def check_input(x: Tensor) -> None:
+    if x.dim() not in _RANKS:
+        raise ValueError(f"x: expected 3, 4 or 5 dimensions [N, C, *spatial], got {x.dim()}: {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+
+
+def check_same(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    _check_device(name, tensor, x)
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected dtype {x.dtype}, got {tensor.dtype}")
+
+
+def autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def check_probability(name: str, p: float) -> None:
+    """Raises ValueError for what is no probability."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: expected a probability from 0 to 1, got {p}")
+
+
+def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
+    """Raises what `dense_block` raises for these arguments."""
+    check_input(x)
+    channels = x.shape[1]
+    # Under autocast weights are cast, whatever they are.
+    dtype = None if autocasts(x.device.type) else x.dtype
+    for index, layer in enumerate(layers):
+        if len(layer.units) not in (1, 2):
+            raise ValueError(f"layers[{index}].units: expected one or two, got {len(layer.units)}")
+        width = channels
+        for number, unit in enumerate(layer.units):
+            where = f"layers[{index}].units[{number}]"
+            check_norm(f"{where}.norm", unit.norm, width, x)
+            width = _check_conv(f"{where}.conv", unit.conv, width, x, dtype)
+        if layer.mask is not None:
+            _check_mask(f"layers[{index}].mask", layer.mask, width, x)
+            if not layer.mask_scale > 0:
+                raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
+        channels += width
+
+
+def kept_layers(policy: str | Sequence[bool], count: int) -> list[bool]:
+    """Whose bottleneck a policy keeps, of ``count`` layers.
+
+    Raises:
+        ValueError: another name, or not one value a layer.
+    """
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, or a bool a layer, got {policy!r}")
+        return [policy == "fast"] * count
+    if len(policy) != count:
+        raise ValueError(f"policy: expected {count} bools, one a layer, got {len(policy)}")
+    return [bool(keep) for keep in policy]
+
+
+def pool_of(
+    kind: str, kernel_size: int | Sequence[int], stride: int | Sequence[int] | None, padding: int | Sequence[int], rank: int
+) -> Pool:
+    """The pool that these arguments mean for a map of ``rank`` spatial dimensions; `check_pooled_unit` checks its sizes."""
+    if kind not in ("average", "maximum", "global"):
+        raise ValueError(f"pool: expected average, maximum or global, got {kind!r}")
+    if kind == "global":
+        return Pool(kind)
+
+    def sizes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+        values = (value,) * rank if isinstance(value, int) else tuple(value)
+        if len(values) != rank:
+            raise ValueError(f"{name}: expected a number or {rank}, one a spatial dimension of x, got {value}")
+        return values
+
+    stride = kernel_size if stride is None else stride
+    return Pool(kind, sizes("kernel_size", kernel_size), sizes("stride", stride), sizes("padding", padding))
+
+
+def check_pooled_unit(where: str, unit: PooledUnit, channels: int, x: Tensor) -> None:
+    """Of a unit that reads a map of ``channels`` channels in the sizes of ``x``; ``where`` is empty or ends with a dot."""
+    check_norm(f"{where}norm", unit.norm, channels, x)
+    _, kernel_size, stride, padding = unit.pool
+    for size, window, step, around in zip(x.shape[2:], kernel_size, stride, padding):
+        if window < 1 or step < 1 or not 0 <= around <= window // 2:
+            raise ValueError(
+                f"{where}pool: expected windows and strides of 1 or more and padding of at most half a window, "
+                f"got kernel_size {kernel_size}, stride {stride}, padding {padding}"
+            )
+        if size + 2 * around < window and x.numel():
+            raise ValueError(
+                f"{where}pool: expected windows within the padded x of shape {tuple(x.shape)}, "
+                f"got kernel_size {kernel_size}, padding {padding}"
+            )
+    if unit.conv is not None:
+        if any(size != 1 for size in unit.conv.weight.shape[2:]):
+            raise ValueError(f"{where}conv.weight: expected a kernel of size 1, got shape {tuple(unit.conv.weight.shape)}")
+        _check_conv(f"{where}conv", unit.conv, channels, x, None if autocasts(x.device.type) else x.dtype)
+
+
+def check_norm(where: str, norm: BatchNorm, channels: int, x: Tensor) -> None:
+    if norm.eps < 0 or (norm.batch_stats and norm.eps == 0):
+        raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
+    vectors = norm._asdict()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        vector: Optional[Tensor] = vectors[name]
+        if vector is None:
+            continue
+        if vector.shape != (channels,):
+            raise ValueError(f"{where}.{name}: expected shape ({channels},), one value a channel, got {tuple(vector.shape)}")
+        _check_device(f"{where}.{name}", vector, x)
+        if not vector.is_floating_point():
+            raise TypeError(f"{where}.{name}: expected a floating dtype, got {vector.dtype}")
+    if norm.batch_stats:
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):
+            raise ValueError(f"{where}: expected running_mean and running_var both or neither, got one of them")
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            buffer = vectors[name]
+            if buffer is not None and norm.momentum is not None:
+                _check_writable(f"{where}.{name}", buffer)
+    elif norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"{where}: expected running_mean and running_var where batch_stats is False, got None")
+
+
+def _check_writable(where: str, buffer: Tensor) -> None:
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{where}: expected a buffer that training can update, got one made in inference mode")
+    if buffer.requires_grad:
+        raise ValueError(f"{where}: expected a buffer that training can update, got one that requires grad")
+    if any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride())):
+        raise ValueError(f"{where}: expected a buffer that training can update, got an expanded one (stride 0)")
+
+
+def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optional[torch.dtype]) -> int:
+    weight, rank = conv.weight, x.dim() - 2
+    if weight.dim() != x.dim():
+        raise ValueError(f"{where}.weight: expected {x.dim()} dimensions as x has, got {weight.dim()}: {tuple(weight.shape)}")
+    if weight.shape[1] * conv.groups != channels or weight.shape[0] % conv.groups:
+        raise ValueError(
+            f"{where}.weight: expected [K, {channels} / groups, *kernel] with K a multiple of groups = {conv.groups}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if len(conv.padding) != rank or len(conv.dilation) != rank:
+        raise ValueError(
+            f"{where}: expected padding and dilation of {rank} numbers each, got {conv.padding} and {conv.dilation}"
+        )
+    for size, padding, dilation in zip(weight.shape[2:], conv.padding, conv.dilation):
+        if 2 * padding != dilation * (size - 1):
+            raise ValueError(
+                f"{where}: expected a convolution that keeps the spatial size (2 * padding == dilation * (kernel - 1)), got "
+                f"kernel {tuple(weight.shape[2:])}, padding {conv.padding}, dilation {conv.dilation}"
+            )
+    if conv.bias is not None and conv.bias.shape != weight.shape[:1]:
+        raise ValueError(f"{where}.bias: expected shape ({weight.shape[0]},), got {tuple(conv.bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", conv.bias)):
+        if tensor is not None:
+            _check_device(f"{where}.{name}", tensor, x)
+            if dtype is not None and tensor.dtype != dtype:
+                raise TypeError(f"{where}.{name}: expected dtype {dtype}, got {tensor.dtype}")
+    return weight.shape[0]
+
+
+def _check_mask(where: str, mask: Tensor, channels: int, x: Tensor) -> None:
+    full = (x.shape[0], channels, *x.shape[2:])
+    if mask.dim() != x.dim() or any(m not in (1, f) for m, f in zip(mask.shape, full)) or mask.shape[0] != full[0]:
+        raise ValueError(f"{where}: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
+    _check_device(where, mask, x)
+
+
+def _check_device(where: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{where}: expected device {x.device} (that of x), got {tensor.device}")

@@ -1,0 +1,34 @@
+"""Runs a model's forward for what it keeps, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["positional", "unchanged"]
+
+
+def positional(example_input: Any) -> tuple:
+    """An example input as the model's positional arguments."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Gradients are enabled inside; buffers and random states are put back."""
+    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
+    devices = sorted({b.device.index for b in model.parameters() if b.device.type == "cuda"})
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for (module, name, buffer), value in zip(buffers, values):
+                module._buffers[name] = buffer
+                # Only what changed: a write would make a graph that the user still holds stale.
+                if buffer is not None and not torch.equal(buffer, value):
+                    buffer.detach().copy_(value)

@@ -1,0 +1,239 @@
+"""From modules to what the functional calls take: reads a block's inner modules as they are now, or says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import NamedTuple, Optional
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, Unit
+
+__all__ = [
+    "LayerModules",
+    "PooledModules",
+    "Unsupported",
+    "check_forward",
+    "check_untouched",
+    "is_wrapper",
+    "pool_kind",
+    "read_children",
+    "read_layers",
+    "read_pooled_unit",
+]
+
+_NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_NORMS = tuple(_NORM_BESIDE.values())
+_POOLS = {
+    "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    "maximum": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    "global": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+}
+_ORDINARY = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None, "dilation": 1, "return_indices": False}
+"""The pools' options that the engine knows, by the one value that it knows."""
+_PARAMETERS = itemgetter("weight", "bias")
+_BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
+
+
+class Unsupported(Exception):
+    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception."""
+
+    def __init__(self, reason: str, module: Optional[nn.Module] = None) -> None:
+        super().__init__(reason)
+        self.reason, self.module = reason, module
+
+    def within(self, block: nn.Module) -> str:
+        """The reason as a sentence, with the module's path in the block."""
+        subject = next((path for path, module in block.named_modules() if module is self.module), "")
+        return f"{subject} {self.reason}".lstrip()
+
+
+class LayerModules(NamedTuple):
+    """The modules of one dense layer: ``(norm, activation, convolution)`` once or twice, and its dropout.
+
+    ``module`` is the layer itself: its ``training`` decides about the dropout and its hooks count.
+    """
+
+    module: nn.Module
+    units: tuple[tuple[nn.Module, nn.Module, nn.Module], ...]
+    drop_rate: float = 0.0
+    drop_channels: bool = False
+
+
+class PooledModules(NamedTuple):
+    """The modules of a stem's end, a transition (with its convolution) or a head."""
+
+    norm: nn.Module
+    activation: nn.Module
+    conv: Optional[nn.Module]
+    pool: nn.Module
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the maps that the norm takes."""
+        return 3 + _NORMS.index(type(self.norm))
+
+
+def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:
+    """The layers as the functional call takes them, without masks.
+
+    Raises:
+        Unsupported: an inner module that the engine cannot stand in for, or one with hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    read, norms, activations = [], set(), set()
+    for layer in layers:
+        check_untouched(layer.module)
+        units = []
+        for norm, activation, conv in layer.units:
+            # The convolution first: it says which norm belongs beside it.
+            read_conv = _read_conv(conv)
+            if norm in norms:
+                raise Unsupported("serves twice, so its running statistics change in between", norm)
+            norms.add(norm)
+            units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
+            activations.add(_read_activation(activation))
+        read.append(DenseLayer(tuple(units)))
+    if len(activations) > 1:
+        raise Unsupported(f"the layers' activations differ: {sorted(a.name for a in activations)}")
+    return read, activations.pop() if activations else Activation()
+
+
+def read_pooled_unit(modules: PooledModules) -> tuple[PooledUnit, Activation]:
+    """The unit as the functional calls take it.
+
+    Raises:
+        Unsupported: a module that the engine cannot stand in for, or one with hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    pool, rank = _read_pool(modules.pool)
+    conv = None
+    if modules.conv is not None:
+        conv = _read_conv(modules.conv)
+        if conv.weight.dim() != rank + 2 or any(size != 1 for size in conv.weight.shape[2:]):
+            raise Unsupported(f"has kernel {tuple(conv.weight.shape[2:])}", modules.conv)
+        if pool.kind != "average" or any(pool.padding):
+            raise Unsupported(f"does not commute with the convolution: {modules.pool}", modules.pool)
+    unit = PooledUnit(_read_norm(modules.norm, _NORMS[rank - 1]), pool, conv)
+    return unit, _read_activation(modules.activation)
+
+
+def check_forward(module: nn.Module, owner: type[nn.Module], *methods: str) -> None:
+    """Raises Unsupported unless ``module`` is an ``owner`` that runs the owner's ``forward`` and other ``methods``."""
+    if not isinstance(module, owner):
+        raise Unsupported(f"is {type(module).__name__}", module)
+    for method in ("forward", *methods):
+        if getattr(type(module), method) is not getattr(owner, method) or method in module.__dict__:
+            raise Unsupported(f"has a {method} of its own", module)
+
+
+def read_children(module: nn.Sequential, *names: str) -> list[nn.Module]:
+    """The modules of a Sequential that has these and no others, in this order; raises Unsupported for any other."""
+    if tuple(module._modules) != names:
+        raise Unsupported(f"holds {', '.join(module._modules)}, and not {', '.join(names)}", module)
+    return list(module)
+
+
+def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: itemgetter) -> tuple[Optional[Tensor], ...]:
+    """From ``module._parameters`` or ``_buffers``: as attributes tensors cost five times as much, and there are hundreds."""
+    try:
+        found = names(tensors)
+    except KeyError as name:
+        raise Unsupported(f"has no registered {name}", module) from None
+    for tensor in found:
+        if is_wrapper(tensor):
+            raise Unsupported(f"holds {type(tensor).__name__}", module)
+    return found
+
+
+def is_wrapper(tensor: Optional[Tensor]) -> bool:
+    """DTensor and its like; a subclass that only adds attributes or names is none."""
+    return type(tensor) not in (nn.Parameter, Tensor) and tensor is not None and is_traceable_wrapper_subclass(tensor)
+
+
+def check_untouched(module: nn.Module) -> None:
+    """Raises Unsupported where calling the module does more, or something else, than its class says."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Unsupported("carries hooks", module)
+    if "forward" in module.__dict__:
+        raise Unsupported("has a forward of its own", module)
+
+
+def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
+    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
+    if type(norm) is not expected:
+        raise Unsupported(f"is {type(norm).__name__}", norm)
+    check_untouched(norm)
+    weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
+    mean, var, count = _registered(norm, norm._buffers, _BUFFERS)
+    batch_stats = norm.training or (mean is None and var is None)
+    if not norm.training:
+        return BatchNorm(weight, bias, mean, var, batch_stats, norm.momentum, norm.eps)
+    if not norm.track_running_stats:
+        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
+    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count)
+
+
+def _read_conv(conv: nn.Module) -> Conv:
+    if type(conv) not in _NORM_BESIDE:
+        raise Unsupported(f"is {type(conv).__name__}", conv)
+    check_untouched(conv)
+    weight, bias = _registered(conv, conv._parameters, _PARAMETERS)
+    rank = weight.dim() - 2
+    stride, dilation = _sizes(conv.stride, rank), _sizes(conv.dilation, rank)
+    extent = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
+    same = tuple(e // 2 for e in extent)
+    padding = _sizes({"same": same, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else conv.padding, rank)
+    if any(s != 1 for s in stride) or any(2 * p != e for p, e in zip(padding, extent)):
+        geometry = f"kernel {tuple(weight.shape[2:])}, stride {stride}, padding {conv.padding!r}, dilation {dilation}"
+        raise Unsupported(f"does not keep every position in its place: {geometry}", conv)
+    if any(padding) and conv.padding_mode != "zeros":
+        raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
+    return Conv(weight, bias, padding, dilation, conv.groups)
+
+
+def pool_kind(pool: nn.Module) -> Optional[str]:
+    """average, maximum or global; None for a module that is no such pool."""
+    return next((kind for kind, classes in _POOLS.items() if type(pool) in classes), None)
+
+
+def _read_pool(pool: nn.Module) -> tuple[Pool, int]:
+    """The pool and its number of spatial dimensions."""
+    kind = pool_kind(pool)
+    if kind is None:
+        raise Unsupported(f"is {type(pool).__name__}", pool)
+    check_untouched(pool)
+    rank = 1 + _POOLS[kind].index(type(pool))
+    if kind == "global":
+        if any(size != 1 for size in _sizes(pool.output_size, rank)):
+            raise Unsupported(f"is {pool}", pool)
+        return Pool(kind), rank
+    for name, value in _ORDINARY.items():
+        if getattr(pool, name, value) not in (value, (value,) * rank):
+            raise Unsupported(f"is {pool}", pool)
+    return Pool(kind, *(_sizes(size, rank) for size in (pool.kernel_size, pool.stride, pool.padding))), rank
+
+
+def _sizes(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _read_activation(activation: nn.Module) -> Activation:
+    check_untouched(activation)
+    kind = type(activation)
+    if kind is nn.LeakyReLU:
+        return Activation("leaky_relu", activation.negative_slope)
+    if kind is nn.ELU and activation.alpha == 1:
+        return Activation("elu")
+    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
+    if kind not in names:
+        raise Unsupported(f"is {activation}", activation)
+    return Activation(names[kind])

@@ -1,0 +1,61 @@
+"""A stem, a transition or a head by itself, as autograd sees it: one node that keeps its input."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.cast import without_autocast
+from resdense_ext.ops.dense_block import GRADS
+from resdense_ext.ops.pooled_unit import PooledUnitConfig, flat_tensors
+from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.reference import Activation, BatchNorm, PooledUnit
+
+__all__ = ["bn_act_pool"]
+
+
+class BNActPoolFunction(torch.autograd.Function):
+    """Keeps the input, its statistics and, of maxima, a byte each."""
+
+    @staticmethod
+    def forward(ctx, config: PooledUnitConfig, norm: BatchNorm, x: Tensor, *tensors):
+        with without_autocast(x.device):
+            out, taps, *stats = torch.ops.resdense.bn_act_pool(x, tensors, *config)
+        update_running_statistics([norm], [tuple(stats)], x.numel() // x.shape[1])
+        ctx.config = config
+        ctx.save_for_backward(x, *tensors, taps, *stats)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, *saved = ctx.saved_tensors
+        tensors, kept = saved[:-3], saved[-3:]
+        needs = [ctx.needs_input_grad[2], *(ctx.needs_input_grad[3 + position] for position in GRADS)]
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(grad, x, tensors, ctx.config, needs)
+        else:
+            with without_autocast(x.device):
+                grads = torch.ops.resdense.bn_act_pool_backward(grad, x, tensors, *ctx.config, *kept, needs)
+        dx, weight, bias, conv_weight, conv_bias = (value if need else None for value, need in zip(grads, needs))
+        return None, None, dx, weight, bias, None, None, conv_weight, conv_bias
+
+
+def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[Tensor]]:
+    """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    x = x.view_as(x)
+    tensors = [t if t is None else t.view_as(t) for t in tensors]
+    inputs = [x, *(tensors[position] for position in GRADS)]
+    wanted = [value for value, need in zip(inputs, needs) if need]
+    y = reference.bn_act_pool(x, config.unit(*tensors), Activation(config.activation, config.slope))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation, backend: ReferenceBackend) -> Tensor:
+    """The checked call: see `resdense_ext.functional.bn_act_pool` and `resdense_ext.functional.transition`."""
+    config = PooledUnitConfig.of(unit, activation, backend.name)
+    return BNActPoolFunction.apply(config, unit.norm, x, *flat_tensors(unit))
