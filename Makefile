@@ -26,7 +26,7 @@ help:
 	@echo "make demo    set up, then train a DenseNet twice, stock and converted, and compare (about 3 minutes)"
 	@echo "make test    set up, then run the tests that need no GPU and are not slow"
 	@echo "make build   set up and build the native code in place"
-	@echo "make bench   run the benchmarks; rows go to benchmarks/results"
+	@echo "make bench   run the benchmarks of blocks and networks (rows go to benchmarks/results), then of every operation"
 	@echo "make tables  write the README's measured tables from the rows in benchmarks/results"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made);"
@@ -43,7 +43,8 @@ test: $(VENV)/.test $(VENV)/.built
 build: $(VENV)/.built
 
 bench: $(VENV)/.test $(VENV)/.built
-	@set -e; for file in benchmarks/bench_densenet.py; do echo "$$file"; $(PY) $$file --out benchmarks/results $(ARGS); done
+	@set -e; for file in bench_dense_block bench_densenet; do $(PY) benchmarks/$$file.py $(ARGS); done
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds
 
 tables: $(VENV)/.test
 	$(PY) benchmarks/_tables.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import _gpu  # noqa: E402
+import _plot  # noqa: E402
+import _rows  # noqa: E402
+import _tables  # noqa: E402
 import bench_kernels  # noqa: E402
 import bench_models  # noqa: E402
 from _rows import row  # noqa: E402
@@ -121,3 +125,35 @@ def test_tables_show_the_worst_first_and_every_failure():
     rows.append(row("densenet121", "compile", "train", "failed", "1", [1], shape=[32, 3, 224, 224], error="no triton"))
     text = bench_models.table(rows, "densenet121")
     assert "5000" in text and "failed: no triton" in text
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    answer = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-2000:]
+    return answer
+
+
+@pytest.mark.parametrize("script", ["densenet", "dense_block"])
+def test_comparisons_write_their_rows_and_are_drawn(script, tmp_path):
+    answer = run(f"benchmarks/bench_{script}.py", "--batch", "2", "--size", "64", "--repeats", "2", "--out", str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / f"{script}.jsonl").read_text().splitlines()]
+    providers = ("floor", "stock contiguous", "stock channels_last", "memory_efficient", "fast", "min")
+    assert list(dict.fromkeys(r["provider"] for r in rows)) == list(providers)
+    assert all(r["median"] > 0 and r["commit"] and r["hardware"] and r["shape"] == [2, 3, 64, 64] for r in rows)
+    found = {(r["provider"], r["metric"]): r["median"] for r in rows}
+    assert found["min", "saved"] < found["fast", "saved"] < found["stock contiguous", "saved"]
+    assert all(name in answer.stdout for name in providers)
+    assert all(f"| {name} |" in _tables.densenet(rows) for name in ("the bare convolutions", '`"fast"`', '`"min"`'))
+    _plot.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_every_operations_benchmark_runs():
+    answer = run("-m", "pytest", "benchmarks", "--benchmark-disable", "-q", "-k", "block4", RESDENSE_BENCH_BATCH="2")
+    assert " passed" in answer.stdout and "failed" not in answer.stdout
+
+
+def test_the_committed_tables_are_those_of_the_committed_rows():
+    text = _tables.densenet(_rows.read(ROOT / "benchmarks/results/densenet.jsonl"))
+    assert text in (ROOT / "README.md").read_text()

@@ -513,6 +513,17 @@ class TestMemory:
         expected = maps_kept * 2 * self.SIZES[0] * self.SIZES[1] * 4
         assert expected <= self.kept(block, channels_last) <= 1.02 * expected
 
+    def test_a_thousand_layers_train(self, policy):
+        """In bytes that grow by a map a layer (with "fast" by a bottleneck, too), and its statistics."""
+        torch.manual_seed(0)
+        block = rd.nn.DenseBlock(1000, 4, 1, 1, policy=policy)
+        x = maps((2, 4, 6, 6)).requires_grad_()
+        channels = 4 + 1000 * (2 if policy == "fast" else 1)
+        statistics = 2 * (4 + 1000) + 2 * 1000
+        assert rd.memory.saved_bytes(lambda: block(x)) == 4 * (channels * 72 + statistics)
+        block(x).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in block.parameters()) and x.grad.abs().sum() > 0
+
     def test_without_bottleneck_only_the_maps(self, policy):
         expected = (16 + 12 * 8) * 2 * 20 * 18 * 4
         assert expected <= self.kept(random_block(12, 16, 8, bn_size=0, policy=policy)) <= 1.02 * expected

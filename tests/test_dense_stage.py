@@ -15,7 +15,7 @@ from torch import nn
 import resdense_ext as rd
 from resdense_ext import functional
 from resdense_ext.functional import Activation, BatchNorm, Conv, Pool, PooledUnit
-from resdense_ext.ops import pooled_unit
+from resdense_ext.ops import cpu, pooled_unit
 from resdense_ext.ops.dense_block import DenseBlockConfig, flat_tensors
 
 FLOAT = 4
@@ -223,6 +223,15 @@ class TestChain:
         assert rd.nn.Chain(*modules).state_dict().keys() == nn.Sequential(*modules).state_dict().keys()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_whole_network_on_a_gpu_agrees_with_the_cpu(channels_last):
+    model, x = rd.convert(small_densenet()), images(2, 3, 33, 31)
+    expected = steps(copy.deepcopy(model), x)
+    ours = steps(model.cuda(), x.cuda().contiguous(memory_format=_format(channels_last)))
+    assert_same({name: t.cpu() for name, t in ours.items()}, expected)
+
+
 class TestMemory:
     """What the product is: these fail where a change loses the saving."""
 
@@ -235,9 +244,9 @@ class TestMemory:
 
     @pytest.mark.unpoisoned
     @pytest.mark.parametrize("channels_last", [False, True])
-    def test_one_gradient_of_the_buffer(self, channels_last):
-        """The peak is the buffer, its one gradient and scratch of the bottleneck's width."""
-        torch.manual_seed(0)
+    def test_one_gradient_of_the_buffer(self, channels_last, monkeypatch):
+        """The peak is the buffer, its one gradient, maps of the bottleneck and scratch of a fixed size: no third buffer."""
+        monkeypatch.setattr(cpu, "_CACHED", 1)
         block = rd.nn.DenseBlock(6, 64, 4, 8, policy="min")
         chain = rd.nn.Chain(block, rd.nn.Transition(112, 16))
         x = maps((4, 64, 32, 32), channels_last)
@@ -247,7 +256,7 @@ class TestMemory:
             chain(x).sum().backward()
 
         buffer, bottleneck = 4 * 112 * 1024 * FLOAT, 4 * 32 * 1024 * FLOAT
-        assert rd.memory.peak_bytes(step) <= 2 * buffer + 5 * bottleneck + 2**18
+        assert rd.memory.peak_bytes(step) <= 2 * buffer + 4 * bottleneck + 2**19
 
     def test_nothing_stays_alive(self, behind):
         chain = stage(behind)

@@ -24,7 +24,7 @@ struct Pooling {
     const int* lines = backward ? windows.in : windows.out;
     return samples * (planes ? channels : int64_t(lines[0]) * lines[1]);
   }
-  // Of scratch for a thread: a line of inputs, a line of outputs and one of their places.
+  // Of scratch for a thread: a line of inputs, a line of outputs and one of their places; or a line's ranges.
   int64_t scratch_bytes() const { return 8 * int64_t(windows.in[2]) + 16 * int64_t(windows.out[2]); }
 };
 

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "pool.h"
+#include "winograd.h"
 
 #if defined(__x86_64__)
 // After every other header, so that no shared inline function is compiled with instructions a processor may lack.
@@ -12,4 +13,5 @@
 #define RESDENSE_ISA isa_avx2
 #include "sweep.inc"
 #include "pool.inc"
+#include "winograd.inc"
 #endif

@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "pool.h"
+#include "winograd.h"
 
 #if defined(__x86_64__)
 // After every other header, so that no shared inline function is compiled with instructions a processor may lack.
@@ -13,5 +14,6 @@
 #define RESDENSE_ISA isa_avx512
 #include "sweep.inc"
 #include "pool.inc"
+#include "winograd.inc"
 #include "gemm.inc"
 #endif

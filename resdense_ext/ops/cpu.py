@@ -29,6 +29,21 @@ def _is_matrix_product(conv: Conv) -> bool:
     return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
 
 
+_HAS_GEMM = (_library.build_info() or {}).get("cpu_capability") == "AVX512"
+"""Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
+
+
+def _suits_winograd(x: Tensor, conv: Conv) -> bool:
+    return (
+        _HAS_GEMM
+        and x.dtype == torch.float32
+        and memory_format_of(x) == torch.channels_last
+        and conv.groups == 1
+        and conv.weight.shape[2:] == (3, 3)
+        and tuple(conv.padding) == tuple(conv.dilation) == (1, 1)
+    )
+
+
 class CpuBackend(CompiledBackend):
     name = "cpu"
 
@@ -76,29 +91,41 @@ class CpuBackend(CompiledBackend):
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
     ) -> Optional[Fold]:
-        if mask is not None or not _is_matrix_product(conv):
+        if mask is None and _is_matrix_product(conv):
+            op, weight = torch.ops.resdense.bn_act_conv1x1, conv.weight.flatten(1)
+        elif mask is None and _suits_winograd(x, conv):
+            op, weight = torch.ops.resdense.bn_act_winograd, conv.weight
+        else:
             return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
         scale, shift, activation = affine
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
         increment_version(out)
-        found = torch.ops.resdense.bn_act_conv1x1(
-            x, scale, shift, slope_of(activation), conv.weight.flatten(1), bias, out, stats is not None
-        )
+        found = op(x, scale, shift, slope_of(activation), weight, bias, out, stats is not None)
         return self._read(out, found, stats, reader, activation)
 
     def bn_act_conv_backward(
         self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
         # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
-        fused = isinstance(grad, Pending) and into is not None and conv.bias is None and _is_matrix_product(conv)
-        if not fused:
-            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+        fused = isinstance(grad, Pending) and conv.bias is None
         scale, shift, activation = fold.affine
-        increment_version(into.dy)
-        weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
-            x, scale, shift, fold.mean, slope_of(activation), conv.weight.flatten(1), *grad, into.dy, need_weight
-        )
-        return self._grads(x, fold, weight.view_as(conv.weight) if need_weight else None, None, None, into, *sums)
+        vectors = scale, shift, fold.mean, slope_of(activation)
+        if fused and into is not None and _is_matrix_product(conv):
+            dy = into.dy
+            weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
+                x, *vectors, conv.weight.flatten(1), *grad, dy, need_weight
+            )
+            weight = weight.view_as(conv.weight) if need_weight else None
+        elif fused and _suits_winograd(x, conv):
+            dy = torch.empty_like(x) if into is None else into.dy
+            weight, *sums = torch.ops.resdense.bn_act_winograd_backward(
+                x, *vectors, conv.weight, *grad, dy, into is not None, need_weight
+            )
+            weight = weight.permute(0, 3, 1, 2) if need_weight else None
+        else:
+            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+        increment_version(dy)
+        return self._grads(x, fold, weight, None, dy, into, *sums)
 
 
 register(CpuBackend())

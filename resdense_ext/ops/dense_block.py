@@ -260,7 +260,9 @@ def backward(
         del upstream
         deferred = deferred or norm.batch_stats
     if needs[0]:
-        results[0] = backend.pending_grad_(gradient.pending(buffer, 0, C0)) if deferred else D[:, :C0]
+        dx = backend.pending_grad_(gradient.pending(buffer, 0, C0)) if deferred else D[:, :C0]
+        # A copy: a slice would keep all of D alive while what stands before the block runs.
+        results[0] = empty_map(buffer, C0, dx.dtype).copy_(dx)
     return [torch.empty(0, dtype=buffer.dtype, device=buffer.device) if r is None else r for r in results]
 
 
@@ -283,7 +285,7 @@ def forward_fake(x: Tensor, tensors, masks, config: DenseBlockConfig) -> tuple[T
 
 def backward_fake(buffer: Tensor, tensors, masks, config: DenseBlockConfig, needs) -> list[Tensor]:
     growth = sum(layer.units[-1].conv.weight.shape[0] for layer in config.layers(tensors, masks))
-    wanted = [torch.empty_like(buffer)[:, : buffer.shape[1] - growth]]
+    wanted = [empty_map(buffer, buffer.shape[1] - growth, buffer.dtype)]
     for unit in range(len(config.eps)):
         wanted += [tensors[UNIT * unit + position] for position in GRADS]
     return [

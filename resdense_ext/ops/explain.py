@@ -11,7 +11,17 @@ from resdense_ext.reference import Activation
 
 __all__ = ["explain"]
 
-_PRIMITIVES = ("channel_stats", "fold", "bn_act", "bn_act_backward", "pending_grad_", "bn_act_conv", "bn_act_conv_backward")
+_PRIMITIVES = (
+    "channel_stats",
+    "fold",
+    "bn_act",
+    "bn_act_backward",
+    "pending_grad_",
+    "bn_act_conv",
+    "bn_act_conv_backward",
+    "bn_act_pool",
+    "bn_act_pool_backward",
+)
 _ENDS = ("add_act", "bn_add_act")
 
 

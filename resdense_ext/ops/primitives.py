@@ -58,6 +58,17 @@ def _bn_act_conv1x1_backward(
     return weight.new_empty((outputs if need_weight else 0, inputs)), *_vectors(x, inputs)
 
 
+def _bn_act_winograd(x, scale, shift, negative_slope, weight, bias, out, stats):
+    return _vectors(out, out.shape[1] if stats else 0)
+
+
+def _bn_act_winograd_backward(
+    x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
+):
+    outputs, inputs = weight.shape[:2]
+    return weight.new_empty((outputs if need_weight else 0, 3, 3, inputs)), *_vectors(x, inputs)
+
+
 def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):
     return _vectors(out, out.shape[1] if stats else 0)
 
@@ -126,6 +137,8 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _copy_map,
         _bn_act_conv1x1,
         _bn_act_conv1x1_backward,
+        _bn_act_winograd,
+        _bn_act_winograd_backward,
         _bn_act_conv3x3,
         _add_act,
         _add_act_backward,

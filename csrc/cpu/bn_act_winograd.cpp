@@ -1,0 +1,242 @@
+// A 3x3 convolution of stride 1 and padding 1 with batch norm and activation as its prologue, and its backward, by Winograd's
+// algorithm on channels-last maps: a block of tiles at a time is activated and transformed into scratch, multiplied there, and
+// what belongs to the result (bias, statistics; mask, sums, accumulation) is done where it is transformed back.
+
+#include <torch/csrc/stable/library.h>
+
+#include "matmul.h"
+#include "stats.h"
+#include "winograd.h"
+
+namespace resdense::cpu {
+namespace {
+
+// The 2x2 tiles of maps of one size, in blocks of a few runs, and these dealt out to the threads.
+class Blocks {
+ public:
+  Blocks(const Tensor& x, int64_t bytes_a_tile)
+      : height_(x.size(2)), width_(x.size(3)), rows_((height_ + 1) / 2), columns_((width_ + 1) / 2) {
+    constexpr int64_t CACHE = 512 << 10, SMALLEST = 14, LARGEST = 112;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t most = std::clamp(CACHE / bytes_a_tile, SMALLEST, LARGEST);
+    parts_ = std::max<int64_t>(1, (columns_ + most - 1) / most);
+    runs_ = x.size(0) * rows_ * parts_ * (columns_ > 0);
+    longest_ = (columns_ + parts_ - 1) / parts_;
+    const int64_t together = longest_ > 0 ? std::max<int64_t>(1, most / longest_) : 1;
+    // As many a thread as another.
+    count_ = std::min(runs_, ((runs_ + together - 1) / together + threads - 1) / threads * threads);
+    size = count_ > 0 ? (runs_ + count_ - 1) / count_ * longest_ : 0;
+    chunks = std::min(threads, count_);
+  }
+
+  int64_t size = 0, chunks = 0;  // the largest block's tiles; the threads that have one
+
+  // f(chunk, runs, tiles). A chunk's blocks run in order on one thread.
+  template <class F> void each(const F& f) const {
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<TileRun> runs;
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        for (int64_t block = count_ * chunk / chunks; block < count_ * (chunk + 1) / chunks; ++block) {
+          runs.clear();
+          int64_t tiles = 0;
+          for (int64_t run = runs_ * block / count_; run < runs_ * (block + 1) / count_; ++run) {
+            const int64_t part = run % parts_, row = run / parts_;
+            const int64_t first = columns_ * part / parts_, end = columns_ * (part + 1) / parts_;
+            runs.push_back({row / rows_, row % rows_, first, end - first});
+            tiles += end - first;
+          }
+          f(chunk, runs, tiles);
+        }
+    });
+  }
+
+  // The positions that a block's tiles cover.
+  int64_t segments(const std::vector<TileRun>& runs, std::vector<Segment>& out) const {
+    out.clear();
+    int64_t positions = 0;
+    for (const TileRun& run : runs)
+      for (int64_t row = 2 * run.row; row < std::min(2 * run.row + 2, height_); ++row) {
+        const int64_t first = 2 * run.column, count = std::min(2 * run.count, width_ - first);
+        out.push_back({run.n, row * width_ + first, positions, count});
+        positions += count;
+      }
+    return positions;
+  }
+
+ private:
+  int64_t height_, width_, rows_, columns_, parts_, runs_, longest_, count_;
+};
+
+// A transform walks the channels of its tiles one vector after another; of so few tiles all of them stay in the first cache.
+void each_run(void (*transform)(const Transform&), Transform t, const std::vector<TileRun>& runs) {
+  constexpr int64_t PIECE = 7;
+  t.first = 0;
+  for (const TileRun& run : runs)
+    for (int64_t i = 0; i < run.count; i += PIECE) {
+      t.tiles = {run.n, run.row, run.column + i, std::min(PIECE, run.count - i)};
+      transform(t);
+      t.first += t.tiles.count;
+    }
+}
+
+Map image_of(Map m, const Tensor& t, const char* name, const Tensor& x) {
+  RESDENSE_CHECK(t.dim() == 4, name, ": expected shape (N, C, H, W), got ", shape_string(t));
+  RESDENSE_CHECK(t.size(0) == x.size(0) && t.size(2) == x.size(2) && t.size(3) == x.size(3), name, ": expected ", x.size(0),
+                 " samples of ", x.size(2), "x", x.size(3), ", as x, got ", shape_string(t));
+  check_dtype(t, name, x.scalar_type());
+  RESDENSE_CHECK(t.scalar_type() != ScalarType::Double, name, ": expected dtype float32, bfloat16 or float16, got float64");
+  if (m.C == 1) m.channels_last = true, m.sc = 1;
+  RESDENSE_CHECK(m.channels_last || m.numel() == 0, name, ": expected a channels_last map, got strides ", stride_string(t));
+  return m;
+}
+
+void check_filters(const Tensor& weight, const Tensor& x, int64_t outputs) {
+  RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == outputs && weight.size(1) == x.size(1) && weight.size(2) == 3 &&
+                     weight.size(3) == 3,
+                 "weight: expected shape (", outputs, ", ", x.size(1), ", 3, 3), got ", shape_string(weight));
+  check_dtype(weight, "weight", x.scalar_type());
+}
+
+// The distance of two points' matrices. A tile is stored to all of them, and a power of two would put them all into one cache set.
+int64_t point_size(int64_t rows, int64_t channels) { return (rows * Points::padded(channels) + 1023) / 1024 * 1024 + 16; }
+
+int64_t values(int64_t rows, int64_t channels) { return POINTS * point_size(rows, channels); }
+
+// Scratch of one chunk, or shared by all, in points.
+Points points_in(const Scratch& scratch, int64_t chunk, int64_t rows, int64_t channels, int64_t offset = 0) {
+  return {scratch.of<float>(chunk, offset * 4), Points::padded(channels), point_size(rows, channels)};
+}
+
+Matrix matrix(const Points& p, int i, int64_t rows, int64_t channels) {
+  return {p.data + i * p.size, rows, channels, p.channels, 1};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+                                           const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
+                                           bool stats) {
+  const Map from = image_of(map_of(x, "x"), x, "x", x), to = image_of(mutable_map_of(out, "out"), out, "out", x);
+  const int64_t C = from.C, K = to.C;
+  check_filters(weight, x, K);
+  const std::vector<float> zeros(bias ? 0 : K, 0.0f);
+
+  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)));
+  const Scratch shared(1, values(C, K) * 4), scratch(blocks.chunks, (values(blocks.size, C) + values(blocks.size, K)) * 4);
+  const Points filters = points_in(shared, 0, C, K);
+  winograd.filters({weight.const_data_ptr(), from.dtype, C, K, weight.stride(1), weight.stride(0),
+                    {weight.stride(2), weight.stride(3)}}, filters);
+
+  Transform input{{Pass::act, from.dtype, true, nullptr, 0, C}, x.size(2), x.size(3)};
+  input.sweep.in[0] = operand(from), input.sweep.slope = negative_slope;
+  input.sweep.coef[0] = coefficients(scale, "scale", C, x), input.sweep.coef[1] = coefficients(shift, "shift", C, x);
+  Transform output{{Pass::bias, to.dtype, true, nullptr, 0, K}, x.size(2), x.size(3)};
+  output.sweep.out = operand(to);
+  output.sweep.coef[0] = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
+
+  Stats statistics(stats ? blocks.chunks : 0, to);
+  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles) {
+    const Points windows = points_in(scratch, chunk, blocks.size, C);
+    const Points products = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
+    Transform t = input;
+    t.points = windows;
+    each_run(winograd.input, t, runs);
+    for (int i = 0; i < POINTS; ++i)
+      matmul(matrix(products, i, tiles, products.channels), matrix(windows, i, tiles, C),
+             matrix(filters, i, C, filters.channels), ScalarType::Float);
+    t = output;
+    t.points = products;
+    each_run(winograd.output, t, runs);
+    if (stats) {
+      std::vector<Segment> segments;
+      const int64_t positions = blocks.segments(runs, segments);
+      statistics.add(chunk, segments, positions, true, operand(to));
+    }
+  });
+  if (!stats) return {vector_of(0, to), vector_of(0, to)};
+  return statistics.total(to);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double negative_slope,
+    const Tensor& weight, const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
+    const Tensor& out, bool accumulate, bool need_weight) {
+  check_same(out, "out", x, "x");
+  check_same(z, "z", dy, "dy");
+  const Map from = image_of(map_of(x, "x"), x, "x", x), to = image_of(mutable_map_of(out, "out"), out, "out", x);
+  const Map grad = image_of(map_of(dy, "dy"), dy, "dy", x), raw = image_of(map_of(z, "z"), z, "z", x);
+  const int64_t C = from.C, K = grad.C;
+  check_filters(weight, x, K);
+
+  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + 2 * Points::padded(K)));
+  const Scratch shared(1, values(K, C) * 4);
+  const Scratch scratch(blocks.chunks, (values(blocks.size, C) + 2 * values(blocks.size, K)) * 4);
+  const Scratch partial(need_weight ? blocks.chunks : 0, values(K, C) * 4);
+  const Points filters = points_in(shared, 0, K, C);
+  // Turned: from the last tap to the first.
+  const char* last = static_cast<const char*>(weight.const_data_ptr()) +
+                     2 * (weight.stride(2) + weight.stride(3)) * element_size(from.dtype);
+  winograd.filters({last, from.dtype, K, C, weight.stride(0), weight.stride(1), {-weight.stride(2), -weight.stride(3)}}, filters);
+
+  Transform input{{Pass::act, from.dtype, true, nullptr, 0, C}, x.size(2), x.size(3)};
+  input.sweep.in[0] = operand(from), input.sweep.slope = negative_slope;
+  input.sweep.coef[0] = coefficients(scale, "scale", C, x), input.sweep.coef[1] = coefficients(shift, "shift", C, x);
+  Transform output = input;
+  output.sweep.pass = accumulate ? Pass::mask_accumulate : Pass::mask;
+  output.sweep.in[1] = operand(from), output.sweep.in[2] = output.sweep.out = operand(to);
+  output.sweep.coef[2] = coefficients(center, "center", C, x);
+  Transform gradient{{Pass::pending, grad.dtype, true, nullptr, 0, K}, x.size(2), x.size(3)};
+  gradient.sweep.in[0] = operand(grad), gradient.sweep.in[1] = operand(raw);
+  gradient.sweep.coef[0] = coefficients(alpha, "alpha", K, dy), gradient.sweep.coef[1] = coefficients(beta, "beta", K, dy);
+  gradient.sweep.coef[2] = coefficients(delta, "delta", K, dy);
+
+  std::vector<char> started(blocks.chunks, 0);
+  Sums sums(blocks.chunks, C);
+  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles) {
+    const Points windows = points_in(scratch, chunk, blocks.size, C);
+    const Points turned = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
+    const Points expanded = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C) + values(blocks.size, K));
+    Transform t = gradient;
+    t.points = turned;
+    if (need_weight) t.gradient = expanded;
+    each_run(winograd.input, t, runs);
+
+    if (need_weight) {
+      t = input;
+      t.points = windows;
+      each_run(winograd.input, t, runs);
+      const Points total = points_in(partial, chunk, K, C);
+      const auto product = started[chunk] ? matmul_accumulate : matmul;
+      for (int i = 0; i < POINTS; ++i)
+        product(matrix(total, i, K, total.channels), matrix(expanded, i, tiles, K).t(),
+                matrix(windows, i, tiles, windows.channels), ScalarType::Float);
+      started[chunk] = 1;
+    }
+
+    // The data gradient takes the place of the windows.
+    for (int i = 0; i < POINTS; ++i)
+      matmul(matrix(windows, i, tiles, windows.channels), matrix(turned, i, tiles, K),
+             matrix(filters, i, K, filters.channels), ScalarType::Float);
+    t = output;
+    t.points = windows;
+    t.sweep.sums[0] = sums.of(chunk, 0), t.sweep.sums[1] = sums.of(chunk, 1);
+    each_run(winograd.output, t, runs);
+  });
+
+  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, 3, 3, C}, from.dtype);
+  if (need_weight) {
+    const Points total = blocks.chunks ? points_in(partial, 0, K, C) : points_in(shared, 0, K, C);
+    if (blocks.chunks == 0) std::fill_n(total.data, values(K, C), 0.0f);
+    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk)
+      for (int64_t i = 0; i < values(K, C); ++i) total.data[i] += partial.of<float>(chunk)[i];
+    winograd.filter_gradient(total, K, C, from.dtype, dweight.mutable_data_ptr());
+  }
+  return {dweight, sums.total(0, from), sums.total(1, from)};
+}
+
+}  // namespace resdense::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
+  m.impl("bn_act_winograd", TORCH_BOX(&resdense::cpu::bn_act_winograd));
+  m.impl("bn_act_winograd_backward", TORCH_BOX(&resdense::cpu::bn_act_winograd_backward));
+}

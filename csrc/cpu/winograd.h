@@ -1,0 +1,64 @@
+#pragma once
+// Winograd's F(2x2, 3x3) for channels-last maps (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015):
+// a 2x2 tile of the output takes 16 products a pair of channels, not 36.
+//
+//   y = A' [ (G g G') . (B' d B) ] A      B' = 1  0 -1  0     G = 1    0    0     A' = 1  1  1  0
+//                                              0  1  1  0         1/2  1/2  1/2        0  1 -1 -1
+//                                              0 -1  1  0         1/2 -1/2  1/2
+//                                              0  1  0 -1         0    0    1
+//
+// d is the 4x4 window of the input, padded by 1, g the filter. The gradient of d is such a convolution of y's gradient with the
+// turned filter; that of g is G' [ (A dy A') . (B' d B) ] G. The products of the 16 points are matrix products (gemm.h); the
+// transforms around them are compiled once for each instruction set and chosen when the library is loaded.
+
+#include "sweep.h"
+
+namespace resdense::cpu {
+
+constexpr int POINTS = 16;
+
+// Neighbouring tiles: outputs (2 row + {0, 1}, 2 (column + i) + {0, 1}) of sample n, for i < count.
+struct TileRun {
+  int64_t n, row, column, count;
+};
+
+// Transformed values: by point, tile and channel; channels are padded with zeros to whole vectors.
+struct Points {
+  float* data;
+  int64_t channels, size;  // padded channels; of one point's matrix
+
+  static int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+};
+
+// A map on its way to or from its points. The pass is what is done to its values before or behind that.
+struct Transform {
+  Sweep sweep;
+  int64_t height, width;
+  TileRun tiles;
+  int64_t first;                  // of the tiles among those of the points
+  Points points, gradient = {};   // B' d B; of an input also A d A', if asked for
+};
+
+// The filters of a convolution as a matrix for each point. With negative strides they are turned.
+struct Filters {
+  const void* data;
+  torch::headeronly::ScalarType dtype;
+  int64_t rows, columns, row_stride, column_stride, tap_strides[2];
+};
+
+struct Winograd {
+  void (*input)(const Transform&);
+  void (*output)(const Transform&);
+  void (*filters)(const Filters&, const Points&);
+  // To rows x 3 x 3 x columns.
+  void (*filter_gradient)(const Points&, int64_t rows, int64_t columns, torch::headeronly::ScalarType dtype, void* out);
+};
+
+// On the calling thread.
+extern const Winograd winograd;
+
+namespace isa_default { extern const Winograd winograd; }
+namespace isa_avx2 { extern const Winograd winograd; }
+namespace isa_avx512 { extern const Winograd winograd; }
+
+}  // namespace resdense::cpu
