@@ -10,7 +10,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
-#include "cpu/sweep.h"
+#include "cpu/kernels.h"
 
 #define RESDENSE_STRING_(...) #__VA_ARGS__
 #define RESDENSE_STRING(...) RESDENSE_STRING_(__VA_ARGS__)
@@ -110,7 +110,7 @@ pybind11::dict build_info() {
   info["torch_build_version"] = TORCH_VERSION;
   info["cuda"] = !archs.empty();
   info["cuda_archs"] = archs;
-  info["cpu_capability"] = resdense::cpu::capability();
+  info["cpu_capability"] = resdense::cpu::kernels.name;
   return info;
 }
 

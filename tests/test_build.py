@@ -99,7 +99,7 @@ def test_build_info():
     assert info["version"] == resdense_ext.__version__
     assert info["torch_target_version"] == (2, 11)
     assert info["cxx_standard"] >= 202002
-    assert info["cpu_capability"] in ("AVX512", "AVX2", "DEFAULT")
+    assert info["cpu_capability"] in ("AVX512_BF16", "AVX512", "AVX2", "DEFAULT")
     assert re.match(r"(gcc|clang|msvc) \d", info["compiler"])
     assert tuple(map(int, info["torch_build_version"].split(".")[:2])) >= (2, 11)
     assert info["cuda"] == bool(info["cuda_archs"])

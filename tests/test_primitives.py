@@ -371,7 +371,7 @@ class TestOperators:
 
 
 @built
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_narrower_instruction_sets(capability):
     """The kernels for processors with less, on this one."""
     code = "import sys, resdense_ext; print(resdense_ext.build_info()['cpu_capability'])"
@@ -381,7 +381,7 @@ def test_narrower_instruction_sets(capability):
     if chosen == rd.build_info()["cpu_capability"]:
         pytest.skip(f"this processor has {chosen}, which every other test runs on")
     assert chosen == capability.upper()
-    wanted = "cpu and (TestElementwise or 1x1) and not narrower"
+    wanted = "cpu and (TestElementwise or 1x1 or winograd) and not narrower"
     answer = run([sys.executable, "-m", "pytest", "-q", __file__, "-k", wanted])
     assert answer.returncode == 0, answer.stdout[-4000:]
 

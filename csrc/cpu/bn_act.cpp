@@ -17,7 +17,7 @@ void sweep_maps(Sweep s, std::initializer_list<const Map*> in, const Map& out, S
     Sweep tile = s;
     tile.segments = segments.data(), tile.segment_count = static_cast<int64_t>(segments.size());
     if (sums) tile.sums[0] = sums->of(chunk, 0), tile.sums[1] = sums->of(chunk, 1);
-    sweep(tile);
+    kernels.sweep(tile);
   });
 }
 

@@ -22,13 +22,22 @@ void check_positions(const Map& m, const char* name, const Map& x) {
                  " of ", m.S);
 }
 
-// The weight with neighbouring outputs adjacent, as products of channels-last tiles want it; made once for all tiles.
-Matrix transposed(const Matrix& w, const Scratch& to) {
-  float* copy = to.of<float>(0);
-  for (int64_t k = 0; k < w.rows; ++k)
-    for (int64_t c = 0; c < w.cols; ++c)
-      copy[c * w.rows + k] = static_cast<const float*>(w.data)[k * w.row_stride + c * w.col_stride];
-  return {copy, w.rows, w.cols, 1, w.rows};
+// The weight's elements of 32 bits, those of neighbouring outputs adjacent: as products of channels-last tiles want it, made once
+// for all tiles.
+void transpose(const uint32_t* in, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, uint32_t* out) {
+  constexpr int64_t LINE = 16;
+  torch::stable::parallel_for(0, (rows + LINE - 1) / LINE, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * LINE; first < std::min(end * LINE, rows); first += LINE)
+      for (int64_t col = 0; col < cols; ++col)
+        for (int64_t row = first; row < std::min(first + LINE, rows); ++row)
+          out[col * rows + row] = in[row * row_stride + col * col_stride];
+  });
+}
+
+// Products of bfloat16 tiles without the framework; `depth` is the number of channels that are added up.
+bool by_pairs(const Map& x, const Matrix& w, int64_t cols, int64_t depth) {
+  return kernels.gemm_bf16 != nullptr && x.dtype == ScalarType::BFloat16 && x.channels_last && w.col_stride == 1 &&
+         w.row_stride == w.cols && cols % 16 == 0 && depth % 2 == 0;
 }
 
 // Adds a tile's product, computed in a 16-bit dtype, to the float32 accumulator.
@@ -39,13 +48,12 @@ void widen_and_add(float* sum, const void* product, int64_t count, ScalarType dt
     for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const c10::Half*>(product)[i];
 }
 
-// The chunks' weight gradients, added up in order and rounded to the weight's dtype.
-template <class A, class T> void total_weight(const Scratch& partial, int64_t chunks, int64_t count, T* out) {
-  if (chunks == 0) return void(std::fill_n(out, count, static_cast<T>(0.0f)));
-  A* first = partial.of<A>(0);
-  for (int64_t chunk = 1; chunk < chunks; ++chunk)
-    for (int64_t i = 0; i < count; ++i) first[i] += partial.of<A>(chunk)[i];
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(first[i]);
+// The chunks' weight gradients, added up in order.
+template <class A> void total_weight(const Scratch& partial, int64_t chunks, int64_t count, void* out) {
+  A* sum = static_cast<A*>(out);
+  std::fill_n(sum, count, A(0));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < count; ++i) sum[i] += partial.of<A>(chunk)[i];
 }
 
 }  // namespace
@@ -60,9 +68,12 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
   const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
-  const bool copied = gemm != nullptr && dtype == ScalarType::Float && last;
-  const Scratch copy(1, copied ? C * K * bytes : 0);
-  const Matrix given = weight_matrix(weight, from, K), w = copied ? transposed(given, copy) : given;
+  Matrix w = weight_matrix(weight, from, K);
+  const bool paired = by_pairs(from, w, K, C), copied = kernels.gemm != nullptr && dtype == ScalarType::Float && last;
+  const Scratch copy(1, copied || paired ? C * K * bytes : 0);
+  const auto* elements = static_cast<const uint32_t*>(w.data);
+  if (paired) transpose(elements, K, C / 2, C / 2, 1, copy.of<uint32_t>(0));
+  if (copied) transpose(elements, K, C, w.row_stride, w.col_stride, copy.of<uint32_t>(0)), w = {copy.of(0), K, C, 1, K};
   const void* a = coefficients(scale, "scale", C, x);
   const void* b = coefficients(shift, "shift", C, x);
   const std::vector<double> zeros(bias ? 0 : K, 0.0);  // as float32, too
@@ -77,14 +88,17 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
     Sweep s{Pass::act, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
     s.in[0] = operand(from), s.out = scratch(activated, last, C, tiling.size);
     s.coef[0] = a, s.coef[1] = b, s.slope = negative_slope;
-    sweep(s);
+    kernels.sweep(s);
 
-    matmul(channels_by_positions(product, last, K, positions, tiling.size), w,
-           channels_by_positions(activated, last, C, positions, tiling.size), dtype);
+    if (paired)
+      kernels.gemm_bf16({nullptr, activated, copy.of(0), positions, K, C / 2, K, C / 2, 1, K, false, product});
+    else
+      matmul(channels_by_positions(product, last, K, positions, tiling.size), w,
+             channels_by_positions(activated, last, C, positions, tiling.size), dtype);
 
     s.pass = Pass::bias, s.channels = K;
     s.in[0] = scratch(product, last, K, tiling.size), s.out = operand(to), s.coef[0] = offset;
-    sweep(s);
+    kernels.sweep(s);
     if (stats) statistics.add(chunk, segments, positions, last, operand(to));
   });
   if (!stats) return {vector_of(0, to), vector_of(0, to)};
@@ -103,17 +117,20 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
   unify({&from, &to, &grad, &raw}, "bn_act_conv1x1_backward");
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
-  const bool narrow = element_size(dtype) == 2;
   const int64_t C = from.C, K = grad.C, bytes = element_size(dtype);
   const Matrix w = weight_matrix(weight, from, K);
+  const bool paired = by_pairs(from, w, C, K), narrow = bytes == 2 && !paired;
+  const Scratch w_pairs(1, paired ? C * K * bytes : 0);
+  if (paired) kernels.pair_rows(w.data, K, C, w_pairs.of(0));
   const void* act_coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x),
                             coefficients(center, "center", C, x)};
   const void* grad_coef[] = {coefficients(alpha, "alpha", K, dy), coefficients(beta, "beta", K, dy),
                              coefficients(delta, "delta", K, dy)};
 
-  const Tiling tiling(from, (C + K) * bytes);
+  const bool twice = paired && need_weight;  // a tile is there as rows and as pairs of rows
+  const Tiling tiling(from, (C + K) * bytes * (twice ? 2 : 1));
   const int64_t tile_bytes = (C + K) * tiling.size * bytes;
-  const Scratch scratch_memory(tiling.chunks, tile_bytes + (need_weight && narrow ? K * C * bytes : 0));
+  const Scratch scratch_memory(tiling.chunks, twice ? 2 * tile_bytes : tile_bytes + (need_weight && narrow ? K * C * bytes : 0));
   const int64_t wide_bytes = dtype == ScalarType::Double ? 8 : 4;
   const Scratch partial(need_weight ? tiling.chunks : 0, K * C * wide_bytes);
   std::vector<char> started(tiling.chunks, 0);
@@ -126,15 +143,21 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     Sweep s{Pass::pending, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), K};
     s.in[0] = operand(grad), s.in[1] = operand(raw), s.out = scratch(dz, last, K, tiling.size);
     std::copy_n(grad_coef, 3, s.coef);
-    sweep(s);
+    kernels.sweep(s);
 
     s.channels = C, s.slope = negative_slope;
     std::copy_n(act_coef, 3, s.coef);
     if (need_weight) {
       s.pass = Pass::act, s.in[0] = operand(from), s.out = scratch(input, last, C, tiling.size);
-      sweep(s);
+      kernels.sweep(s);
       const Matrix sum{partial.of(chunk), K, C, C, 1};
-      if (narrow) {
+      if (paired) {
+        char* input_pairs = input + tile_bytes;
+        char* dz_pairs = input_pairs + C * tiling.size * bytes;
+        kernels.pair_rows(input, positions, C, input_pairs);
+        kernels.pair_rows(dz, positions, K, dz_pairs);
+        kernels.gemm_bf16({partial.of<float>(chunk), dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, started[chunk] != 0});
+      } else if (narrow) {
         char* product = dz + K * tiling.size * bytes;
         if (!started[chunk]) std::fill_n(partial.of<float>(chunk), K * C, 0.0f);
         matmul({product, K, C, C, 1}, dz_matrix, input_matrix.t(), dtype);
@@ -148,24 +171,20 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     }
 
     // The data gradient takes the place of the activated input.
-    matmul(input_matrix, w.t(), dz_matrix, dtype);
+    if (paired)
+      kernels.gemm_bf16({nullptr, dz, w_pairs.of(0), positions, C, K / 2, C, K / 2, 1, C, false, input});
+    else
+      matmul(input_matrix, w.t(), dz_matrix, dtype);
     s.pass = Pass::mask_accumulate;
     s.in[0] = scratch(input, last, C, tiling.size), s.in[1] = operand(from), s.in[2] = operand(to), s.out = operand(to);
     s.sums[0] = sums.of(chunk, 0), s.sums[1] = sums.of(chunk, 1);
-    sweep(s);
+    kernels.sweep(s);
   });
 
-  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, C}, dtype);
+  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, C}, stats_dtype(dtype));
   if (need_weight) {
-    void* result = dweight.mutable_data_ptr();
-    switch (dtype) {
-      case ScalarType::Float: total_weight<float>(partial, tiling.chunks, K * C, static_cast<float*>(result)); break;
-      case ScalarType::Double: total_weight<double>(partial, tiling.chunks, K * C, static_cast<double*>(result)); break;
-      case ScalarType::BFloat16:
-        total_weight<float>(partial, tiling.chunks, K * C, static_cast<c10::BFloat16*>(result));
-        break;
-      default: total_weight<float>(partial, tiling.chunks, K * C, static_cast<c10::Half*>(result));
-    }
+    const auto total = dtype == ScalarType::Double ? total_weight<double> : total_weight<float>;
+    total(partial, tiling.chunks, K * C, dweight.mutable_data_ptr());
   }
   return {dweight, sums.total(0, from), sums.total(1, from)};
 }

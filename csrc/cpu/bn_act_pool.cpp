@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "pool.h"
 #include "tile.h"
 
 namespace resdense::cpu {
@@ -43,7 +42,7 @@ void pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double nega
   p.x = operand(from), p.pooled = operand(to), p.taps = operand(chosen);
   const int64_t items = p.items(from.N, false), chunks = chunks_of(items);
   const Scratch scratch(chunks, p.scratch_bytes());
-  deal(items, chunks, [&](int64_t chunk, int64_t begin, int64_t end) { pool_forward(p, begin, end, scratch.of(chunk)); });
+  deal(items, chunks, [&](int64_t chunk, int64_t begin, int64_t end) { kernels.pool_forward(p, begin, end, scratch.of(chunk)); });
 }
 
 std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional<Tensor>& taps, const Tensor& x,
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional
   deal(items, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     Pooling part = p;
     part.sums[0] = sums.of(chunk, 0), part.sums[1] = sums.of(chunk, 1);
-    pool_backward(part, begin, end, scratch.of(chunk));
+    kernels.pool_backward(part, begin, end, scratch.of(chunk));
   });
   return {sums.total(0, from), sums.total(1, from)};
 }

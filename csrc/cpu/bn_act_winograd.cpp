@@ -6,7 +6,6 @@
 
 #include "matmul.h"
 #include "stats.h"
-#include "winograd.h"
 
 namespace resdense::cpu {
 namespace {
@@ -111,6 +110,28 @@ Matrix matrix(const Points& p, int i, int64_t rows, int64_t channels) {
   return {p.data + i * p.size, rows, channels, p.channels, 1};
 }
 
+void transform_filters(const Filters& f, const Points& points) {
+  torch::stable::parallel_for(0, f.rows, 16, [&](int64_t begin, int64_t end) {
+    Filters part = f;
+    part.data = static_cast<const char*>(f.data) + begin * f.row_stride * element_size(f.dtype), part.rows = end - begin;
+    kernels.winograd_filters(part, {points.data + begin * points.channels, points.channels, points.size});
+  });
+}
+
+// Adds up the chunks' gradients of the transformed filters in order, and transforms them back.
+void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, int64_t columns, float* out) {
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    const Points sum = points_in(partial, 0, rows, columns);
+    const Points part{sum.data + begin * sum.channels, sum.channels, sum.size};
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const float* other = points_in(partial, chunk, rows, columns).data + begin * sum.channels;
+      for (int point = 0; point < POINTS; ++point)
+        for (int64_t i = 0; i < (end - begin) * sum.channels; ++i) part.data[point * sum.size + i] += other[point * sum.size + i];
+    }
+    kernels.winograd_filter_gradient(part, end - begin, columns, out + begin * 9 * columns);
+  });
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
@@ -124,7 +145,7 @@ std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale,
   const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)));
   const Scratch shared(1, values(C, K) * 4), scratch(blocks.chunks, (values(blocks.size, C) + values(blocks.size, K)) * 4);
   const Points filters = points_in(shared, 0, C, K);
-  winograd.filters({weight.const_data_ptr(), from.dtype, C, K, weight.stride(1), weight.stride(0),
+  transform_filters({weight.const_data_ptr(), from.dtype, C, K, weight.stride(1), weight.stride(0),
                     {weight.stride(2), weight.stride(3)}}, filters);
 
   Transform input{{Pass::act, from.dtype, true, nullptr, 0, C}, x.size(2), x.size(3)};
@@ -140,13 +161,13 @@ std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale,
     const Points products = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
     Transform t = input;
     t.points = windows;
-    each_run(winograd.input, t, runs);
+    each_run(kernels.winograd_input, t, runs);
     for (int i = 0; i < POINTS; ++i)
       matmul(matrix(products, i, tiles, products.channels), matrix(windows, i, tiles, C),
              matrix(filters, i, C, filters.channels), ScalarType::Float);
     t = output;
     t.points = products;
-    each_run(winograd.output, t, runs);
+    each_run(kernels.winograd_output, t, runs);
     if (stats) {
       std::vector<Segment> segments;
       const int64_t positions = blocks.segments(runs, segments);
@@ -176,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   // Turned: from the last tap to the first.
   const char* last = static_cast<const char*>(weight.const_data_ptr()) +
                      2 * (weight.stride(2) + weight.stride(3)) * element_size(from.dtype);
-  winograd.filters({last, from.dtype, K, C, weight.stride(0), weight.stride(1), {-weight.stride(2), -weight.stride(3)}}, filters);
+  transform_filters({last, from.dtype, K, C, weight.stride(0), weight.stride(1), {-weight.stride(2), -weight.stride(3)}}, filters);
 
   Transform input{{Pass::act, from.dtype, true, nullptr, 0, C}, x.size(2), x.size(3)};
   input.sweep.in[0] = operand(from), input.sweep.slope = negative_slope;
@@ -199,12 +220,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
     Transform t = gradient;
     t.points = turned;
     if (need_weight) t.gradient = expanded;
-    each_run(winograd.input, t, runs);
+    each_run(kernels.winograd_input, t, runs);
 
     if (need_weight) {
       t = input;
       t.points = windows;
-      each_run(winograd.input, t, runs);
+      each_run(kernels.winograd_input, t, runs);
       const Points total = points_in(partial, chunk, K, C);
       const auto product = started[chunk] ? matmul_accumulate : matmul;
       for (int i = 0; i < POINTS; ++i)
@@ -220,16 +241,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
     t = output;
     t.points = windows;
     t.sweep.sums[0] = sums.of(chunk, 0), t.sweep.sums[1] = sums.of(chunk, 1);
-    each_run(winograd.output, t, runs);
+    each_run(kernels.winograd_output, t, runs);
   });
 
-  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, 3, 3, C}, from.dtype);
+  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, 3, 3, C}, ScalarType::Float);
   if (need_weight) {
-    const Points total = blocks.chunks ? points_in(partial, 0, K, C) : points_in(shared, 0, K, C);
-    if (blocks.chunks == 0) std::fill_n(total.data, values(K, C), 0.0f);
-    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk)
-      for (int64_t i = 0; i < values(K, C); ++i) total.data[i] += partial.of<float>(chunk)[i];
-    winograd.filter_gradient(total, K, C, from.dtype, dweight.mutable_data_ptr());
+    float* result = static_cast<float*>(dweight.mutable_data_ptr());
+    if (blocks.chunks == 0) std::fill_n(result, K * 9 * C, 0.0f);
+    else transform_gradients(partial, blocks.chunks, K, C, result);
   }
   return {dweight, sums.total(0, from), sums.total(1, from)};
 }

@@ -1,23 +1,20 @@
 #pragma once
-// A float32 matrix product of tiles that are in the cache, on the calling thread. Libraries pack both operands at every call,
-// which a tile does not repay: on 480 x 144 x 128 a processor with AVX-512 reached two thirds of what it can.
+// Matrix products of tiles that are in the cache, on the calling thread. Libraries pack both operands at every call, which a
+// tile does not repay: on 480 x 144 x 128 a processor with AVX-512 reached two thirds of what it can.
 
 #include <cstdint>
 
 namespace resdense::cpu {
 
 // out (rows x cols) = a b, or out += a b. Neighbouring columns of b and of out are adjacent; cols is a multiple of 16.
+// The elements of a and b are 32 bits: float32, or two neighbours in depth of bfloat16.
 struct Gemm {
   float* out;
-  const float *a, *b;
+  const void *a, *b;
   int64_t rows, cols, depth;
   int64_t out_row, a_row, a_col, b_row;  // strides
   bool accumulate;
+  void* rounded = nullptr;               // bfloat16 only, instead of out
 };
-
-// nullptr where the processor's registers are too few for it.
-extern void (*const gemm)(const Gemm& g);
-
-namespace isa_avx512 { void gemm(const Gemm& g); }
 
 }  // namespace resdense::cpu

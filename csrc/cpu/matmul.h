@@ -3,7 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "gemm.h"
+#include "kernels.h"
 #include "tile.h"
 
 namespace resdense::cpu {
@@ -30,11 +30,11 @@ inline Matrix channels_by_positions(void* data, bool channels_last, int64_t chan
 namespace detail {
 
 inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
-  if (gemm == nullptr || dtype != ScalarType::Float) return false;
+  if (kernels.gemm == nullptr || dtype != ScalarType::Float) return false;
   const auto fits = [](const Matrix& out, const Matrix& b) { return out.col_stride == 1 && b.col_stride == 1 && out.cols % 16 == 0; };
   const auto run = [&](const Matrix& out, const Matrix& a, const Matrix& b) {
-    gemm({static_cast<float*>(out.data), static_cast<const float*>(a.data), static_cast<const float*>(b.data), out.rows, out.cols,
-          a.cols, out.row_stride, a.row_stride, a.col_stride, b.row_stride, accumulate});
+    kernels.gemm({static_cast<float*>(out.data), static_cast<const float*>(a.data), static_cast<const float*>(b.data), out.rows, out.cols,
+   a.cols, out.row_stride, a.row_stride, a.col_stride, b.row_stride, accumulate});
     return true;
   };
   if (fits(out, b)) return run(out, a, b);

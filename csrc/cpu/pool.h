@@ -1,6 +1,5 @@
 #pragma once
-// Pools of act(scale * x + shift) and their backward over a part of a map. The implementation (pool.inc) is compiled once for
-// each instruction set and chosen when the library is loaded.
+// Pools of act(scale * x + shift) and their backward over a part of a map. See kernels.h.
 
 #include "../common/windows.h"
 #include "sweep.h"
@@ -27,22 +26,5 @@ struct Pooling {
   // Of scratch for a thread: a line of inputs, a line of outputs and one of their places; or a line's ranges.
   int64_t scratch_bytes() const { return 8 * int64_t(windows.in[2]) + 16 * int64_t(windows.out[2]); }
 };
-
-// Items [begin, end), on the calling thread.
-void pool_forward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-void pool_backward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-
-namespace isa_default {
-void pool_forward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-void pool_backward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-}
-namespace isa_avx2 {
-void pool_forward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-void pool_backward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-}
-namespace isa_avx512 {
-void pool_forward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-void pool_backward(const Pooling& p, int64_t begin, int64_t end, void* scratch);
-}
 
 }  // namespace resdense::cpu

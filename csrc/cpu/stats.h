@@ -23,7 +23,7 @@ class Stats {
     Sweep s{Pass::sum, dtype_, channels_last, segments.data(), static_cast<int64_t>(segments.size()), channels_};
     s.in[0] = x;
     s.sums[0] = sum;
-    sweep(s);
+    kernels.sweep(s);
     for (int64_t c = 0; c < channels_; ++c) {
       sum[c] /= positions;
       if (dtype_ == ScalarType::Double) reinterpret_cast<double*>(center)[c] = sum[c];
@@ -32,7 +32,7 @@ class Stats {
     s.pass = Pass::deviation;
     s.coef[0] = center;
     s.sums[0] = deviation, s.sums[1] = squares;
-    sweep(s);
+    kernels.sweep(s);
     double* mean = values_.data() + chunk * 2 * channels_;
     for (int64_t c = 0; c < channels_; ++c) {
       // The center is the mean rounded; what rounding left over is taken out here.

@@ -1,6 +1,5 @@
 #pragma once
-// One pass over a tile of a map: the elementwise half of every CPU kernel. The implementation (sweep.inc) is compiled once
-// for each instruction set and chosen when the library is loaded.
+// One pass over a tile of a map: the elementwise half of every CPU kernel. See kernels.h.
 
 #include <cstdint>
 
@@ -44,14 +43,5 @@ struct Sweep {
   double* sums[2] = {};                 // one value a channel, added to
   double slope = 0;                     // of the activation for negative inputs
 };
-
-// Runs on the calling thread with the widest instructions that the processor has.
-void sweep(const Sweep& s);
-
-const char* capability();
-
-namespace isa_default { void sweep(const Sweep& s); }
-namespace isa_avx2 { void sweep(const Sweep& s); }
-namespace isa_avx512 { void sweep(const Sweep& s); }
 
 }  // namespace resdense::cpu

@@ -9,7 +9,7 @@
 
 #include "../common/check.h"
 #include "../common/map.h"
-#include "sweep.h"
+#include "kernels.h"
 
 namespace resdense::cpu {
 

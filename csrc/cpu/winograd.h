@@ -8,8 +8,8 @@
 //                                              0  1  0 -1         0    0    1
 //
 // d is the 4x4 window of the input, padded by 1, g the filter. The gradient of d is such a convolution of y's gradient with the
-// turned filter; that of g is G' [ (A dy A') . (B' d B) ] G. The products of the 16 points are matrix products (gemm.h); the
-// transforms around them are compiled once for each instruction set and chosen when the library is loaded.
+// turned filter; that of g is G' [ (A dy A') . (B' d B) ] G. The products of the 16 points are matrix products (gemm.h),
+// the transforms around them kernels.
 
 #include "sweep.h"
 
@@ -45,20 +45,5 @@ struct Filters {
   torch::headeronly::ScalarType dtype;
   int64_t rows, columns, row_stride, column_stride, tap_strides[2];
 };
-
-struct Winograd {
-  void (*input)(const Transform&);
-  void (*output)(const Transform&);
-  void (*filters)(const Filters&, const Points&);
-  // To rows x 3 x 3 x columns.
-  void (*filter_gradient)(const Points&, int64_t rows, int64_t columns, torch::headeronly::ScalarType dtype, void* out);
-};
-
-// On the calling thread.
-extern const Winograd winograd;
-
-namespace isa_default { extern const Winograd winograd; }
-namespace isa_avx2 { extern const Winograd winograd; }
-namespace isa_avx512 { extern const Winograd winograd; }
 
 }  // namespace resdense::cpu

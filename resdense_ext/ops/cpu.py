@@ -29,14 +29,14 @@ def _is_matrix_product(conv: Conv) -> bool:
     return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
 
 
-_HAS_GEMM = (_library.build_info() or {}).get("cpu_capability") == "AVX512"
+_HAS_GEMM = "AVX512" in (_library.build_info() or {}).get("cpu_capability", "")
 """Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
 
 
 def _suits_winograd(x: Tensor, conv: Conv) -> bool:
     return (
         _HAS_GEMM
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and memory_format_of(x) == torch.channels_last
         and conv.groups == 1
         and conv.weight.shape[2:] == (3, 3)

@@ -55,7 +55,8 @@ def _bn_act_conv1x1_backward(
     x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, need_weight
 ):
     outputs, inputs = weight.shape
-    return weight.new_empty((outputs if need_weight else 0, inputs)), *_vectors(x, inputs)
+    dweight = weight.new_empty((outputs if need_weight else 0, inputs), dtype=accumulation_dtype(weight.dtype))
+    return dweight, *_vectors(x, inputs)
 
 
 def _bn_act_winograd(x, scale, shift, negative_slope, weight, bias, out, stats):
@@ -66,7 +67,7 @@ def _bn_act_winograd_backward(
     x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
 ):
     outputs, inputs = weight.shape[:2]
-    return weight.new_empty((outputs if need_weight else 0, 3, 3, inputs)), *_vectors(x, inputs)
+    return weight.new_empty((outputs if need_weight else 0, 3, 3, inputs), dtype=torch.float32), *_vectors(x, inputs)
 
 
 def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):

@@ -1,0 +1,9 @@
+#include "kernels_headers.h"
+
+#if RESDENSE_TARGETS
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#define RESDENSE_ISA isa_avx512
+#define RESDENSE_ISA_NAME "AVX512"
+#define RESDENSE_AVX512
+#include "kernels.inc"
+#endif
