@@ -136,7 +136,10 @@ def conv_cases():
     yield "1x1", pointwise, (12, 20, 1, 1), False
     yield "1x1 bias", pointwise, (12, 20, 1, 1), True
     yield "1x1 wide", pointwise, (130, 67, 1, 1), False
+    yield "1x1 whole vectors", pointwise, (48, 32, 1, 1), False
     yield "3x3", pointwise._replace(padding=(1, 1)), (8, 20, 3, 3), False
+    yield "3x3 bias", pointwise._replace(padding=(1, 1)), (8, 20, 3, 3), True
+    yield "3x3 whole vectors", pointwise._replace(padding=(1, 1)), (16, 32, 3, 3), False
     yield "3x3 dilated, grouped, bias", Conv(torch.empty(0), None, (2, 2), (2, 2), 4), (8, 5, 3, 3), True
     yield "5x3", pointwise._replace(padding=(2, 1)), (6, 20, 5, 3), False
 
@@ -246,6 +249,100 @@ class TestConvolution:
         assert not frozen.input.beta.any() and not frozen.input.delta.any()
 
 
+@built
+class TestWinograd:
+    """The operators themselves, wherever the CPU backend would rather use the framework's convolution."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    # Samples, channels of the input and of the output, height and width: one position, one line, rows in parts, samples together.
+    @pytest.mark.parametrize(
+        "shape", [(2, 5, 3, 1, 1), (3, 1, 1, 2, 1), (1, 20, 8, 1, 31), (1, 32, 16, 5, 260), (5, 128, 32, 7, 7)], ids=str
+    )
+    @pytest.mark.parametrize("slope", [0.0, 0.2])
+    def test_sizes(self, shape, dtype, slope):
+        N, C, K, *sizes = shape
+        tensors = {name: torch.randn(N, width, *sizes).to(dtype) for name, width in (("x", C), ("dy", K), ("z", K), ("d", C))}
+        tensors["weight"] = (torch.randn(K, C, 3, 3) / (3 * C**0.5)).to(dtype)
+        tensors.update(zip(("scale", "shift", "center"), vectors(C, dtype, 3)))
+        tensors.update(zip(("alpha", "beta", "delta"), vectors(K, dtype, 3)))
+        x, dy, z = (buffer_slice(tensors[name], True)[0] for name in ("x", "dy", "z"))
+        (out, out_untouched), (d, untouched) = buffer_slice(torch.full_like(dy, float("nan")), True), buffer_slice(tensors["d"], True)
+        prologue, pending = (x, tensors["scale"], tensors["shift"]), (dy, z, *(tensors[v] for v in ("alpha", "beta", "delta")))
+        mean, m2 = torch.ops.resdense.bn_act_winograd(*prologue, slope, tensors["weight"], None, out, True)
+        dweight, *sums = torch.ops.resdense.bn_act_winograd_backward(
+            *prologue, tensors["center"], slope, tensors["weight"], *pending, d, True, True
+        )
+        out_untouched(), untouched()
+
+        def formula(t):
+            wide, activation = stats_dtype(t["x"].dtype), Activation("leaky_relu", slope)
+            per = lambda name: reference.per_channel(t[name], t["x"])  # noqa: E731
+            y = per("scale") * t["x"].to(wide) + per("shift")
+            a = reference.activate(y, activation).to(t["x"].dtype)
+            dz = reference.pending_grad(t["dy"], t["z"], t["alpha"], t["beta"], t["delta"])
+            parts = [p.detach().requires_grad_() for p in (a, t["weight"])]
+            conv = reference.convolution(parts[0], Conv(parts[1], padding=(1, 1)))
+            da, dw = torch.autograd.grad(conv, parts, dz)
+            g = da.to(wide) * reference.activation_slope(y, activation)
+            reduced = [0, 2, 3]
+            sum_xc = (g * (t["x"].to(wide) - per("center"))).sum(reduced)
+            return conv.detach(), (t["d"].to(wide) + per("scale") * g).to(t["x"].dtype), dw, g.sum(reduced), sum_xc
+
+        close([out, d, dweight.permute(0, 3, 1, 2), *sums], formula, tensors, dtype)
+        close((mean, m2), lambda t: reference.channel_stats(t["x"]), {"x": out.contiguous()}, torch.float32)
+
+    def test_results_repeat_bitwise(self):
+        x, dy, z = (last_format(torch.randn(3, width, 9, 14)) for width in (24, 8, 8))
+        vectors = torch.rand(3, 24).unbind()
+        results = []
+        for _ in range(3):
+            out, d = torch.empty_like(dy), torch.empty_like(x)
+            weight = torch.ones(8, 24, 3, 3)
+            stats = torch.ops.resdense.bn_act_winograd(x, *vectors[:2], 0.0, weight, None, out, True)
+            pending = (dy, z, *torch.ones(3, 8).unbind())
+            grads = torch.ops.resdense.bn_act_winograd_backward(x, *vectors, 0.0, weight, *pending, d, False, True)
+            results.append([out, d, *stats, *grads])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+    @pytest.mark.parametrize("samples", [0, 2])
+    def test_an_empty_map(self, samples):
+        x, dy = (torch.empty(samples, width, 0 if samples else 4, 4).to(memory_format=torch.channels_last) for width in (6, 3))
+        ones, weight = torch.ones(6), torch.randn(3, 6, 3, 3)
+        mean, m2 = torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, weight, None, dy.clone(), True)
+        assert mean.isnan().all() and mean.shape == m2.shape == (3,)
+        pending = (dy, dy, *torch.ones(3, 3).unbind())
+        grads = torch.ops.resdense.bn_act_winograd_backward(x, ones, ones, ones, 0.0, weight, *pending, x.clone(), True, True)
+        assert all(not grad.any() for grad in grads) and grads[0].shape == (3, 3, 3, 6)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(x=torch.empty(2, 6, 5, 4)), "x: expected a channels_last map, got strides"),
+            (dict(out=torch.empty(2, 3, 5, 4)), "out: expected a channels_last map, got strides"),
+            (dict(out=last_format(torch.empty(2, 3, 5, 3))), "out: expected 2 samples of 5x4, as x, got"),
+            (dict(x=torch.empty(2, 6, 5)), "x: expected shape .N, C, H, W., got"),
+            (dict(weight=torch.empty(3, 6, 1, 1)), "weight: expected shape .3, 6, 3, 3., got .3, 6, 1, 1."),
+            (dict(weight=torch.empty(3, 6, 3, 3).half()), "weight: expected dtype float32, got float16"),
+            (dict(shift=torch.empty(5)), "shift: expected shape .6,., one value a channel"),
+            (dict(bias=torch.empty(2)), "bias: expected shape .3,."),
+        ],
+    )
+    def test_bad_arguments_are_named(self, change, message):
+        arguments = dict(
+            x=last_format(torch.randn(2, 6, 5, 4)), scale=torch.ones(6), shift=torch.ones(6), negative_slope=0.0,
+            weight=torch.randn(3, 6, 3, 3), bias=None, out=last_format(torch.empty(2, 3, 5, 4)), stats=True,
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.resdense.bn_act_winograd(**{**arguments, **change})
+
+    def test_float64_is_refused(self):
+        x = last_format(torch.randn(2, 6, 5, 4).double())
+        ones = torch.ones(6).double()
+        with pytest.raises(RuntimeError, match="x: expected dtype float32, bfloat16 or float16, got float64"):
+            torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, torch.randn(6, 6, 3, 3).double(), None, x.clone(), True)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_statistics_survive_a_mean_of_a_thousand_deviations(backend, channels_last):
     x = torch.randn(4, 9, 40, 37) + 1000 * torch.arange(9.0).view(1, 9, 1, 1)
@@ -300,6 +397,11 @@ class TestOperators:
             "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
             "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True),
+            "bn_act_winograd": (last_format(x), a, b, 0.0, torch.randn(3, 6, 3, 3), p, last_format(z.clone()), True),
+            "bn_act_winograd_backward": (
+                *(last_format(x), a, b, c, 0.0, torch.randn(3, 6, 3, 3), last_format(z.clone()), last_format(z)),
+                *(p, q, r, last_format(x.clone()), True, True),
+            ),
             "bn_act_avg_pool": (x, a, b, 0.1, *windows, small),
             "bn_act_avg_pool_backward": (small, x, a, b, c, 0.1, *windows, x.clone(), True),
             "bn_act_max_pool": (x, a, b, 0.1, *windows, small, taps),
@@ -324,6 +426,8 @@ class TestOperators:
             "copy_map",
             "bn_act_conv1x1",
             "bn_act_conv1x1_backward",
+            "bn_act_winograd",
+            "bn_act_winograd_backward",
             "bn_act_avg_pool",
             "bn_act_avg_pool_backward",
             "bn_act_max_pool",

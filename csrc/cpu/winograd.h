@@ -7,7 +7,8 @@
 //                                              0 -1  1  0         1/2 -1/2  1/2
 //                                              0  1  0 -1         0    0    1
 //
-// d is the 4x4 window of the input, padded by 1, g the filter. The gradient of d is such a convolution of y's gradient with the
+// d is the 4x4 window of the input, padded by 1, g the filter. An infinity in a window makes the
+// whole tile NaN. The gradient of d is such a convolution of y's gradient with the
 // turned filter; that of g is G' [ (A dy A') . (B' d B) ] G. The products of the 16 points are matrix products (gemm.h),
 // the transforms around them kernels.
 

@@ -36,7 +36,7 @@ _HAS_GEMM = "AVX512" in (_library.build_info() or {}).get("cpu_capability", "")
 def _suits_winograd(x: Tensor, conv: Conv) -> bool:
     return (
         _HAS_GEMM
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype != torch.float64
         and memory_format_of(x) == torch.channels_last
         and conv.groups == 1
         and conv.weight.shape[2:] == (3, 3)
