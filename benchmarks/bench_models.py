@@ -17,9 +17,10 @@ from statistics import median
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
+from _comparison import Step
 from _gpu import Budget, Results, ceilings, device_times, require_gpu
 from _rows import conditions, row
-from bench_densenet import Step
 from tqdm import tqdm
 
 import resdense_ext as rd
@@ -28,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from stock import import_torchvision  # noqa: E402
 
 BYTES_AN_IMAGE = {"densenet121": 4.3e12 / 21900, "densenet169": 4.3e12 / 18500, "densenet201": 4.3e12 / 14700, "densenet161": 4.3e12 / 12000}
-"""What the dense engine must move in a training step at 224x224 in bfloat16: every operand of every layer once (docs of the design)."""
+"""What the dense engine must move in a training step at 224x224 in bfloat16, calculated: every operand of every layer once."""
 CARDS = (16, 24, 80)
+DEVICE, SIZE = "cuda", 224
 PROVIDERS = ("stock", "memory_efficient", "compile", "fast", "min", "fast graph", "min graph")
 
 
@@ -41,33 +43,29 @@ def network(model: str, provider: str) -> torch.nn.Module:
     policy = provider.split()[0]
     if policy in ("fast", "min"):
         rd.convert(net, policy)
-    net.to("cuda", memory_format=torch.channels_last)
+    net.to(DEVICE, memory_format=torch.channels_last)
     return torch.compile(net) if provider == "compile" else net
 
 
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(1)
-    x = torch.randn((batch, 3, 224, 224), generator=generator, device="cuda").contiguous(memory_format=torch.channels_last)
-    return x, torch.randint(1000, (batch,), generator=generator, device="cuda")
+def training_step(model: str, provider: str, batch: int, dtype: torch.dtype = torch.bfloat16) -> Step:
+    """The same images and targets whatever the provider."""
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    x = torch.randn((batch, 3, SIZE, SIZE), generator=generator, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(1000, (batch,), generator=generator, device=DEVICE)
+    return Step(network(model, provider), x, lambda y: F.cross_entropy(y.float(), target), dtype)
 
 
-def training_step(model: str, provider: str, batch: int) -> Step:
-    return Step(network(model, provider), *inputs(batch), torch.bfloat16)
-
-
-def gradients(step: Step) -> tuple[float, torch.Tensor]:
-    loss = step().item()
-    return loss, torch.cat([p.grad.float().flatten() for p in step.net.parameters()])
+def gradients(step: Step) -> torch.Tensor:
+    step()
+    return torch.cat([p.grad.float().flatten() for p in step.module.parameters()])
 
 
 def disagreement(model: str, provider: str) -> float:
     """How far the gradients are from stock's in float32, over how far stock's own in bfloat16 are."""
-    exact = Step(network(model, "stock"), *inputs(16), torch.float32)
-    truth = gradients(exact)[1]
-    distance = {}
-    for name in ("stock", provider.split()[0]):
-        distance[name] = (gradients(training_step(model, name, 16))[1] - truth).norm().item()
-    return distance[provider.split()[0]] / distance["stock"]
+    policy = provider.split()[0]
+    truth = gradients(training_step(model, "stock", 16, torch.float32))
+    distance = {name: (gradients(training_step(model, name, 16)) - truth).norm().item() for name in ("stock", policy)}
+    return distance[policy] / distance["stock"]
 
 
 def captured(step: Step) -> Callable[[], None]:
@@ -122,7 +120,7 @@ def peak_of(model: str, provider: str, batch: int) -> float:
 
 
 def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dict]:
-    setting = {"shape": [batch, 3, 224, 224], "dtype": "bfloat16", "layout": "channels_last"}
+    setting = {"shape": [batch, 3, SIZE, SIZE], "dtype": "bfloat16", "layout": "channels_last"}
     rows = []
 
     def add(metric: str, unit: str, values: list[float], mode: str = "train") -> None:
@@ -193,13 +191,13 @@ def main() -> None:
         if budget.left() < (180 if provider == "compile" else 0):
             print(f"left out for want of time: {model} {provider} at batch {batch}; run it again")
             continue
-        if results.find(op=model, provider=provider, shape=[batch, 3, 224, 224]):
+        if results.find(op=model, provider=provider, shape=[batch, 3, SIZE, SIZE]):
             continue
         try:
             results.add(measure(model, provider, batch, bandwidth))
         except Exception as error:  # one provider's failure is a result, too
             text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            failed = row(model, provider, "train", "failed", "1", [1], shape=[batch, 3, 224, 224], error=text)
+            failed = row(model, provider, "train", "failed", "1", [1], shape=[batch, 3, SIZE, SIZE], error=text)
             results.add([failed])
         _clear()
     for model in options.model:

@@ -116,6 +116,24 @@ def test_largest_batches():
     assert bench_models.largest_batches(*peaks) == {16: 240, 24: 368, 80: 1264}
 
 
+@pytest.mark.parametrize("provider", ["fast graph", "min"])
+def test_the_models_benchmark_checks_gradients(provider, monkeypatch):
+    """On the CPU and small images: as good as stock's in bfloat16, and found out where a layer's are wrong."""
+    monkeypatch.setattr(bench_models, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_models, "SIZE", 32)
+    assert 0 < bench_models.disagreement("densenet121", provider) < 2
+
+    def spoiled(model, name):
+        net = network(model, name)
+        if name != "stock":
+            net.classifier.weight.register_hook(lambda grad: 2 * grad)
+        return net
+
+    network = bench_models.network
+    monkeypatch.setattr(bench_models, "network", spoiled)
+    assert not bench_models.disagreement("densenet121", provider) < 2
+
+
 def test_tables_show_the_worst_first_and_every_failure():
     rows = [row(op, "cuda", "device", "time over floor", "1", [value]) for op, value in (("a", 1.5), ("b", 3.0))]
     rows.append(row("c", "cuda", "check", "error", "1", [0.5], failed=True))
