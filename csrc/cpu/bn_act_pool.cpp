@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional
   p.x = operand(from), p.pooled = operand(g), p.taps = operand(chosen), p.out = operand(to);
   const int64_t items = from.numel() == 0 ? 0 : p.items(from.N, true), chunks = chunks_of(items);
   const Scratch scratch(chunks, p.scratch_bytes());
-  Sums sums(std::max<int64_t>(chunks, 1), from.C);
+  Sums sums(chunks, from.C);
   deal(items, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     Pooling part = p;
     part.sums[0] = sums.of(chunk, 0), part.sums[1] = sums.of(chunk, 1);

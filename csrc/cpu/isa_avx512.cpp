@@ -5,5 +5,6 @@
 #define RESDENSE_ISA isa_avx512
 #define RESDENSE_ISA_NAME "AVX512"
 #define RESDENSE_AVX512
+#define RESDENSE_AVX2
 #include "kernels.inc"
 #endif

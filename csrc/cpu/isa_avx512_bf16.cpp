@@ -6,5 +6,6 @@
 #define RESDENSE_ISA_NAME "AVX512_BF16"
 #define RESDENSE_AVX512
 #define RESDENSE_AVX512_BF16
+#define RESDENSE_AVX2
 #include "kernels.inc"
 #endif

@@ -119,10 +119,10 @@ inline const void* coefficients(const Tensor& v, const char* name, int64_t chann
   return v.const_data_ptr();
 }
 
-// Per-channel sums, gathered by chunk and added up in the order of the chunks.
+// Per-channel sums, gathered by chunk and added up in the order of the chunks; zeros where an empty map has none.
 class Sums {
  public:
-  Sums(int64_t chunks, int64_t channels) : channels_(channels), values_(chunks * 2 * channels) {}
+  Sums(int64_t chunks, int64_t channels) : channels_(channels), values_(std::max<int64_t>(chunks, 1) * 2 * channels) {}
 
   double* of(int64_t chunk, int which) { return values_.data() + (chunk * 2 + which) * channels_; }
 

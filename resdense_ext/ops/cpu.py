@@ -29,7 +29,7 @@ def _is_matrix_product(conv: Conv) -> bool:
     return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
 
 
-_HAS_GEMM = "AVX512" in (_library.build_info() or {}).get("cpu_capability", "")
+_HAS_GEMM = (_library.build_info() or {}).get("cpu_capability", "DEFAULT") != "DEFAULT"
 """Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
 
 
