@@ -1,4 +1,4 @@
-"""Draws the measured rows: what every network keeps and needs at its peak, and its time over the best stock variant."""
+"""Draws the measured rows of training: what every network keeps and needs at its peak, and its time over the best stock variant."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [r for r in rows if r["layout"] == "channels_last"]
+    rows = [r for r in rows if (r["mode"], r["layout"]) == ("train", "channels_last")]
     newest = {(r["op"], r["dtype"], r["provider"], r["metric"]): r["median"] for r in rows}
     groups = list(dict.fromkeys(key[:2] for key in newest))
     panels = (

@@ -21,27 +21,38 @@ PROVIDERS = {
 MIB = 2**20
 
 
+MODES = {"train": "one training step", "inference": "inference"}
+
+
 def densenet(rows: list[dict]) -> str:
-    """The newest run of every network, dtype and layout, a table each."""
-    newest = {(r["op"], r["dtype"], r["layout"], r["provider"], r["metric"]): r for r in rows}
+    """The newest run of every network, mode, dtype and layout, a table each."""
+    newest = {(r["op"], r["mode"], r["dtype"], r["layout"], r["provider"], r["metric"]): r for r in rows}
     text = []
-    for run in dict.fromkeys(key[:3] for key in newest):
-        found = {name: {m: newest.get((*run, name, m)) for m in ("saved", "peak", "step", "step of best stock")} for name in PROVIDERS}
+    for run in dict.fromkeys(key[:4] for key in newest):
+        network, mode, dtype, layout = run
+        columns = {"saved for backward, MB an image": "saved"} if mode == "train" else {}
+        columns |= {"peak, MB an image": "peak", f"seconds a {'step' if mode == 'train' else 'batch'}": "step"}
+        columns |= {"time over the best stock": "step of best stock"}
+        found = {name: {m: newest.get((*run, name, m)) for m in columns.values()} for name in PROVIDERS}
         found = {name: metrics for name, metrics in found.items() if metrics["step"]}
         first = found["fast"]["step"]
         images, *shape = first["shape"]
         text.append(
-            f"Measured: one training step of {run[0]}, batch {images}, {'x'.join(map(str, shape))}, {run[1]} "
-            f"({run[2].replace('_', ' ')} where nothing else is said), on {first['hardware']}, torch "
-            f"{first['versions']['torch']}; medians of {first['count']} interleaved rounds, ratios taken round by round.\n\n"
-            "| | saved for backward, MB an image | peak, MB an image | seconds a step | time over the best stock |\n"
-            "|---|---|---|---|---|\n"
+            f"Measured: {MODES[mode]} of {network}, batch {images}, {'x'.join(map(str, shape))}, {dtype} "
+            f"({layout.replace('_', ' ')} where nothing else is said), on {first['hardware']} with "
+            f"{first['versions']['cpu_capability']}, torch {first['versions']['torch']}; medians of {first['count']} "
+            f"interleaved rounds, ratios taken round by round.\n\n| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}\n"
         )
         for name, metrics in found.items():
-            saved, peak = (f"{row['median'] / MIB:.1f}" if row else "" for row in (metrics["saved"], metrics["peak"]))
-            seconds, ratio = metrics["step"]["median"], metrics["step of best stock"]["median"]
-            text[-1] += f"| {PROVIDERS[name]} | {saved} | {peak} | {seconds:.2f} | {ratio:.2f} |\n"
+            cells = (_cell(row) for row in metrics.values())
+            text[-1] += f"| {PROVIDERS[name]} | {' | '.join(cells)} |\n"
     return "\n".join(text)
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['median'] / MIB:.1f}" if row["unit"] == "B/image" else f"{row['median']:.2f}"
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The four dense blocks of densenet121 alone: the bare convolutions, stock in either layout, torchvision's checkpoint,
 torch.compile, ours by policy; time and memory.
 
-    python benchmarks/bench_dense_block.py [--batch 8] [--dtype bfloat16] [--layout contiguous] [--compile]
+    python benchmarks/bench_dense_block.py [--batch 8] [--dtype bfloat16] [--layout contiguous]
+        [--compile] [--inference]
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from _comparison import LAYOUTS, Floor, Step, compare, parser
+from _comparison import LAYOUTS, Floor, Inference, Step, compare, parser
 from torch import Tensor, nn
 
 import resdense_ext as rd
@@ -37,6 +38,7 @@ class Blocks(nn.Module):
 def main() -> None:
     options = parser(__doc__.split("\n\n")[0]).parse_args()
     dtype, last, layout = getattr(torch, options.dtype), torch.channels_last, LAYOUTS[options.layout]
+    kind = Inference if options.inference else Step
     torch.manual_seed(0)
     stock = Blocks()
     shapes = [(options.batch, channels, options.size // part, options.size // part) for _, channels, part in BLOCKS]
@@ -50,7 +52,7 @@ def main() -> None:
             rd.convert(net, policy)
         maps = [x.to(dtype).contiguous(memory_format=memory_format).requires_grad_() for x in inputs]
         loss = lambda outputs: sum(y.square().mean(dtype=torch.promote_types(y.dtype, torch.float32)) for y in outputs)  # noqa: E731
-        return Step(net, maps, loss, dtype, torch.compile(net) if compiled else None)
+        return kind(net, maps, loss, dtype, torch.compile(net) if compiled else None)
 
     steps = {
         "stock contiguous": step(torch.contiguous_format),
@@ -64,7 +66,7 @@ def main() -> None:
     truth = step(torch.contiguous_format)
     truth.module.double()
     truth.x, truth.dtype = [x.detach().double().requires_grad_() for x in truth.x], torch.float64
-    compare("dense_block", "dense_block.jsonl", steps, truth, Floor(stock.to(options.device), inputs, dtype), options)
+    compare("dense_block", "dense_block.jsonl", steps, truth, Floor(stock.to(options.device), inputs, dtype, options.inference), options)
 
 
 if __name__ == "__main__":

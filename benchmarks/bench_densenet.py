@@ -1,7 +1,8 @@
-"""One training step of torchvision's DenseNets: the bare convolutions, stock in either layout, torchvision's checkpoint,
+"""One training step (or inference) of torchvision's DenseNets: the bare convolutions, stock in either layout, torchvision's checkpoint,
 torch.compile, ours by policy; time and memory.
 
-    python benchmarks/bench_densenet.py [--model densenet121] [--batch 8] [--dtype bfloat16] [--layout contiguous] [--compile]
+    python benchmarks/bench_densenet.py [--model densenet121] [--batch 8] [--dtype bfloat16] [--layout contiguous]
+        [--compile] [--inference]
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _comparison import LAYOUTS, Floor, Step, compare, parser
+from _comparison import LAYOUTS, Floor, Inference, Step, compare, parser
 
 import resdense_ext as rd
 
@@ -27,6 +28,7 @@ def main() -> None:
     options = arguments.parse_args()
     dtype, last, layout = getattr(torch, options.dtype), torch.channels_last, LAYOUTS[options.layout]
     make = getattr(import_torchvision().models, options.model)
+    kind = Inference if options.inference else Step
     torch.manual_seed(0)
     stock = make()
     x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
@@ -40,7 +42,7 @@ def main() -> None:
             rd.convert(net, policy)
         images = x.contiguous(memory_format=memory_format)
         loss = lambda y: F.cross_entropy(y.to(torch.promote_types(y.dtype, torch.float32)), target)  # noqa: E731
-        return Step(net, images, loss, dtype, torch.compile(net) if compiled else None)
+        return kind(net, images, loss, dtype, torch.compile(net) if compiled else None)
 
     steps = {
         "stock contiguous": step(torch.contiguous_format),
@@ -54,7 +56,7 @@ def main() -> None:
     truth = step(torch.contiguous_format)
     truth.module.double()
     truth.x, truth.dtype = x.double(), torch.float64
-    compare(options.model, "densenet.jsonl", steps, truth, Floor(stock.to(options.device), x, dtype), options)
+    compare(options.model, "densenet.jsonl", steps, truth, Floor(stock.to(options.device), x, dtype, options.inference), options)
 
 
 if __name__ == "__main__":

@@ -153,18 +153,25 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("script", ["densenet", "dense_block"])
-def test_comparisons_write_their_rows_and_are_drawn(script, tmp_path):
-    answer = run(f"benchmarks/bench_{script}.py", "--batch", "2", "--size", "64", "--repeats", "2", "--out", str(tmp_path))
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_comparisons_write_their_rows_and_are_drawn(script, mode, tmp_path):
+    inference = ["--inference"] if mode == "inference" else []
+    size = ["--batch", "2", "--size", "64", "--repeats", "2"]
+    answer = run(f"benchmarks/bench_{script}.py", *size, *inference, "--out", str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / f"{script}.jsonl").read_text().splitlines()]
     providers = ("floor", "stock contiguous", "stock channels_last", "memory_efficient", "fast", "min")
     assert list(dict.fromkeys(r["provider"] for r in rows)) == list(providers)
     assert all(r["median"] > 0 and r["commit"] and r["hardware"] and r["shape"] == [2, 3, 64, 64] for r in rows)
+    assert all(r["mode"] == mode for r in rows)
     found = {(r["provider"], r["metric"]): r["median"] for r in rows}
-    assert found["min", "saved"] < found["fast", "saved"] < found["stock contiguous", "saved"]
+    if mode == "train":
+        assert found["min", "saved"] < found["fast", "saved"] < found["stock contiguous", "saved"]
+    assert found["fast", "peak"] < found["stock contiguous", "peak"]
     assert all(name in answer.stdout for name in providers)
     assert all(f"| {name} |" in _tables.densenet(rows) for name in ("the bare convolutions", '`"fast"`', '`"min"`'))
-    _plot.draw(rows, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    if mode == "train":
+        _plot.draw(rows, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_every_operations_benchmark_runs():
