@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from resdense_ext.nn.dense import Chain
 from resdense_ext.nn.engine import OnEngine, Policy
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
 from resdense_ext.nn.read import DualPathModules, check_forward, check_untouched, read_children
@@ -28,7 +29,7 @@ def side_by_side(x: Tensor | Halves) -> Tensor:
     return torch.cat(x, 1) if isinstance(x, tuple) else x
 
 
-class DualPathBlock(nn.Module):
+class DualPathBlock(OnEngine, nn.Module):
     """One dual path layer: a grouped bottleneck whose output is added to the residual half and appended to the dense half.
 
     Equivalent to::
@@ -37,7 +38,7 @@ class DualPathBlock(nn.Module):
         f = c1x1_c(c3x3_b(c1x1_a(cat(x))))                     # each batch norm, relu, convolution
         return r + f[:, :residual_channels], cat([d, f[:, residual_channels:]])
 
-    Called by itself it is the stock path; inside a `DualPathStage` its modules are read by the engine.
+    Neighbours in a `DualPathStage` or `Chain` can share a node, in which the dense half grows in one buffer.
 
     Args:
         in_channels: channels of the input, of both halves together.
@@ -49,6 +50,7 @@ class DualPathBlock(nn.Module):
         projection: whether the halves are made anew from the input, which may then be a tensor.
         spatial_dims: 1, 2 or 3.
         activation: relu, leaky_relu, elu, silu or identity.
+        policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
 
     Shape: ``([N, residual_channels, *spatial], [N, D, *spatial])`` to ``([N, residual_channels, *spatial],
     [N, D + growth_rate, *spatial])``, where a projection starts with ``D = 2 * growth_rate`` and ``spatial / stride``.
@@ -70,12 +72,14 @@ class DualPathBlock(nn.Module):
         *,
         spatial_dims: int = 2,
         activation: str = "relu",
+        policy: Optional[Policy] = "fast",
     ) -> None:
         super().__init__()
         check_spatial_dims(spatial_dims)
+        check_policy(policy)
         if stride not in (1, 2) or (stride == 2 and not projection):
             raise ValueError(f"stride: expected 1, or 2 with a projection, got {stride!r} with projection={projection!r}")
-        self.residual_channels = residual_channels
+        self.residual_channels, self.policy = residual_channels, policy
 
         def unit(inputs: int, outputs: int, kernel_size: int, **options) -> nn.Sequential:
             layers = nn.Sequential()
@@ -97,6 +101,16 @@ class DualPathBlock(nn.Module):
         return None if self._projection is None else getattr(self, self._projection)
 
     def forward(self, x: Tensor | Halves) -> Halves:
+        return self.stock_forward(x)
+
+    def dual_path_modules(self) -> DualPathModules:
+        """Raises Unsupported where a unit is not what the stock forward would find."""
+        units = tuple(_read_unit(unit) for unit in (self.c1x1_a, self.c3x3_b, self.c1x1_c))
+        projection = None if self.projection is None else _read_unit(self.projection)
+        return DualPathModules(self, units, projection, self.residual_channels)
+
+    def stock_forward(self, x: Tensor | Halves) -> Halves:
+        """The block in plain PyTorch: two concatenations."""
         joined = side_by_side(x)
         if self.projection is not None:
             x = self._split(self.projection(joined))
@@ -109,9 +123,12 @@ class DualPathBlock(nn.Module):
     def _split(self, y: Tensor) -> Halves:
         return y[:, : self.residual_channels], y[:, self.residual_channels :]
 
+    def extra_repr(self) -> str:
+        return f"policy={self.policy!r}"
 
-class DualPathStage(OnEngine, nn.Sequential):
-    """A stage of dual path blocks: the first makes the two halves, with a projection, the others go on with them.
+
+class DualPathStage(Chain):
+    """A chain of dual path blocks: the first makes the two halves, with a projection, the others go on with them.
 
     Equivalent to::
 
@@ -120,9 +137,9 @@ class DualPathStage(OnEngine, nn.Sequential):
 
     Args:
         num_layers: L, at least 1.
-        in_channels, width, residual_channels, growth_rate, groups, spatial_dims, activation: as `DualPathBlock` takes them.
+        in_channels, width, residual_channels, growth_rate, groups, spatial_dims, activation, policy: as `DualPathBlock`
+            takes them.
         stride: of the first block.
-        policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
 
     Shape: ``[N, in_channels, *spatial]``, or a tuple of two that have as many channels together, to the tuple
     ``([N, residual_channels, *spatial / stride], [N, (2 + L) * growth_rate, *spatial / stride])``.
@@ -145,38 +162,15 @@ class DualPathStage(OnEngine, nn.Sequential):
         activation: str = "relu",
         policy: Optional[Policy] = "fast",
     ) -> None:
-        super().__init__()
-        check_policy(policy)
+        super().__init__(policy=policy)
         if num_layers < 1:
             raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-        self.policy = policy
-        shared = dict(spatial_dims=spatial_dims, activation=activation)
+        shared = dict(spatial_dims=spatial_dims, activation=activation, policy=policy)
         for i in range(num_layers):
             first = i == 0
             inputs = in_channels if first else residual_channels + (2 + i) * growth_rate
             shape = (inputs, width, residual_channels, growth_rate, groups)
             self.append(DualPathBlock(*shape, stride if first else 1, projection=first, **shared))
-
-    def forward(self, x: Tensor | Halves) -> Halves:
-        return self.stock_forward(x)
-
-    def dual_path_modules(self) -> list[DualPathModules]:
-        """Raises Unsupported where a block is not what the stage's stock forward would find."""
-        return [_read_block(block) for block in self]
-
-    def stock_forward(self, x: Tensor | Halves) -> Halves:
-        """The stage in plain PyTorch: two concatenations a layer, all kept."""
-        return super().forward(x)
-
-    def extra_repr(self) -> str:
-        return f"policy={self.policy!r}"
-
-
-def _read_block(block: nn.Module) -> DualPathModules:
-    check_forward(block, DualPathBlock)
-    units = tuple(_read_unit(unit) for unit in (block.c1x1_a, block.c3x3_b, block.c1x1_c))
-    projection = None if block.projection is None else _read_unit(block.projection)
-    return DualPathModules(block, units, projection, block.residual_channels)
 
 
 def _read_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
