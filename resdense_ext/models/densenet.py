@@ -14,7 +14,15 @@ from resdense_ext.nn import Chain, DenseBlock, Transition
 from resdense_ext.nn.engine import OnEngine, is_transformed, run_features
 from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, check_spatial_dims
 
-__all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
+__all__ = [
+    "DenseNet",
+    "densenet121",
+    "densenet121_3d",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+]
 
 _GLOBAL_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -118,6 +126,11 @@ class DenseNet(OnEngine, nn.Module):
 def densenet121(**options) -> DenseNet:
     """DenseNet-121 (growth rate 32, blocks of 6, 12, 24 and 16 layers); `options` go to `DenseNet`."""
     return DenseNet(32, (6, 12, 24, 16), 64, **options)
+
+
+def densenet121_3d(**options) -> DenseNet:
+    """DenseNet-121 for volumes, of one channel if `in_channels` says nothing else; `options` go to `DenseNet`."""
+    return densenet121(**{"in_channels": 1} | options, spatial_dims=3)
 
 
 def densenet161(**options) -> DenseNet:

@@ -15,12 +15,12 @@ from resdense_ext.nn.engine import OnEngine, Policy
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
 from resdense_ext.nn.read import DualPathModules, check_forward, check_untouched, read_children
 
-__all__ = ["DualPathBlock", "DualPathStage", "Halves", "side_by_side"]
+__all__ = ["EPS", "DualPathBlock", "DualPathStage", "Halves", "side_by_side"]
 
 Halves = tuple[Tensor, Tensor]
 """The residual half, ``[N, R, *spatial]``, and the dense half, ``[N, D, *spatial]``."""
 
-_EPS = 1e-3
+EPS = 1e-3
 """Of every batch norm, as the authors trained their networks."""
 
 
@@ -83,7 +83,7 @@ class DualPathBlock(OnEngine, nn.Module):
 
         def unit(inputs: int, outputs: int, kernel_size: int, **options) -> nn.Sequential:
             layers = nn.Sequential()
-            layers.bn = NORMS[spatial_dims](inputs, eps=_EPS)
+            layers.bn = NORMS[spatial_dims](inputs, eps=EPS)
             layers.relu = activation_module(activation)
             layers.conv = CONVS[spatial_dims](inputs, outputs, kernel_size, bias=False, **options)
             return layers
