@@ -2,6 +2,9 @@
 
 Jegou, Drozdzal, Vazquez, Romero, Bengio: The One Hundred Layers Tiramisu: Fully Convolutional DenseNets for Semantic Segmentation
 (CVPR Workshops 2017), arXiv 1611.09326.
+
+The paper's numbers of parameters count running statistics too: 9.4 M and 3.5 M with 103 and 67 layers, as here. For 56 layers it
+gives 1.5 M, and what it describes has 1.4 M.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ __all__ = ["check_maps", "crop_like"]
 
 
 def check_maps(x: Tensor, channels: int, spatial_dims: int, smallest: int = 1) -> None:
-    """Raises ValueError unless ``x`` is ``[N, channels, *spatial]`` with at least ``smallest`` positions along every dimension."""
+    """Raises ValueError unless ``x`` is ``[N, channels, *spatial]`` with at least ``smallest`` positions along each."""
     if x.dim() != spatial_dims + 2 or x.shape[1] != channels:
         spatial = ", ".join("DHW"[3 - spatial_dims :])
         raise ValueError(f"x: expected [N, {channels}, {spatial}], got {tuple(x.shape)}")
