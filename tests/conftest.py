@@ -15,6 +15,10 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Once and for all torch notes which functions a default device applies to. Later, it would note those that poison instead.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
