@@ -18,7 +18,9 @@ from resdense_ext.checks import (
     check_norm,
     check_pooled_unit,
     check_probability,
+    check_residual_block,
     check_same,
+    keeps_maps,
     kept_layers,
     pool_of,
 )
@@ -27,9 +29,10 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import bn_add_act as _bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
-from resdense_ext.ops.cast import cast_convolution, cast_convolutions
+from resdense_ext.ops import residual_block_function as _residual_block
+from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_residual_block
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, Unit
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, ResidualBlock, Shortcut, Unit
 
 __all__ = [
     "Activation",
@@ -38,6 +41,8 @@ __all__ = [
     "DenseLayer",
     "Pool",
     "PooledUnit",
+    "ResidualBlock",
+    "Shortcut",
     "Unit",
     "add_act",
     "bn_act_pool",
@@ -45,6 +50,7 @@ __all__ = [
     "channel_stats",
     "dense_block",
     "dropout_mask",
+    "residual_block",
     "transition",
 ]
 
@@ -115,6 +121,66 @@ def dense_block(
         return y if behind is None else _bn_act_pool(y, behind, act)
     compute = layers[0].units[0].conv.weight.dtype
     return _dense_block.dense_block(x, layers, act, keep, backends.choose(x, compute, act), behind, act)
+
+
+def residual_block(
+    x: Tensor,
+    block: ResidualBlock,
+    *,
+    activation: str = "relu",
+    final_activation: Optional[str] = None,
+    negative_slope: float = 0.01,
+    policy: str = "fast",
+) -> Tensor:
+    """A whole residual block in one node, which keeps no activation that is not the block's output.
+
+    Equivalent to::
+
+        y = x
+        for norm, conv in block.units:
+            y = convolution(y if norm is None else act(batch_norm(y, norm)), conv)
+        y = y if block.norm is None else batch_norm(y, block.norm)
+        return final_act(y + shortcut)          # x, or the projection: a convolution of x, with or without batch norm
+
+    A projection that is ``activated`` reads what the first unit's convolution reads. In training mode running statistics are
+    updated once, as `torch.nn.functional.batch_norm` does it, and ``num_batches_tracked`` is increased by one.
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
+        block: its units, the norm at its end and its shortcut, with parameters and buffers. Convolutions may have strides,
+            dilation, groups and biases; their weights have the dtype of ``x`` (under autocast they are cast); norm vectors may
+            be float32 beside a lower precision. The shapes of both sides of the addition are the same.
+        activation: relu, leaky_relu, elu, silu or identity, between norms and convolutions.
+        final_activation: that behind the addition. None for ``activation`` where the block ends with a norm, and for the
+            identity where it does not, as in a pre-activation block.
+        negative_slope: of leaky_relu.
+        policy: "fast" keeps the input, the output and the raw outputs of the convolutions; "min" the input and output alone,
+            and computes the convolutions again. Norms that are frozen altogether need nothing of what they read.
+
+    Returns:
+        ``[N, K, *spatial]`` in the memory format of ``x``. Backward reads it: changing it in place makes the backward raise.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        TypeError: dtypes that do not fit.
+        Nothing is changed before an error is raised.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
+    """
+    act = activation_of(activation, negative_slope)
+    final = final_activation or (activation if block.norm is not None else "identity")
+    last = activation_of(final, negative_slope, "final_activation")
+    keep = keeps_maps(policy)
+    check_residual_block(x, block)
+    if autocasts(x.device.type):
+        # Convolutions follow autocast; statistics stay in float32.
+        block = cast_residual_block(block, torch.get_autocast_dtype(x.device.type))
+        if block.units[0].norm is None:
+            x = x.to(block.units[0].conv.weight.dtype)
+    if x.numel() == 0:
+        return reference.residual_block(x, block, act, last)
+    backend = backends.choose(x, block.units[0].conv.weight.dtype, act)
+    return _residual_block.residual_block(x, block, act, last, keep, backend)
 
 
 def bn_act_pool(
