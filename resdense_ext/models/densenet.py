@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DenseBlock, Transition
 from resdense_ext.nn.engine import OnEngine, is_transformed, run_features
+from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, check_spatial_dims
 
 __all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _GLOBAL_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
@@ -70,15 +68,14 @@ class DenseNet(OnEngine, nn.Module):
         policy: str | None = "fast",
     ) -> None:
         super().__init__()
-        if spatial_dims not in _CONV:
-            raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims!r}")
+        check_spatial_dims(spatial_dims)
         if not block_config or min(block_config) < 1:
             raise ValueError(f"block_config: expected at least one block of at least one layer, got {block_config!r}")
         if not 0 < reduction <= 1:
             raise ValueError(f"reduction: expected a share in (0, 1], got {reduction!r}")
         self.spatial_dims, self.policy = spatial_dims, policy
 
-        conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
+        conv, norm = CONVS[spatial_dims], NORMS[spatial_dims]
         self.features = Chain(policy=policy)
         if small_inputs:
             self.features.add_module("conv0", conv(in_channels, num_init_features, 3, padding=1, bias=False))
@@ -86,7 +83,7 @@ class DenseNet(OnEngine, nn.Module):
             self.features.add_module("conv0", conv(in_channels, num_init_features, 7, stride=2, padding=3, bias=False))
             self.features.add_module("norm0", norm(num_init_features))
             self.features.add_module("relu0", nn.ReLU(inplace=True))
-            self.features.add_module("pool0", _MAX_POOL[spatial_dims](3, stride=2, padding=1))
+            self.features.add_module("pool0", MAX_POOLS[spatial_dims](3, stride=2, padding=1))
 
         channels = num_init_features
         for index, num_layers in enumerate(block_config, start=1):

@@ -1,5 +1,18 @@
 """Modules: state and policy; a forward is one functional call."""
 
 from resdense_ext.nn.dense import Chain, DenseBlock, DenseLayer, Transition
+from resdense_ext.nn.dual_path import DualPathBlock, DualPathStage
+from resdense_ext.nn.residual import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 
-__all__ = ["Chain", "DenseBlock", "DenseLayer", "Transition"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "Chain",
+    "DenseBlock",
+    "DenseLayer",
+    "DualPathBlock",
+    "DualPathStage",
+    "PreActBlock",
+    "PreActBottleneck",
+    "Transition",
+]

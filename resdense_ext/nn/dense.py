@@ -8,33 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resdense_ext.checks import POLICIES
 from resdense_ext.nn.engine import OnEngine, Policy, run_chain, run_dense_block, run_transition
+from resdense_ext.nn.parts import AVG_POOLS, CONVS, NORMS, activation_module, check_policy, check_spatial_dims
 from resdense_ext.nn.read import LayerModules, PooledModules, check_forward, read_children
 
 __all__ = ["Chain", "DenseBlock", "DenseLayer", "Transition"]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_ACTIVATIONS = {
-    "relu": lambda: nn.ReLU(inplace=True),
-    "leaky_relu": lambda: nn.LeakyReLU(inplace=True),
-    "elu": lambda: nn.ELU(inplace=True),
-    "silu": lambda: nn.SiLU(inplace=True),
-    "identity": nn.Identity,
-}
-
-
-def _check_spatial_dims(spatial_dims: int) -> None:
-    if spatial_dims not in (1, 2, 3):
-        raise ValueError(f"spatial_dims: expected 1, 2 or 3, got {spatial_dims!r}")
-
-
-def _check_policy(policy: Optional[Policy]) -> None:
-    if policy is not None and not isinstance(policy, tuple) and policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, or None for the stock path, got {policy!r}")
-
 
 class DenseLayer(nn.Module):
     """One pre-activation dense layer: ``norm1, relu1, conv1, norm2, relu2, conv2``, or without the second three.
@@ -64,19 +42,17 @@ class DenseLayer(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        _check_spatial_dims(spatial_dims)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        check_spatial_dims(spatial_dims)
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"drop_rate: expected a probability from 0 to 1, got {drop_rate}")
-        norm, conv = _NORMS[spatial_dims - 1], _CONVS[spatial_dims - 1]
+        norm, conv = NORMS[spatial_dims], CONVS[spatial_dims]
         self.norm1 = norm(num_input_features)
-        self.relu1 = _ACTIVATIONS[activation]()
+        self.relu1 = activation_module(activation)
         if bn_size:
             width = bn_size * growth_rate
             self.conv1 = conv(num_input_features, width, kernel_size=1, bias=False)
             self.norm2 = norm(width)
-            self.relu2 = _ACTIVATIONS[activation]()
+            self.relu2 = activation_module(activation)
             self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
         else:
             self.conv1 = conv(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
@@ -127,7 +103,7 @@ class DenseBlock(OnEngine, nn.ModuleDict):
         policy: Optional[Policy] = "fast",
     ) -> None:
         super().__init__()
-        _check_policy(policy)
+        check_policy(policy, a_layer=True)
         self.policy = policy
         for i in range(num_layers):
             channels = num_input_features + i * growth_rate
@@ -137,7 +113,7 @@ class DenseBlock(OnEngine, nn.ModuleDict):
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_policy(self.policy)
+        check_policy(self.policy, a_layer=True)
         return run_dense_block(self, x)
 
     def layer_modules(self) -> list[LayerModules]:
@@ -180,13 +156,13 @@ class Transition(OnEngine, nn.Sequential):
         policy: Optional[Policy] = "fast",
     ) -> None:
         super().__init__()
-        _check_spatial_dims(spatial_dims)
-        _check_policy(policy)
+        check_spatial_dims(spatial_dims)
+        check_policy(policy)
         self.policy = policy
-        self.norm = _NORMS[spatial_dims - 1](num_input_features)
+        self.norm = NORMS[spatial_dims](num_input_features)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = _CONVS[spatial_dims - 1](num_input_features, num_output_features, kernel_size=1, bias=False)
-        self.pool = _POOLS[spatial_dims - 1](kernel_size=2, stride=2)
+        self.conv = CONVS[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = AVG_POOLS[spatial_dims](kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_transition(self, x)

@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, Unit
 
 __all__ = [
+    "DualPathModules",
     "LayerModules",
     "PooledModules",
+    "ResidualModules",
     "Unsupported",
     "check_forward",
     "check_untouched",
@@ -75,6 +77,35 @@ class PooledModules(NamedTuple):
     def dims(self) -> int:
         """Dimensions of the maps that the norm takes."""
         return 3 + _NORMS.index(type(self.norm))
+
+
+class ResidualModules(NamedTuple):
+    """The modules of one residual block, in one of two forms.
+
+    "post": the units are ``(convolution, norm, activation)``, the last without an activation (None);
+    ``activation(units(x) + shortcut(x))``, and the shortcut ``(convolution, norm)`` or, for x itself, empty.
+    "pre": the units are ``(norm, activation, convolution)``; ``units(x) + shortcut``, and the shortcut ``(convolution,)`` of
+    what the first unit has activated or, for x itself, empty. There is no activation behind the addition.
+    """
+
+    form: str
+    units: tuple[tuple[Optional[nn.Module], ...], ...]
+    shortcut: tuple[nn.Module, ...] = ()
+    activation: Optional[nn.Module] = None
+
+
+class DualPathModules(NamedTuple):
+    """The modules of one dual path layer, whose input is ``(residual, dense)``, the channels of the two side by side.
+
+    The units are ``(norm, activation, convolution)``. The last one's first ``residual_channels`` channels are added to the
+    residual half, the others are appended to the dense half; where there is a projection (a unit as well), the two halves are
+    its output, split likewise. ``module`` is the layer itself: its hooks count.
+    """
+
+    module: nn.Module
+    units: tuple[tuple[nn.Module, nn.Module, nn.Module], ...]
+    projection: Optional[tuple[nn.Module, nn.Module, nn.Module]]
+    residual_channels: int
 
 
 def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:

@@ -1,0 +1,185 @@
+"""Dual path blocks and stages: residual and dense connections side by side, with timm's attribute names.
+
+Chen, Li, Xiao, Jin, Yan, Feng: Dual Path Networks (NIPS 2017), arXiv 1707.01629.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from resdense_ext.nn.engine import OnEngine, Policy
+from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
+from resdense_ext.nn.read import DualPathModules, check_forward, check_untouched, read_children
+
+__all__ = ["DualPathBlock", "DualPathStage", "Halves", "side_by_side"]
+
+Halves = tuple[Tensor, Tensor]
+"""The residual half, ``[N, R, *spatial]``, and the dense half, ``[N, D, *spatial]``."""
+
+_EPS = 1e-3
+"""Of every batch norm, as the authors trained their networks."""
+
+
+def side_by_side(x: Tensor | Halves) -> Tensor:
+    """One tensor of both halves; a tensor stays itself."""
+    return torch.cat(x, 1) if isinstance(x, tuple) else x
+
+
+class DualPathBlock(nn.Module):
+    """One dual path layer: a grouped bottleneck whose output is added to the residual half and appended to the dense half.
+
+    Equivalent to::
+
+        r, d = x if no projection else split(projection(cat(x)))
+        f = c1x1_c(c3x3_b(c1x1_a(cat(x))))                     # each batch norm, relu, convolution
+        return r + f[:, :residual_channels], cat([d, f[:, residual_channels:]])
+
+    Called by itself it is the stock path; inside a `DualPathStage` its modules are read by the engine.
+
+    Args:
+        in_channels: channels of the input, of both halves together.
+        width: channels of the bottleneck.
+        residual_channels: channels of the residual half of the output.
+        growth_rate: channels that the dense half gains; a projection makes one of ``2 * growth_rate`` to begin with.
+        groups: of the 3x3 convolution.
+        stride: of the 3x3 convolution and of the projection; 1 or 2.
+        projection: whether the halves are made anew from the input, which may then be a tensor.
+        spatial_dims: 1, 2 or 3.
+        activation: relu, leaky_relu, elu, silu or identity.
+
+    Shape: ``([N, residual_channels, *spatial], [N, D, *spatial])`` to ``([N, residual_channels, *spatial],
+    [N, D + growth_rate, *spatial])``, where a projection starts with ``D = 2 * growth_rate`` and ``spatial / stride``.
+
+    Raises:
+        ValueError: an argument that is none of these; a stride without projection.
+        TypeError: the input is a tensor, and there is no projection.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        residual_channels: int,
+        growth_rate: int,
+        groups: int = 1,
+        stride: int = 1,
+        projection: bool = False,
+        *,
+        spatial_dims: int = 2,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        check_spatial_dims(spatial_dims)
+        if stride not in (1, 2) or (stride == 2 and not projection):
+            raise ValueError(f"stride: expected 1, or 2 with a projection, got {stride!r} with projection={projection!r}")
+        self.residual_channels = residual_channels
+
+        def unit(inputs: int, outputs: int, kernel_size: int, **options) -> nn.Sequential:
+            layers = nn.Sequential()
+            layers.bn = NORMS[spatial_dims](inputs, eps=_EPS)
+            layers.relu = activation_module(activation)
+            layers.conv = CONVS[spatial_dims](inputs, outputs, kernel_size, bias=False, **options)
+            return layers
+
+        # timm's name of a projection tells its stride.
+        self._projection = f"c1x1_w_s{stride}" if projection else None
+        if projection:
+            self.add_module(self._projection, unit(in_channels, residual_channels + 2 * growth_rate, 1, stride=stride))
+        self.c1x1_a = unit(in_channels, width, 1)
+        self.c3x3_b = unit(width, width, 3, stride=stride, padding=1, groups=groups)
+        self.c1x1_c = unit(width, residual_channels + growth_rate, 1)
+
+    @property
+    def projection(self) -> Optional[nn.Sequential]:
+        return None if self._projection is None else getattr(self, self._projection)
+
+    def forward(self, x: Tensor | Halves) -> Halves:
+        joined = side_by_side(x)
+        if self.projection is not None:
+            x = self._split(self.projection(joined))
+        elif not isinstance(x, tuple):
+            raise TypeError(f"x: expected (residual, dense) in a block without projection, got {type(x).__name__}")
+        residual, dense = x
+        added, appended = self._split(self.c1x1_c(self.c3x3_b(self.c1x1_a(joined))))
+        return residual + added, torch.cat([dense, appended], 1)
+
+    def _split(self, y: Tensor) -> Halves:
+        return y[:, : self.residual_channels], y[:, self.residual_channels :]
+
+
+class DualPathStage(OnEngine, nn.Sequential):
+    """A stage of dual path blocks: the first makes the two halves, with a projection, the others go on with them.
+
+    Equivalent to::
+
+        for block in stage:
+            x = block(x)
+
+    Args:
+        num_layers: L, at least 1.
+        in_channels, width, residual_channels, growth_rate, groups, spatial_dims, activation: as `DualPathBlock` takes them.
+        stride: of the first block.
+        policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
+
+    Shape: ``[N, in_channels, *spatial]``, or a tuple of two that have as many channels together, to the tuple
+    ``([N, residual_channels, *spatial / stride], [N, (2 + L) * growth_rate, *spatial / stride])``.
+
+    Raises:
+        ValueError: an argument that is none of these.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        in_channels: int,
+        width: int,
+        residual_channels: int,
+        growth_rate: int,
+        groups: int = 1,
+        stride: int = 1,
+        *,
+        spatial_dims: int = 2,
+        activation: str = "relu",
+        policy: Optional[Policy] = "fast",
+    ) -> None:
+        super().__init__()
+        check_policy(policy)
+        if num_layers < 1:
+            raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+        self.policy = policy
+        shared = dict(spatial_dims=spatial_dims, activation=activation)
+        for i in range(num_layers):
+            first = i == 0
+            inputs = in_channels if first else residual_channels + (2 + i) * growth_rate
+            shape = (inputs, width, residual_channels, growth_rate, groups)
+            self.append(DualPathBlock(*shape, stride if first else 1, projection=first, **shared))
+
+    def forward(self, x: Tensor | Halves) -> Halves:
+        return self.stock_forward(x)
+
+    def dual_path_modules(self) -> list[DualPathModules]:
+        """Raises Unsupported where a block is not what the stage's stock forward would find."""
+        return [_read_block(block) for block in self]
+
+    def stock_forward(self, x: Tensor | Halves) -> Halves:
+        """The stage in plain PyTorch: two concatenations a layer, all kept."""
+        return super().forward(x)
+
+    def extra_repr(self) -> str:
+        return f"policy={self.policy!r}"
+
+
+def _read_block(block: nn.Module) -> DualPathModules:
+    check_forward(block, DualPathBlock)
+    units = tuple(_read_unit(unit) for unit in (block.c1x1_a, block.c3x3_b, block.c1x1_c))
+    projection = None if block.projection is None else _read_unit(block.projection)
+    return DualPathModules(block, units, projection, block.residual_channels)
+
+
+def _read_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
+    check_forward(unit, nn.Sequential)
+    check_untouched(unit)
+    return tuple(read_children(unit, "bn", "relu", "conv"))
