@@ -315,10 +315,10 @@ def backward(
         return Gradients(ConvGrads(None, dW, db, None, None), *norm_grads)
     terms = _Terms((s * weight).mT.to(wide), None, None, of_input.mean.to(wide))
     if Q is not None:
-        products = weight.mT @ (Q * weight)
+        products = weight.mT.to(wide) @ (Q * weight).to(wide)
         # The deviations are taken from the mean as it is rounded.
-        offset = products @ (mean - column(terms.center).mT).mT - weight.mT @ P
-        terms = terms._replace(products=products.to(wide), offset=offset.to(wide))
+        offset = products.double() @ (mean - column(terms.center).mT).mT - weight.mT @ P
+        terms = terms._replace(products=products, offset=offset.to(wide))
     return Gradients(_through_prologue(source, terms, g, into)._replace(weight=dW, bias=db), *norm_grads)
 
 
