@@ -254,7 +254,9 @@ class Conv1x1BNAddActFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[2:4])
         for at in range(4, 4 + len(tensors), UNIT):
             needs += [ctx.needs_input_grad[at + position] for position in GRADS]
-        if torch.is_grad_enabled() or grad_before is not None:
+        if grad is None and grad_before is None:
+            found = [None] * len(needs)
+        elif torch.is_grad_enabled() or grad_before is not None:
             found = _differentiable_backward(grad, grad_before, mark, x, identity, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
