@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, ResidualBlock, Unit
 
 __all__ = [
     "POLICIES",
     "activation_of",
     "autocasts",
+    "check_conv1x1_bn_add_act",
     "check_dense_block",
     "check_input",
     "check_norm",
     "check_pooled_unit",
     "check_probability",
+    "check_residual_block",
     "check_same",
+    "keeps_maps",
     "kept_layers",
     "pool_of",
 ]
@@ -28,9 +32,9 @@ POLICIES = ("fast", "min")
 _RANKS = (3, 4, 5)
 
 
-def activation_of(name: str, negative_slope: float) -> Activation:
+def activation_of(name: str, negative_slope: float, argument: str = "activation") -> Activation:
     if name not in ("relu", "leaky_relu", "elu", "silu", "identity"):
-        raise ValueError(f"activation: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
+        raise ValueError(f"{argument}: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
     return Activation(name, negative_slope if name == "leaky_relu" else 0.0)
 
 
@@ -73,11 +77,23 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
             where = f"layers[{index}].units[{number}]"
             check_norm(f"{where}.norm", unit.norm, width, x)
             width = _check_conv(f"{where}.conv", unit.conv, width, x, dtype)
+            _check_keeps_size(f"{where}.conv", unit.conv)
         if layer.mask is not None:
             _check_mask(f"layers[{index}].mask", layer.mask, width, x)
             if not layer.mask_scale > 0:
                 raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
         channels += width
+
+
+def keeps_maps(policy: str) -> bool:
+    """Whether a residual block's policy keeps the maps inside.
+
+    Raises:
+        ValueError: another name.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    return policy == "fast"
 
 
 def kept_layers(policy: str | Sequence[bool], count: int) -> list[bool]:
@@ -133,9 +149,79 @@ def check_pooled_unit(where: str, unit: PooledUnit, channels: int, x: Tensor) ->
         if any(size != 1 for size in unit.conv.weight.shape[2:]):
             raise ValueError(f"{where}conv.weight: expected a kernel of size 1, got shape {tuple(unit.conv.weight.shape)}")
         _check_conv(f"{where}conv", unit.conv, channels, x, None if autocasts(x.device.type) else x.dtype)
+        _check_keeps_size(f"{where}conv", unit.conv)
 
 
-def check_norm(where: str, norm: BatchNorm, channels: int, x: Tensor) -> None:
+def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
+    """Raises what `residual_block` raises for these arguments."""
+    check_input(x)
+    if not block.units:
+        raise ValueError("block.units: expected one or more, got 0")
+    dtype = None if autocasts(x.device.type) else x.dtype
+    shape: tuple[int, ...] = tuple(x.shape)
+    for i, unit in enumerate(block.units):
+        shape = _check_unit(f"block.units[{i}]", unit, shape, x, dtype)
+    if block.norm is not None:
+        check_norm("block.norm", block.norm, shape[1], x, shape)
+    added, where = tuple(x.shape), "block.shortcut"
+    if block.shortcut is not None:
+        conv, norm, _ = block.shortcut
+        added, where = _check_unit(where, Unit(None, conv), added, x, dtype), "block.shortcut.conv"
+        if norm is not None:
+            check_norm("block.shortcut.norm", norm, added[1], x, added)
+    if added != shape:
+        raise ValueError(f"{where}: expected an output of shape {shape}, as the units', got {added}")
+
+
+def check_conv1x1_bn_add_act(
+    x: Tensor,
+    conv: Conv,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm],
+    input_norm: Optional[BatchNorm],
+    policy: str,
+) -> None:
+    """Raises what `conv1x1_bn_add_act` raises for these arguments."""
+    check_input(x)
+    keeps_maps(policy)
+    dtype = None if autocasts(x.device.type) else x.dtype
+    if any(size != 1 for size in conv.weight.shape[2:]):
+        raise ValueError(f"conv.weight: expected a kernel of size 1, got shape {tuple(conv.weight.shape)}")
+    if input_norm is not None:
+        check_norm("input_norm", input_norm, x.shape[1], x)
+    shape = (x.shape[0], _check_conv("conv", conv, x.shape[1], x, dtype), *conv.outputs(x.shape[2:]))
+    check_norm("norm", norm, shape[1], x, shape)
+    if identity.shape != shape:
+        raise ValueError(f"identity: expected shape {shape}, that of the convolution's output, got {tuple(identity.shape)}")
+    _check_device("identity", identity, x)
+    if identity.dtype != dtype if dtype is not None else not identity.is_floating_point():
+        raise TypeError(f"identity: expected dtype {dtype or 'of floating numbers'}, got {identity.dtype}")
+    if identity_norm is not None:
+        check_norm("identity_norm", identity_norm, shape[1], x, shape)
+
+
+def _check_unit(
+    where: str, unit: Unit, shape: tuple[int, ...], x: Tensor, dtype: Optional[torch.dtype]
+) -> tuple[int, ...]:
+    """Of one that reads a map of this shape; the shape of what it writes."""
+    if unit.norm is not None:
+        check_norm(f"{where}.norm", unit.norm, shape[1], x, shape)
+    width = _check_conv(f"{where}.conv", unit.conv, shape[1], x, dtype)
+    sizes = unit.conv.outputs(shape[2:])
+    if any(size < 1 for size in sizes):
+        raise ValueError(
+            f"{where}.conv: expected windows within the padded map of shape {shape}, got kernel "
+            f"{tuple(unit.conv.weight.shape[2:])}, padding {unit.conv.padding}, dilation {unit.conv.dilation}"
+        )
+    return (shape[0], width, *sizes)
+
+
+def check_norm(
+    where: str, norm: BatchNorm, channels: int, x: Tensor, shape: Optional[Sequence[int]] = None
+) -> None:
+    """Of one whose map has this ``shape``, that of x where it is None."""
+    shape = x.shape if shape is None else shape
     if norm.eps < 0 or (norm.batch_stats and norm.eps == 0):
         raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
     vectors = norm._asdict()
@@ -149,8 +235,8 @@ def check_norm(where: str, norm: BatchNorm, channels: int, x: Tensor) -> None:
         if not vector.is_floating_point():
             raise TypeError(f"{where}.{name}: expected a floating dtype, got {vector.dtype}")
     if norm.batch_stats:
-        if x.numel() == x.shape[1]:
-            raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        if math.prod(shape) == shape[1]:
+            raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(shape)}")
         if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError(f"{where}: expected running_mean and running_var both or neither, got one of them")
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -179,16 +265,16 @@ def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optiona
             f"{where}.weight: expected [K, {channels} / groups, *kernel] with K a multiple of groups = {conv.groups}, "
             f"got {tuple(weight.shape)}"
         )
-    if len(conv.padding) != rank or len(conv.dilation) != rank:
+    if len(conv.padding) != rank or len(conv.dilation) != rank or len(conv.steps) != rank:
         raise ValueError(
-            f"{where}: expected padding and dilation of {rank} numbers each, got {conv.padding} and {conv.dilation}"
+            f"{where}: expected padding and dilation of {rank} numbers each, and as many of the stride or none, "
+            f"got {conv.padding}, {conv.dilation} and {conv.stride}"
         )
-    for size, padding, dilation in zip(weight.shape[2:], conv.padding, conv.dilation):
-        if 2 * padding != dilation * (size - 1):
-            raise ValueError(
-                f"{where}: expected a convolution that keeps the spatial size (2 * padding == dilation * (kernel - 1)), got "
-                f"kernel {tuple(weight.shape[2:])}, padding {conv.padding}, dilation {conv.dilation}"
-            )
+    if any(n < 0 for n in conv.padding) or any(n < 1 for n in (*conv.dilation, *conv.steps)):
+        raise ValueError(
+            f"{where}: expected padding of 0 or more, dilation and stride of 1 or more, "
+            f"got {conv.padding}, {conv.dilation} and {conv.steps}"
+        )
     if conv.bias is not None and conv.bias.shape != weight.shape[:1]:
         raise ValueError(f"{where}.bias: expected shape ({weight.shape[0]},), got {tuple(conv.bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", conv.bias)):
@@ -197,6 +283,14 @@ def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optiona
             if dtype is not None and tensor.dtype != dtype:
                 raise TypeError(f"{where}.{name}: expected dtype {dtype}, got {tensor.dtype}")
     return weight.shape[0]
+
+
+def _check_keeps_size(where: str, conv: Conv) -> None:
+    if not conv.keeps_size:
+        raise ValueError(
+            f"{where}: expected a convolution that keeps the spatial size (stride 1, 2 * padding == dilation * (kernel - 1)), got "
+            f"kernel {tuple(conv.weight.shape[2:])}, padding {conv.padding}, dilation {conv.dilation}, stride {conv.steps}"
+        )
 
 
 def _check_mask(where: str, mask: Tensor, channels: int, x: Tensor) -> None:

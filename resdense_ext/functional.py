@@ -13,23 +13,28 @@ from resdense_ext import reference
 from resdense_ext.checks import (
     activation_of,
     autocasts,
+    check_conv1x1_bn_add_act,
     check_dense_block,
     check_input,
     check_norm,
     check_pooled_unit,
     check_probability,
+    check_residual_block,
     check_same,
+    keeps_maps,
     kept_layers,
     pool_of,
 )
 from resdense_ext.ops import add_act as _add_act
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import bn_add_act as _bn_add_act
+from resdense_ext.ops import conv1x1_bn_add_act_function as _conv1x1_bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
-from resdense_ext.ops.cast import cast_convolution, cast_convolutions
+from resdense_ext.ops import residual_block_function as _residual_block
+from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_residual_block
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, Unit
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, ResidualBlock, Shortcut, Unit
 
 __all__ = [
     "Activation",
@@ -38,13 +43,17 @@ __all__ = [
     "DenseLayer",
     "Pool",
     "PooledUnit",
+    "ResidualBlock",
+    "Shortcut",
     "Unit",
     "add_act",
     "bn_act_pool",
     "bn_add_act",
     "channel_stats",
+    "conv1x1_bn_add_act",
     "dense_block",
     "dropout_mask",
+    "residual_block",
     "transition",
 ]
 
@@ -115,6 +124,66 @@ def dense_block(
         return y if behind is None else _bn_act_pool(y, behind, act)
     compute = layers[0].units[0].conv.weight.dtype
     return _dense_block.dense_block(x, layers, act, keep, backends.choose(x, compute, act), behind, act)
+
+
+def residual_block(
+    x: Tensor,
+    block: ResidualBlock,
+    *,
+    activation: str = "relu",
+    final_activation: Optional[str] = None,
+    negative_slope: float = 0.01,
+    policy: str = "fast",
+) -> Tensor:
+    """A whole residual block in one node, which keeps no activation that is not the block's output.
+
+    Equivalent to::
+
+        y = x
+        for norm, conv in block.units:
+            y = convolution(y if norm is None else act(batch_norm(y, norm)), conv)
+        y = y if block.norm is None else batch_norm(y, block.norm)
+        return final_act(y + shortcut)          # x, or the projection: a convolution of x, with or without batch norm
+
+    A projection that is ``activated`` reads what the first unit's convolution reads. In training mode running statistics are
+    updated once, as `torch.nn.functional.batch_norm` does it, and ``num_batches_tracked`` is increased by one.
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
+        block: its units, the norm at its end and its shortcut, with parameters and buffers. Convolutions may have strides,
+            dilation, groups and biases; their weights have the dtype of ``x`` (under autocast they are cast); norm vectors may
+            be float32 beside a lower precision. The shapes of both sides of the addition are the same.
+        activation: relu, leaky_relu, elu, silu or identity, between norms and convolutions.
+        final_activation: that behind the addition. None for ``activation`` where the block ends with a norm, and for the
+            identity where it does not, as in a pre-activation block.
+        negative_slope: of leaky_relu.
+        policy: "fast" keeps the input, the output and the raw outputs of the convolutions; "min" the input and output alone,
+            and computes the convolutions again. Norms that are frozen altogether need nothing of what they read.
+
+    Returns:
+        ``[N, K, *spatial]`` in the memory format of ``x``. Backward reads it: changing it in place makes the backward raise.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        TypeError: dtypes that do not fit.
+        Nothing is changed before an error is raised.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
+    """
+    act = activation_of(activation, negative_slope)
+    final = final_activation or (activation if block.norm is not None else "identity")
+    last = activation_of(final, negative_slope, "final_activation")
+    keep = keeps_maps(policy)
+    check_residual_block(x, block)
+    if autocasts(x.device.type):
+        # Convolutions follow autocast; statistics stay in float32.
+        block = cast_residual_block(block, torch.get_autocast_dtype(x.device.type))
+        if block.units[0].norm is None:
+            x = x.to(block.units[0].conv.weight.dtype)
+    if x.numel() == 0:
+        return reference.residual_block(x, block, act, last)
+    backend = backends.choose(x, block.units[0].conv.weight.dtype, act)
+    return _residual_block.residual_block(x, block, act, last, keep, backend)
 
 
 def bn_act_pool(
@@ -304,6 +373,70 @@ def bn_add_act(
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, z.shape[1], z)
     return _bn_add_act.bn_add_act(z, norm, identity, identity_norm, act)
+
+
+def conv1x1_bn_add_act(
+    x: Tensor,
+    conv: Conv,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm] = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    input_norm: Optional[BatchNorm] = None,
+    input_activation: str = "relu",
+    policy: str = "fast",
+) -> Tensor:
+    """The end of a residual bottleneck block from its last convolution on, whose output is not kept.
+
+    Equivalent to::
+
+        a = act_in(batch_norm(x, input_norm))                       # or x
+        act(batch_norm(convolution(a), norm) + identity)            # or + batch_norm(identity, identity_norm)
+
+    With the batch's statistics, mean and variance of the convolution's output follow from the mean of ``a`` and the matrix
+    ``R = (a - mean)^T (a - mean)``, and so does the backward of the norm. In training mode running statistics are updated once, as
+    `torch.nn.functional.batch_norm` does it.
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16; contiguous or
+            channels-last (anything else is copied).
+        conv: of kernel size 1, ``[K, C / groups, 1, ...]``, in the dtype of ``x`` (under autocast it is cast), with any stride,
+            padding, groups, and a bias or none.
+        norm: of the convolution's output: parameters and state, vectors of ``K``.
+        identity: the shortcut ``[N, K, *spatial of the convolution's output]``, in the dtype of ``x``.
+        identity_norm: of the shortcut, as ``norm``.
+        activation: relu, leaky_relu, silu, elu or identity, behind the addition.
+        negative_slope: of leaky_relu, here and there.
+        input_norm: of ``x``, vectors of ``C``.
+        input_activation: behind ``input_norm``; without that there is none.
+        policy: "fast" keeps, beside ``x``, the smaller of the convolution's output and R (``C^2 / groups`` values), the output alone
+            where R would cost more time than it is worth; "min" keeps neither and makes R again in backward. What stands in an
+            output's place needs no keeping with running statistics.
+
+    Returns:
+        ``[N, K, *spatial]`` in the memory format of ``x``. Backward reads it, except behind silu (and a leaky_relu of negative
+        slope), whose input is kept instead: changing it in place makes the backward raise.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        TypeError: dtypes that do not fit.
+        Nothing is changed before an error is raised.
+
+    Source: He et al., Deep Residual Learning for Image Recognition (2016); the algebra is this library's, see
+    `resdense_ext.ops.conv1x1_bn_add_act`.
+    """
+    act, act_in = activation_of(activation, negative_slope), activation_of(input_activation, negative_slope)
+    check_conv1x1_bn_add_act(x, conv, norm, identity, identity_norm, input_norm, policy)
+    if autocasts(x.device.type):
+        conv = cast_convolution(conv, torch.get_autocast_dtype(x.device.type))
+    if x.numel() == 0 or identity.numel() == 0:
+        return reference.conv1x1_bn_add_act(x, conv, norm, identity, identity_norm, act, input_norm, act_in)
+    backend = backends.choose(x, conv.weight.dtype, Activation() if input_norm is None else act_in)
+    return _conv1x1_bn_add_act.conv1x1_bn_add_act(
+        x, conv, norm, identity, identity_norm, act, input_norm, act_in, policy, backend
+    )
 
 
 def dropout_mask(like: Tensor, channels: int, p: float, *, per_channel: bool = False) -> tuple[Tensor, float]:

@@ -24,6 +24,8 @@ __all__ = [
     "DenseLayer",
     "Pool",
     "PooledUnit",
+    "ResidualBlock",
+    "Shortcut",
     "Unit",
     "accumulation_dtype",
     "activate",
@@ -38,10 +40,13 @@ __all__ = [
     "convolution",
     "dense_block",
     "dense_layer",
+    "determined",
     "fold_batch_norm",
+    "marked_slope",
     "pending_grad",
     "per_channel",
     "pool",
+    "residual_block",
 ]
 
 
@@ -71,20 +76,64 @@ class BatchNorm(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A convolution of stride 1 that keeps the spatial size. ``weight`` is ``[K, C / groups, *kernel]``."""
+    """A convolution. ``weight`` is ``[K, C / groups, *kernel]``; an empty ``stride`` is 1 in every dimension."""
 
     weight: Tensor
     bias: Optional[Tensor] = None
     padding: tuple[int, ...] = (0, 0)
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+    stride: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The stride, one number a spatial dimension."""
+        return self.stride or (1,) * (self.weight.dim() - 2)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether every position stays in its place."""
+        windows = zip(self.weight.shape[2:], self.padding, self.dilation, self.steps)
+        return all(step == 1 and 2 * padding == dilation * (kernel - 1) for kernel, padding, dilation, step in windows)
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the new map."""
+        windows = zip(sizes, self.weight.shape[2:], self.steps, self.padding, self.dilation)
+        return tuple(
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // step + 1
+            for size, kernel, step, padding, dilation in windows
+        )
 
 
 class Unit(NamedTuple):
-    """Batch norm, activation, convolution: the pre-activation unit."""
+    """Batch norm, activation, convolution: the pre-activation unit. Without a norm the convolution reads its input as it is."""
 
-    norm: BatchNorm
+    norm: Optional[BatchNorm]
     conv: Conv
+
+
+class Shortcut(NamedTuple):
+    """A residual block's projection, with or without a norm behind it.
+
+    ``activated`` says that it reads what the block's first convolution reads: the input behind the first unit's norm and
+    activation (He et al., Identity Mappings in Deep Residual Networks, 2016), not the input.
+    """
+
+    conv: Conv
+    norm: Optional[BatchNorm] = None
+    activated: bool = False
+
+
+class ResidualBlock(NamedTuple):
+    """The units in their order, the norm behind the last convolution, and the shortcut, which is the input where it is None.
+
+    With a norm at the end and none in the first unit this is the residual block of He et al., Deep Residual Learning for Image
+    Recognition (2016); with a norm in every unit and none at the end, its pre-activation form.
+    """
+
+    units: tuple[Unit, ...]
+    norm: Optional[BatchNorm] = None
+    shortcut: Optional[Shortcut] = None
 
 
 class DenseLayer(NamedTuple):
@@ -168,6 +217,18 @@ def activation_slope(y: Tensor, activation: Activation = Activation()) -> Tensor
     return torch.ones_like(y)
 
 
+def marked_slope(mark: Tensor, activation: Activation = Activation()) -> Tensor:
+    """The derivative of the activation as its output tells it, or where that does not determine it, its input."""
+    if activation.name == "elu":
+        return torch.where(mark > 0, torch.ones_like(mark), mark + 1)
+    return activation_slope(mark, activation)
+
+
+def determined(activation: Activation) -> bool:
+    """Whether the activation's output determines its derivative."""
+    return activation.name != "silu" and not (activation.name == "leaky_relu" and activation.slope < 0)
+
+
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of every channel.
 
@@ -201,7 +262,7 @@ def pending_grad(dy: Tensor, z: Tensor, alpha: Tensor, beta: Tensor, delta: Tens
 
 def convolution(x: Tensor, conv: Conv) -> Tensor:
     function = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-    return function(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation, conv.groups)
+    return function(x, conv.weight, conv.bias, conv.steps, conv.padding, conv.dilation, conv.groups)
 
 
 def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -214,6 +275,8 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 def bn_act_conv(x: Tensor, unit: Unit, activation: Activation = Activation()) -> Tensor:
     """``conv(act(batch_norm(x)))``; running statistics are read where asked for and never written."""
+    if unit.norm is None:
+        return convolution(x.to(unit.conv.weight.dtype), unit.conv)
     scale, shift, _ = fold_batch_norm(unit.norm, *_statistics(x, unit.norm))
     return convolution(apply_pending(x, scale, shift, activation).to(unit.conv.weight.dtype), unit.conv)
 
@@ -253,16 +316,38 @@ def bn_add_act(
     return activate(apply_pending(z, scale, shift, linear) + identity, activation)
 
 
+def residual_block(
+    x: Tensor, block: ResidualBlock, activation: Activation = Activation(), last: Activation = Activation()
+) -> Tensor:
+    """``last(bn_n(conv_n(... act(bn_1(conv_1(x))))) + shortcut)``, with whichever norms there are; see `ResidualBlock`."""
+    y = x
+    for unit in block.units:
+        y = bn_act_conv(y, unit, activation)
+    identity, identity_norm = x, None
+    if block.shortcut is not None:
+        conv, identity_norm, activated = block.shortcut
+        identity = bn_act_conv(x, Unit(block.units[0].norm if activated else None, conv), activation)
+    if block.norm is not None:
+        return bn_add_act(y, block.norm, identity, identity_norm, last)
+    if identity_norm is not None:
+        return bn_add_act(identity, identity_norm, y, None, last)
+    return add_act(y, identity, last)
+
+
 def conv1x1_bn_add_act(
-    a: Tensor,
+    x: Tensor,
     conv: Conv,
     norm: BatchNorm,
     identity: Tensor,
     identity_norm: Optional[BatchNorm] = None,
     activation: Activation = Activation(),
+    input_norm: Optional[BatchNorm] = None,
+    input_activation: Activation = Activation(),
 ) -> Tensor:
-    """``act(bn(W a) + identity)``: the end of a residual bottleneck block."""
-    return bn_add_act(convolution(a, conv), norm, identity, identity_norm, activation)
+    """``act(bn(conv(a)) + identity)`` with ``a = act_in(bn_in(x))``, or x itself: the end of a residual bottleneck block, whose
+    shortcut may have a norm (He et al., 2016)."""
+    z = bn_act_conv(x, Unit(input_norm, conv), input_activation)
+    return bn_add_act(z, norm, identity, identity_norm, activation)
 
 
 def pool(y: Tensor, pool: Pool) -> Tensor:

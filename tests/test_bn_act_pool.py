@@ -13,6 +13,7 @@ import resdense_ext as rd
 from resdense_ext import functional, reference
 from resdense_ext.functional import Activation, BatchNorm, Conv, Pool, PooledUnit, Unit
 from resdense_ext.ops import pooled_unit as op
+from resdense_ext.ops.units import flat_tensors
 
 KINDS = ("average", "maximum", "global", "transition")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -282,7 +283,7 @@ class TestAutograd:
         )
         conv = Conv(torch.randn(4, 6, 1, 1), torch.randn(4)) if kind == "transition" else None
         unit = PooledUnit(BatchNorm(torch.randn(6), torch.randn(6), *running, batch_stats), pool, conv)
-        arguments = (x, op.flat_tensors(unit), *op.PooledUnitConfig.of(unit, Activation(), backend))
+        arguments = (x, flat_tensors([(unit.norm, unit.conv)]), *op.PooledUnitConfig.of(unit, Activation(), backend))
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.resdense.bn_act_pool.default, arguments, test_utils=utilities)
         out, *kept = torch.ops.resdense.bn_act_pool(*arguments)

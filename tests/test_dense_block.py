@@ -18,6 +18,7 @@ from resdense_ext.nn.engine import stock_path
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.triton import interpreting
+from resdense_ext.ops.units import flat_tensors
 
 POLICIES = ("fast", "min")
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
@@ -484,7 +485,8 @@ class TestAutograd:
 
         keep = [policy == "fast" and len(layer.units) == 2 for layer in layers]
         config = op.DenseBlockConfig.of(layers, Activation(), keep, backend)
-        tensors = [None if t is None else t.detach() for t in op.flat_tensors(layers)]
+        units = (unit for layer in layers for unit in layer.units)
+        tensors = [None if t is None else t.detach() for t in flat_tensors(units)]
         masks = [layer.mask for layer in layers if layer.mask is not None]
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.resdense.dense_block.default, (x, tensors, masks, *config), test_utils=utilities)

@@ -16,7 +16,8 @@ import resdense_ext as rd
 from resdense_ext import functional
 from resdense_ext.functional import Activation, BatchNorm, Conv, Pool, PooledUnit
 from resdense_ext.ops import cpu, pooled_unit
-from resdense_ext.ops.dense_block import DenseBlockConfig, flat_tensors
+from resdense_ext.ops.dense_block import DenseBlockConfig
+from resdense_ext.ops.units import flat_tensors
 
 FLOAT = 4
 POLICIES = ("fast", "min", (True, False, True))
@@ -161,9 +162,9 @@ class TestAutograd:
         vectors = (torch.randn(7), torch.randn(7), torch.randn(7), torch.rand(7) + 0.5)
         unit = unit_of(behind, BatchNorm(*vectors, batch_stats), torch.randn(2, 7, 1, 1))
         keep = [policy == "fast"] * 2
-        numbers = (*DenseBlockConfig.of(layers, Activation(), keep, backend), pooled_unit.flat_tensors(unit))
+        numbers = (*DenseBlockConfig.of(layers, Activation(), keep, backend), flat_tensors([(unit.norm, unit.conv)]))
         numbers += pooled_unit.PooledUnitConfig.of(unit, Activation(), backend)
-        tensors = [None if t is None else t.detach() for t in flat_tensors(layers)]
+        tensors = [None if t is None else t.detach() for t in flat_tensors(unit for layer in layers for unit in layer.units)]
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.resdense.dense_stage.default, (x, tensors, [], *numbers), test_utils=utilities)
         out, buffer, *kept = torch.ops.resdense.dense_stage(x, tensors, [], *numbers)

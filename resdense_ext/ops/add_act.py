@@ -17,23 +17,12 @@ __all__ = ["add_act", "fused_slope", "kernels_of"]
 
 def kernels_of(x: Tensor):
     """Where the fused kernels for this input are, by their operators' names; None where there are none."""
-    name = backends.choose(x, x.dtype, Activation()).name
-    if name == "cuda":
-        return torch.ops.resdense
-    if name == "triton":
-        from resdense_ext.kernels import elementwise
-
-        return elementwise
-    return None
+    return backends.choose(x, x.dtype, Activation()).ends
 
 
 def fused_slope(x: Tensor, activation: Activation) -> float | None:
-    """The negative slope by which the fused kernels know an activation; None where they do not serve the input.
-
-    Backward tells the sign of the activation's input from that of its output, so the slope may not be negative.
-    """
-    slope = {"relu": 0.0, "identity": 1.0, "leaky_relu": activation.slope}.get(activation.name)
-    return None if slope is None or slope < 0 or kernels_of(x) is None else slope
+    """The negative slope by which the fused kernels know an activation; None where they do not serve the input."""
+    return None if kernels_of(x) is None else backends.end_slope(activation)
 
 
 class AddActFunction(torch.autograd.Function):

@@ -27,6 +27,7 @@ __all__ = [
     "ReferenceBackend",
     "Stats",
     "choose",
+    "end_slope",
     "get",
     "register",
     "registered",
@@ -60,6 +61,13 @@ class Fold(NamedTuple):
     rstd: Tensor
     count: Optional[int]
 
+    @staticmethod
+    def linear(x: Tensor) -> Fold:
+        """That of no norm and no activation, for a kernel that wants one."""
+        dtype = accumulation_dtype(x.dtype)
+        one, zero = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+        return Fold(Affine(one, zero, Activation("identity")), zero, one, None)
+
     def correction(self, dbeta: Tensor, dgamma: Tensor) -> tuple[Tensor, Tensor]:
         """``(beta, delta)`` of the gradient of the norm's input, ``scale * dy + beta * x + delta``."""
         shared = self.affine.scale / self.count
@@ -76,6 +84,16 @@ class Pending(NamedTuple):
     beta: Tensor
     delta: Tensor
 
+    @staticmethod
+    def of(dy: Tensor, x: Tensor) -> Pending:
+        """``dy`` itself, a gradient of ``x``, to which norms may add their corrections."""
+        dtype = accumulation_dtype(dy.dtype)
+        return Pending(dy, x, dy.new_ones(dy.shape[1], dtype=dtype), *dy.new_zeros((2, dy.shape[1]), dtype=dtype))
+
+    def part(self, samples: slice) -> Pending:
+        """That of some samples, in memory of their own."""
+        return self._replace(dy=self.dy[samples].clone(), z=self.z[samples])
+
 
 class ConvGrads(NamedTuple):
     """The gradients of a norm, an activation and a convolution or a pool: of the input, and of the parameters."""
@@ -83,14 +101,19 @@ class ConvGrads(NamedTuple):
     input: Pending
     weight: Optional[Tensor]
     bias: Optional[Tensor]
-    norm_weight: Tensor
-    norm_bias: Tensor
+    norm_weight: Optional[Tensor]
+    norm_bias: Optional[Tensor]
 
 
 class ReferenceBackend:
     """Plain PyTorch: any device, any floating dtype, the activation of a chunk of samples at a time as scratch."""
 
     name = "reference"
+
+    @property
+    def ends(self):
+        """Where the fused kernels of residual blocks' ends are, by their operators' names; None where there are none."""
+        return None
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         """Why this backend cannot take such an input; None where it can."""
@@ -137,7 +160,7 @@ class ReferenceBackend:
     def bn_act_conv(
         self,
         x: Tensor,
-        affine: Affine,
+        affine: Optional[Affine],
         conv: Conv,
         out: Tensor,
         mask: Optional[Tensor],
@@ -147,13 +170,15 @@ class ReferenceBackend:
     ) -> Optional[Fold]:
         """``out = conv(act(scale * x + shift)) * mask * mask_scale``, and the statistics of what was written, if asked for.
 
-        ``reader`` is the norm that alone will read ``out``, behind the same activation: it is returned folded.
+        Without an affine it is a convolution of x as it is. ``reader`` is the norm that alone will read ``out``, behind the
+        same activation: it is returned folded.
         """
         for part in self.chunks(x):
-            activated = self.bn_act(x[part], affine).to(conv.weight.dtype)
-            new = reference.convolution(activated, conv)
+            activated = x[part] if affine is None else self.bn_act(x[part], affine)
+            new = reference.convolution(activated.to(conv.weight.dtype), conv)
             out[part].copy_(new if mask is None else new * mask[part] * mask_scale)
-        return self._read(out, self.channel_stats(out) if stats else (), stats, reader, affine.activation)
+        activation = Activation() if affine is None else affine.activation
+        return self._read(out, self.channel_stats(out) if stats else (), stats, reader, activation)
 
     def _read(
         self, out: Tensor, found: tuple[Tensor, ...], stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation
@@ -167,27 +192,26 @@ class ReferenceBackend:
         return self.fold(reader, stats or Stats(none, none), out.numel() // out.shape[1], activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
-        """From the gradient of the convolution's output: its weight's and bias's, the norm's, and that of ``x``.
+        """From the gradient of the convolution's output, which is only read: its weight's and bias's, the norm's, and that of ``x``.
 
         The gradient of ``x`` is pending: ``scale * dy`` and the norm's correction, a new one or, where ``into`` is given, added
-        to that one (whose ``alpha`` is 1).
+        to that one (whose ``alpha`` is 1). Without a fold the convolution's input is ``x`` as it is.
         """
-        if isinstance(grad, Pending):
-            grad = self.pending_grad_(grad)
         dtype = conv.weight.dtype
         dimensions = x.dim() - 2
         total: list[Optional[Tensor]] = [None, None, None, None]
         dy = torch.empty_like(x) if into is None else None
         for part in self.chunks(x):
-            activated = self.bn_act(x[part], fold.affine).to(dtype)
+            activated = x[part] if fold is None else self.bn_act(x[part], fold.affine)
+            upstream = self.pending_grad_(grad.part(part)) if isinstance(grad, Pending) else grad[part]
             dx, weight, bias = torch.ops.aten.convolution_backward(
-                grad[part].to(dtype),
-                activated,
+                upstream.to(dtype),
+                activated.to(dtype),
                 conv.weight,
                 None if conv.bias is None else [conv.weight.shape[0]],
-                [1] * dimensions,
+                conv.steps,
                 conv.padding,
                 conv.dilation,
                 False,
@@ -195,12 +219,16 @@ class ReferenceBackend:
                 conv.groups,
                 [True, need_weight, need_weight and conv.bias is not None],
             )
-            del activated
+            del activated, upstream
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+            sums: tuple[Optional[Tensor], ...] = (None, None)
             if into is None:
-                sums = self.bn_act_backward(dx, x[part], fold.affine, fold.mean)
+                if fold is not None:
+                    sums = self.bn_act_backward(dx, x[part], fold.affine, fold.mean)
                 dy[part] = dx
+            elif fold is None:
+                into.dy[part].add_(dx)
             else:
                 sums = self.bn_act_backward_accumulate(into.dy[part], dx, x[part], fold.affine, fold.mean)
             for i, new in enumerate((weight, bias, *sums)):
@@ -209,6 +237,47 @@ class ReferenceBackend:
                     total[i] = wide if total[i] is None else total[i].add_(wide)
         weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
         return self._grads(x, fold, weight, bias, dy, into, *total[2:])
+
+    def bn_add_act(
+        self, z: Tensor, affine: Affine, identity: Tensor, identity_affine: Optional[Affine], activation: Activation
+    ) -> Tensor:
+        """``act(scale * z + shift + identity)``, the identity as it is or with an affine of its own: a new dense tensor.
+
+        The affines' own activations are not applied.
+        """
+        slope = end_slope(activation)
+        if self.ends is not None and slope is not None and identity.dtype == z.dtype:
+            projection = (None, None) if identity_affine is None else identity_affine[:2]
+            return self.ends.bn_add_act(z, *affine[:2], identity, *projection, slope)
+        y = _affine(z, affine)
+        y += identity if identity_affine is None else _affine(identity, identity_affine)
+        return reference.activate(y, activation).to(z.dtype)
+
+    def bn_add_act_backward(
+        self,
+        grad: Tensor,
+        mark: Tensor,
+        z: Tensor,
+        center: Tensor,
+        identity: Optional[Tensor],
+        identity_center: Optional[Tensor],
+        activation: Activation,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``g = grad * act'``, in new memory, and the sums of g, of g times ``z - center`` and, where there is one with a norm, of
+        g times ``identity - identity_center``. See `reference.marked_slope` for the mark."""
+        slope = end_slope(activation)
+        if self.ends is not None and slope is not None and grad.dtype == z.dtype:
+            return self.ends.bn_add_act_backward(grad, mark, z, center, identity, identity_center, slope)
+        wide = center.dtype
+        g = grad.to(wide) * reference.marked_slope(mark.to(wide), activation)
+        sum_g, sum_g_zc = self._sums(g, z, center)
+        sum_g_ic = center.new_empty(0) if identity_center is None else self._sums(g, identity, identity_center)[1]
+        return torch.empty_like(z).copy_(g), sum_g, sum_g_zc, sum_g_ic
+
+    def norm_backward(self, g: Tensor, z: Tensor, fold: Fold, sum_g: Tensor, sum_g_zc: Tensor) -> ConvGrads:
+        """The gradients of a norm that nothing activates: of its input, pending on ``g``, which stays as it is, and of its
+        parameters."""
+        return self._grads(z, fold, None, None, g, None, sum_g, sum_g_zc)
 
     def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
         """``pool(act(scale * x + shift))``, a new dense tensor in the layout of ``x``.
@@ -231,15 +300,17 @@ class ReferenceBackend:
     def _grads(
         self,
         x: Tensor,
-        fold: Fold,
+        fold: Optional[Fold],
         weight: Optional[Tensor],
         bias: Optional[Tensor],
         dy: Optional[Tensor],
         into: Optional[Pending],
-        sum_dy: Tensor,
-        sum_dy_xc: Tensor,
+        sum_dy: Optional[Tensor],
+        sum_dy_xc: Optional[Tensor],
     ) -> ConvGrads:
         """Makes of the sums the norm's gradients and its correction of the gradient of ``x``."""
+        if fold is None:
+            return ConvGrads(into or Pending.of(dy, x), weight, bias, None, None)
         if into is None:
             # Of a layer's own: alpha is that of its norm.
             into = Pending(dy, x, fold.affine.scale, *torch.zeros((2, len(fold.mean)), dtype=fold.mean.dtype, device=x.device))
@@ -258,13 +329,26 @@ class ReferenceBackend:
     @staticmethod
     def _masked(grad: Tensor, x: Tensor, affine: Affine) -> Tensor:
         wide = affine.scale.dtype
-        y = reference.per_channel(affine.scale, x) * x.to(wide) + reference.per_channel(affine.shift, x)
-        return grad.to(wide) * reference.activation_slope(y, affine.activation)
+        return grad.to(wide) * reference.activation_slope(_affine(x, affine), affine.activation)
 
     @staticmethod
     def _sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         reduced = [d for d in range(x.dim()) if d != 1]
         return dy.sum(reduced), (dy * (x.to(dy.dtype) - reference.per_channel(center, x))).sum(reduced)
+
+
+def end_slope(activation: Activation) -> Optional[float]:
+    """The negative slope by which the kernels of residual blocks' ends know an activation; None where they do not serve it.
+
+    Backward tells the sign of the activation's input from that of its output, so the slope may not be negative.
+    """
+    slope = {"relu": 0.0, "identity": 1.0, "leaky_relu": activation.slope}.get(activation.name)
+    return None if slope is None or slope < 0 else slope
+
+
+def _affine(x: Tensor, affine: Affine) -> Tensor:
+    """``scale * x + shift`` in the dtype of the affine."""
+    return reference.per_channel(affine.scale, x) * x.to(affine.scale.dtype) + reference.per_channel(affine.shift, x)
 
 
 def _unpool(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:

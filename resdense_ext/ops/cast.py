@@ -9,9 +9,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Conv, DenseLayer, Unit
+from resdense_ext.reference import Conv, DenseLayer, ResidualBlock, Unit
 
-__all__ = ["cast_convolution", "cast_convolutions", "without_autocast"]
+__all__ = ["cast_convolution", "cast_convolutions", "cast_residual_block", "without_autocast"]
 
 
 class CastFunction(torch.autograd.Function):
@@ -50,19 +50,28 @@ def cast_convolution(conv: Conv, dtype: torch.dtype) -> Conv:
 
 def cast_convolutions(layers: Sequence[DenseLayer], dtype: torch.dtype) -> list[DenseLayer]:
     """The layers with convolutions as `cast_convolution` gives them."""
-    convs = [unit.conv for layer in layers for unit in layer.units]
-    tensors = [t for conv in convs for t in (conv.weight, conv.bias) if _changes(t, dtype)]
-    if not tensors:
-        return list(layers)
-    cast = iter(CastFunction.apply(dtype, *tensors))
+    convs = iter(_cast_convs([unit.conv for layer in layers for unit in layer.units], dtype))
+    return [layer._replace(units=tuple(Unit(unit.norm, next(convs)) for unit in layer.units)) for layer in layers]
+
+
+def cast_residual_block(block: ResidualBlock, dtype: torch.dtype) -> ResidualBlock:
+    """The block with convolutions as `cast_convolution` gives them."""
+    shortcut = block.shortcut
+    *convs, last = _cast_convs([*(unit.conv for unit in block.units), None if shortcut is None else shortcut.conv], dtype)
+    units = tuple(Unit(unit.norm, conv) for unit, conv in zip(block.units, convs))
+    return block._replace(units=units, shortcut=None if shortcut is None else shortcut._replace(conv=last))
+
+
+def _cast_convs(convs: Sequence[Optional[Conv]], dtype: torch.dtype) -> list[Optional[Conv]]:
+    tensors = [t for conv in convs if conv is not None for t in (conv.weight, conv.bias) if _changes(t, dtype)]
+    cast = iter(CastFunction.apply(dtype, *tensors) if tensors else ())
 
     def read(tensor: Optional[Tensor]) -> Optional[Tensor]:
         return next(cast) if _changes(tensor, dtype) else tensor
 
-    def converted(conv: Conv) -> Conv:
-        return conv._replace(weight=read(conv.weight), bias=read(conv.bias))
-
-    return [layer._replace(units=tuple(Unit(unit.norm, converted(unit.conv)) for unit in layer.units)) for layer in layers]
+    return [
+        None if conv is None else conv._replace(weight=read(conv.weight), bias=read(conv.bias)) for conv in convs
+    ]
 
 
 def _changes(tensor: Optional[Tensor], dtype: torch.dtype) -> bool:

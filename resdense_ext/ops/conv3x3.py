@@ -18,8 +18,8 @@ def refusal(x: Tensor, conv: Conv, out: Tensor) -> Optional[str]:
     """Why the operator cannot compute ``conv`` of ``x`` into ``out``; None where it can (on a GPU, that is)."""
     if tuple(conv.weight.shape[2:]) != (3, 3) or conv.groups != 1 or conv.bias is not None:
         return "it is no 3x3 convolution of one group and without a bias"
-    if tuple(conv.padding) != (1, 1) or tuple(conv.dilation) != (1, 1):
-        return f"its padding is {tuple(conv.padding)} and its dilation {tuple(conv.dilation)}"
+    if not tuple(conv.padding) == tuple(conv.dilation) == conv.steps == (1, 1):
+        return f"its padding is {tuple(conv.padding)}, its dilation {tuple(conv.dilation)} and its stride {conv.steps}"
     if x.dtype not in (torch.bfloat16, torch.float16) or not x.dtype == conv.weight.dtype == out.dtype:
         return f"the dtypes of input, weight and output are {x.dtype}, {conv.weight.dtype} and {out.dtype}"
     for name, t, most in (("input", x, _MOST_INPUTS), ("output", out, _MOST_OUTPUTS)):

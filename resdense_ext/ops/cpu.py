@@ -26,7 +26,7 @@ _CACHED = 2**18
 
 
 def _is_matrix_product(conv: Conv) -> bool:
-    return conv.groups == 1 and all(size == 1 for size in conv.weight.shape[2:]) and not any(conv.padding)
+    return conv.groups == 1 and conv.keeps_size and all(size == 1 for size in conv.weight.shape[2:])
 
 
 _HAS_GEMM = (_library.build_info() or {}).get("cpu_capability", "DEFAULT") != "DEFAULT"
@@ -40,7 +40,7 @@ def _suits_winograd(x: Tensor, conv: Conv) -> bool:
         and memory_format_of(x) == torch.channels_last
         and conv.groups == 1
         and conv.weight.shape[2:] == (3, 3)
-        and tuple(conv.padding) == tuple(conv.dilation) == (1, 1)
+        and tuple(conv.padding) == tuple(conv.dilation) == conv.steps == (1, 1)
     )
 
 
@@ -83,7 +83,7 @@ class CpuBackend(CompiledBackend):
     def bn_act_conv(
         self,
         x: Tensor,
-        affine: Affine,
+        affine: Optional[Affine],
         conv: Conv,
         out: Tensor,
         mask: Optional[Tensor],
@@ -97,19 +97,20 @@ class CpuBackend(CompiledBackend):
             op, weight = torch.ops.resdense.bn_act_winograd, conv.weight
         else:
             return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
-        scale, shift, activation = affine
+        scale, shift, activation = affine or Fold.linear(x).affine
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
         increment_version(out)
         found = op(x, scale, shift, slope_of(activation), weight, bias, out, stats is not None)
         return self._read(out, found, stats, reader, activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
         # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
         fused = isinstance(grad, Pending) and conv.bias is None
-        scale, shift, activation = fold.affine
-        vectors = scale, shift, fold.mean, slope_of(activation)
+        prologue = fold or Fold.linear(x)
+        scale, shift, activation = prologue.affine
+        vectors = scale, shift, prologue.mean, slope_of(activation)
         if fused and into is not None and _is_matrix_product(conv):
             dy = into.dy
             weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(

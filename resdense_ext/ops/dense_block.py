@@ -28,25 +28,18 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Unit, accumulation_dtype
+from resdense_ext.ops.units import GRADS, UNIT, conv_of, geometry_of, new_stats
+from resdense_ext.reference import Activation, BatchNorm, DenseLayer, Unit, accumulation_dtype
 
 __all__ = [
-    "GRADS",
     "SCHEMA",
-    "UNIT",
     "BufferGradient",
     "DenseBlockConfig",
     "backward",
     "backward_fake",
-    "flat_tensors",
     "forward",
     "forward_fake",
 ]
-
-UNIT = 6
-"""Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
-GRADS = (0, 1, 4, 5)
-"""Those of them that can have a gradient."""
 
 SCHEMA = (
     "Tensor?[] tensors, Tensor[] masks, int[] units, float[] eps, bool[] batch_stats, int[] geometry, "
@@ -57,8 +50,8 @@ SCHEMA = (
 class DenseBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
-    ``units`` counts a layer's, ``geometry`` is padding, dilation and groups of every unit, ``mask_scales`` is 0 for a layer
-    without a dropout mask, ``keep`` says whose bottleneck is kept for backward.
+    ``units`` counts a layer's, ``geometry`` has every unit's numbers, ``mask_scales`` is 0 for a layer without a dropout mask,
+    ``keep`` says whose bottleneck is kept for backward.
     """
 
     units: list[int]
@@ -78,7 +71,7 @@ class DenseBlockConfig(NamedTuple):
             [len(layer.units) for layer in layers],
             [unit.norm.eps for unit in units],
             [unit.norm.batch_stats for unit in units],
-            [n for u in units for n in (*u.conv.padding, *u.conv.dilation, u.conv.groups)],
+            [n for unit in units for n in geometry_of(unit.conv)],
             [0.0 if layer.mask is None else layer.mask_scale for layer in layers],
             *activation,
             keep,
@@ -87,28 +80,17 @@ class DenseBlockConfig(NamedTuple):
 
     def layers(self, tensors: Sequence[Optional[Tensor]], masks: Sequence[Tensor]) -> list[DenseLayer]:
         """The layers as they were given, around other tensors."""
-        units = (self._unit(i, *tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
+        units = (self._unit(i, tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
         mask = iter(masks)
         return [
             DenseLayer(tuple(islice(units, count)), next(mask) if scale else None, scale)
             for count, scale in zip(self.units, self.mask_scales)
         ]
 
-    def _unit(self, i: int, weight, bias, mean, var, conv_weight, conv_bias) -> Unit:
-        rank = conv_weight.dim() - 2
-        numbers = self.geometry[i * (2 * rank + 1) : (i + 1) * (2 * rank + 1)]
-        norm = BatchNorm(weight, bias, mean, var, self.batch_stats[i], None, self.eps[i])
-        return Unit(norm, Conv(conv_weight, conv_bias, tuple(numbers[:rank]), tuple(numbers[rank:-1]), numbers[-1]))
-
-
-def flat_tensors(layers: Sequence[DenseLayer]) -> list[Optional[Tensor]]:
-    """A unit's tensors; the running statistics only where they normalise."""
-    flat: list[Optional[Tensor]] = []
-    for unit in (unit for layer in layers for unit in layer.units):
-        norm, conv = unit
-        running = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
-        flat += [norm.weight, norm.bias, *running, conv.weight, conv.bias]
-    return flat
+    def _unit(self, i: int, tensors: Sequence[Optional[Tensor]]) -> Unit:
+        numbers = self.geometry[i * (len(self.geometry) // len(self.eps)) :]
+        norm = BatchNorm(*tensors[:4], self.batch_stats[i], None, self.eps[i])
+        return Unit(norm, conv_of(*tensors[4:], numbers))
 
 
 class _Walk(NamedTuple):
@@ -157,7 +139,7 @@ def forward(
         if len(layer.units) == 2:
             z = empty_map(x, conv.weight.shape[0], compute)
             norm, last = layer.units[1]
-            z_stats = _new_stats(z, norm)
+            z_stats = new_stats(z, norm)
             fold = backend.bn_act_conv(
                 source, fold.affine, conv, z, None, 1.0, z_stats if norm.batch_stats else None, norm
             )
@@ -172,12 +154,6 @@ def forward(
 
 def _channels(stats: Stats, begin: int, end: int) -> Stats:
     return Stats(stats.mean[begin:end], stats.m2[begin:end])
-
-
-def _new_stats(z: Tensor, reader: BatchNorm) -> Stats:
-    """Room for the statistics of ``z``; none where its reader has its own."""
-    size = z.shape[1] if reader.batch_stats else 0
-    return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
 
 
 class BufferGradient(NamedTuple):

@@ -13,9 +13,11 @@ from resdense_ext import reference
 from resdense_ext.ops import pooled_unit
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.dense_block import GRADS, UNIT, DenseBlockConfig, flat_tensors
+from resdense_ext.ops.dense_block import DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.saved import saved_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
 from resdense_ext.reference import Activation, BatchNorm, DenseLayer, PooledUnit
 
 __all__ = ["DenseBlockFunction", "dense_block"]
@@ -48,7 +50,7 @@ class DenseBlockFunction(torch.autograd.Function):
         statistics = _norm_statistics(config, stats, x.shape[1], layers)
         if unit is not None:
             statistics.append((stats[0], stats[1]))
-        update_running_statistics(norms, statistics, buffer.numel() // buffer.shape[1])
+        update_running_statistics(norms, statistics, [buffer.numel() // buffer.shape[1]] * len(norms))
         ctx.set_materialize_grads(False)
         ctx.configs, ctx.counts = (config, unit), (len(tensors), len(masks), len(stats))
         ctx.channels = x.shape[1]
@@ -57,15 +59,8 @@ class DenseBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Optional[Tensor]):
-        try:
-            buffer, *saved = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "dense_block: its output, or a parameter of it, was changed in place after the forward, and the backward needs "
-                f"it as it was (a dense block's output is the buffer of all its feature maps): {error}"
-            ) from error
+        why = "a dense block's output is the buffer of all its feature maps"
+        buffer, *saved = saved_tensors(ctx, "dense_block", why)
         saved = iter(saved)
         tensors, masks, stats = (list(islice(saved, size)) for size in ctx.counts)
         config, unit = ctx.configs
@@ -151,11 +146,11 @@ def dense_block(
     unit_activation: Activation = Activation(),
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.dense_block`. ``keep`` says whose bottleneck may be kept."""
-    tensors = flat_tensors(layers)
+    tensors = flat_tensors(unit for layer in layers for unit in layer.units)
     norms = [unit.norm for layer in layers for unit in layer.units]
     unit_config = None
     if unit is not None:
-        tensors += pooled_unit.flat_tensors(unit)
+        tensors += flat_tensors([(unit.norm, unit.conv)])
         norms.append(unit.norm)
         unit_config = PooledUnitConfig.of(unit, unit_activation, backend.name)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))

@@ -24,7 +24,7 @@ from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit, accumulation_dtype
 
-__all__ = ["SCHEMA", "PooledUnitConfig", "backward", "forward", "flat_tensors", "output_like"]
+__all__ = ["SCHEMA", "PooledUnitConfig", "backward", "forward", "output_like"]
 
 SCHEMA = (
     "Tensor?[] unit, float unit_eps, bool unit_batch_stats, str pool, int[] windows, int groups, "
@@ -67,13 +67,6 @@ class PooledUnitConfig(NamedTuple):
     def fold(self, unit: PooledUnit, stats: Stats, x: Tensor) -> Fold:
         activation = Activation(self.activation, self.slope)
         return backends.get(self.backend).fold(unit.norm, stats, x.numel() // x.shape[1], activation)
-
-
-def flat_tensors(unit: PooledUnit) -> list[Optional[Tensor]]:
-    """A unit's tensors; the running statistics only where they normalise."""
-    norm, _, conv = unit
-    running = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
-    return [norm.weight, norm.bias, *running, *((None, None) if conv is None else conv[:2])]
 
 
 def forward(x: Tensor, unit: PooledUnit, fold: Fold, backend: ReferenceBackend) -> tuple[Tensor, Optional[Tensor]]:

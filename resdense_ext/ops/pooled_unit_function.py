@@ -10,9 +10,9 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.dense_block import GRADS
-from resdense_ext.ops.pooled_unit import PooledUnitConfig, flat_tensors
+from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.units import GRADS, flat_tensors
 from resdense_ext.reference import Activation, BatchNorm, PooledUnit
 
 __all__ = ["bn_act_pool"]
@@ -25,7 +25,7 @@ class BNActPoolFunction(torch.autograd.Function):
     def forward(ctx, config: PooledUnitConfig, norm: BatchNorm, x: Tensor, *tensors):
         with without_autocast(x.device):
             out, taps, *stats = torch.ops.resdense.bn_act_pool(x, tensors, *config)
-        update_running_statistics([norm], [tuple(stats)], x.numel() // x.shape[1])
+        update_running_statistics([norm], [tuple(stats)], [x.numel() // x.shape[1]])
         ctx.config = config
         ctx.save_for_backward(x, *tensors, taps, *stats)
         return out
@@ -58,4 +58,4 @@ def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[T
 def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation, backend: ReferenceBackend) -> Tensor:
     """The checked call: see `resdense_ext.functional.bn_act_pool` and `resdense_ext.functional.transition`."""
     config = PooledUnitConfig.of(unit, activation, backend.name)
-    return BNActPoolFunction.apply(config, unit.norm, x, *flat_tensors(unit))
+    return BNActPoolFunction.apply(config, unit.norm, x, *flat_tensors([(unit.norm, unit.conv)]))

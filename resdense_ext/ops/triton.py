@@ -42,11 +42,19 @@ def architecture_refusal(device: torch.device) -> Optional[str]:
 
 
 def _serves(x: Tensor, conv: Conv) -> bool:
-    return missing() is None and conv.groups == 1 and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
+    return missing() is None and conv.groups == 1 and conv.keeps_size and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
 
 
 class TritonBackend(ReferenceBackend):
     name = "triton"
+
+    @property
+    def ends(self):
+        if missing():
+            return None
+        from resdense_ext.kernels import elementwise
+
+        return elementwise
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if missing():
@@ -110,7 +118,7 @@ class TritonBackend(ReferenceBackend):
     def bn_act_conv(
         self,
         x: Tensor,
-        affine: Affine,
+        affine: Optional[Affine],
         conv: Conv,
         out: Tensor,
         mask: Optional[Tensor],
@@ -123,6 +131,7 @@ class TritonBackend(ReferenceBackend):
         from resdense_ext.kernels.bn_act_conv import bn_act_conv
 
         increment_version(out)
+        affine = affine or Fold.linear(x).affine
         folded = bn_act_conv(x, *affine, conv, out, mask, mask_scale, stats, reader)
         if reader is None:
             return None
@@ -131,23 +140,27 @@ class TritonBackend(ReferenceBackend):
         return self._folded(folded, stats.mean, out.numel() // out.shape[1], affine.activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Fold, conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
         if not _serves(x, conv) or (need_weight and conv.bias is not None):
             return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
         from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward
 
         dy, *pending = grad if isinstance(grad, Pending) else (grad,)
-        scale, shift, activation = fold.affine
+        prologue = fold or Fold.linear(x)
+        scale, shift, activation = prologue.affine
         weight = None
         if need_weight:
             weight = bn_act_conv_weight_backward(dy, pending or None, conv, x, scale, shift, activation)
         out = torch.empty_like(x) if into is None else into.dy
         increment_version(out)
-        vectors = (scale, shift, fold.mean, fold.rstd)
+        vectors = (scale, shift, prologue.mean, prologue.rstd)
         norm_weight, norm_bias, beta, delta = bn_act_conv_data_backward(
-            dy, pending or None, conv, x, vectors, fold.count, activation, out, None if into is None else (into.beta, into.delta)
-        )
+            dy, pending or None, conv, x, vectors, prologue.count, activation, out,
+            None if into is None else (into.beta, into.delta),
+        )  # fmt: skip
+        if fold is None:
+            norm_weight = norm_bias = None
         if into is None:
             into = Pending(out, x, scale, beta, delta)
         return ConvGrads(into, weight, None, norm_weight, norm_bias)

@@ -1,0 +1,24 @@
+"""What a block's node kept, with an error that names the block where something was changed meanwhile."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["saved_tensors"]
+
+
+def saved_tensors(ctx, block: str, why: str) -> tuple[Tensor, ...]:
+    """``ctx.saved_tensors``.
+
+    Raises:
+        RuntimeError: one of them was changed in place; ``why`` says what of them a user might not expect.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{block}: its output, or a parameter of it, was changed in place after the forward, and the backward needs "
+            f"it as it was ({why}): {error}"
+        ) from error

@@ -1,0 +1,49 @@
+"""Units as flat lists of tensors and numbers, which is how the blocks' operators take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Optional
+
+from torch import Tensor
+
+from resdense_ext.ops.backend import Stats
+from resdense_ext.reference import BatchNorm, Conv, accumulation_dtype
+
+__all__ = ["GRADS", "UNIT", "conv_of", "flat_tensors", "geometry_of", "new_stats"]
+
+UNIT = 6
+"""Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
+GRADS = (0, 1, 4, 5)
+"""Those of them that can have a gradient."""
+
+
+def flat_tensors(units: Iterable[tuple[Optional[BatchNorm], Optional[Conv]]]) -> list[Optional[Tensor]]:
+    """The units' tensors; the running statistics only where they normalise, None for what is not there."""
+    flat: list[Optional[Tensor]] = []
+    for norm, conv in units:
+        if norm is None:
+            flat += [None] * 4
+        else:
+            running = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
+            flat += [norm.weight, norm.bias, *running]
+        flat += [None, None] if conv is None else [conv.weight, conv.bias]
+    return flat
+
+
+def geometry_of(conv: Conv) -> list[int]:
+    """A convolution's numbers: padding, dilation and stride of every dimension, and the groups."""
+    return [*conv.padding, *conv.dilation, *conv.steps, conv.groups]
+
+
+def conv_of(weight: Tensor, bias: Optional[Tensor], numbers: Sequence[int]) -> Conv:
+    """The convolution of these tensors; ``numbers`` begins with its own."""
+    rank = weight.dim() - 2
+    padding, dilation, stride = (tuple(numbers[i * rank : (i + 1) * rank]) for i in range(3))
+    return Conv(weight, bias, padding, dilation, numbers[3 * rank], stride)
+
+
+def new_stats(z: Tensor, reader: Optional[BatchNorm]) -> Stats:
+    """Room for the statistics of ``z``; none where its reader has its own."""
+    size = z.shape[1] if reader is not None and reader.batch_stats else 0
+    return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
