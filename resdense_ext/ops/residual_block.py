@@ -29,7 +29,7 @@ from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.ops.units import GRADS, UNIT, conv_of, geometry_of, new_stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
 
-__all__ = ["ResidualBlockConfig", "counts_of", "norms_of", "reads_out", "units_of"]
+__all__ = ["ResidualBlockConfig", "cost_of", "counts_of", "needed_maps", "norms_of", "reads_out", "units_of"]
 
 SCHEMA = (
     "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, "
@@ -119,6 +119,31 @@ def _sizes_of(x: Tensor, block: ResidualBlock) -> list[Sequence[int]]:
 def counts_of(x: Tensor, block: ResidualBlock) -> list[int]:
     """The number of positions of every map."""
     return [x.shape[0] * torch.Size(sizes).numel() for sizes in _sizes_of(x, block)]
+
+
+def cost_of(x: Tensor, block: ResidualBlock, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes of the maps that backward reads beside x and the output, in this dtype, and the FLOPs to compute them again."""
+    counts, nbytes, flops = counts_of(x, block), 0, 0
+    for conv, count, needed in zip(_convs(block), counts[1:], needed_maps(block)):
+        if conv is not None:
+            nbytes += needed * count * conv.weight.shape[0] * dtype.itemsize
+            flops += 2 * count * conv.weight.numel()
+    return nbytes, flops
+
+
+def _convs(block: ResidualBlock) -> list[Optional[Conv]]:
+    """Convolution i writes map i + 1."""
+    return [*(unit.conv for unit in block.units), None if block.shortcut is None else block.shortcut.conv]
+
+
+def needed_maps(block: ResidualBlock) -> list[bool]:
+    """Which of the maps behind convolutions backward reads: not those that feed nothing but a norm that is frozen altogether."""
+
+    def trains(norm: Optional[BatchNorm]) -> bool:
+        return norm is not None and (norm.batch_stats or (norm.weight is not None and norm.weight.requires_grad))
+
+    shortcut = block.shortcut
+    return [True] * (len(block.units) - 1) + [trains(block.norm), shortcut is not None and trains(shortcut.norm)]
 
 
 def reads_out(last: Activation) -> bool:
