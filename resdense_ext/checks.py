@@ -15,6 +15,7 @@ __all__ = [
     "POLICIES",
     "activation_of",
     "autocasts",
+    "check_conv1x1_bn_add_act",
     "check_dense_block",
     "check_input",
     "check_norm",
@@ -170,6 +171,34 @@ def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
             check_norm("block.shortcut.norm", norm, added[1], x, added)
     if added != shape:
         raise ValueError(f"{where}: expected an output of shape {shape}, as the units', got {added}")
+
+
+def check_conv1x1_bn_add_act(
+    x: Tensor,
+    conv: Conv,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm],
+    input_norm: Optional[BatchNorm],
+    policy: str,
+) -> None:
+    """Raises what `conv1x1_bn_add_act` raises for these arguments."""
+    check_input(x)
+    keeps_maps(policy)
+    dtype = None if autocasts(x.device.type) else x.dtype
+    if any(size != 1 for size in conv.weight.shape[2:]):
+        raise ValueError(f"conv.weight: expected a kernel of size 1, got shape {tuple(conv.weight.shape)}")
+    if input_norm is not None:
+        check_norm("input_norm", input_norm, x.shape[1], x)
+    shape = (x.shape[0], _check_conv("conv", conv, x.shape[1], x, dtype), *conv.outputs(x.shape[2:]))
+    check_norm("norm", norm, shape[1], x, shape)
+    if identity.shape != shape:
+        raise ValueError(f"identity: expected shape {shape}, that of the convolution's output, got {tuple(identity.shape)}")
+    _check_device("identity", identity, x)
+    if identity.dtype != dtype if dtype is not None else not identity.is_floating_point():
+        raise TypeError(f"identity: expected dtype {dtype or 'of floating numbers'}, got {identity.dtype}")
+    if identity_norm is not None:
+        check_norm("identity_norm", identity_norm, shape[1], x, shape)
 
 
 def _check_unit(

@@ -13,6 +13,7 @@ from resdense_ext import reference
 from resdense_ext.checks import (
     activation_of,
     autocasts,
+    check_conv1x1_bn_add_act,
     check_dense_block,
     check_input,
     check_norm,
@@ -27,6 +28,7 @@ from resdense_ext.checks import (
 from resdense_ext.ops import add_act as _add_act
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import bn_add_act as _bn_add_act
+from resdense_ext.ops import conv1x1_bn_add_act_function as _conv1x1_bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
 from resdense_ext.ops import residual_block_function as _residual_block
@@ -48,6 +50,7 @@ __all__ = [
     "bn_act_pool",
     "bn_add_act",
     "channel_stats",
+    "conv1x1_bn_add_act",
     "dense_block",
     "dropout_mask",
     "residual_block",
@@ -370,6 +373,70 @@ def bn_add_act(
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, z.shape[1], z)
     return _bn_add_act.bn_add_act(z, norm, identity, identity_norm, act)
+
+
+def conv1x1_bn_add_act(
+    x: Tensor,
+    conv: Conv,
+    norm: BatchNorm,
+    identity: Tensor,
+    identity_norm: Optional[BatchNorm] = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    input_norm: Optional[BatchNorm] = None,
+    input_activation: str = "relu",
+    policy: str = "fast",
+) -> Tensor:
+    """The end of a residual bottleneck block from its last convolution on, whose output is not kept.
+
+    Equivalent to::
+
+        a = act_in(batch_norm(x, input_norm))                       # or x
+        act(batch_norm(convolution(a), norm) + identity)            # or + batch_norm(identity, identity_norm)
+
+    With the batch's statistics, mean and variance of the convolution's output follow from the mean of ``a`` and the matrix
+    ``R = (a - mean)^T (a - mean)``, and so does the backward of the norm. In training mode running statistics are updated once, as
+    `torch.nn.functional.batch_norm` does it.
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16; contiguous or
+            channels-last (anything else is copied).
+        conv: of kernel size 1, ``[K, C / groups, 1, ...]``, in the dtype of ``x`` (under autocast it is cast), with any stride,
+            padding, groups, and a bias or none.
+        norm: of the convolution's output: parameters and state, vectors of ``K``.
+        identity: the shortcut ``[N, K, *spatial of the convolution's output]``, in the dtype of ``x``.
+        identity_norm: of the shortcut, as ``norm``.
+        activation: relu, leaky_relu, silu, elu or identity, behind the addition.
+        negative_slope: of leaky_relu, here and there.
+        input_norm: of ``x``, vectors of ``C``.
+        input_activation: behind ``input_norm``; without that there is none.
+        policy: "fast" keeps, beside ``x``, the smaller of the convolution's output and R (``C^2 / groups`` values), the output alone
+            where R would cost more time than it is worth; "min" keeps neither and makes R again in backward. What stands in an
+            output's place needs no keeping with running statistics.
+
+    Returns:
+        ``[N, K, *spatial]`` in the memory format of ``x``. Backward reads it, except behind silu (and a leaky_relu of negative
+        slope), whose input is kept instead: changing it in place makes the backward raise.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        TypeError: dtypes that do not fit.
+        Nothing is changed before an error is raised.
+
+    Source: He et al., Deep Residual Learning for Image Recognition (2016); the algebra is this library's, see
+    `resdense_ext.ops.conv1x1_bn_add_act`.
+    """
+    act, act_in = activation_of(activation, negative_slope), activation_of(input_activation, negative_slope)
+    check_conv1x1_bn_add_act(x, conv, norm, identity, identity_norm, input_norm, policy)
+    if autocasts(x.device.type):
+        conv = cast_convolution(conv, torch.get_autocast_dtype(x.device.type))
+    if x.numel() == 0 or identity.numel() == 0:
+        return reference.conv1x1_bn_add_act(x, conv, norm, identity, identity_norm, act, input_norm, act_in)
+    backend = backends.choose(x, conv.weight.dtype, Activation() if input_norm is None else act_in)
+    return _conv1x1_bn_add_act.conv1x1_bn_add_act(
+        x, conv, norm, identity, identity_norm, act, input_norm, act_in, policy, backend
+    )
 
 
 def dropout_mask(like: Tensor, channels: int, p: float, *, per_channel: bool = False) -> tuple[Tensor, float]:

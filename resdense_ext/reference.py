@@ -335,15 +335,19 @@ def residual_block(
 
 
 def conv1x1_bn_add_act(
-    a: Tensor,
+    x: Tensor,
     conv: Conv,
     norm: BatchNorm,
     identity: Tensor,
     identity_norm: Optional[BatchNorm] = None,
     activation: Activation = Activation(),
+    input_norm: Optional[BatchNorm] = None,
+    input_activation: Activation = Activation(),
 ) -> Tensor:
-    """``act(bn(W a) + identity)``: the end of a residual bottleneck block."""
-    return bn_add_act(convolution(a, conv), norm, identity, identity_norm, activation)
+    """``act(bn(conv(a)) + identity)`` with ``a = act_in(bn_in(x))``, or x itself: the end of a residual bottleneck block, whose
+    shortcut may have a norm (He et al., 2016)."""
+    z = bn_act_conv(x, Unit(input_norm, conv), input_activation)
+    return bn_add_act(z, norm, identity, identity_norm, activation)
 
 
 def pool(y: Tensor, pool: Pool) -> Tensor:
