@@ -15,7 +15,7 @@ from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.memory import format_bytes, track_saved
 from resdense_ext.nn.engine import OnEngine, Policy, stock_path, watching
 from resdense_ext.nn.read import LayerModules, read_residual_block
-from resdense_ext.ops.residual_block import cost_of
+from resdense_ext.ops.residual_maps import cost_of
 from resdense_ext.plan import Choice, choose
 
 __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
@@ -74,8 +74,8 @@ class _Offers:
             widest = max((choice.nbytes for choice in new if choice is not None), default=0)
             scratch = x.nbytes // x.shape[1] * outputs + 4 * widest
         elif hasattr(module, "residual_modules"):
-            block, *_ = read_residual_block(module.residual_modules())
-            new = [Choice(*cost_of(x, block, _compute_dtype(x, block.units[0].conv.weight)))]
+            block, _, last = read_residual_block(module.residual_modules())
+            new = [Choice(*cost_of(x, block, last, _compute_dtype(x, block.units[0].conv.weight)))]
             scratch = 2 * new[0].nbytes
         else:
             return
