@@ -23,7 +23,6 @@ __all__ = [
     "check_probability",
     "check_residual_block",
     "check_same",
-    "keeps_maps",
     "kept_layers",
     "pool_of",
 ]
@@ -83,17 +82,6 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
             if not layer.mask_scale > 0:
                 raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
         channels += width
-
-
-def keeps_maps(policy: str) -> bool:
-    """Whether a residual block's policy keeps the maps inside.
-
-    Raises:
-        ValueError: another name.
-    """
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
-    return policy == "fast"
 
 
 def kept_layers(policy: str | Sequence[bool], count: int) -> list[bool]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.checks import (
+    POLICIES,
     activation_of,
     autocasts,
     check_conv1x1_bn_add_act,
@@ -21,7 +22,6 @@ from resdense_ext.checks import (
     check_probability,
     check_residual_block,
     check_same,
-    keeps_maps,
     kept_layers,
     pool_of,
 )
@@ -173,7 +173,8 @@ def residual_block(
     act = activation_of(activation, negative_slope)
     final = final_activation or (activation if block.norm is not None else "identity")
     last = activation_of(final, negative_slope, "final_activation")
-    keep = keeps_maps(policy)
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     check_residual_block(x, block)
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
@@ -183,7 +184,7 @@ def residual_block(
     if x.numel() == 0:
         return reference.residual_block(x, block, act, last)
     backend = backends.choose(x, block.units[0].conv.weight.dtype, act)
-    return _residual_block.residual_block(x, block, act, last, keep, backend)
+    return _residual_block.residual_block(x, block, act, last, policy, backend)
 
 
 def bn_act_pool(

@@ -77,11 +77,15 @@ def assert_same(ours, stock, tolerance=1e-12):
 @pytest.fixture
 def engine(monkeypatch):
     """The list of the functional calls that modules have made, by their policies."""
-    calls, call = [], functional.dense_block
+    calls = []
 
-    def counted(*args, **options):
-        calls.append(options["policy"])
-        return call(*args, **options)
+    def counted(call):
+        def run(*args, **options):
+            calls.append(options["policy"])
+            return call(*args, **options)
 
-    monkeypatch.setattr(functional, "dense_block", counted)
+        return run
+
+    for name in ("dense_block", "residual_block"):
+        monkeypatch.setattr(functional, name, counted(getattr(functional, name)))
     return calls

@@ -799,14 +799,14 @@ def grads(model):
 class TestLeftAlone:
     def test_model_without_dense_blocks(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 1))
-        with pytest.warns(UserWarning, match="convert recognised no dense block in Sequential") as said:
+        with pytest.warns(UserWarning, match="convert recognised no dense or residual block in Sequential") as said:
             assert rd.convert(model) is model
         assert said[0].filename == __file__
         assert type(model) is nn.Sequential
 
     def test_where_torchvision_is_not_imported(self, monkeypatch):
         monkeypatch.delitem(sys.modules, "torchvision.models.densenet")
-        with pytest.warns(UserWarning, match="recognised no dense block"):
+        with pytest.warns(UserWarning, match="recognised no dense or residual block"):
             rd.convert(nn.Sequential())
 
     def test_block_with_a_forward_of_its_own(self, engine):

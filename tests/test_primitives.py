@@ -396,7 +396,7 @@ class TestOperators:
             "pending_grad": (z.clone(), z, p, q, r),
             "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
             "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
-            "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True),
+            "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True, True),
             "bn_act_winograd": (last_format(x), a, b, 0.0, torch.randn(3, 6, 3, 3), p, last_format(z.clone()), True),
             "bn_act_winograd_backward": (
                 *(last_format(x), a, b, c, 0.0, torch.randn(3, 6, 3, 3), last_format(z.clone()), last_format(z)),

@@ -2,27 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "tile.h"
+#include "sweep_maps.h"
 
 namespace resdense::cpu {
-namespace {
-
-// Runs one pass over whole maps, tile by tile. `s` carries the pass, its coefficients and slope.
-void sweep_maps(Sweep s, std::initializer_list<const Map*> in, const Map& out, Sums* sums = nullptr) {
-  s.dtype = out.dtype, s.channels_last = out.channels_last, s.channels = out.C, s.out = operand(out);
-  int i = 0;
-  for (const Map* m : in) s.in[i++] = operand(*m);
-  const Tiling tiling(out, out.C * element_size(out.dtype) * i);
-  tiling.each([&](int64_t chunk, int64_t, int64_t, const std::vector<Segment>& segments) {
-    Sweep tile = s;
-    tile.segments = segments.data(), tile.segment_count = static_cast<int64_t>(segments.size());
-    if (sums) tile.sums[0] = sums->of(chunk, 0), tile.sums[1] = sums->of(chunk, 1);
-    kernels.sweep(tile);
-  });
-}
-
-}  // namespace
-
 void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& out) {
   check_same(out, "out", x, "x");
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out");

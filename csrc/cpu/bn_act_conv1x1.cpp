@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
 std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double negative_slope,
     const Tensor& weight, const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
-    const Tensor& out, bool need_weight) {
+    const Tensor& out, bool accumulate, bool need_weight) {
   check_same(out, "out", x, "x");
   check_same(z, "z", dy, "dy");
   check_dtype(dy, "dy", x.scalar_type());
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
       kernels.gemm_bf16({nullptr, dz, w_pairs.of(0), positions, C, K / 2, C, K / 2, 1, C, false, input});
     else
       matmul(input_matrix, w.t(), dz_matrix, dtype);
-    s.pass = Pass::mask_accumulate;
+    s.pass = accumulate ? Pass::mask_accumulate : Pass::mask;
     s.in[0] = scratch(input, last, C, tiling.size), s.in[1] = operand(from), s.in[2] = operand(to), s.out = operand(to);
     s.sums[0] = sums.of(chunk, 0), s.sums[1] = sums.of(chunk, 1);
     kernels.sweep(s);

@@ -26,11 +26,16 @@ enum class Pass {
   pending,          // out = alpha * dy + beta * z + delta             in: dy, z      coef: alpha, beta, delta
   mask,             // out = dy = g * act'(scale * x + shift)          in: g, x       coef: scale, shift, center
   mask_accumulate,  // out = d + scale * dy                            in: g, x, d    coef: scale, shift, center
+  add,              // out = act(scale * z + shift + i)                in: z, i       coef: scale, shift
+  add_scaled,       // out = act(scale * z + shift + iscale * i)       in: z, i       coef: scale, shift, iscale
+  unmask,           // out = g = grad * act', as y = act(.) tells it   in: grad, y, z      coef: center
+  unmask_both,      // the same                                        in: grad, y, z, i   coef: center, icenter
   bias,             // out = x + bias                                  in: x          coef: bias
   sum,              // sums[0] += x                                    in: x
   deviation,        // sums[0] += x - mean, sums[1] += (x - mean)^2    in: x          coef: mean
 };
-// mask and mask_accumulate also add dy to sums[0] and dy * (x - center) to sums[1].
+// mask and mask_accumulate also add dy to sums[0] and dy * (x - center) to sums[1]; unmask and unmask_both add g and g * (z - center)
+// to these, and the latter g * (i - icenter) to sums[2].
 
 struct Sweep {
   Pass pass;
@@ -38,9 +43,9 @@ struct Sweep {
   bool channels_last;                   // of every operand: unit stride along channels, else along positions
   const Segment* segments;
   int64_t segment_count, channels;
-  Operand in[3], out;
+  Operand in[4], out;
   const void* coef[3] = {};
-  double* sums[2] = {};                 // one value a channel, added to
+  double* sums[3] = {};                 // one value a channel, added to
   double slope = 0;                     // of the activation for negative inputs
 };
 

@@ -122,13 +122,15 @@ inline const void* coefficients(const Tensor& v, const char* name, int64_t chann
 // Per-channel sums, gathered by chunk and added up in the order of the chunks; zeros where an empty map has none.
 class Sums {
  public:
-  Sums(int64_t chunks, int64_t channels) : channels_(channels), values_(std::max<int64_t>(chunks, 1) * 2 * channels) {}
+  Sums(int64_t chunks, int64_t channels, int count = 2)
+      : channels_(channels), count_(count), values_(std::max<int64_t>(chunks, 1) * count * channels) {}
 
-  double* of(int64_t chunk, int which) { return values_.data() + (chunk * 2 + which) * channels_; }
+  int count() const { return count_; }
+  double* of(int64_t chunk, int which) { return values_.data() + (chunk * count_ + which) * channels_; }
 
   Tensor total(int which, const Map& like) {
     double* first = of(0, which);
-    const int64_t chunks = static_cast<int64_t>(values_.size()) / (2 * std::max<int64_t>(channels_, 1));
+    const int64_t chunks = static_cast<int64_t>(values_.size()) / (count_ * std::max<int64_t>(channels_, 1));
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t c = 0; c < channels_; ++c) first[c] += of(chunk, which)[c];
     return vector_from(first, channels_, like);
@@ -136,6 +138,7 @@ class Sums {
 
  private:
   int64_t channels_;
+  int count_;
   std::vector<double> values_;
 };
 

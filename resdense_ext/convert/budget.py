@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn.engine import OnEngine, stock_path, watching
-from resdense_ext.nn.read import LayerModules
+from resdense_ext.nn.engine import OnEngine, Policy, stock_path, watching
+from resdense_ext.nn.read import LayerModules, read_residual_block
+from resdense_ext.ops.residual_maps import cost_of
 from resdense_ext.plan import Choice, choose
 
 __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
@@ -23,7 +24,8 @@ __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
 class Plan(NamedTuple):
     """What was asked for and what it comes to, for the example input of the conversion.
 
-    ``recomputed_flops`` are those of the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
+    A residual block's maps are kept or computed again together, and count as one bottleneck. ``recomputed_flops`` are those of
+    the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
     """
 
     budget: int
@@ -54,10 +56,10 @@ def forget_plan(model: nn.Module) -> None:
 
 
 class _Offers:
-    """The layers' choices, in the order in which they run; a block that runs twice offers both runs together.
+    """The blocks' choices, in the order in which they run; a block that runs twice offers both runs together.
 
-    ``scratch`` is about what the most demanding block's backward takes beside what is kept: a gradient of its buffer, and four
-    maps of the bottleneck's width.
+    ``scratch`` is about what the most demanding block's backward takes beside what is kept: of a dense block a gradient of its
+    buffer and four maps of the bottleneck's width, of a residual block its maps, and as much for their gradients.
     """
 
     def __init__(self) -> None:
@@ -65,13 +67,19 @@ class _Offers:
         self.scratch = 0
 
     def hear(self, module: Optional[nn.Module], x: Optional[Tensor]) -> None:
-        if not hasattr(module, "layer_modules"):
+        if hasattr(module, "layer_modules"):
+            layers = module.layer_modules()
+            new = [_offer(layer, x) for layer in layers]
+            outputs = x.shape[1] + sum(layer.units[-1][2].weight.shape[0] for layer in layers)
+            widest = max((choice.nbytes for choice in new if choice is not None), default=0)
+            scratch = x.nbytes // x.shape[1] * outputs + 4 * widest
+        elif hasattr(module, "residual_modules"):
+            block, _, last = read_residual_block(module.residual_modules())
+            new = [Choice(*cost_of(x, block, last, _compute_dtype(x, block.units[0].conv.weight)))]
+            scratch = 2 * new[0].nbytes
+        else:
             return
-        layers = module.layer_modules()
-        new = [_offer(layer, x) for layer in layers]
-        outputs = x.shape[1] + sum(layer.units[-1][2].weight.shape[0] for layer in layers)
-        widest = max((choice.nbytes for choice in new if choice is not None), default=0)
-        self.scratch = max(self.scratch, x.nbytes // x.shape[1] * outputs + 4 * widest)
+        self.scratch = max(self.scratch, scratch)
         before = self.of.get(module, new)
         self.of[module] = new if before is new else [_sum(a, b) for a, b in zip(before, new)]
 
@@ -81,9 +89,13 @@ def _offer(layer: LayerModules, x: Tensor) -> Optional[Choice]:
     if len(layer.units) < 2:
         return None
     weight = layer.units[0][2].weight
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) and weight.dtype != torch.float64 else weight.dtype
     positions = x.numel() // x.shape[1]
-    return Choice(positions * weight.shape[0] * dtype.itemsize, 2 * positions * weight.numel())
+    return Choice(positions * weight.shape[0] * _compute_dtype(x, weight).itemsize, 2 * positions * weight.numel())
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    casts = autocasts(x.device.type) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else weight.dtype
 
 
 def _sum(a: Optional[Choice], b: Optional[Choice]) -> Optional[Choice]:
@@ -91,7 +103,7 @@ def _sum(a: Optional[Choice], b: Optional[Choice]) -> Optional[Choice]:
 
 
 def apply_budget(model: nn.Module, budget: int | float | None, example_input: Any) -> None:
-    """Chooses what every dense block of a model keeps that is on the engine with policy "min".
+    """Chooses what every dense and residual block of a model keeps that is on the engine with policy "min".
 
     Args:
         budget: bytes, below 1 a share of what stock keeps, or None: what is free on the model's device, or the least possible.
@@ -122,7 +134,9 @@ def apply_budget(model: nn.Module, budget: int | float | None, example_input: An
     keep = choose(choices, budget - least)
     kept = {place for place, wanted in zip(places, keep) if wanted}
     for block, offered in offers.of.items():
-        policy = tuple((block, i) in kept for i in range(len(offered)))
+        policy: Policy = tuple((block, i) in kept for i in range(len(offered)))
+        if hasattr(block, "residual_modules"):
+            policy = "fast" if policy[0] else "min"
         setattr(block, "policy" if isinstance(block, OnEngine) else "resdense_policy", policy)
     flops = sum(choice.flops for choice in choices)
     spared = sum(choice.flops for choice, wanted in zip(choices, keep) if wanted)

@@ -10,10 +10,17 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_transition
-from resdense_ext.nn.read import LayerModules, PooledModules
+from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_residual_block, run_transition
+from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules
 
-__all__ = ["Converted", "ConvertedChain", "ConvertedDenseBlock", "ConvertedTransition", "converted_class"]
+__all__ = [
+    "Converted",
+    "ConvertedChain",
+    "ConvertedDenseBlock",
+    "ConvertedResidualBlock",
+    "ConvertedTransition",
+    "converted_class",
+]
 
 
 class Converted:
@@ -45,6 +52,16 @@ class ConvertedDenseBlock(Converted):
 
     def forward(self, x: Tensor) -> Tensor:
         return run_dense_block(self, x)
+
+
+class ConvertedResidualBlock(Converted):
+    """A residual block; an adapter's mixin says what its modules are."""
+
+    def residual_modules(self) -> ResidualModules:
+        """What `resdense_ext.nn.engine.Residual` asks for; an adapter's part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_residual_block(self, x)
 
 
 class ConvertedTransition(Converted):

@@ -28,7 +28,7 @@ def convert(
     memory_budget: int | float | str | None = None,
     example_input: Any = None,
 ) -> nn.Module:
-    """Makes a DenseNet, or what there is of one in a model, train in the memory of its features, in place.
+    """Makes a DenseNet or a ResNet, or what there is of one in a model, train in the memory of its features, in place.
 
     Equivalent to: nothing. Outputs, gradients, running statistics, Parameter objects, ``state_dict`` keys, module paths and
     classes (by `isinstance`) stay what they were; optimizers built before or after serve alike.
@@ -38,13 +38,14 @@ def convert(
     the transformations of ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
 
     Args:
-        model: a model with dense blocks of torchvision's classes or of this library's, or such a block.
-        policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward; "min" keeps the feature maps
-            only and computes the bottlenecks again; "auto" keeps what there is free memory for. A converted model can be
-            converted again to another policy.
+        model: a model with dense or residual blocks of torchvision's classes or of this library's, or such a block.
+        policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual block the
+            raw outputs of its convolutions; "min" keeps the feature maps and the outputs of residual blocks only and computes
+            the rest again; "auto" keeps what there is free memory for. A converted model can be converted again to another
+            policy.
         memory_budget: instead of a policy, what the whole model may keep for backward with an input like ``example_input``:
             bytes, a string such as "8GiB" (units are 1024 of the one before), or a share between 0 and 1 of what stock keeps.
-            Every layer's bottleneck is kept or computed again so that the fewest FLOPs are. Gradients, optimizer states and
+            Every layer's bottleneck, and every residual block's inner maps, are kept or computed again so that the fewest FLOPs are. Gradients, optimizer states and
             scratch come on top: `resdense_ext.memory.peak_bytes` measures all of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
             inputs. One forward runs with it, under the autocast in which `convert` is called (and for a share a stock one);
@@ -83,12 +84,12 @@ def convert(
     if skipped:
         warnings.warn("resdense_ext.convert left alone " + "; ".join(skipped), stacklevel=2)
     elif not blocks:
-        warnings.warn(f"resdense_ext.convert recognised no dense block in {type(model).__name__}", stacklevel=2)
+        warnings.warn(f"resdense_ext.convert recognised no dense or residual block in {type(model).__name__}", stacklevel=2)
     return model
 
 
 def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str]]:
-    """The paths of the dense blocks that are on the engine now, and what was left alone and why."""
+    """The paths of the dense and residual blocks that are on the engine now, and what was left alone and why."""
     blocks, skipped = [], []
     # What is inside comes first: a sequence is recognised by the dense blocks in it.
     for path, module in reversed(list(model.named_modules())):
@@ -99,7 +100,7 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[s
         except Unsupported as unsupported:
             skipped.insert(0, f"{path}: {unsupported.within(module)}")
             continue
-        if hasattr(module, "layer_modules"):
+        if hasattr(module, "layer_modules") or hasattr(module, "residual_modules"):
             blocks.insert(0, path)
     return blocks, skipped
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from resdense_ext.convert.budget import Plan, plan_of
-from resdense_ext.convert.classes import ConvertedDenseBlock, ConvertedTransition
+from resdense_ext.convert.classes import Converted
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn import DenseBlock, Transition
-from resdense_ext.nn.engine import Policy, stock_path, watching, why_stock
+from resdense_ext.nn.engine import OnEngine, Policy, stock_path, watching, why_stock
+from resdense_ext.nn.read import Unsupported
 
 __all__ = ["MemoryReport", "report"]
 
@@ -23,7 +23,7 @@ _REST = "(everything else)"
 class Row(NamedTuple):
     """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs.
 
-    A block's bytes are those of the transition or head behind it, too, where they run in one node.
+    ``layers`` counts a dense block's layers or a residual block's convolutions. A dense block's bytes are those of the transition or head behind it, too, where they run in one node.
     """
 
     path: str
@@ -82,7 +82,8 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
         example_input: its input, or a tuple of its positional inputs.
 
     Returns:
-        A row a dense block or transition (module path, layers, policy, bytes kept, bytes that stock keeps, note) and one for the rest.
+        A row a dense block, transition or residual block (module path, layers, policy, bytes kept, bytes that stock keeps,
+        note) and one for the rest.
 
     Raises:
         TypeError: ``model`` is not a Module. Errors of the model's own forward pass through.
@@ -90,18 +91,30 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     arguments = positional(example_input)
-    kinds = (DenseBlock, ConvertedDenseBlock, Transition, ConvertedTransition)
-    blocks = {path or type(m).__name__: m for path, m in model.named_modules() if isinstance(m, kinds)}
+    blocks = {path or type(m).__name__: m for path, m in model.named_modules() if _has_a_row(m)}
     ours = _measure(model, arguments, blocks, nullcontext())
     stock = _measure(model, arguments, blocks, stock_path())
     rows = []
     for path, block in blocks.items():
         policy, note = _state(block)
-        layers = len(block) if hasattr(block, "layer_modules") else 0
-        rows.append(Row(path, layers, policy, ours.get(path, 0), stock.get(path, 0), note))
+        rows.append(Row(path, _layers(block), policy, ours.get(path, 0), stock.get(path, 0), note))
     rest = "" if blocks else "nothing converted"
     rows.append(Row(_REST, 0, None, ours.get(_REST, 0), stock.get(_REST, 0), rest))
     return MemoryReport(rows, plan_of(model))
+
+
+def _has_a_row(module: nn.Module) -> bool:
+    kinds = ("layer_modules", "pooled_modules", "residual_modules")
+    return isinstance(module, (OnEngine, Converted)) and any(hasattr(module, kind) for kind in kinds)
+
+
+def _layers(block: nn.Module) -> int:
+    if hasattr(block, "layer_modules"):
+        return len(block)
+    try:
+        return len(block.residual_modules().units) if hasattr(block, "residual_modules") else 0
+    except Unsupported:
+        return 0
 
 
 def _state(block: nn.Module) -> tuple[Optional[str], str]:

@@ -18,24 +18,29 @@ from resdense_ext import checks, functional
 from resdense_ext.nn.read import (
     LayerModules,
     PooledModules,
+    ResidualModules,
     Unsupported,
     check_untouched,
+    is_frozen_norm,
     is_wrapper,
     pool_kind,
     read_layers,
     read_pooled_unit,
+    read_residual_block,
 )
-from resdense_ext.reference import Activation, DenseLayer, PooledUnit
+from resdense_ext.reference import Activation, DenseLayer, PooledUnit, ResidualBlock
 
 __all__ = [
     "Block",
     "OnEngine",
     "Policy",
+    "Residual",
     "Transition",
     "is_transformed",
     "run_chain",
     "run_dense_block",
     "run_features",
+    "run_residual_block",
     "run_transition",
     "stock_path",
     "watching",
@@ -67,6 +72,18 @@ class Block(Protocol):
 
     def layer_modules(self) -> list[LayerModules]:
         """Raises Unsupported where a layer is not what the block's stock forward would find."""
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The forward that the engine stands in for."""
+
+
+class Residual(Protocol):
+    """What a residual block offers."""
+
+    engine_policy: Optional[Policy]
+
+    def residual_modules(self) -> ResidualModules:
+        """Raises Unsupported where the modules are not what the block's stock forward would find."""
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """The forward that the engine stands in for."""
@@ -158,6 +175,25 @@ def run_transition(transition: Transition, x: Tensor) -> Tensor:
         return transition.stock_forward(x)
 
 
+def run_residual_block(block: Residual, x: Tensor) -> Tensor:
+    """The block's forward, as `run_dense_block` runs a dense block's."""
+    if is_transformed(x):
+        return block.stock_forward(x)
+    _check_is_tensor(x)
+    with _running(block, x):
+        if block.engine_policy is not None and _takes(x):
+            try:
+                _check_plain(x)
+                modules = block.residual_modules()
+                described, activation, last = read_residual_block(modules)
+            except Unsupported as unsupported:
+                _say(block, unsupported)
+            else:
+                y = _residual_block(x, described, activation, last, block.engine_policy)
+                return _widened(y, modules.units[-1][1]) if modules.form == "post" else y
+        return block.stock_forward(x)
+
+
 def run_chain(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Calls modules one after another; in one node run a dense block and the transition or head behind it, and a norm, an
     activation and a pool in a row, where none of them carries hooks."""
@@ -206,9 +242,11 @@ def _match(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
 def _three(modules: Sequence[nn.Module], at: int) -> Optional[PooledModules]:
     """A norm, an activation and a pool in a row."""
     three = modules[at : at + 3]
-    if len(three) < 3 or not isinstance(three[0], nn.modules.batchnorm._BatchNorm) or pool_kind(three[2]) is None:
+    if len(three) < 3 or pool_kind(three[2]) is None:
         return None
     norm, activation, pool = three
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) and not is_frozen_norm(norm):
+        return None
     return PooledModules(norm, activation, None, pool)
 
 
@@ -218,7 +256,7 @@ def _run_three(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
         unit, activation = read_pooled_unit(modules)
     except Unsupported:
         return None
-    return _pooled_unit(x, unit, activation) if x.dim() == modules.dims else None
+    return _widened(_pooled_unit(x, unit, activation), modules.norm) if x.dim() == modules.dims else None
 
 
 def _run_stage(
@@ -271,11 +309,27 @@ def _pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
     return functional.bn_act_pool(x, unit.norm, *unit.pool, **options)
 
 
-def why_stock(module: Block | Transition) -> Optional[str]:
+def _residual_block(
+    x: Tensor, block: ResidualBlock, activation: Activation, last: Activation, policy: Policy
+) -> Tensor:
+    names = {"activation": activation.name, "final_activation": last.name}
+    # Of two leaky_relus the slope is the same.
+    slope = last.slope if last.name == "leaky_relu" else activation.slope
+    return functional.residual_block(x, block, **names, negative_slope=slope, policy=policy)
+
+
+def _widened(y: Tensor, norm: nn.Module) -> Tensor:
+    """In the dtype that stock has: torchvision's frozen norm is plain arithmetic, which widens what autocast has narrowed."""
+    return y.to(torch.promote_types(y.dtype, norm.weight.dtype)) if is_frozen_norm(norm) else y
+
+
+def why_stock(module: Block | Transition | Residual) -> Optional[str]:
     """Why the modules in it, as they are now, make it run its stock path; None where they do not."""
     try:
         if hasattr(module, "layer_modules"):
             read_layers(module.layer_modules())
+        elif hasattr(module, "residual_modules"):
+            read_residual_block(module.residual_modules())
         else:
             read_pooled_unit(module.pooled_modules())
     except Unsupported as unsupported:

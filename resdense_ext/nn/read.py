@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple, Optional
@@ -10,7 +11,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, Unit
+from resdense_ext.reference import (
+    Activation,
+    BatchNorm,
+    Conv,
+    DenseLayer,
+    Pool,
+    PooledUnit,
+    ResidualBlock,
+    Shortcut,
+    Unit,
+)
 
 __all__ = [
     "DualPathModules",
@@ -20,11 +31,13 @@ __all__ = [
     "Unsupported",
     "check_forward",
     "check_untouched",
+    "is_frozen_norm",
     "is_wrapper",
     "pool_kind",
     "read_children",
     "read_layers",
     "read_pooled_unit",
+    "read_residual_block",
 ]
 
 _NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
@@ -38,6 +51,7 @@ _ORDINARY = {"ceil_mode": False, "count_include_pad": True, "divisor_override": 
 """The pools' options that the engine knows, by the one value that it knows."""
 _PARAMETERS = itemgetter("weight", "bias")
 _BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
+_FROZEN = itemgetter("weight", "bias", "running_mean", "running_var")
 
 
 class Unsupported(Exception):
@@ -76,7 +90,7 @@ class PooledModules(NamedTuple):
     @property
     def dims(self) -> int:
         """Dimensions of the maps that the norm takes."""
-        return 3 + _NORMS.index(type(self.norm))
+        return 4 if is_frozen_norm(self.norm) else 3 + _NORMS.index(type(self.norm))
 
 
 class ResidualModules(NamedTuple):
@@ -123,15 +137,57 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
         for norm, activation, conv in layer.units:
             # The convolution first: it says which norm belongs beside it.
             read_conv = _read_conv(conv)
-            if norm in norms:
-                raise Unsupported("serves twice, so its running statistics change in between", norm)
-            norms.add(norm)
+            _check_keeps_size(conv, read_conv)
+            _check_alone(norm, norms)
             units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
             activations.add(_read_activation(activation))
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
         raise Unsupported(f"the layers' activations differ: {sorted(a.name for a in activations)}")
     return read, activations.pop() if activations else Activation()
+
+
+def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activation, Activation]:
+    """The block as the functional call takes it, its inner activation, and that behind the addition.
+
+    Raises:
+        Unsupported: an inner module that the engine cannot stand in for, or one with hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    post = modules.form == "post"
+    units, activations, seen = [], set(), set()
+    for unit in modules.units:
+        conv, norm, activation = unit if post else (unit[2], *unit[:2])
+        _check_alone(norm, seen)
+        read_conv = _read_conv(conv)
+        units.append((_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
+        if activation is not None:
+            activations.add(_read_activation(activation))
+    if len(activations) > 1:
+        raise Unsupported(f"the units' activations differ: {sorted(a.name for a in activations)}")
+    norms, convs = map(list, zip(*units))
+    end = norms[-1] if post else None
+    shortcut = None
+    if modules.shortcut:
+        conv, *norm = modules.shortcut
+        read_conv, read_norm = _read_conv(conv), None
+        for of_projection in norm:
+            _check_alone(of_projection, seen)
+            read_norm = _read_norm(of_projection, _NORM_BESIDE[type(conv)])
+        shortcut = Shortcut(read_conv, read_norm, activated=not post)
+    block = ResidualBlock(tuple(map(Unit, [None, *norms[:-1]] if post else norms, convs)), end, shortcut)
+    activation = activations.pop() if activations else Activation()
+    last = Activation("identity") if modules.activation is None else _read_activation(modules.activation)
+    if activation.name == last.name and activation != last:
+        raise Unsupported(f"has slope {last.slope}, and the units' activation {activation.slope}", modules.activation)
+    return block, activation, last
+
+
+def _check_alone(norm: nn.Module, seen: set[nn.Module]) -> None:
+    if norm in seen:
+        raise Unsupported("serves twice, so its running statistics change in between", norm)
+    seen.add(norm)
 
 
 def read_pooled_unit(modules: PooledModules) -> tuple[PooledUnit, Activation]:
@@ -146,6 +202,7 @@ def read_pooled_unit(modules: PooledModules) -> tuple[PooledUnit, Activation]:
     conv = None
     if modules.conv is not None:
         conv = _read_conv(modules.conv)
+        _check_keeps_size(modules.conv, conv)
         if conv.weight.dim() != rank + 2 or any(size != 1 for size in conv.weight.shape[2:]):
             raise Unsupported(f"has kernel {tuple(conv.weight.shape[2:])}", modules.conv)
         if pool.kind != "average" or any(pool.padding):
@@ -197,6 +254,9 @@ def check_untouched(module: nn.Module) -> None:
 
 def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
     """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
+    if expected is nn.BatchNorm2d and is_frozen_norm(norm):
+        check_untouched(norm)
+        return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
     if type(norm) is not expected:
         raise Unsupported(f"is {type(norm).__name__}", norm)
     check_untouched(norm)
@@ -213,6 +273,12 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
     return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count)
 
 
+def is_frozen_norm(norm: nn.Module) -> bool:
+    """Whether it is torchvision's FrozenBatchNorm2d, a batch norm of buffers alone, which detection models have."""
+    library = sys.modules.get("torchvision.ops.misc")
+    return library is not None and type(norm) is library.FrozenBatchNorm2d
+
+
 def _read_conv(conv: nn.Module) -> Conv:
     if type(conv) not in _NORM_BESIDE:
         raise Unsupported(f"is {type(conv).__name__}", conv)
@@ -221,14 +287,20 @@ def _read_conv(conv: nn.Module) -> Conv:
     rank = weight.dim() - 2
     stride, dilation = _sizes(conv.stride, rank), _sizes(conv.dilation, rank)
     extent = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
+    if conv.padding == "same" and any(e % 2 for e in extent):
+        raise Unsupported(f"pads one side more than the other: {conv}", conv)
     same = tuple(e // 2 for e in extent)
     padding = _sizes({"same": same, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else conv.padding, rank)
-    if any(s != 1 for s in stride) or any(2 * p != e for p, e in zip(padding, extent)):
-        geometry = f"kernel {tuple(weight.shape[2:])}, stride {stride}, padding {conv.padding!r}, dilation {dilation}"
-        raise Unsupported(f"does not keep every position in its place: {geometry}", conv)
     if any(padding) and conv.padding_mode != "zeros":
         raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
-    return Conv(weight, bias, padding, dilation, conv.groups)
+    return Conv(weight, bias, padding, dilation, conv.groups, stride)
+
+
+def _check_keeps_size(module: nn.Module, conv: Conv) -> None:
+    if not conv.keeps_size:
+        kernel = tuple(conv.weight.shape[2:])
+        geometry = f"kernel {kernel}, stride {conv.steps}, padding {module.padding!r}, dilation {conv.dilation}"
+        raise Unsupported(f"does not keep every position in its place: {geometry}", module)
 
 
 def pool_kind(pool: nn.Module) -> Optional[str]:

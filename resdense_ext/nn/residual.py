@@ -10,7 +10,7 @@ from typing import ClassVar, Optional
 
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import OnEngine, Policy
+from resdense_ext.nn.engine import OnEngine, Policy, run_residual_block
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
 from resdense_ext.nn.read import ResidualModules, check_forward, check_untouched, read_children
 
@@ -44,7 +44,8 @@ class _ResidualBlock(OnEngine, nn.Module):
         self.policy = policy
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stock_forward(x)
+        check_policy(self.policy)
+        return run_residual_block(self, x)
 
     def extra_repr(self) -> str:
         return f"policy={self.policy!r}"

@@ -111,10 +111,10 @@ class CpuBackend(CompiledBackend):
         prologue = fold or Fold.linear(x)
         scale, shift, activation = prologue.affine
         vectors = scale, shift, prologue.mean, slope_of(activation)
-        if fused and into is not None and _is_matrix_product(conv):
-            dy = into.dy
+        if fused and _is_matrix_product(conv):
+            dy = torch.empty_like(x) if into is None else into.dy
             weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
-                x, *vectors, conv.weight.flatten(1), *grad, dy, need_weight
+                x, *vectors, conv.weight.flatten(1), *grad, dy, into is not None, need_weight
             )
             weight = weight.view_as(conv.weight) if need_weight else None
         elif fused and _suits_winograd(x, conv):

@@ -52,7 +52,7 @@ def _bn_act_conv1x1(x, scale, shift, negative_slope, weight, bias, out, stats):
 
 
 def _bn_act_conv1x1_backward(
-    x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, need_weight
+    x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
 ):
     outputs, inputs = weight.shape
     dweight = weight.new_empty((outputs if need_weight else 0, inputs), dtype=accumulation_dtype(weight.dtype))
@@ -108,22 +108,7 @@ def _add_act_cpu(x, y, negative_slope):
 
 
 def _add_act_backward_cpu(grad, out, negative_slope):
-    return grad * reference.activation_slope(out, Activation("leaky_relu", negative_slope))
-
-
-def _bn_add_act_cpu(z, scale, shift, identity, identity_scale, identity_shift, negative_slope):
-    linear = Activation("identity")
-    if identity_scale is not None:
-        identity = reference.apply_pending(identity, identity_scale, identity_shift, linear)
-    return _add_act_cpu(reference.apply_pending(z, scale, shift, linear), identity, negative_slope)
-
-
-def _bn_add_act_backward_cpu(grad, out, z, center, identity, identity_center, negative_slope):
-    wide, reduced = center.dtype, [0, *range(2, z.dim())]
-    g = _add_act_backward_cpu(grad.to(wide), out.to(wide), negative_slope)
-    sum_of = lambda x, c: (g * (x - reference.per_channel(c, x))).sum(reduced)  # noqa: E731
-    sum_g_ic = center.new_empty(0) if identity is None else sum_of(identity, identity_center)
-    return torch.empty_like(out).copy_(g), g.sum(reduced), sum_of(z, center), sum_g_ic
+    return torch.ops.aten.leaky_relu_backward(grad, out, negative_slope, True)
 
 
 if CPU_LIBRARY is None:  # else there are no such operators
@@ -152,7 +137,5 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_conv3x3_cpu,
         _add_act_cpu,
         _add_act_backward_cpu,
-        _bn_add_act_cpu,
-        _bn_add_act_backward_cpu,
     ):
         LIBRARY.impl(kernel.__name__[1:-4], kernel, "CPU")

@@ -8,7 +8,8 @@ that of its projection, ``map_{n+1}``. Norm i reads map i::
 
 Backward begins with ``g = grad * last'``, which is the identity's gradient, and in which the gradient of x is added up; it goes
 through the convolutions from the last to the first. Kept are x, the output where it tells ``last'``, and the maps that backward
-reads ("fast") or none of them ("min"): then they are computed again, with the statistics that are known.
+reads ("fast") or none of them ("min"): then they are computed again, with the statistics that are known. The maps that only a norm
+reads are mostly done without: see `resdense_ext.ops.residual_maps.plan_of`.
 
 Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
 """
@@ -16,140 +17,164 @@ Source: He et al., Deep Residual Learning for Image Recognition, and Identity Ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward, moments
+from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
-from resdense_ext.ops.units import GRADS, UNIT, conv_of, geometry_of, new_stats
-from resdense_ext.reference import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
-
-__all__ = ["ResidualBlockConfig", "counts_of", "norms_of", "reads_out", "units_of"]
-
-SCHEMA = (
-    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, "
-    "str activation, float slope, str last, float last_slope, bool[] keep, bool again, str backend"
+from resdense_ext.ops.residual_maps import (
+    SCHEMA,
+    Maps,
+    ResidualBlockConfig,
+    norms_of,
+    sampling,
+    sizes_of,
+    takes_stats,
 )
+from resdense_ext.ops.units import GRADS, UNIT, new_stats
+from resdense_ext.reference import Conv
+
+__all__: list[str] = []
 
 
-class ResidualBlockConfig(NamedTuple):
-    """All of a block that is no tensor, in the operators' types.
+def _forward(x: Tensor, tensors, config: ResidualBlockConfig) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The output; the statistics of all maps; the maps that are kept, and the activation's input where nothing else tells it."""
+    x = dense_map(x)
+    maps = Maps(x, config.block(tensors), config)
+    keep = [how == "kept" for how in config.plan]
+    maps.compute(keep)
+    kept = [z for z, wanted in zip(maps.maps[1:], keep) if wanted]
+    if reference.determined(maps.last):
+        out = maps.sum(maps.last)
+    else:
+        before = maps.sum(LINEAR)
+        out = reference.activate(before, maps.last)
+        if "again" not in config.plan:
+            kept.append(before)
+    return out, [t for stats in maps.stats for t in stats], kept
 
-    The norms' lists have a value for every unit, for the end and for the shortcut; ``geometry`` has the numbers of every
-    convolution. ``activated`` is the shortcut's. ``keep`` says which of the maps 1 to n + 1 are kept for backward; the others
-    are computed ``again`` in it, or it has no need of them.
+
+class _Gradients:
+    """Those that are asked for, of x and of `GRADS` of every unit, of the end and of the shortcut."""
+
+    def __init__(self, needs: Sequence[bool]) -> None:
+        self.needs = needs
+        self.found: list[Optional[Tensor]] = [None] * len(needs)
+
+    def record(self, unit: int, *values: Optional[Tensor]) -> None:
+        """Adds values for the unit's `GRADS`, the first of them."""
+        for at, value in enumerate(values, 1 + len(GRADS) * unit):
+            if value is not None and self.needs[at]:
+                self.found[at] = value if self.found[at] is None else self.found[at] + value
+
+    def wants_up_to(self, unit: int) -> bool:
+        """Whether anything up to this unit wants a gradient."""
+        return any(self.needs[: 1 + len(GRADS) * (unit + 1)])
+
+    def wants_weight(self, unit: int) -> bool:
+        return any(self.needs[3 + len(GRADS) * unit : 1 + len(GRADS) * (unit + 1)])
+
+
+def _backward(
+    grad: Tensor, out: Optional[Tensor], x: Tensor, tensors, config: ResidualBlockConfig, stats, kept, needs
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for; empty tensors for the rest."""
+    x = dense_map(x)
+    grad = grad.contiguous(memory_format=memory_format_of(x))
+    block, plan, kept = config.block(tensors), config.plan, iter(kept)
+    walk = Maps(x, block, config, [Stats(*stats[i : i + 2]) for i in range(0, len(stats), 2)])
+    backend, maps, units = walk.backend, walk.maps, walk.units
+    if "again" in plan:
+        walk.compute([True] * len(plan), [how in ("moments", "none") for how in plan])
+    else:
+        maps[1:] = [next(kept) if how == "kept" else None for how in plan]
+    if out is not None or walk.last.name == "identity":
+        mark = grad if out is None else out
+    else:
+        mark = walk.sum(LINEAR) if "again" in plan else next(kept)
+    grads = _Gradients(needs)
+    g, upstream = _end(grad, mark, walk, plan, grads)
+
+    first, shortcut = block.units[0], block.shortcut
+    into = None
+    if needs[0] and shortcut is None:
+        # A single convolution still reads g while it adds to the gradient of x.
+        ours = g is not grad and units > 1
+        into = Pending.of(g.to(x.dtype) if ours else g.to(x.dtype, copy=True), x)
+    elif needs[0] and (first.norm is not None or sampling(first.conv) is not None):
+        into = Pending.of(torch.zeros_like(x), x)
+    for k in reversed(range(units)):
+        last = k == units - 1
+        if not grads.wants_up_to(units if last else k):
+            break  # nothing before this point wants a gradient
+        source = Pointwise(maps[k], walk.fold(k), block.units[k].conv, backend)
+        found = _through(source, walk, k + 1, upstream.pop(units) if last else pending, None if k else into, grads, k)
+        pending = found.input
+        if k:
+            maps[k] = None
+        else:
+            into = pending
+    if shortcut is not None:
+        source = Pointwise(x, walk.fold(0) if shortcut.activated else None, shortcut.conv, backend)
+        found = _through(source, walk, units + 1, upstream.pop(units + 1), into if needs[0] else None, grads, units + 1)
+        grads.record(0, found.norm_weight, found.norm_bias)
+    if needs[0]:
+        grads.found[0] = backend.pending_grad_(into) if takes_stats(walk.norms[0]) else into.dy
+    return _wanted(grads.found, x, tensors)
+
+
+def _end(
+    grad: Tensor, mark: Tensor, walk: Maps, plan: Sequence[str], grads: _Gradients
+) -> tuple[Tensor, dict[int, Pending | Tensor]]:
+    """``g = grad * last'``, and the gradients of the two maps that are added up: pending behind their norms, or of a map that is
+    done without g itself."""
+    added = [k for k in walk.added() if k]
+    upstream: dict[int, Pending | Tensor] = {}
+    normed = [k for k in added if walk.has_end(k) and plan[k - 1] != "moments"]
+    g = grad
+    if normed:
+        # Of a map that backward does not need, any other serves.
+        values = [(mark if walk.maps[k] is None else walk.maps[k], walk.fold(k)) for k in normed]
+        operands = [(z, fold.mean) for z, fold in values] + [(None, None)]
+        g, sum_g, *sums = walk.backend.bn_add_act_backward(grad, mark, *operands[0], *operands[1], walk.last)
+        for k, (z, fold), sum_g_zc in zip(normed, values, sums):
+            ended = walk.backend.norm_backward(g, z, fold, sum_g.clone() if upstream else sum_g, sum_g_zc)
+            grads.record(k, ended.norm_weight, ended.norm_bias)
+            upstream[k] = ended.input
+    else:
+        g = activation_backward(grad, mark, walk.last)
+    for k in added:
+        if k not in upstream:
+            upstream[k] = g if walk.has_end(k) else Pending.of(g, g)
+    return g, upstream
+
+
+def _through(
+    source: Pointwise, walk: Maps, k: int, grad: Pending | Tensor, into: Optional[Pending], grads: _Gradients, unit: int
+) -> ConvGrads:
+    """Through the convolution of ``unit`` that writes map k, and what stands before it; see `ReferenceBackend.bn_act_conv_backward`.
+
+    A gradient that is not pending is that behind the map's norm.
     """
-
-    normed: list[bool]
-    eps: list[float]
-    batch_stats: list[bool]
-    geometry: list[int]
-    activated: bool
-    activation: str
-    slope: float
-    last: str
-    last_slope: float
-    keep: list[bool]
-    again: bool
-    backend: str
-
-    @staticmethod
-    def of(
-        block: ResidualBlock, activation: Activation, last: Activation, keep: list[bool], again: bool, backend: str
-    ) -> ResidualBlockConfig:
-        norms = norms_of(block)
-        return ResidualBlockConfig(
-            [norm is not None for norm in norms],
-            [0.0 if norm is None else norm.eps for norm in norms],
-            [_takes_stats(norm) for norm in norms],
-            [n for _, conv in units_of(block) if conv is not None for n in geometry_of(conv)],
-            block.shortcut is not None and block.shortcut.activated,
-            *activation,
-            *last,
-            keep,
-            again,
-            backend,
+    inside = unit < walk.units
+    if isinstance(grad, Pending):
+        found = _convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit))
+    else:
+        wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
+        found, *of_norm = moments_backward(
+            Branch(source, walk.fold(k)), moments(source), grad, into, wants_input, grads.wants_weight(unit)
         )
-
-    def block(self, tensors: Sequence[Optional[Tensor]]) -> ResidualBlock:
-        """The block as it was given, around other tensors."""
-        *units, (end, _), (norm, conv) = (self._unit(i, tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
-        return ResidualBlock(tuple(units), end, None if conv is None else Shortcut(conv, norm, self.activated))
-
-    def _unit(self, i: int, tensors: Sequence[Optional[Tensor]]) -> Unit:
-        norm, conv = None, None
-        if self.normed[i]:
-            norm = BatchNorm(*tensors[:4], self.batch_stats[i], None, self.eps[i])
-        if tensors[4] is not None:
-            numbers = 3 * (tensors[4].dim() - 2) + 1
-            # The end has no convolution: the shortcut's comes right behind the units'.
-            conv = conv_of(*tensors[4:], self.geometry[min(i, len(self.eps) - 2) * numbers :])
-        return Unit(norm, conv)
-
-    @property
-    def activations(self) -> tuple[Activation, Activation]:
-        """That between the convolutions, and that behind the addition."""
-        return Activation(self.activation, self.slope), Activation(self.last, self.last_slope)
-
-
-def units_of(block: ResidualBlock) -> list[tuple[Optional[BatchNorm], Optional[Conv]]]:
-    """The norm and the convolution of every unit, of the end and of the shortcut."""
-    shortcut = (None, None) if block.shortcut is None else (block.shortcut.norm, block.shortcut.conv)
-    return [*block.units, (block.norm, None), shortcut]
-
-
-def norms_of(block: ResidualBlock) -> list[Optional[BatchNorm]]:
-    """Norm i reads map i."""
-    return [norm for norm, _ in units_of(block)]
-
-
-def _sizes_of(x: Tensor, block: ResidualBlock) -> list[Sequence[int]]:
-    """The spatial sizes of every map; of that of a projection whether there is one or not."""
-    sizes: list[Sequence[int]] = [x.shape[2:]]
-    for unit in block.units:
-        sizes.append(unit.conv.outputs(sizes[-1]))
-    return [*sizes, sizes[-1]]
-
-
-def counts_of(x: Tensor, block: ResidualBlock) -> list[int]:
-    """The number of positions of every map."""
-    return [x.shape[0] * torch.Size(sizes).numel() for sizes in _sizes_of(x, block)]
-
-
-def reads_out(last: Activation) -> bool:
-    """Whether backward reads the block's output."""
-    return last.name != "identity" and reference.determined(last)
-
-
-def _takes_stats(norm: Optional[BatchNorm]) -> bool:
-    return norm is not None and norm.batch_stats
-
-
-def _sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
-    """The positions that a strided convolution of kernel size 1 reads: of these alone it has stride 1. None for any other."""
-    if any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
-        return None
-    return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
-
-
-def _convolve(
-    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, reader: Optional[BatchNorm]
-) -> tuple[Tensor, Stats]:
-    """A new map, and its statistics where its reader normalises by them."""
-    at = _sampling(conv)
-    if at is not None:
-        x, conv = dense_map(x[at]), conv._replace(stride=())
-    z = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:]))
-    stats = new_stats(z, reader)
-    backend.bn_act_conv(
-        x, None if fold is None else fold.affine, conv, z, None, 1.0, stats if _takes_stats(reader) else None
-    )
-    return z, stats
+        grads.record(k, *of_norm)
+    if inside:
+        grads.record(unit, found.norm_weight, found.norm_bias)
+    grads.record(unit, None, None, found.weight, found.bias)
+    return found
 
 
 def _convolve_backward(
@@ -162,7 +187,7 @@ def _convolve_backward(
     need_weight: bool,
 ) -> ConvGrads:
     """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted."""
-    at = _sampling(conv)
+    at = sampling(conv)
     if at is None:
         return backend.bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
     sampled, conv = dense_map(x[at]), conv._replace(stride=())
@@ -172,155 +197,6 @@ def _convolve_backward(
     grads = backend.bn_act_conv_backward(sampled, fold, conv, grad, part, need_weight)
     into.dy[at].copy_(part.dy)
     return grads._replace(input=into)
-
-
-class _Maps:
-    """The maps of a block, computed forward or again, and their statistics, taken or known."""
-
-    def __init__(self, x: Tensor, block: ResidualBlock, config: ResidualBlockConfig, stats: Optional[list[Stats]] = None):
-        self.block, self.backend, self.norms = block, backends.get(config.backend), norms_of(block)
-        self.activation, self.last = config.activations
-        self.counts = counts_of(x, block)
-        self.units = len(block.units)
-        self.maps: list[Optional[Tensor]] = [x] + [None] * (self.units + 1)
-        self.known = stats is not None
-        self.stats = stats or [new_stats(x, None) for _ in self.maps]
-
-    def fold(self, i: int) -> Optional[Fold]:
-        norm = self.norms[i]
-        return None if norm is None else self.backend.fold(norm, self.stats[i], self.counts[i], self.activation)
-
-    def compute(self, keep_all: bool) -> None:
-        """All maps; without ``keep_all`` those that are read no more are let go."""
-        x = self.maps[0]
-        if _takes_stats(self.norms[0]) and not self.known:
-            self.stats[0] = Stats(*self.backend.channel_stats(x))
-        first = self.fold(0)
-        for i, unit in enumerate(self.block.units):
-            self._write(i + 1, self.maps[i], self.fold(i) if i else first, unit.conv)
-            if i and not keep_all:
-                self.maps[i] = None
-        if self.block.shortcut is not None:
-            conv, _, activated = self.block.shortcut
-            self._write(self.units + 1, x, first if activated else None, conv)
-
-    def _write(self, i: int, source: Tensor, fold: Optional[Fold], conv: Conv) -> None:
-        self.maps[i], stats = _convolve(self.backend, source, fold, conv, None if self.known else self.norms[i])
-        if not self.known:
-            self.stats[i] = stats
-
-    def added(self) -> list[int]:
-        """The two maps that are added up; those with norms come first."""
-        pair = (self.units, 0 if self.block.shortcut is None else self.units + 1)
-        return sorted(pair, key=lambda i: not self.has_end(i))
-
-    def has_end(self, i: int) -> bool:
-        """Whether map i goes into the addition through a norm."""
-        return i >= self.units and self.norms[i] is not None
-
-    def sum(self, activation: Activation) -> Tensor:
-        """``act(norm_n(map_n) + shortcut)``."""
-        i, j = self.added()
-        if not self.has_end(i):
-            return reference.add_act(self.maps[i], self.maps[j], activation)
-        affine = self.fold(j).affine if self.has_end(j) else None
-        return self.backend.bn_add_act(self.maps[i], self.fold(i).affine, self.maps[j], affine, activation)
-
-
-def _forward(x: Tensor, tensors, config: ResidualBlockConfig) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The output; the statistics of all maps; the maps that are kept, and the activation's input where nothing else tells it."""
-    x = dense_map(x)
-    maps = _Maps(x, config.block(tensors), config)
-    maps.compute(keep_all=any(config.keep))
-    kept = [z for z, keep in zip(maps.maps[1:], config.keep) if keep]
-    if reference.determined(maps.last):
-        out = maps.sum(maps.last)
-    else:
-        before = maps.sum(Activation("identity"))
-        out = reference.activate(before, maps.last)
-        if kept:
-            kept.append(before)
-    return out, [t for stats in maps.stats for t in stats], kept
-
-
-def _backward(
-    grad: Tensor, out: Optional[Tensor], x: Tensor, tensors, config: ResidualBlockConfig, stats, kept, needs
-) -> list[Tensor]:
-    """The gradients that ``needs`` asks for, of x and of `GRADS` of every unit, of the end and of the shortcut; empty tensors for
-    the rest."""
-    x = dense_map(x)
-    grad = grad.contiguous(memory_format=memory_format_of(x))
-    block = config.block(tensors)
-    walk = _Maps(x, block, config, [Stats(*stats[i : i + 2]) for i in range(0, len(stats), 2)])
-    backend, maps, units = walk.backend, walk.maps, walk.units
-    kept = iter(kept)
-    if config.again:
-        walk.compute(keep_all=True)
-    else:
-        maps[1:] = [next(kept) if keep else None for keep in config.keep]
-    results: list[Optional[Tensor]] = [None] * len(needs)
-
-    def record(unit: int, *values: Optional[Tensor]) -> None:
-        for i, value in enumerate(values):
-            at = 1 + len(GRADS) * unit + i
-            if value is not None and needs[at]:
-                results[at] = value if results[at] is None else results[at] + value
-
-    def wants_weight(unit: int) -> bool:
-        return any(needs[3 + 4 * unit : 5 + 4 * unit])
-
-    g = grad
-    i, j = walk.added()
-    if out is not None or walk.last.name == "identity":
-        mark = grad if out is None else out
-    else:
-        mark = walk.sum(Activation("identity")) if config.again else next(kept)
-    upstream = {}
-    if walk.has_end(i):
-        # Of a map that backward does not need, any other serves.
-        values = [(mark if maps[k] is None else maps[k], walk.fold(k)) for k in (i, j) if walk.has_end(k)]
-        operands = [(z, fold.mean) for z, fold in values] + [(None, None)]
-        g, sum_g, *sums = backend.bn_add_act_backward(grad, mark, *operands[0], *operands[1], walk.last)
-        for k, (z, fold), sum_g_zc in zip((i, j), values, sums):
-            ended = backend.norm_backward(g, z, fold, sum_g.clone() if upstream else sum_g, sum_g_zc)
-            record(k, ended.norm_weight, ended.norm_bias)
-            upstream[k] = ended.input
-    elif walk.last.name != "identity":
-        g = grad * reference.marked_slope(mark, walk.last)
-    for k in (i, j):
-        upstream.setdefault(k, Pending.of(g, g))
-
-    first, shortcut = block.units[0], block.shortcut
-    into = None
-    if needs[0] and shortcut is None:
-        # A single convolution still reads g while it adds to the gradient of x.
-        ours = g is not grad and units > 1
-        into = Pending.of(g.to(x.dtype) if ours else g.to(x.dtype, copy=True), x)
-    elif needs[0] and (first.norm is not None or _sampling(first.conv) is not None):
-        into = Pending.of(torch.zeros_like(x), x)
-    pending = upstream.pop(units)
-    for k in reversed(range(units)):
-        if not any(needs[: 1 + len(GRADS) * (k + 1)]):
-            break  # nothing before this point wants a gradient
-        grads = _convolve_backward(
-            backend, maps[k], walk.fold(k), block.units[k].conv, pending, None if k else into, wants_weight(k)
-        )
-        record(k, grads.norm_weight, grads.norm_bias, grads.weight, grads.bias)
-        pending = grads.input
-        if k:
-            maps[k] = None
-        else:
-            into = pending
-    if shortcut is not None:
-        fold = walk.fold(0) if shortcut.activated else None
-        grads = _convolve_backward(
-            backend, x, fold, shortcut.conv, upstream.pop(units + 1), into if needs[0] else None, wants_weight(units + 1)
-        )
-        record(0, grads.norm_weight, grads.norm_bias)
-        record(units + 1, None, None, grads.weight, grads.bias)
-    if needs[0]:
-        results[0] = backend.pending_grad_(into) if _takes_stats(walk.norms[0]) else into.dy
-    return _wanted(results, x, tensors)
 
 
 def _targets(x: Tensor, tensors) -> list[Optional[Tensor]]:
@@ -348,14 +224,14 @@ def _residual_block_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Ten
     config = ResidualBlockConfig(*numbers)
     block = config.block(tensors)
     maps = [x]
-    for unit, sizes in zip(block.units, _sizes_of(x, block)[1:]):
+    for unit, sizes in zip(block.units, sizes_of(x, block)[1:]):
         maps.append(empty_map(x, unit.conv.weight.shape[0], unit.conv.weight.dtype, sizes))
     identity = x if block.shortcut is None else torch.empty_like(maps[-1])
     dtype = torch.promote_types(maps[-1].dtype, identity.dtype) if block.norm is None else maps[-1].dtype
     out = torch.empty_like(maps[-1], dtype=dtype)
     stats = [t for z, norm in zip([*maps, identity], norms_of(block)) for t in new_stats(z, norm)]
-    kept = [z for z, keep in zip([*maps[1:], identity], config.keep) if keep]
-    if kept and not reference.determined(config.activations[1]):
+    kept = [z for z, how in zip([*maps[1:], identity], config.plan) if how == "kept"]
+    if "again" not in config.plan and not reference.determined(config.activations[1]):
         kept.append(torch.empty_like(out))
     return out, stats, kept
 

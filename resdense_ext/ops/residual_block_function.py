@@ -11,7 +11,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.residual_block import ResidualBlockConfig, counts_of, norms_of, reads_out, units_of
+from resdense_ext.ops.residual_maps import ResidualBlockConfig, counts_of, norms_of, plan_of, reads_out, units_of
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
@@ -70,21 +70,12 @@ def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[T
 
 
 def residual_block(
-    x: Tensor, block: ResidualBlock, activation: Activation, last: Activation, keep: bool, backend: ReferenceBackend
+    x: Tensor, block: ResidualBlock, activation: Activation, last: Activation, policy: str, backend: ReferenceBackend
 ) -> Tensor:
-    """The checked call: see `resdense_ext.functional.residual_block`. ``keep`` says whether the block's maps may be kept."""
+    """The checked call: see `resdense_ext.functional.residual_block`."""
     tensors = flat_tensors(units_of(block))
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    kept = [keep and grad and needed for needed in _needed(block)]
-    config = ResidualBlockConfig.of(block, activation, last, kept, not keep, backend.name)
+    plan = plan_of(x, block, last, policy if grad else "min", block.units[0].conv.weight.dtype)
+    config = ResidualBlockConfig.of(block, activation, last, plan, backend.name)
     return ResidualBlockFunction.apply(config, block, x, *tensors)
 
-
-def _needed(block: ResidualBlock) -> list[bool]:
-    """Which of the maps behind convolutions backward reads: not those that feed nothing but a norm that is frozen altogether."""
-
-    def trains(norm) -> bool:
-        return norm is not None and (norm.batch_stats or (norm.weight is not None and norm.weight.requires_grad))
-
-    shortcut = block.shortcut
-    return [True] * (len(block.units) - 1) + [trains(block.norm), shortcut is not None and trains(shortcut.norm)]

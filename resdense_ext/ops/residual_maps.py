@@ -1,0 +1,258 @@
+"""The maps of a residual block and the numbers that say all else of it: what its forward and its backward share.
+
+See `resdense_ext.ops.residual_block` for what the maps are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
+from resdense_ext.ops.conv1x1_bn_add_act import kept_for_backward
+from resdense_ext.ops.layout import dense_map, empty_map
+from resdense_ext.ops.units import UNIT, conv_of, geometry_of, new_stats
+from resdense_ext.reference import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
+
+__all__ = [
+    "SCHEMA",
+    "Maps",
+    "ResidualBlockConfig",
+    "cost_of",
+    "counts_of",
+    "norms_of",
+    "plan_of",
+    "reads_out",
+    "sampling",
+    "sizes_of",
+    "takes_stats",
+    "units_of",
+]
+
+SCHEMA = (
+    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, "
+    "str activation, float slope, str last, float last_slope, str[] plan, str backend"
+)
+
+
+class ResidualBlockConfig(NamedTuple):
+    """All of a block that is no tensor, in the operators' types.
+
+    The norms' lists have a value for every unit, for the end and for the shortcut; ``geometry`` has the numbers of every
+    convolution. ``activated`` is the shortcut's. ``plan`` says how backward comes by the maps 1 to n + 1, see `plan_of`.
+    """
+
+    normed: list[bool]
+    eps: list[float]
+    batch_stats: list[bool]
+    geometry: list[int]
+    activated: bool
+    activation: str
+    slope: float
+    last: str
+    last_slope: float
+    plan: list[str]
+    backend: str
+
+    @staticmethod
+    def of(
+        block: ResidualBlock, activation: Activation, last: Activation, plan: list[str], backend: str
+    ) -> ResidualBlockConfig:
+        norms = norms_of(block)
+        return ResidualBlockConfig(
+            [norm is not None for norm in norms],
+            [0.0 if norm is None else norm.eps for norm in norms],
+            [takes_stats(norm) for norm in norms],
+            [n for _, conv in units_of(block) if conv is not None for n in geometry_of(conv)],
+            block.shortcut is not None and block.shortcut.activated,
+            *activation,
+            *last,
+            plan,
+            backend,
+        )
+
+    def block(self, tensors: Sequence[Optional[Tensor]]) -> ResidualBlock:
+        """The block as it was given, around other tensors."""
+        *units, (end, _), (norm, conv) = (self._unit(i, tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
+        return ResidualBlock(tuple(units), end, None if conv is None else Shortcut(conv, norm, self.activated))
+
+    def _unit(self, i: int, tensors: Sequence[Optional[Tensor]]) -> Unit:
+        norm, conv = None, None
+        if self.normed[i]:
+            norm = BatchNorm(*tensors[:4], self.batch_stats[i], None, self.eps[i])
+        if tensors[4] is not None:
+            numbers = 3 * (tensors[4].dim() - 2) + 1
+            # The end has no convolution: the shortcut's comes right behind the units'.
+            conv = conv_of(*tensors[4:], self.geometry[min(i, len(self.eps) - 2) * numbers :])
+        return Unit(norm, conv)
+
+    @property
+    def activations(self) -> tuple[Activation, Activation]:
+        """That between the convolutions, and that behind the addition."""
+        return Activation(self.activation, self.slope), Activation(self.last, self.last_slope)
+
+
+def units_of(block: ResidualBlock) -> list[tuple[Optional[BatchNorm], Optional[Conv]]]:
+    """The norm and the convolution of every unit, of the end and of the shortcut."""
+    shortcut = (None, None) if block.shortcut is None else (block.shortcut.norm, block.shortcut.conv)
+    return [*block.units, (block.norm, None), shortcut]
+
+
+def norms_of(block: ResidualBlock) -> list[Optional[BatchNorm]]:
+    """Norm i reads map i."""
+    return [norm for norm, _ in units_of(block)]
+
+
+def sizes_of(x: Tensor, block: ResidualBlock) -> list[Sequence[int]]:
+    """The spatial sizes of every map; of that of a projection whether there is one or not."""
+    sizes: list[Sequence[int]] = [x.shape[2:]]
+    for unit in block.units:
+        sizes.append(unit.conv.outputs(sizes[-1]))
+    return [*sizes, sizes[-1]]
+
+
+def counts_of(x: Tensor, block: ResidualBlock) -> list[int]:
+    """The number of positions of every map."""
+    return [x.shape[0] * torch.Size(sizes).numel() for sizes in sizes_of(x, block)]
+
+
+def convs_of(block: ResidualBlock) -> list[Optional[Conv]]:
+    """Convolution i writes map i + 1."""
+    return [*(unit.conv for unit in block.units), None if block.shortcut is None else block.shortcut.conv]
+
+
+def plan_of(x: Tensor, block: ResidualBlock, last: Activation, policy: str, dtype: torch.dtype) -> list[str]:
+    """How backward comes by the maps 1 to n + 1, which have this dtype; x is the block's input, of which the shape matters.
+
+    - "kept": it was kept;
+    - "again": it is computed again;
+    - "moments": it does without, as the moments of what its convolution reads tell all of it that its norm asks for; see
+      `resdense_ext.ops.conv1x1_bn_add_act`;
+    - "none": there is no such map, or it feeds nothing but a norm that is frozen altogether.
+    """
+    plan, counts, norms = [], counts_of(x, block), norms_of(block)
+    for i, conv in enumerate(convs_of(block), 1):
+        inside = i < len(block.units)
+        if conv is None or not (inside or _trains(norms[i])):
+            plan.append("none")
+        elif not inside and _has_moments(conv, norms[i], counts[i], dtype) and (policy == "fast" or reference.determined(last)):
+            plan.append("moments")
+        else:
+            plan.append("kept" if policy == "fast" else "again")
+    return plan
+
+
+def _has_moments(conv: Conv, norm: BatchNorm, count: int, dtype: torch.dtype) -> bool:
+    """Whether the moments are worth their arithmetic, and smaller than the map."""
+    outputs, inputs, *kernel = conv.weight.shape
+    size = (count, inputs * conv.groups, outputs, conv.groups, dtype.itemsize)
+    return norm.batch_stats and all(n == 1 for n in kernel) and kept_for_backward(*size) == "gram"
+
+
+def _trains(norm: Optional[BatchNorm]) -> bool:
+    return norm is not None and (norm.batch_stats or (norm.weight is not None and norm.weight.requires_grad))
+
+
+def cost_of(x: Tensor, block: ResidualBlock, last: Activation, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes of the maps that "fast" keeps beside x and the output, and the FLOPs of those that "min" computes again."""
+    plans = [plan_of(x, block, last, policy, dtype) for policy in ("fast", "min")]
+    nbytes = flops = 0
+    for conv, count, fast, least in zip(convs_of(block), counts_of(x, block)[1:], *plans):
+        if fast == "kept":
+            nbytes += count * conv.weight.shape[0] * dtype.itemsize
+        if least == "again":
+            flops += 2 * count * conv.weight.numel()
+    if not reference.determined(last):
+        outputs = block.units[-1].conv.weight.shape[0]
+        nbytes += counts_of(x, block)[len(block.units)] * outputs * dtype.itemsize
+    return nbytes, flops
+
+
+def reads_out(last: Activation) -> bool:
+    """Whether backward reads the block's output."""
+    return last.name != "identity" and reference.determined(last)
+
+
+def takes_stats(norm: Optional[BatchNorm]) -> bool:
+    return norm is not None and norm.batch_stats
+
+
+def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
+    """The positions that a strided convolution of kernel size 1 reads: of these alone it has stride 1. None for any other."""
+    if any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
+        return None
+    return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
+
+
+def _convolve(
+    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, reader: Optional[BatchNorm]
+) -> tuple[Tensor, Stats]:
+    """A new map, and its statistics where its reader normalises by them."""
+    at = sampling(conv)
+    if at is not None:
+        x, conv = dense_map(x[at]), conv._replace(stride=())
+    z = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:]))
+    stats = new_stats(z, reader)
+    backend.bn_act_conv(
+        x, None if fold is None else fold.affine, conv, z, None, 1.0, stats if takes_stats(reader) else None
+    )
+    return z, stats
+
+
+class Maps:
+    """The maps of a block, computed forward or again, and their statistics, taken or known."""
+
+    def __init__(self, x: Tensor, block: ResidualBlock, config: ResidualBlockConfig, stats: Optional[list[Stats]] = None):
+        self.block, self.backend, self.norms = block, backends.get(config.backend), norms_of(block)
+        self.activation, self.last = config.activations
+        self.counts = counts_of(x, block)
+        self.units = len(block.units)
+        self.maps: list[Optional[Tensor]] = [x] + [None] * (self.units + 1)
+        self.known = stats is not None
+        self.stats = stats or [new_stats(x, None) for _ in self.maps]
+
+    def fold(self, i: int) -> Optional[Fold]:
+        norm = self.norms[i]
+        return None if norm is None else self.backend.fold(norm, self.stats[i], self.counts[i], self.activation)
+
+    def compute(self, keep: Sequence[bool], skip: Sequence[bool] = ()) -> None:
+        """All maps 1 to n + 1 but those to ``skip``; those inside that are not to ``keep`` are let go when they have been read."""
+        x, skip = self.maps[0], skip or [False] * len(keep)
+        if takes_stats(self.norms[0]) and not self.known:
+            self.stats[0] = Stats(*self.backend.channel_stats(x))
+        first = self.fold(0)
+        for i, unit in enumerate(self.block.units):
+            if not skip[i]:
+                self._write(i + 1, self.maps[i], self.fold(i) if i else first, unit.conv)
+            if i and not keep[i - 1]:
+                self.maps[i] = None
+        if self.block.shortcut is not None and not skip[self.units]:
+            conv, _, activated = self.block.shortcut
+            self._write(self.units + 1, x, first if activated else None, conv)
+
+    def _write(self, i: int, source: Tensor, fold: Optional[Fold], conv: Conv) -> None:
+        self.maps[i], stats = _convolve(self.backend, source, fold, conv, None if self.known else self.norms[i])
+        if not self.known:
+            self.stats[i] = stats
+
+    def added(self) -> list[int]:
+        """The two maps that are added up; those with norms come first."""
+        pair = (self.units, 0 if self.block.shortcut is None else self.units + 1)
+        return sorted(pair, key=lambda i: not self.has_end(i))
+
+    def has_end(self, i: int) -> bool:
+        """Whether map i goes into the addition through a norm."""
+        return i >= self.units and self.norms[i] is not None
+
+    def sum(self, activation: Activation) -> Tensor:
+        """``act(norm_n(map_n) + shortcut)``."""
+        i, j = self.added()
+        if not self.has_end(i):
+            return reference.add_act(self.maps[i], self.maps[j], activation)
+        affine = self.fold(j).affine if self.has_end(j) else None
+        return self.backend.bn_add_act(self.maps[i], self.fold(i).affine, self.maps[j], affine, activation)

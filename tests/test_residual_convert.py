@@ -1,0 +1,220 @@
+"""Conversion of residual networks: torchvision's ResNets, inside other models too, and this library's own blocks."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_nets import assert_same, engine, images, randomise, steps  # noqa: F401
+from stock import import_torchvision
+from tolerance import assert_within_noise, module_run, rounding_noise
+from torch import nn
+
+import resdense_ext as rd
+from resdense_ext.convert import budget as budgets
+
+POLICIES = ("fast", "min")
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return request.param
+
+
+def torchvision_models():
+    return import_torchvision().models
+
+
+KINDS = {
+    "basic": ("BasicBlock", [2, 1, 1, 1], {}),
+    "bottleneck": ("Bottleneck", [2, 1, 1, 1], {}),
+    "resnext": ("Bottleneck", [1, 1, 1, 1], dict(groups=4, width_per_group=4)),
+    "dilated": ("Bottleneck", [1, 1, 2, 2], dict(replace_stride_with_dilation=[False, True, True])),
+}
+
+
+def small_resnet(kind="bottleneck", **options):
+    block, layers, given = KINDS[kind]
+    models = torchvision_models()
+    torch.manual_seed(0)
+    net = models.ResNet(getattr(models.resnet, block), layers, num_classes=5, **given, **options)
+    return randomise(net).double()
+
+
+def blocks_of(model):
+    return [m for m in model.modules() if hasattr(m, "residual_modules")]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_as_stock(engine, policy, kind, channels_last):  # noqa: F811
+    stock, x = small_resnet(kind), images(2, 3, 40, 33)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    assert_same(steps(model, x), steps(stock, x), 1e-10)
+    assert engine == [policy] * sum(KINDS[kind][1])
+
+
+def test_within_the_rounding_noise(policy):
+    torch.manual_seed(0)
+    stock = torchvision_models().resnet50(num_classes=10).double()
+    run, params, inputs = module_run(stock), stock.state_dict(), {"x": images(2, 3, 64, 64)}
+    noise = rounding_noise(run, inputs, params)
+    expected = run({"x": inputs["x"].clone()}, copy.deepcopy(params))
+    ours = module_run(rd.convert(copy.deepcopy(stock), policy))({"x": inputs["x"].clone()}, copy.deepcopy(params))
+    assert_within_noise(ours, expected, noise)
+
+
+def test_eval_without_gradients_and_revert(engine, policy):  # noqa: F811
+    stock, x = small_resnet().eval(), images(2, 3, 40, 33)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    with torch.no_grad():
+        assert_same({"output": model(x)}, {"output": stock(x)})
+    assert len(engine) == 5
+    assert isinstance(model, type(stock)) and list(model.state_dict()) == list(stock.state_dict())
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    rd.revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_ten_steps_give_the_same_losses(policy):
+    stock, x, target = small_resnet(), images(4, 3, 40, 33), torch.tensor([0, 1, 2, 3])
+    losses = []
+    for net in (copy.deepcopy(stock), rd.convert(copy.deepcopy(stock), policy)):
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+        losses.append([])
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), target)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][0] > losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-7)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_detection_backbone(engine, policy, autocast):  # noqa: F811
+    """Frozen norms, an FPN behind it, and no gradients in front."""
+    tv = import_torchvision()
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    torch.manual_seed(0)
+    norm = tv.ops.misc.FrozenBatchNorm2d
+    stock = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=norm, trainable_layers=3)
+    for m in stock.modules():
+        if isinstance(m, norm):
+            m.weight.normal_(1, 0.3), m.bias.normal_(0, 0.3), m.running_mean.normal_(0, 0.3), m.running_var.uniform_(0.5, 1.5)
+    model, x = rd.convert(copy.deepcopy(stock), policy), images(2, 3, 64, 70).float()
+    results = []
+    for net in (model, stock):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = net(x)
+        sum(y.float().square().mean() for y in out.values()).backward()
+        results.append((out, {name: p.grad for name, p in net.named_parameters()}))
+    (ours, our_grads), (theirs, their_grads) = results
+    tolerance = 0.2 if autocast else 1e-4  # a smoke test of dtypes; the blocks' numbers are tested by themselves
+    assert list(ours) == list(theirs) and {k: y.dtype for k, y in ours.items()} == {k: y.dtype for k, y in theirs.items()}
+    for name, y in theirs.items():
+        assert (ours[name] - y).norm() <= tolerance * y.norm(), name
+    for name, grad in their_grads.items():
+        assert (our_grads[name] is None) == (grad is None), name
+        assert grad is None or (our_grads[name] - grad).norm() <= tolerance * grad.norm(), name
+    assert len(engine) == 8
+    if not autocast:
+        # Without batch statistics stock keeps a map a convolution, too.
+        ours, theirs = (rd.memory.saved_bytes(lambda: list(net(x).values())) for net in (model, stock))
+        assert ours <= theirs * (1.0 if policy == "fast" else 0.85)
+
+
+def test_a_segmentation_model(engine, policy):  # noqa: F811
+    models = torchvision_models()
+    torch.manual_seed(0)
+    stock = randomise(models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)).double().eval()
+    model, x = rd.convert(copy.deepcopy(stock), policy), images(1, 3, 33, 40)
+    call = lambda m, x: m(x)["out"]  # noqa: E731
+    assert_same(steps(model, x, call=call), steps(stock, x, call=call), 1e-9)
+    assert len(engine) == 16
+
+
+@pytest.mark.parametrize("downsample", ["pool", "hooked", "named"])
+def test_another_shortcut_runs_its_stock_path(engine, downsample):  # noqa: F811
+    stock = small_resnet()
+    block = stock.layer2[0]
+    if downsample == "pool":
+        block.downsample = nn.Sequential(nn.AvgPool2d(1), *block.downsample)
+    elif downsample == "hooked":
+        block.downsample.register_forward_hook(lambda *args: None)
+    else:
+        block.downsample = nn.Sequential(*[nn.Identity(), *block.downsample])
+    x = images(2, 3, 40, 33)
+    with pytest.warns(UserWarning, match="downsample"):
+        model = rd.convert(copy.deepcopy(stock))
+        ours = steps(model, x)
+    assert_same(ours, steps(stock, x), 1e-10)
+    assert len(engine) == 4
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_left_alone():
+    models = torchvision_models()
+
+    class Scaled(models.resnet.BasicBlock):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = models.ResNet(Scaled, [1, 1, 1, 1], num_classes=5)
+    with pytest.warns(UserWarning, match="layer1.0: has a forward of its own"):
+        rd.convert(net)
+    assert not blocks_of(net)
+
+
+def test_report():
+    model, x = rd.convert(small_resnet()), images(2, 3, 40, 33)
+    report = rd.report(model, x)
+    assert report.saved_bytes == rd.memory.saved_bytes(lambda: model(x))
+    assert [(row.path, row.layers, row.policy, row.note) for row in report.rows[:2]] == [
+        ("layer1.0", 3, "fast", ""),
+        ("layer1.1", 3, "fast", ""),
+    ]
+    assert all(row.saved_bytes < row.stock_saved_bytes for row in report.rows)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_budget(share):
+    x, stock = images(2, 3, 64, 64), small_resnet("basic")
+    least, most = (rd.memory.saved_bytes(lambda: rd.convert(copy.deepcopy(stock), p)(x)) for p in ("min", "fast"))
+    budget = int(least + share * (most - least))
+    model = rd.convert(copy.deepcopy(stock), memory_budget=budget, example_input=x)
+    plan, saved = budgets.plan_of(model), rd.memory.saved_bytes(lambda: model(x))
+    kept = [block.engine_policy for block in blocks_of(model)]
+    assert saved <= budget and plan.predicted_bytes == pytest.approx(saved, rel=0.01)
+    assert kept.count("fast") == plan.kept and plan.bottlenecks == 5
+    assert (kept.count("fast") in (0, 5)) == (share in (0.0, 1.0))
+
+
+OWN = {
+    "BasicBlock": lambda n, **o: n.BasicBlock(6, 6, **o),
+    "Bottleneck": lambda n, **o: n.Bottleneck(8, 4, 2, nn.Sequential(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16)), **o),
+    "PreActBlock": lambda n, **o: n.PreActBlock(6, 8, 2, **o),
+    "PreActBottleneck": lambda n, **o: n.PreActBottleneck(8, 2, **o),
+}
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("name", OWN)
+def test_own_blocks(engine, policy, name, activation):  # noqa: F811
+    torch.manual_seed(0)
+    block = randomise(OWN[name](rd.nn, activation=activation, policy=policy)).double()
+    channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+    x = images(2, channels, 7, 6)
+    assert_same(steps(block, x), steps(rd.revert(copy.deepcopy(block)), x))
+    assert engine == [policy]
+
+
+def test_one_norm_for_two_runs_its_stock_path(engine):  # noqa: F811
+    block = rd.nn.BasicBlock(6, 6).double()
+    block.bn2 = block.bn1
+    with pytest.warns(UserWarning, match="serves twice"):
+        block(images(2, 6, 7, 6))
+    assert not engine

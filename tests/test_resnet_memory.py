@@ -1,0 +1,24 @@
+"""The promise in bytes: residual networks at 224x224, batch 4, float32, one training step. MB are 2**20 bytes, an image."""
+
+import pytest
+import torch
+from stock import import_torchvision
+
+import resdense_ext as rd
+
+BATCH, MB = 4, 2**20
+
+
+@pytest.mark.unpoisoned  # which would only fill the memory that is counted
+@pytest.mark.parametrize("policy", ["fast", "min"])
+@pytest.mark.parametrize(
+    ("name", "stock", "fast", "least"),
+    [("resnet18", 21.2, 14.5, 8.5), ("resnet50", 82.0, 42, 28), ("resnext50_32x4d", 107.1, 57, 28)],
+)
+def test_saved_bytes(name, stock, fast, least, policy):
+    net = getattr(import_torchvision().models, name)().to(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    if policy == "fast":
+        assert rd.memory.saved_bytes(lambda: net(images)) / (MB * BATCH) == pytest.approx(stock, abs=0.1)
+    rd.convert(net, policy)
+    assert rd.memory.saved_bytes(lambda: net(images)) <= {"fast": fast, "min": least}[policy] * MB * BATCH
