@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from resdense_ext.nn import Chain, DenseBlock, Transition
 from resdense_ext.nn.engine import OnEngine, is_transformed, run_features
 
-__all__ = ["DenseNet", "densenet121", "densenet161", "densenet169", "densenet201", "densenet264"]
+__all__ = [
+    "DenseNet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_bc40",
+    "densenet_bc100",
+]
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -141,3 +150,13 @@ def densenet201(**options) -> DenseNet:
 def densenet264(**options) -> DenseNet:
     """DenseNet-264 (growth rate 32, blocks of 6, 12, 64 and 48 layers); `options` go to `DenseNet`."""
     return DenseNet(32, (6, 12, 64, 48), 64, **options)
+
+
+def densenet_bc40(**options) -> DenseNet:
+    """DenseNet-BC of 40 layers for small images (growth rate 12, three blocks of 6 layers); `options` go to `DenseNet`."""
+    return DenseNet(12, (6, 6, 6), 24, **{"small_inputs": True, **options})
+
+
+def densenet_bc100(**options) -> DenseNet:
+    """DenseNet-BC of 100 layers for small images (growth rate 12, three blocks of 16 layers); `options` go to `DenseNet`."""
+    return DenseNet(12, (16, 16, 16), 24, **{"small_inputs": True, **options})
