@@ -23,9 +23,9 @@ from resdense_ext.cli.trainer.metrics import Journal
 NAME = "train"
 HELP = "train a network on your images (labels or masks), with checkpoints, metrics and learning curves"
 WEIGHTS, METRICS, PICTURE = "model.pt", "metrics.jsonl", "curves.png"
+RESULTS = {"Weights": WEIGHTS, "Metrics": METRICS, "Curves": PICTURE}
 BUILT_IN = {"digits": examples.digits, "shapes": lambda: examples.shapes(2), "shapes3d": lambda: examples.shapes(3)}
 BATCH_SIZES = {"labels": 64, "masks": 16, "volumes": 4}
-LEARNING_RATE_AN_IMAGE = 0.1 / 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="N", type=int, help="pixels a side that images of a folder are resized to (default: 224, volumes 64)")
     add("--epochs", metavar="N", type=int, default=20, help="passes over the examples (default: %(default)s)")
     add("--batch-size", metavar="N", type=int, help="examples a step, of all processes together (default: 64, masks 16, volumes 4)")
-    add("--lr", metavar="R", type=float, help="highest learning rate (default: 0.1 for 128 examples a step, in proportion)")
+    add("--lr", metavar="R", type=float, help="highest learning rate (default: 0.1 for 64 examples a step, else in proportion to their square root)")
     add("--weight-decay", metavar="R", type=float, default=1e-4, help="not of norms and biases (default: %(default)s)")
     add("--label-smoothing", metavar="R", type=float, help="(default: 0.1 for labels, 0 for masks)")
     add("--warmup", metavar="EPOCHS", type=float, help="epochs until the highest learning rate (default: a twentieth of all)")
@@ -145,7 +145,7 @@ def _settings(args: argparse.Namespace, data: Data, budget: int | float | None, 
         data=data.identity,
         epochs=args.epochs,
         batch_size=batch_size,
-        lr=LEARNING_RATE_AN_IMAGE * batch_size if args.lr is None else args.lr,
+        lr=0.1 * (batch_size / 64) ** 0.5 if args.lr is None else args.lr,
         weight_decay=args.weight_decay,
         label_smoothing=smoothing if args.label_smoothing is None else args.label_smoothing,
         warmup=args.epochs / 20 if args.warmup is None else args.warmup,
@@ -220,16 +220,13 @@ def _train(args: argparse.Namespace, trainer: Trainer, state: dict | None) -> No
                     curves.draw(path, journal.rows(), title)
         if first:
             with replacing(args.out / WEIGHTS) as path:
-                torch.save({name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}, path)
+                checkpoint.write(path, {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()})
             print("\n".join(f"{what}: {args.out / name}" for what, name in RESULTS.items()))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"--resume goes on from step {saved} of {trainer.steps} in {args.out}") from None
     finally:
         if journal:
             journal.close()
-
-
-RESULTS = {"Weights": WEIGHTS, "Metrics": METRICS, "Curves": PICTURE}
 
 
 def _description(trainer: Trainer) -> dict:

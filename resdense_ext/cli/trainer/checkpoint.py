@@ -20,12 +20,23 @@ def save(folder: Path, state: dict) -> None:
     """Writes the state (tensors, numbers, strings, lists and dicts of them); what was the last checkpoint becomes the previous.
 
     At every moment the last checkpoint's name belongs to a whole file.
+
+    Raises:
+        OSError: the file could not be written; both checkpoints are as they were.
     """
     last, previous = (folder / FILES[which] for which in (LAST, PREVIOUS))
     with replacing(last) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+        write(temporary, {"format": FORMAT, **state})
         if last.exists():
             keep_aside(last, previous)
+
+
+def write(path: Path, state: dict) -> None:
+    """`torch.save`, which raises RuntimeError on a full disk; here it is OSError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(str(error).partition("\n")[0]) from None
 
 
 def load(folder: Path, which: str) -> dict:

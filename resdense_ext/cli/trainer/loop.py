@@ -78,14 +78,12 @@ class Trainer:
         views = batches.TrainingViews(
             self.data, settings.batch_size, settings.seed, epoch, start, (self.processes.number, self.processes.count)
         )
-        interval = -(-self.steps_an_epoch // ROWS_AN_EPOCH)
         loaded = batches.load(self.data.train, self.data.size, views, self.workers, self.device)
         bar = progress(loaded, f"epoch {epoch + 1}/{settings.epochs}", total=len(views)) if self.processes.first else loaded
         since, taken = time.perf_counter(), self.step
         for images, targets in bar:
             rate = self._step(images, targets)
-            ends = self.step % self.steps_an_epoch == 0
-            if not ends and self.step % interval:
+            if self.step * ROWS_AN_EPOCH // self.steps_an_epoch == (self.step - 1) * ROWS_AN_EPOCH // self.steps_an_epoch:
                 yield None
                 continue
             values = self.scores.values(self.processes.total)
@@ -127,7 +125,7 @@ class Trainer:
         with torch.inference_mode(), self.autocast():
             for images, targets in batches.load(data.test, data.size, views, self.workers, self.device):
                 logits = self.model(data.normalised(images)).float()
-                scores.add(objective.loss(logits, targets, 0.0), logits, targets)
+                scores.add(objective.loss(logits, targets, self.settings.label_smoothing), logits, targets)
         self.model.train()
         return scores.values(processes.total)
 

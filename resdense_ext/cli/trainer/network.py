@@ -17,7 +17,7 @@ _DISPENSABLE = {"small_inputs": (True, False), "spatial_dims": (2,), "in_channel
 
 def default_model(data: Data) -> str:
     if data.masks:
-        return "residual_unet" if data.spatial_dims == 3 else "fc_densenet56"
+        return "residual_unet_3d" if data.spatial_dims == 3 else "fc_densenet56"
     return "densenet_bc40" if data.size <= SMALL else "densenet121"
 
 
@@ -41,7 +41,7 @@ def build(name: str, data: Data, policy: str | None) -> nn.Module:
         except ValueError as error:
             raise CommandError(f"--model: {str(error).removeprefix('name: ')}") from None
         except TypeError as error:
-            unknown = next((o for o in options if "unexpected keyword" in str(error) and f"'{o}'" in str(error)), None)
+            unknown = next((option for option in options if f"keyword argument '{option}'" in str(error)), None)
             if unknown is None:
                 raise
             if options[unknown] not in _DISPENSABLE.get(unknown, ()):
