@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,13 +33,13 @@ pytest.importorskip("matplotlib")
 CPU = torch.device("cpu")
 RESULTS = {"checkpoint.pt", "checkpoint.previous.pt", "curves.png", "metrics.jsonl", "model.pt"}
 # Five steps an epoch.
-DIGITS = ["--model", "tiny_densenet", "--epochs", "2", "--batch-size", "256", "--checkpoint-every", "3"]
+DIGITS = ["--model", "tiny_densenet", "--epochs", "2", "--batch-size", "64", "--checkpoint-every", "3"]
 SHAPES = ["--data", "shapes", "--model", "tiny_segmenter", "--lr", "0.1"]
 
 
 @pytest.fixture(autouse=True)
 def tiny_nets(monkeypatch):
-    monkeypatch.setattr(models, "create", train_nets.create)
+    train_nets.install(monkeypatch.setattr, monkeypatch.setitem)
 
 
 def train(out, *arguments, status=0):
@@ -83,19 +84,43 @@ def refused(capsys, monkeypatch, tmp_path):
     return run
 
 
+def trained(out, interrupted_after=None):
+    """A training on the digits; if so, interrupted after that many steps."""
+    torch.set_num_threads(2)
+    step = Trainer._step
+
+    def interrupted(self, *batch):
+        if self.step == interrupted_after:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        train_nets.install(patch.setattr, patch.setitem)
+        patch.setattr(Trainer, "_step", interrupted)
+        return train(out, *DIGITS, status=0 if interrupted_after is None else 130)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A training on the digits that nothing interrupts."""
-    torch.set_num_threads(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create", train_nets.create)
-        return train(tmp_path_factory.mktemp("whole") / "run", *DIGITS)
+    """A training that nothing interrupts."""
+    return trained(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def seven_steps(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("seven") / "run", 7)
+
+
+@pytest.fixture
+def part(seven_steps, tmp_path):
+    """A training that was interrupted after seven steps; its checkpoints are of steps 6 and 5."""
+    return Path(shutil.copytree(seven_steps, tmp_path / "run"))
 
 
 def python(code, *arguments, **environment):
     """Starts Python with what a test replaces, on two threads as the tests."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    code = f"import sys, train_nets; from resdense_ext import models; models.create = train_nets.create\n{code}"
+    code = f"import sys, train_nets; train_nets.install()\n{code}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -137,22 +162,8 @@ main(sys.argv[1:])
     assert_bitwise(tmp_path, whole)
 
 
-def copied(run, tmp_path, steps):
-    """A training that was interrupted after `steps` steps."""
-    step = Trainer._step
-
-    def interrupted(self, *batch):
-        if self.step == steps:
-            raise KeyboardInterrupt
-        return step(self, *batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", interrupted)
-        return train(tmp_path / "run", *DIGITS, status=130)
-
-
 def test_an_interrupted_training_says_how_to_go_on(whole, tmp_path, capsys):
-    out = copied(whole, tmp_path, 4)
+    out = trained(tmp_path, 4)
     assert f"interrupted, --resume goes on from step 3 of 10 in {out}" in capsys.readouterr().err
     train(out, *DIGITS, "--resume")
     assert_bitwise(out, whole)
@@ -161,31 +172,27 @@ def test_an_interrupted_training_says_how_to_go_on(whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "one byte short", "one bit"])
-def test_a_damaged_checkpoint_is_named_with_the_way_on(how, whole, tmp_path, capsys, refused):
-    out = copied(whole, tmp_path, 7)
-    path, previous = out / "checkpoint.pt", out / "checkpoint.previous.pt"
+def test_a_damaged_checkpoint_is_named_with_the_way_on(how, part, refused):
+    path, previous = part / "checkpoint.pt", part / "checkpoint.previous.pt"
     content = path.read_bytes()
     if how == "one byte short":
         path.write_bytes(content[:-1])
     elif how == "one bit":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+        weight = checkpoint.load(part, "last")["model"]["classifier.weight"].numpy().tobytes()
+        place = content.index(weight) + len(weight) // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
     else:
         damage(path, how)
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        message = refused(*DIGITS, "--resume", out=out)
-        patch.undo()
+    message = refused(*DIGITS, "--resume", out=part)
     assert f"--resume: {path} is damaged" in message
     assert f"{previous} is whole: --resume previous goes on from its step 5" in message
 
 
-def test_a_training_goes_on_from_the_previous_checkpoint(whole, tmp_path, capsys):
-    out = copied(whole, tmp_path, 7)
-    damage(out / "checkpoint.pt", "truncated")
-    train(out, *DIGITS, "--resume", "previous")
+def test_a_training_goes_on_from_the_previous_checkpoint(whole, part, capsys):
+    damage(part / "checkpoint.pt", "truncated")
+    train(part, *DIGITS, "--resume", "previous")
     assert "going on from step 5 of 10" in capsys.readouterr().out
-    assert_bitwise(out, whole)
+    assert_bitwise(part, whole)
 
 
 def test_without_any_checkpoint_there_is_no_restart(whole, tmp_path, refused):
@@ -206,11 +213,10 @@ def test_another_setting_is_refused(whole, refused):
     assert "--resume: expected the settings of the checkpoint: --lr 0.2 (got 0.5), --seed 0 (got 3)" in message
 
 
-def test_lost_metrics_are_not_passed_over(whole, tmp_path, capsys):
-    out = copied(whole, tmp_path, 7)
-    damage(out / "metrics.jsonl", "truncated")
-    train(out, *DIGITS, "--resume", status=2)
-    assert f"bytes in {out / 'metrics.jsonl'}, as when the checkpoint was written" in capsys.readouterr().err
+def test_lost_metrics_are_not_passed_over(part, capsys):
+    damage(part / "metrics.jsonl", "truncated")
+    train(part, *DIGITS, "--resume", status=2)
+    assert f"bytes in {part / 'metrics.jsonl'}, as when the checkpoint was written" in capsys.readouterr().err
 
 
 @contextmanager
@@ -258,24 +264,17 @@ def test_a_file_kept_aside_survives_twice(tmp_path):
     assert aside.read_text() == "content" and tree(tmp_path) == {"other"}
 
 
-@pytest.fixture
-def few_shapes(monkeypatch):
-    monkeypatch.setattr(examples, "SHAPES_COUNT", {2: (64, 16), 3: (32, 8)})
-
-
 @pytest.mark.parametrize("data", ["shapes", "shapes3d"])
-def test_segmentation_learns(data, tmp_path, few_shapes, capsys):
+def test_segmentation_learns(data, tmp_path, capsys):
     out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 6, "--batch-size", 4, "--lr", 0.1)
     first, *_, last = rows(out, "test")
     assert last["dice"] > max(0.5, first["dice"] + 0.03) and last["accuracy"] > 0.85
     assert f"Dice {last['dice']:.3f}" in capsys.readouterr().out
 
 
-def test_two_processes_are_one_on_the_joined_batch(tmp_path, few_shapes):
+def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     code = """
 from resdense_ext.cli import main
-from resdense_ext.cli.trainer import examples
-examples.SHAPES_COUNT = {2: (64, 16)}
 sys.exit(main(sys.argv[1:]))
 """
     with socket.socket() as free:
@@ -292,12 +291,10 @@ sys.exit(main(sys.argv[1:]))
         assert process.returncode == 0, said
     two = tmp_path / "two"
     assert tree(two) == RESULTS
-    start = checkpoint.load(one, "last")["model"]
     for name, value in weights(one).items():
         assert torch.allclose(weights(two)[name], value, rtol=1e-4, atol=1e-5), name
-    assert start.keys() == weights(two).keys()
-    for a, b in zip(without_time(one), without_time(two)):
-        assert a == pytest.approx(b, rel=1e-4)
+    for a, b in zip(rows(one, "test"), rows(two, "test")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["dice"] == pytest.approx(b["dice"], rel=1e-2)
     assert len(checkpoint.load(two, "last")["random"]) == 2
 
 
@@ -340,9 +337,7 @@ def test_damaged_images_are_named_and_counted_or_left_out(tmp_path, refused, cap
     damage(folder / "cat" / "0.png", "truncated")
     damage(folder / "dog" / "3.png", "empty")
     arguments = ["--data", folder, "--model", "tiny_densenet", "--size", 16, "--epochs", 1, "--batch-size", 6]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", Trainer._step)
-        message = refused(*arguments)
+    message = refused(*arguments)
     assert "2 of 16 examples cannot be read" in message
     assert str(folder / "cat" / "0.png") in message and str(folder / "dog" / "3.png") in message
 
@@ -453,7 +448,7 @@ def test_unfit_volumes_are_named(array, message, tmp_path):
         (["--model", "tiny_segmenter"], r"--model: expected one for labels, .* shape \(1, 10\), got 'tiny_segmenter'"),
         ([*SHAPES, "--model", "tiny_densenet"], r"--model: expected one for masks, .*\(1, 3, 32, 32\), got 'tiny_densenet'"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
-        (["--batch-size", "1439"], r"--batch-size: .* training examples \(1438\), got 1439"),
+        (["--batch-size", "321"], r"--batch-size: .* training examples \(320\), got 321"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["--lr", "-1"], "--lr: expected a positive number, got -1.0"),
         (["--lr", "nan"], "--lr: expected a positive number, got nan"),
@@ -476,7 +471,7 @@ def test_bad_arguments(arguments, message, refused):
 
 @pytest.mark.parametrize("options", [["--policy", "min"], ["--policy", "none"], ["--policy", "auto"], ["--memory-budget", "0.9"]])
 def test_policies_train_alike(options, whole, tmp_path):
-    out = train(tmp_path, *DIGITS, *options)
+    out = train(tmp_path, *DIGITS, *options, "--epochs", 1, "--warmup", 0, "--lr", 0.2)
     for one, other in zip(rows(out, "train")[:3], rows(whole, "train")):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 

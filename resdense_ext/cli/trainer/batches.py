@@ -45,7 +45,8 @@ class TrainingViews:
 
     def __iter__(self) -> Iterator[list[View]]:
         data, count = self.data, len(self.data.train)
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        # The generator heeds 32 bits: an odd factor (of the golden ratio) spreads the seeds over them, epochs are neighbours.
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + self.epoch) % 2**32)
         order = torch.randperm(count, generator=generator)
         corners = torch.randint(2 * data.margin + 1, (count, data.spatial_dims), generator=generator)
         flips = torch.rand((count, len(data.flips)), generator=generator) < 0.5

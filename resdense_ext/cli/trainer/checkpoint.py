@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -55,8 +56,13 @@ def _read(path: Path) -> dict:
     if not path.exists():
         raise CommandError(f"expected a checkpoint, but there is no {path}")
     try:
+        # torch.load does not look at the check sums that torch.save writes.
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+        if damaged:
+            raise ValueError(f"the check sum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # On damaged files: RuntimeError, UnpicklingError, EOFError, KeyError and others.
+    # On damaged files: BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError and others.
     except Exception as error:
         raise CommandError(f"{path} is damaged ({str(error).partition(chr(10))[0]})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -44,7 +44,8 @@ def build(name: str, data: Data, policy: str | None) -> nn.Module:
             unknown = next((option for option in options if f"keyword argument '{option}'" in str(error)), None)
             if unknown is None:
                 raise
-            if options[unknown] not in _DISPENSABLE.get(unknown, ()):
+            # One that the network has set by itself ("multiple values") shows in the shape of its output.
+            if "unexpected" in str(error) and options[unknown] not in _DISPENSABLE.get(unknown, ()):
                 raise CommandError(f"--model: expected one that takes {unknown}={options[unknown]!r}, got {name!r}") from None
             del options[unknown]
     _check_output(name, model, data)
