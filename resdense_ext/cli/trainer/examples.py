@@ -134,7 +134,8 @@ def _scene(side: int, spatial_dims: int, generator: torch.Generator) -> tuple[Te
     image, mask = torch.zeros((side,) * spatial_dims), torch.zeros((side,) * spatial_dims, dtype=torch.int64)
     for _ in range(int(torch.randint(1, 4, (), generator=generator))):
         centre = side * torch.rand((spatial_dims, *(1,) * spatial_dims), generator=generator)
-        radius = side * (0.12 + 0.16 * torch.rand((), generator=generator))
+        # Larger in 3D, where the same radius covers a smaller share.
+        radius = side * (0.06 * spatial_dims + 0.16 * torch.rand((), generator=generator))
         kind = int(torch.randint(1, 3, (), generator=generator))
         inside = torch.linalg.vector_norm(grid - centre, ord=2 if SHAPES[kind] == "ball" else torch.inf, dim=0) < radius
         image[inside] = 0.5 + torch.rand((), generator=generator)
