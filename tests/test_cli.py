@@ -264,7 +264,7 @@ def test_every_kind_of_image_is_read_as_rgb(mode, tmp_path):
     path = tmp_path / "image.tif" if mode == "CMYK" else tmp_path / "image.png"
     grey = Image.new("I;16", (9, 5), 100 * 256) if mode == "I;16" else Image.new("RGB", (9, 5), "#646464").convert(mode)
     grey.save(path)
-    assert torch.equal(data._read_image(path), torch.full((3, 32, 32), 100, dtype=torch.uint8))
+    assert torch.equal(data.pixels(data.read_image(path, 32)), torch.full((3, 32, 32), 100, dtype=torch.uint8))
 
 
 def test_batches_are_of_one_size_and_repeatable():

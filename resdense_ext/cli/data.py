@@ -1,4 +1,4 @@
-"""The demo's images: scikit-learn's digits, or a folder with one subfolder a class."""
+"""Images to train on: scikit-learn's digits, or a folder with one subfolder a class."""
 
 from __future__ import annotations
 
@@ -55,7 +55,19 @@ def image_folder(folder: Path) -> Dataset:
     Every image is decoded here, so that a damaged one is found before any training.
 
     Raises:
-        CommandError: no such folder, fewer than two classes, a class with fewer than two images, a damaged image.
+        CommandError: as `labelled_files`; a damaged image.
+    """
+    classes, files = labelled_files(folder)
+    images = [pixels(read_image(path, FOLDER_SIZE)) for path, _ in progress(files, "reading images")]
+    labels = torch.tensor([label for _, label in files])
+    return _split(folder.resolve().name, classes, torch.stack(images).float(), labels)
+
+
+def labelled_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """The classes (one subfolder each, in the order of their names) and every image file with the number of its class.
+
+    Raises:
+        CommandError: no such folder, fewer than two classes, a class with fewer than two images.
     """
     expected = "--data: expected a folder with one subfolder of images a class"
     if not folder.is_dir():
@@ -71,11 +83,7 @@ def image_folder(folder: Path) -> Dataset:
         if len(paths) < 2:
             kinds = " ".join(sorted(SUFFIXES))
             raise CommandError(f"--data: expected at least 2 images ({kinds}) a class, got {len(paths)} in {folder / name}")
-
-    labelled = [(path, label) for label, paths in enumerate(files.values()) for path in paths]
-    images = [_read_image(path) for path, _ in progress(labelled, "reading images")]
-    labels = torch.tensor([label for _, label in labelled])
-    return _split(folder.resolve().name, list(files), torch.stack(images).float(), labels)
+    return list(files), [(path, label) for label, paths in enumerate(files.values()) for path in paths]
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:
@@ -86,32 +94,46 @@ def _files_by_class(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-def _read_image(path: Path) -> Tensor:
+def read_image(path: Path, size: int):
+    """The picture of a file, upright, RGB, cropped to a square and resized to `size` pixels a side.
+
+    Raises:
+        CommandError: the file is damaged.
+    """
     from PIL import Image, ImageOps
 
-    size = (FOLDER_SIZE, FOLDER_SIZE)
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             # Pillow would clip 16 bits to 8, not scale them.
             if upright.mode.startswith("I"):
                 upright = upright.convert("I").point(lambda value: value / 256).convert("L")
-            pixels = ImageOps.fit(upright.convert("RGB"), size, Image.Resampling.BILINEAR)
+            return ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     # On damaged files Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
     except Exception as error:
         raise CommandError(f"--data: expected a readable image, got {path} ({error})") from None
-    return torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1)
 
 
-def _split(name: str, classes: Sequence[str], images: Tensor, labels: Tensor) -> Dataset:
-    """Holds back a fifth of every class, at least one image, the same ones each time; normalises by the rest."""
+def pixels(image) -> Tensor:
+    """A Pillow image as uint8 `(bands, height, width)`."""
+    bands = len(image.getbands())
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, bands).permute(2, 0, 1)
+
+
+def held_back(labels: Tensor) -> Tensor:
+    """Marks a fifth of every class for testing, at least one of it, the same ones each time."""
     generator = torch.Generator().manual_seed(0)
     test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
+    for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         shuffled = members[torch.randperm(len(members), generator=generator)]
         test[shuffled[: max(1, round(TEST_SHARE * len(members)))]] = True
+    return test
 
+
+def _split(name: str, classes: Sequence[str], images: Tensor, labels: Tensor) -> Dataset:
+    """Holds back a fifth of every class; normalises by the rest."""
+    test = held_back(labels)
     train_images = images[~test]
     mean = train_images.mean(dim=(0, 2, 3), keepdim=True)
     deviation = train_images.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-3)

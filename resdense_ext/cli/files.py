@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,10 @@ def check_writable(folder: Path, names: tuple[str, ...], argument: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that takes its place when the block succeeds, and is removed if it fails."""
+    """Yields a temporary path beside `path` that takes its place when the block succeeds, and is removed if it fails.
+
+    The content is on the disk before the name points to it, so that a power failure leaves the old file or the new one.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -46,7 +50,29 @@ def replacing(path: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_aside(path: Path, aside: Path) -> None:
+    """Makes `aside` a second name of the file `path` (a copy where the file system has no hard links), in one step."""
+    if aside.exists() and aside.samefile(path):
+        return
+    with replacing(aside) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

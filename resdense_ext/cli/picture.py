@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from resdense_ext.memory import format_bytes
@@ -12,6 +13,23 @@ COLOURS = {STOCK: "#8b95a1", "fast": "#1f6fb4", "min": "#d1602b"}
 INK = "#22272e"
 MUTED = "#5d6670"
 MB = 2**20
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#c5cbd2",
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebee",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
 
 
 def draw(
@@ -27,33 +45,22 @@ def draw(
         saved: for stock and every policy the pairs (depth, bytes an image).
         title: what was trained on what.
     """
+    with panels(path, title, 2) as (left, right):
+        _draw_losses(left, losses)
+        _draw_memory(right, saved)
+
+
+@contextmanager
+def panels(path: Path, title: str, count: int) -> Iterator[Sequence]:
+    """Yields `count` axes side by side under one title, and writes them as a PNG to `path` when the block has drawn on them."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.edgecolor": "#c5cbd2",
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#e8ebee",
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
         figure.suptitle(title, x=0.012, ha="left", fontsize=10, color=MUTED)
-        left, right = figure.subplots(1, 2)
-        _draw_losses(left, losses)
-        _draw_memory(right, saved)
+        yield figure.subplots(1, count, squeeze=False)[0]
         figure.savefig(path, dpi=130)
 
 

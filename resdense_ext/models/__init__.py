@@ -8,6 +8,8 @@ from resdense_ext.models.densenet import (
     densenet169,
     densenet201,
     densenet264,
+    densenet_bc40,
+    densenet_bc100,
 )
 from resdense_ext.models.dual_path import DPN, dpn68, dpn92, dpn98
 from resdense_ext.models.fc_densenet import FCDenseNet, fc_densenet103, fc_densenet56, fc_densenet67
@@ -40,6 +42,8 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "densenet_bc100",
+    "densenet_bc40",
     "dpn68",
     "dpn92",
     "dpn98",

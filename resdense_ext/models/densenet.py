@@ -22,6 +22,8 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "densenet_bc40",
+    "densenet_bc100",
 ]
 
 _GLOBAL_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -151,3 +153,13 @@ def densenet201(**options) -> DenseNet:
 def densenet264(**options) -> DenseNet:
     """DenseNet-264 (growth rate 32, blocks of 6, 12, 64 and 48 layers); `options` go to `DenseNet`."""
     return DenseNet(32, (6, 12, 64, 48), 64, **options)
+
+
+def densenet_bc40(**options) -> DenseNet:
+    """DenseNet-BC of 40 layers for small images (growth rate 12, three blocks of 6 layers); `options` go to `DenseNet`."""
+    return DenseNet(12, (6, 6, 6), 24, **{"small_inputs": True, **options})
+
+
+def densenet_bc100(**options) -> DenseNet:
+    """DenseNet-BC of 100 layers for small images (growth rate 12, three blocks of 16 layers); `options` go to `DenseNet`."""
+    return DenseNet(12, (16, 16, 16), 24, **{"small_inputs": True, **options})

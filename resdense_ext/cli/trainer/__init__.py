@@ -1,0 +1,1 @@
+"""What `resdense train` consists of: data, network, loop, checkpoints, metrics, curves, processes."""
