@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from resdense_ext import __version__
-from resdense_ext.cli import bench, demo, info
+from resdense_ext.cli import bench, compare, demo, info
 from resdense_ext.cli.errors import CommandError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, bench, info)
+COMMANDS = (demo, compare, bench, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"{args.prog}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{args.prog}: interrupted, nothing written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{args.prog}: interrupted, {str(interrupt) or 'nothing written'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe has left (`resdense info | head`); Python's own flush at exit must not fail again.

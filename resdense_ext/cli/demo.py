@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from resdense_ext.cli import data, network, picture
-from resdense_ext.cli.comparison import compare
+from resdense_ext.cli.demo_comparison import compare
+from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError, require
 from resdense_ext.cli.files import check_writable, replacing
 from resdense_ext.cli.info import versions
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     network.layers_a_block(args.depth)
     if args.epochs < 1:
         raise CommandError(f"--epochs: expected at least 1, got {args.epochs}")
-    device = _device(args.device)
+    device = usable_device(args.device)
     check_writable(args.out, (PICTURE, RESULTS), "--out")
     images = data.image_folder(args.data) if args.data else data.digits()
 
@@ -79,15 +80,3 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"--out: the results could not be written to {args.out} ({error})") from None
     print(f"Results: {args.out / RESULTS}\nPicture: {args.out / PICTURE}")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        # Reading a value back fails on an absent device, and on one that computes nothing, such as "meta".
-        torch.ones(1, device=device).item()
-    # Which of RuntimeError, AssertionError and NotImplementedError it is depends on how torch was built.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise CommandError(f"--device: expected one that this torch can use, got {name!r} ({reason})") from None
-    return device

@@ -15,4 +15,4 @@ def require(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise CommandError(f'{error}; the demo needs: pip install "resdense_ext[demo]"') from None
+            raise CommandError(f'{error}; this command needs: pip install "resdense_ext[demo]"') from None

@@ -12,6 +12,23 @@ COLOURS = {STOCK: "#8b95a1", "fast": "#1f6fb4", "min": "#d1602b"}
 INK = "#22272e"
 MUTED = "#5d6670"
 MB = 2**20
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#c5cbd2",
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebee",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
 
 
 def draw(
@@ -30,24 +47,7 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.edgecolor": "#c5cbd2",
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#e8ebee",
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
         figure.suptitle(title, x=0.012, ha="left", fontsize=10, color=MUTED)

@@ -1,4 +1,4 @@
-"""Trains two networks side by side on the same batches and times them fairly."""
+"""Trains networks side by side on the same batches and times them fairly."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def batch_size(data: Dataset) -> int:
     return min(BATCH_SIZE, len(data.train_labels))
 
 
-def batches(data: Dataset, epochs: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of one size, the same ones each time; what is left over in an epoch is dropped."""
-    generator = torch.Generator().manual_seed(0)
+def batches(data: Dataset, epochs: int, device: torch.device, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of one size, the same ones each time for a `seed`; what is left over in an epoch is dropped."""
+    generator = torch.Generator().manual_seed(seed)
     size = batch_size(data)
     for _ in range(epochs):
         order = torch.randperm(len(data.train_labels), generator=generator)
@@ -63,7 +63,13 @@ def batches(data: Dataset, epochs: int, device: torch.device) -> Iterator[tuple[
 
 
 def train(
-    networks: list[nn.Module], data: Dataset, epochs: int, device: torch.device, label: str, limit: int | None = None
+    networks: list[nn.Module],
+    data: Dataset,
+    epochs: int,
+    device: torch.device,
+    label: str,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> list[Run]:
     """Trains every network with SGD under a one-cycle schedule over `epochs`, or stops after `limit` steps of it.
 
@@ -76,7 +82,7 @@ def train(
         torch.optim.lr_scheduler.OneCycleLR(run.optimizer, LEARNING_RATE, steps, cycle_momentum=False) for run in runs
     ]
     limit = min(limit or steps, steps)
-    bar = progress(islice(batches(data, epochs, device), limit), label, total=limit)
+    bar = progress(islice(batches(data, epochs, device, seed), limit), label, total=limit)
     for index, (images, labels) in enumerate(bar):
         for run in runs if index % 2 == 0 else reversed(runs):
             run.step(images, labels)
