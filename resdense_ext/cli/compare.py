@@ -19,7 +19,7 @@ from resdense_ext.cli.data import Dataset, digits
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError, require
 from resdense_ext.cli.families import COMPARISONS, check_depths, designs
-from resdense_ext.cli.family_measurements import EPOCHS, TARGET_LOSS, THREADS, WINDOW, threads
+from resdense_ext.cli.family_measurements import EPOCHS, LEARNING_RATE, TARGET_LOSS, THREADS, WINDOW, threads
 from resdense_ext.cli.family_results import Measurement, Results
 from resdense_ext.cli.files import check_writable, replacing
 from resdense_ext.cli.network import POLICIES
@@ -30,7 +30,7 @@ NAME = "compare"
 HELP = "train plain, residual, dense and dual path networks of equal depth and size, and compare them"
 PICTURE, RESULTS = "compare.png", "compare.jsonl"
 SIZE = 8
-DEPTHS, SEEDS = (20, 56, 110, 200), 3
+DEPTHS, SEEDS = (20, 56, 200), 3
 QUICK_DEPTHS, QUICK_SEEDS = (20, 56), 2
 
 
@@ -64,6 +64,9 @@ def run(args: argparse.Namespace) -> None:
         "data": f"{data.name}, {data.size}x{data.size}",
         "batch_size": batch_size(data),
         "epochs": EPOCHS,
+        "learning_rate": LEARNING_RATE,
+        "target_loss": TARGET_LOSS,
+        "window": WINDOW,
         "policy": args.policy,
         "device": str(device),
         "threads": THREADS if device.type == "cpu" else torch.get_num_threads(),

@@ -19,6 +19,8 @@ from resdense_ext.cli.data import Dataset
 from resdense_ext.cli.families import Design, build, convolutions, parameters
 
 EPOCHS = 2
+LEARNING_RATE = 0.2
+"""Higher than for long trainings: a few dozen steps are to tell the families apart."""
 TARGET_LOSS = 0.5
 WINDOW = 5
 """The training loss is the mean of as many steps."""
@@ -61,7 +63,8 @@ def train(design: Design, seed: int, policy: str | None, data: Dataset, device: 
     network = build(design, policy, data.channels, len(data.classes)).to(device)
     images, labels = next(training.batches(data, 1, device, seed))
     before = gradient_ratio(network, images, labels)
-    (run,) = training.train([network], data, EPOCHS, device, f"{design.family} {design.depth}, seed {seed}", seed=seed)
+    label = f"{design.family} {design.depth}, seed {seed}"
+    (run,) = training.train([network], data, EPOCHS, device, label, seed=seed, learning_rate=LEARNING_RATE)
     after = gradient_ratio(network, images, labels)
     steps = steps_to_loss(run.losses, TARGET_LOSS)
     accuracy = training.accuracy(network, data, device)

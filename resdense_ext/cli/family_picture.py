@@ -22,20 +22,27 @@ def draw(path: Path, summaries: Summaries, title: str) -> None:
     from matplotlib.figure import Figure
 
     with rc_context(STYLE | {"font.size": 9}):
-        figure = Figure(figsize=(16, 6.2), layout="constrained")
+        figure = Figure(figsize=(16, 5.6), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, hspace=0.06)
         figure.suptitle(title, x=0.008, ha="left", fontsize=10, color=MUTED)
         grid = figure.subplots(len(COMPARISONS), len(PANELS), sharex=True, sharey="col")
         for row, comparison in zip(grid, COMPARISONS):
-            for axes, (name, scale, points) in zip(row, PANELS):
+            for axes, (_, logarithmic, points) in zip(row, PANELS):
                 _draw_panel(axes, summaries[comparison], points)
-                axes.set_yscale(scale)
-                axes.set_xticks(list(summaries[comparison]))
-                if row is grid[0]:
-                    axes.set_title(name, loc="left", fontweight="bold", fontsize=10, color=INK)
-                else:
-                    axes.set_xlabel("depth")
+                if logarithmic:
+                    axes.set_yscale("log")
             row[0].set_ylabel(f"equal {EQUAL[comparison]}", color=INK, fontsize=10)
+        for upper, lower, (name, logarithmic, _) in zip(*grid, PANELS):
+            upper.set_title(name, loc="left", fontweight="bold", fontsize=10, color=INK)
+            lower.set_xlabel("depth")
+            lower.set_xscale("log")
+            depths = list(summaries[comparison])
+            lower.set_xticks(depths, list(map(str, depths)))
+            lower.set_xticks([], minor=True)
+            # Room for a single depth, and for markers at both ends.
+            lower.set_xlim(depths[0] / 1.15, depths[-1] * 1.15)
+            if logarithmic:
+                _label_logarithmic(lower.yaxis)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
         figure.savefig(path, dpi=130)
@@ -50,12 +57,12 @@ def _saved(summary: Summary) -> tuple[float, float, float]:
 
 
 PANELS = (
-    ("Gradient ratio, initial", "log", _over_seeds(INITIAL)),
-    ("Gradient ratio, trained", "log", _over_seeds(TRAINED)),
-    (STEPS.name.capitalize(), "linear", _over_seeds(STEPS)),
-    ("Test accuracy", "linear", _over_seeds(ACCURACY)),
-    ("Saved, KB an image", "log", _saved),
-    ("Milliseconds a step", "log", _over_seeds(SECONDS)),
+    ("Gradient ratio, initial", True, _over_seeds(INITIAL)),
+    ("Gradient ratio, trained", True, _over_seeds(TRAINED)),
+    (STEPS.name.capitalize(), False, _over_seeds(STEPS)),
+    ("Test accuracy", False, _over_seeds(ACCURACY)),
+    ("Saved, KB an image", True, _saved),
+    ("Milliseconds a step", True, _over_seeds(SECONDS)),
 )
 
 
@@ -68,5 +75,15 @@ def _draw_panel(axes, by_depth: Mapping[int, Mapping[str, Summary]], points) -> 
         axes.plot(depths, middle, **style)
         axes.fill_between(depths, low, high, color=colour, alpha=0.15, linewidth=0)
         lost = [depth for depth, value in zip(depths, middle) if math.isnan(value)]
-        # Above everything that has a value.
-        axes.plot(lost, [1.0] * len(lost), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)
+        # At the top, above everything that has a value.
+        axes.plot(lost, [0.97] * len(lost), "x", color=colour, transform=axes.get_xaxis_transform())
+
+
+def _label_logarithmic(axis) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    # Powers of ten are too few where less than two of them are in view.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

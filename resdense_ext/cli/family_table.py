@@ -31,13 +31,12 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that trainings are compared by: its value (infinite where there is none), and how to write and rank it."""
+    """What trainings are compared by: its value (infinite where there is none), how to write it, and its rank: less is better."""
 
     name: str
     value: Callable[[Trained], float]
     text: Callable[[float], str]
     rank: Callable[[float], float]
-    """The smaller the better."""
     best: str
     worst: str
 
@@ -159,7 +158,8 @@ def _ranking(quantity: Quantity, trainings: Mapping[str, Sequence[Trained]]) -> 
     texts = {family: f"{family} ({quantity.text(quantity.spread(runs).median)})" for family, runs in trainings.items()}
     best, *others = sorted(FAMILIES, key=lambda family: ranks[family].median)
     if math.isinf(ranks[best].median):
-        return f"no family came to a value in most of its runs"
-    alike = [texts[family] for family in others if ranks[family].low <= ranks[best].high]
-    told = f", within the spread of {' and '.join(alike)}" if alike else ""
-    return f"{quantity.best} in {texts[best]}{told}; {quantity.worst} in {texts[others[-1]]}"
+        return "none in most runs of every family"
+    alike = [family for family in others if ranks[family].low <= ranks[best].high]
+    told = f"; not told apart by the spread: {', '.join(texts[family] for family in alike)}" if alike else ""
+    worst = "" if others[-1] in alike else f"; {quantity.worst} in {texts[others[-1]]}"
+    return f"{quantity.best} in {texts[best]}{told}{worst}"

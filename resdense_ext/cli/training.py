@@ -32,9 +32,9 @@ class Run:
     seconds: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, network: nn.Module) -> Run:
+    def of(cls, network: nn.Module, learning_rate: float) -> Run:
         optimizer = torch.optim.SGD(
-            network.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+            network.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
         )
         return cls(network, optimizer)
 
@@ -70,16 +70,17 @@ def train(
     label: str,
     limit: int | None = None,
     seed: int = 0,
+    learning_rate: float = LEARNING_RATE,
 ) -> list[Run]:
     """Trains every network with SGD under a one-cycle schedule over `epochs`, or stops after `limit` steps of it.
 
     The networks take each batch in turn, and take turns in being first, so that a machine that speeds up or slows down
     meanwhile does so for all of them.
     """
-    runs = [Run.of(network.train()) for network in networks]
+    runs = [Run.of(network.train(), learning_rate) for network in networks]
     steps = epochs * (len(data.train_labels) // batch_size(data))
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(run.optimizer, LEARNING_RATE, steps, cycle_momentum=False) for run in runs
+        torch.optim.lr_scheduler.OneCycleLR(run.optimizer, learning_rate, steps, cycle_momentum=False) for run in runs
     ]
     limit = min(limit or steps, steps)
     bar = progress(islice(batches(data, epochs, device, seed), limit), label, total=limit)
