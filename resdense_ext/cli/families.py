@@ -191,12 +191,17 @@ def convolutions(network: nn.Module) -> list[nn.Conv2d]:
     return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
 
 
+def weightless(design: Design, in_channels: int = 1, num_classes: int = 10) -> Chain:
+    """The network on the meta device, in plain PyTorch; the random state stays as it is."""
+    # Drawing weights and dropping them is faster than drawing them on the meta device.
+    with torch.random.fork_rng(devices=()):
+        return build(design, None, in_channels, num_classes).to("meta")
+
+
 @lru_cache(maxsize=None)
 def parameters(design: Design) -> int:
     """The number of parameters of the network for one channel and ten classes."""
-    # Real weights: drawing them is faster than the bookkeeping of the meta device.
-    with torch.random.fork_rng(devices=()):
-        return sum(parameter.numel() for parameter in build(design).parameters())
+    return sum(parameter.numel() for parameter in weightless(design).parameters())
 
 
 def matching(family: str, depth: int, budget: int) -> Design:

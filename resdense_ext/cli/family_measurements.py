@@ -12,11 +12,10 @@ from statistics import mean, median
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from resdense_ext.cli import training
 from resdense_ext.cli.data import Dataset
-from resdense_ext.cli.families import Design, build, convolutions, parameters
+from resdense_ext.cli.families import Design, build, convolutions, parameters, weightless
 
 EPOCHS = 2
 LEARNING_RATE = 0.2
@@ -94,10 +93,12 @@ def forward_flops(design: Design, data: Dataset) -> int:
 
     A multiplication and an addition are two.
     """
-    with torch.device("meta"), torch.inference_mode():
-        network = build(design, None, data.channels, len(data.classes)).eval()
-        with FlopCounterMode(display=False) as counter:
-            network(torch.empty(1, data.channels, data.size, data.size))
+    # It imports Triton, which no other command needs.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = weightless(design, data.channels, len(data.classes)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, data.channels, data.size, data.size, device="meta"))
     return counter.get_total_flops()
 
 
