@@ -12,7 +12,7 @@ import torch
 
 import resdense_ext
 from resdense_ext.cli import data, demo, files, main, network, picture, training
-from resdense_ext.cli.comparison import Comparison, Result
+from resdense_ext.cli.demo_comparison import Comparison, Result
 from resdense_ext.cli.errors import CommandError
 from resdense_ext.cli.table import format_table
 

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from resdense_ext import __version__
-from resdense_ext.cli import bench, demo, info, train
+from resdense_ext.cli import bench, compare, demo, info, train
 from resdense_ext.cli.errors import CommandError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, train, bench, info)
+COMMANDS = (demo, train, compare, bench, info)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,13 +39,13 @@ class Dataset:
         return self.train_images.shape[-1]
 
 
-def digits() -> Dataset:
-    """The 1797 handwritten digits that come with scikit-learn, enlarged from 8x8 to 16x16."""
+def digits(size: int = DIGITS_SIZE) -> Dataset:
+    """The 1797 handwritten digits that come with scikit-learn, enlarged from 8x8 where `size` is more."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
     images = torch.from_numpy(source.images).float().unsqueeze(1)
-    images = F.interpolate(images, size=(DIGITS_SIZE, DIGITS_SIZE), mode="bilinear", align_corners=False)
+    images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     return _split("digits", [str(name) for name in source.target_names], images, torch.from_numpy(source.target).long())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from resdense_ext.cli import data, network, picture
-from resdense_ext.cli.comparison import compare
+from resdense_ext.cli.demo_comparison import compare
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError, require
 from resdense_ext.cli.files import check_writable, replacing

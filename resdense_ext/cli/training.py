@@ -1,4 +1,4 @@
-"""Trains two networks side by side on the same batches and times them fairly."""
+"""Trains networks side by side on the same batches and times them fairly."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Run:
     seconds: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, network: nn.Module) -> Run:
+    def of(cls, network: nn.Module, learning_rate: float) -> Run:
         optimizer = torch.optim.SGD(
-            network.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+            network.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
         )
         return cls(network, optimizer)
 
@@ -52,9 +52,9 @@ def batch_size(data: Dataset) -> int:
     return min(BATCH_SIZE, len(data.train_labels))
 
 
-def batches(data: Dataset, epochs: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of one size, the same ones each time; what is left over in an epoch is dropped."""
-    generator = torch.Generator().manual_seed(0)
+def batches(data: Dataset, epochs: int, device: torch.device, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of one size, the same ones each time for a `seed`; what is left over in an epoch is dropped."""
+    generator = torch.Generator().manual_seed(seed)
     size = batch_size(data)
     for _ in range(epochs):
         order = torch.randperm(len(data.train_labels), generator=generator)
@@ -63,20 +63,27 @@ def batches(data: Dataset, epochs: int, device: torch.device) -> Iterator[tuple[
 
 
 def train(
-    networks: list[nn.Module], data: Dataset, epochs: int, device: torch.device, label: str, limit: int | None = None
+    networks: list[nn.Module],
+    data: Dataset,
+    epochs: int,
+    device: torch.device,
+    label: str,
+    limit: int | None = None,
+    seed: int = 0,
+    learning_rate: float = LEARNING_RATE,
 ) -> list[Run]:
     """Trains every network with SGD under a one-cycle schedule over `epochs`, or stops after `limit` steps of it.
 
     The networks take each batch in turn, and take turns in being first, so that a machine that speeds up or slows down
     meanwhile does so for all of them.
     """
-    runs = [Run.of(network.train()) for network in networks]
+    runs = [Run.of(network.train(), learning_rate) for network in networks]
     steps = epochs * (len(data.train_labels) // batch_size(data))
     schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(run.optimizer, LEARNING_RATE, steps, cycle_momentum=False) for run in runs
+        torch.optim.lr_scheduler.OneCycleLR(run.optimizer, learning_rate, steps, cycle_momentum=False) for run in runs
     ]
     limit = min(limit or steps, steps)
-    bar = progress(islice(batches(data, epochs, device), limit), label, total=limit)
+    bar = progress(islice(batches(data, epochs, device, seed), limit), label, total=limit)
     for index, (images, labels) in enumerate(bar):
         for run in runs if index % 2 == 0 else reversed(runs):
             run.step(images, labels)
