@@ -1,4 +1,4 @@
-"""A residual bottleneck's end from its last 1x1 convolution on, with its backward, in what it may keep for it; resnet50's stages."""
+"""A bottleneck's end from its last 1x1 convolution on, with its backward, by what is kept for it; resnet50's stages."""
 
 import pytest
 import torch

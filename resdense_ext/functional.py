@@ -397,8 +397,8 @@ def conv1x1_bn_add_act(
         act(batch_norm(convolution(a), norm) + identity)            # or + batch_norm(identity, identity_norm)
 
     With the batch's statistics, mean and variance of the convolution's output follow from the mean of ``a`` and the matrix
-    ``R = (a - mean)^T (a - mean)``, and so does the backward of the norm. In training mode running statistics are updated once, as
-    `torch.nn.functional.batch_norm` does it.
+    ``R = (a - mean)^T (a - mean)``, and so does the backward of the norm. In training mode running statistics are updated
+    once, as `torch.nn.functional.batch_norm` does it.
 
     Args:
         x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16; contiguous or
@@ -412,9 +412,9 @@ def conv1x1_bn_add_act(
         negative_slope: of leaky_relu, here and there.
         input_norm: of ``x``, vectors of ``C``.
         input_activation: behind ``input_norm``; without that there is none.
-        policy: "fast" keeps, beside ``x``, the smaller of the convolution's output and R (``C^2 / groups`` values), the output alone
-            where R would cost more time than it is worth; "min" keeps neither and makes R again in backward. What stands in an
-            output's place needs no keeping with running statistics.
+        policy: "fast" keeps, beside ``x``, the smaller of the convolution's output and R (``C^2 / groups`` values), but not R
+            where there are fewer positions than channels; "min" keeps neither and makes R again in backward. With running
+            statistics in ``norm`` neither is needed.
 
     Returns:
         ``[N, K, *spatial]`` in the memory format of ``x``. Backward reads it, except behind silu (and a leaky_relu of negative

@@ -78,7 +78,8 @@ class Case:
             if name not in self.norms:
                 return None
             mean, var = (running or self.norms)[name]
-            return BatchNorm(leaves[f"{name} gamma"], leaves[f"{name} beta"], mean, var, not self.frozen, 0.1 if running else None)
+            momentum = 0.1 if running else None
+            return BatchNorm(leaves[f"{name} gamma"], leaves[f"{name} beta"], mean, var, not self.frozen, momentum)
 
         conv = self.conv(leaves["weight"], leaves["bias"])
         return leaves["x"], conv, norm("norm"), leaves["identity"], norm("identity_norm"), norm("input_norm")
@@ -177,7 +178,8 @@ class Stock(nn.Module):
 
     def __init__(self, channels=16, bias=False):
         super().__init__()
-        self.bn1, self.conv, self.bn2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=bias), nn.BatchNorm2d(channels)
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, 1, bias=bias)
         for norm in (self.bn1, self.bn2):
             nn.init.normal_(norm.weight, 1, 0.3), nn.init.normal_(norm.bias, 0, 0.3)
 
@@ -240,8 +242,8 @@ class TestPrecision:
     def test_nearly_orthogonal_weights(self, backend):
         """Strongly correlated inputs, and weights orthogonal to what they have in common: R loses what the variance is made of.
 
-        R is known to some units in the last place of its elements, so var to as many of ``(sum_i |w_i| deviation_i)^2``. Here that is
-        far more than eps of var itself, and the bound is nearly reached by R rounded once.
+        R is known to some units in the last place of its elements, so var to as many of ``(sum_i |w_i| deviation_i)^2``, of which
+        one is enough here. That is far more than eps of var itself, and the error shows it.
         """
         direction = F.normalize(torch.rand(16, dtype=torch.float64) + 0.5, dim=0)
         common = torch.randn(8, 1, 16, 16, dtype=torch.float64) * 300 * direction.view(1, -1, 1, 1)
@@ -260,7 +262,8 @@ class TestPrecision:
     def test_the_variance_is_never_negative(self):
         """Weights that cancel the input altogether, up to rounding."""
         a = torch.randn(2, 1, 9, 9).expand(2, 2, 9, 9) * 1000
-        stats = engine.output_statistics(source := pointwise(a, torch.tensor([[1.0, -1.0]])[..., None, None]), engine.moments(source))
+        source = pointwise(a, torch.tensor([[1.0, -1.0]])[..., None, None])
+        stats = engine.output_statistics(source, engine.moments(source))
         assert stats.m2.item() >= 0
         y = functional.conv1x1_bn_add_act(a, source.conv, BatchNorm(), torch.zeros(2, 1, 9, 9))
         assert y.isfinite().all()
@@ -318,7 +321,8 @@ class TestPieces:
 
     def test_a_pending_gradient_is_added_to(self, backend):
         x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-        source = pointwise(x, torch.randn(8, 4, 1, 1, dtype=torch.float64), fold_of(x, torch.randn(4).double(), torch.randn(4).double()))
+        fold = fold_of(x, *torch.randn(2, 4, dtype=torch.float64))
+        source = pointwise(x, torch.randn(8, 4, 1, 1, dtype=torch.float64), fold)
         moments = engine.moments(source)
         fold = source.backend.fold(BatchNorm(), engine.output_statistics(source, moments), source.count, Activation("identity"))
         branch, g, before = Branch(source, fold), torch.randn(2, 8, 5, 5, dtype=torch.float64), torch.randn_like(x)

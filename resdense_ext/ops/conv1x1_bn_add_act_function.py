@@ -33,8 +33,8 @@ SCHEMA = (
 class Conv1x1BNAddActConfig(NamedTuple):
     """All that is no tensor, in the operators' types.
 
-    The norms are the one before the convolution, the one behind it and the shortcut's; ``keep`` is what `engine.kept_for_backward`
-    says.
+    The norms are the one before the convolution, the one behind it and the shortcut's; ``keep`` is what
+    `engine.kept_for_backward` says.
     """
 
     normed: list[bool]
@@ -217,8 +217,8 @@ LIBRARY.define(
     f"conv1x1_bn_add_act(Tensor x, Tensor identity, {SCHEMA}) -> (Tensor out, Tensor before, Tensor[] stats, Tensor[] kept)"
 )
 LIBRARY.define(
-    f"conv1x1_bn_add_act_backward(Tensor grad, Tensor? mark, Tensor x, Tensor? identity, {SCHEMA}, Tensor[] stats, Tensor[] kept, "
-    "bool[] needs) -> Tensor[]"
+    f"conv1x1_bn_add_act_backward(Tensor grad, Tensor? mark, Tensor x, Tensor? identity, {SCHEMA}, Tensor[] stats, "
+    "Tensor[] kept, bool[] needs) -> Tensor[]"
 )
 LIBRARY.impl("conv1x1_bn_add_act", _conv1x1_bn_add_act, "CompositeExplicitAutograd")
 LIBRARY.impl("conv1x1_bn_add_act_backward", _conv1x1_bn_add_act_backward, "CompositeExplicitAutograd")
