@@ -19,11 +19,12 @@ def draw(path: Path, rows: Sequence[dict], title: str) -> None:
         _plot(losses, test, "loss", TEST, "test {:.3f}", "o")
         _plot(scores, train, "accuracy", TRAIN, "accuracy, training {:.1%}")
         _plot(scores, test, "accuracy", TEST, "accuracy, test {:.1%}", "o")
-        if "dice" in test[-1]:
+        masks = "dice" in test[-1]
+        if masks:
             _plot(scores, test, "dice", MUTED, "Dice, test {:.3f}", "s")
         _plot(rates, train, "learning_rate", MUTED, "{:.2g}")
 
-        for axes, name in ((losses, "Loss"), (scores, "Accuracy"), (rates, "Learning rate")):
+        for axes, name in ((losses, "Loss"), (scores, "Accuracy and Dice" if masks else "Accuracy"), (rates, "Learning rate")):
             axes.set_title(name, loc="left", fontweight="bold", fontsize=12)
             axes.set_xlabel("epoch")
             axes.set_xlim(left=0)
@@ -31,8 +32,8 @@ def draw(path: Path, rows: Sequence[dict], title: str) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
         scores.set_ylim(0, 1.02)
         scores.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        losses.legend(frameon=False, loc="upper right")
-        scores.legend(frameon=False, loc="lower right")
+        losses.legend(frameon=False, loc="best")
+        scores.legend(frameon=False, loc="best")
 
 
 def _plot(axes, rows: Sequence[dict], key: str, colour: str, label: str, marker: str | None = None) -> None:

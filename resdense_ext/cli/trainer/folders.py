@@ -57,7 +57,8 @@ class MaskedImages:
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         path, mask_path = self.files[index]
-        image, mask = _read_volumes(path, mask_path, self.side) if path.suffix == VOLUME else _read_pair(path, mask_path, self.side)
+        read = _read_volumes if path.suffix == VOLUME else _read_pair
+        image, mask = read(path, mask_path, self.side)
         table = torch.zeros(256, dtype=torch.int64)
         table[list(self.values)] = torch.arange(len(self.values))
         return image, table[mask.long()]
@@ -221,8 +222,8 @@ def _read_pair(path: Path, mask_path: Path, side: int) -> tuple[Tensor, Tensor]:
 def _read_volumes(path: Path, mask_path: Path, side: int) -> tuple[Tensor, Tensor]:
     image, mask = _read_array(path).float(), _read_array(mask_path)
     if image.ndim not in (3, 4):
-        raise CommandError(f"--data: expected a volume (depth, height, width), channels before them or not, got {path} of shape "
-                           f"{tuple(image.shape)}")
+        expected = "a volume (depth, height, width), channels before them or not"
+        raise CommandError(f"--data: expected {expected}, got {path} of shape {tuple(image.shape)}")
     image = image if image.ndim == 4 else image.unsqueeze(0)
     if not image.isfinite().all():
         raise CommandError(f"--data: expected finite values, got {path}")
