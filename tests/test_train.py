@@ -267,7 +267,7 @@ def test_a_file_kept_aside_survives_twice(tmp_path):
 
 @pytest.mark.parametrize("data", ["shapes", "shapes3d"])
 def test_segmentation_learns(data, tmp_path, capsys):
-    out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 6, "--batch-size", 4, "--lr", 0.4)
+    out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 4, "--batch-size", 4, "--lr", 0.4)
     first, *_, last = rows(out, "test")
     assert last["dice"] > max(0.3, first["dice"] + 0.1) and last["accuracy"] > 0.85
     assert f"Dice {last['dice']:.3f}" in capsys.readouterr().out
