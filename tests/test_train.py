@@ -122,7 +122,8 @@ def python(code, *arguments, **environment):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     code = f"import sys, train_nets; train_nets.install()\n{code}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_results(whole, capsys):
@@ -266,7 +267,7 @@ def test_a_file_kept_aside_survives_twice(tmp_path):
 
 @pytest.mark.parametrize("data", ["shapes", "shapes3d"])
 def test_segmentation_learns(data, tmp_path, capsys):
-    out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 6, "--batch-size", 4, "--lr", 0.4)
+    out = train(tmp_path, "--data", data, "--model", "tiny_segmenter", "--epochs", 4, "--batch-size", 4, "--lr", 0.4)
     first, *_, last = rows(out, "test")
     assert last["dice"] > max(0.3, first["dice"] + 0.1) and last["accuracy"] > 0.85
     assert f"Dice {last['dice']:.3f}" in capsys.readouterr().out
@@ -283,7 +284,7 @@ sys.exit(main(sys.argv[1:]))
     arguments = [*SHAPES, "--epochs", 1, "--batch-size", 16]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
-        python(code, "train", "--device", "cpu", "--out", tmp_path / "two", *arguments, RANK=str(rank), **common) for rank in (0, 1)
+        python(code, "train", "--device", "cpu", "--out", tmp_path / "two", *arguments, RANK=rank, **common) for rank in "01"
     ]
     one = train(tmp_path / "one", *arguments)
     for process in processes:

@@ -38,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(pictures, or volumes as .npy) with files of the same names (default: %(default)s)",
     )
     add("--model", metavar="NAME", help="a network of resdense_ext.models (default: one that suits the data)")
-    add("--size", metavar="N", type=int, help="pixels a side that images of a folder are resized to (default: 224, volumes 64)")
+    add("--size", metavar="N", type=int, help="pixels a side that a folder's images are resized to (default: 224, volumes 64)")
     add("--epochs", metavar="N", type=int, default=20, help="passes over the examples (default: %(default)s)")
-    add("--batch-size", metavar="N", type=int, help="examples a step, of all processes together (default: 64, masks 16, volumes 4)")
-    add("--lr", metavar="R", type=float, help="highest learning rate (default: 0.1 for 64 examples a step, else in proportion to their square root)")
+    add("--batch-size", metavar="N", type=int, help="examples a step, all processes together (default: 64, masks 16, volumes 4)")
+    add("--lr", metavar="R", type=float, help="highest learning rate (default: 0.1 sqrt(batch size / 64))")
     add("--weight-decay", metavar="R", type=float, default=1e-4, help="not of norms and biases (default: %(default)s)")
     add("--label-smoothing", metavar="R", type=float, help="(default: 0.1 for labels, 0 for masks)")
     add("--warmup", metavar="EPOCHS", type=float, help="epochs until the highest learning rate (default: a twentieth of all)")
     add("--amp", choices=tuple(AMP_DTYPES), help="mixed precision (default: none)")
-    add("--policy", choices=("fast", "min", "auto", "none"), help="what is kept for backward; none: stock PyTorch (default: fast)")
+    add("--policy", choices=("fast", "min", "auto", "none"), help="what is kept; none: stock PyTorch (default: fast)")
     add("--memory-budget", metavar="B", help='instead of a policy: "8GiB", or below 1 a share of what stock keeps')
     add("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
     add("--device", metavar="D", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
@@ -136,8 +136,8 @@ def _settings(args: argparse.Namespace, data: Data, budget: int | float | None, 
     batch_size = args.batch_size or processes.count * max(1, min(BATCH_SIZES[kind], len(data.train)) // processes.count)
     if batch_size % processes.count or batch_size > len(data.train):
         raise CommandError(
-            f"--batch-size: expected a multiple of the number of processes ({processes.count}), and at most the number of training "
-            f"examples ({len(data.train)}), got {batch_size}"
+            f"--batch-size: expected a multiple of the number of processes ({processes.count}), and at most the number of "
+            f"training examples ({len(data.train)}), got {batch_size}"
         )
     smoothing = 0.0 if data.masks else 0.1
     return Settings(

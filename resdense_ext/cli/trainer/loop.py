@@ -88,7 +88,8 @@ class Trainer:
                 continue
             values = self.scores.values(self.processes.total)
             if not values["loss"] < float("inf"):
-                raise CommandError(f"the training loss is {values['loss']} at step {self.step}: try a smaller --lr than {settings.lr}")
+                found = f"the training loss is {values['loss']} at step {self.step}"
+                raise CommandError(f"{found}: try a smaller --lr than {settings.lr}")
             if self.processes.first:
                 bar.set_postfix_str(f"loss {values['loss']:.3f}")
             now = time.perf_counter()

@@ -67,7 +67,8 @@ class Journal:
         found = self._file.tell()
         if found < length:
             self._file.close()
-            raise CommandError(f"--resume: expected at least {length} bytes in {path}, as when the checkpoint was written, got {found}")
+            expected = f"at least {length} bytes in {path}, as when the checkpoint was written"
+            raise CommandError(f"--resume: expected {expected}, got {found}")
         self._file.truncate(length)
 
     def add(self, row: dict) -> None:
