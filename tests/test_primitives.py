@@ -138,8 +138,7 @@ def conv_cases():
     yield "1x1 wide", pointwise, (130, 67, 1, 1), False
     yield "1x1 whole vectors", pointwise, (48, 32, 1, 1), False
     yield "3x3", pointwise._replace(padding=(1, 1)), (8, 20, 3, 3), False
-    yield "3x3 bias", pointwise._replace(padding=(1, 1)), (8, 20, 3, 3), True
-    yield "3x3 whole vectors", pointwise._replace(padding=(1, 1)), (16, 32, 3, 3), False
+    yield "3x3 whole vectors, bias", pointwise._replace(padding=(1, 1)), (16, 32, 3, 3), True
     yield "3x3 dilated, grouped, bias", Conv(torch.empty(0), None, (2, 2), (2, 2), 4), (8, 5, 3, 3), True
     yield "5x3", pointwise._replace(padding=(2, 1)), (6, 20, 5, 3), False
 

@@ -14,10 +14,10 @@ TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
     "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and not whole"),
-    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and (wide or 3x3) and not whole"),
-    "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and (wide or dilated)"),
+    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and (wide or dilated)"),
+    "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
-    "dense block": ("test_dense_block.py", "test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton)"),
+    "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
     "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
     "engine": ("triton_engine.py", ""),
     "operators": ("triton_kernels.py", "not pool"),
