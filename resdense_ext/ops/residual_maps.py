@@ -136,11 +136,13 @@ def plan_of(x: Tensor, block: ResidualBlock, last: Activation, policy: str, dtyp
     - "none": there is no such map, or it feeds nothing but a norm that is frozen altogether.
     """
     plan, counts, norms = [], counts_of(x, block), norms_of(block)
+    # To know the derivative of the last activation, "min" has to add up again.
+    whole = policy == "min" and not reference.determined(last)
     for i, conv in enumerate(convs_of(block), 1):
-        inside = i < len(block.units)
+        inside = i < len(block.units) or whole
         if conv is None or not (inside or _trains(norms[i])):
             plan.append("none")
-        elif not inside and _has_moments(conv, norms[i], counts[i], dtype) and (policy == "fast" or reference.determined(last)):
+        elif not inside and _has_moments(conv, norms[i], counts[i], dtype):
             plan.append("moments")
         else:
             plan.append("kept" if policy == "fast" else "again")
