@@ -122,7 +122,8 @@ inline const void* coefficients(const Tensor& v, const char* name, int64_t chann
 // Per-channel sums, gathered by chunk and added up in the order of the chunks.
 class Sums {
  public:
-  Sums(int64_t chunks, int64_t channels, int count = 2) : channels_(channels), count_(count), values_(chunks * count * channels) {}
+  Sums(int64_t chunks, int64_t channels, int count = 2)
+      : channels_(channels), count_(count), values_(chunks * count * channels) {}
 
   int count() const { return count_; }
   double* of(int64_t chunk, int which) { return values_.data() + (chunk * count_ + which) * channels_; }

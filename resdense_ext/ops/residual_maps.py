@@ -223,7 +223,7 @@ class Maps:
         return None if norm is None else self.backend.fold(norm, self.stats[i], self.counts[i], self.activation)
 
     def compute(self, keep: Sequence[bool], skip: Sequence[bool] = ()) -> None:
-        """All maps 1 to n + 1 but those to ``skip``; those inside that are not to ``keep`` are let go when they have been read."""
+        """All maps 1 to n + 1 but those to ``skip``; those inside that are not to ``keep`` are let go once read."""
         x, skip = self.maps[0], skip or [False] * len(keep)
         if takes_stats(self.norms[0]) and not self.known:
             self.stats[0] = Stats(*self.backend.channel_stats(x))
