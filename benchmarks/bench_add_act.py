@@ -1,4 +1,4 @@
-"""The end of a residual block without batch norm, with its backward; fused on GPUs, plain PyTorch elsewhere."""
+"""The end of a residual block without batch norm, with its backward."""
 
 from _ops import LAYERS, cases, copy_of, map_of, time
 

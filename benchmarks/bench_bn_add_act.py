@@ -1,4 +1,4 @@
-"""The end of a residual block, with its backward; fused on GPUs, plain PyTorch elsewhere."""
+"""The end of a residual block, with its backward."""
 
 import torch
 import torch.nn.functional as F

@@ -276,8 +276,8 @@ def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optiona
 def _check_keeps_size(where: str, conv: Conv) -> None:
     if not conv.keeps_size:
         raise ValueError(
-            f"{where}: expected a convolution that keeps the spatial size (stride 1, 2 * padding == dilation * (kernel - 1)), got "
-            f"kernel {tuple(conv.weight.shape[2:])}, padding {conv.padding}, dilation {conv.dilation}, stride {conv.steps}"
+            f"{where}: expected a convolution that keeps the spatial size (stride 1, 2 * padding == dilation * (kernel - 1)), "
+            f"got kernel {tuple(conv.weight.shape[2:])}, padding {conv.padding}, dilation {conv.dilation}, stride {conv.steps}"
         )
 
 

@@ -132,6 +132,20 @@ def test_fused_bn_add_act_twice(fused, projection, training):
     assert torch.autograd.gradgradcheck(run, (z, identity, *vectors))
 
 
+@pytest.mark.parametrize("projection", [False, True])
+def test_fused_bn_add_act_of_maps_in_any_layout(fused, projection):
+    z = torch.randn(3, 10, 14, 6, dtype=torch.float64)[:, ::2, ::2].requires_grad_()
+    (identity,) = maps(1, channels_last=True)
+    norms = [batch_norm() for _ in range(2)]
+    stock = copy.deepcopy(norms)
+    expected = F.relu(stock[0](z) + (stock[1](identity) if projection else identity))
+    y = functional.bn_add_act(z, norm_of(norms[0]), identity, norm_of(norms[1]) if projection else None)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(3, 7, 6, 5, dtype=torch.float64).movedim(-1, 1)
+    grads = [torch.autograd.grad(out, [z, identity], grad) for out in (y, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
 def test_fused_bn_add_act_keeps_only_what_it_needs(fused):
     z, identity = maps(2)
     grad = torch.randn_like(z)

@@ -1,5 +1,5 @@
-// The end of a residual block: act(bn(z) + identity), the identity behind a norm of its own or not, and its backward up to the norms,
-// which tells the derivative of the activation from its output.
+// The end of a residual block: act(bn(z) + identity), the identity behind a norm of its own or not, and its backward up to the
+// norms, which tells the derivative of the activation from its output.
 
 #include <functional>
 

@@ -34,8 +34,8 @@ enum class Pass {
   sum,              // sums[0] += x                                    in: x
   deviation,        // sums[0] += x - mean, sums[1] += (x - mean)^2    in: x          coef: mean
 };
-// mask and mask_accumulate also add dy to sums[0] and dy * (x - center) to sums[1]; unmask and unmask_both add g and g * (z - center)
-// to these, and the latter g * (i - icenter) to sums[2].
+// mask and mask_accumulate also add dy to sums[0] and dy * (x - center) to sums[1]; unmask and unmask_both add g and
+// g * (z - center) to these, and the latter g * (i - icenter) to sums[2].
 
 struct Sweep {
   Pass pass;

@@ -1,6 +1,7 @@
 """``act(x + identity)``: one read of each operand and one write; backward reads the gradient and the output.
 
-Fused on GPUs, in CUDA C++ or Triton; elsewhere it is the plain PyTorch of `resdense_ext.reference`.
+One node; its kernels are CUDA C++ or Triton on GPUs and the framework's on the CPU. Where no backend but the reference serves the
+input it is the plain PyTorch of `resdense_ext.reference`.
 """
 
 from __future__ import annotations

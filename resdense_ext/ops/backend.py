@@ -194,7 +194,7 @@ class ReferenceBackend:
     def bn_act_conv_backward(
         self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
-        """From the gradient of the convolution's output, which is only read: its weight's and bias's, the norm's, and that of ``x``.
+        """From the gradient of the convolution's output, which is only read: its weight's, its bias's, the norm's and x's.
 
         The gradient of ``x`` is pending: ``scale * dy`` and the norm's correction, a new one or, where ``into`` is given, added
         to that one (whose ``alpha`` is 1). Without a fold the convolution's input is ``x`` as it is.
@@ -263,8 +263,8 @@ class ReferenceBackend:
         identity_center: Optional[Tensor],
         activation: Activation,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``g = grad * act'``, in new memory, and the sums of g, of g times ``z - center`` and, where there is one with a norm, of
-        g times ``identity - identity_center``. See `reference.marked_slope` for the mark."""
+        """``g = grad * act'``, in new memory, and the sums of g, of g times ``z - center`` and, where there is one with a norm,
+        of g times ``identity - identity_center``. See `reference.marked_slope` for the mark."""
         slope = end_slope(activation)
         if self.ends is not None and slope is not None and grad.dtype == z.dtype:
             return self.ends.bn_add_act_backward(grad, mark, z, center, identity, identity_center, slope)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from resdense_ext.ops import backend
-from resdense_ext.ops.add_act import fused_slope
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.reference import Activation
 
@@ -40,7 +39,5 @@ def explain() -> list[tuple[str, str, str]]:
         refusals = {b.name: b.refusal(probe, probe.dtype, Activation()) for b in backend.registered()}
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if reason) or "preferred"
         rows += [(f"{op.rstrip('_')} ({device})", _owner(chosen, op), why) for op in _PRIMITIVES]
-        fused = fused_slope(probe, Activation()) is not None
-        ends = (chosen.name, why) if fused else ("reference", "fused on GPUs only")
-        rows += [(f"{op} ({device})", *ends) for op in _ENDS]
+        rows += [(f"{op} ({device})", chosen.name, why) for op in _ENDS]
     return rows

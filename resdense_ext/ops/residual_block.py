@@ -8,8 +8,8 @@ that of its projection, ``map_{n+1}``. Norm i reads map i::
 
 Backward begins with ``g = grad * last'``, which is the identity's gradient, and in which the gradient of x is added up; it goes
 through the convolutions from the last to the first. Kept are x, the output where it tells ``last'``, and the maps that backward
-reads ("fast") or none of them ("min"): then they are computed again, with the statistics that are known. The maps that only a norm
-reads are mostly done without: see `resdense_ext.ops.residual_maps.plan_of`.
+reads ("fast") or none of them ("min"): then they are computed again, with the statistics that are known. The maps that only a
+norm reads are mostly done without: see `resdense_ext.ops.residual_maps.plan_of`.
 
 Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
 """
@@ -158,7 +158,7 @@ def _end(
 def _through(
     source: Pointwise, walk: Maps, k: int, grad: Pending | Tensor, into: Optional[Pending], grads: _Gradients, unit: int
 ) -> ConvGrads:
-    """Through the convolution of ``unit`` that writes map k, and what stands before it; see `ReferenceBackend.bn_act_conv_backward`.
+    """Through the convolution of ``unit`` that writes map k, and what stands before it, as `ReferenceBackend.bn_act_conv_backward`.
 
     A gradient that is not pending is that behind the map's norm.
     """

@@ -136,11 +136,13 @@ def plan_of(x: Tensor, block: ResidualBlock, last: Activation, policy: str, dtyp
     - "none": there is no such map, or it feeds nothing but a norm that is frozen altogether.
     """
     plan, counts, norms = [], counts_of(x, block), norms_of(block)
+    # To know the derivative of the last activation, "min" has to add up again.
+    whole = policy == "min" and not reference.determined(last)
     for i, conv in enumerate(convs_of(block), 1):
-        inside = i < len(block.units)
+        inside = i < len(block.units) or whole
         if conv is None or not (inside or _trains(norms[i])):
             plan.append("none")
-        elif not inside and _has_moments(conv, norms[i], counts[i], dtype) and (policy == "fast" or reference.determined(last)):
+        elif not inside and _has_moments(conv, norms[i], counts[i], dtype):
             plan.append("moments")
         else:
             plan.append("kept" if policy == "fast" else "again")
@@ -221,7 +223,7 @@ class Maps:
         return None if norm is None else self.backend.fold(norm, self.stats[i], self.counts[i], self.activation)
 
     def compute(self, keep: Sequence[bool], skip: Sequence[bool] = ()) -> None:
-        """All maps 1 to n + 1 but those to ``skip``; those inside that are not to ``keep`` are let go when they have been read."""
+        """All maps 1 to n + 1 but those to ``skip``; those inside that are not to ``keep`` are let go once read."""
         x, skip = self.maps[0], skip or [False] * len(keep)
         if takes_stats(self.norms[0]) and not self.known:
             self.stats[0] = Stats(*self.backend.channel_stats(x))

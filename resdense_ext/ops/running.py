@@ -21,7 +21,8 @@ def update_running_statistics(
     """``running += momentum * (batch - running)``, with the unbiased variance, for every norm that asks for it.
 
     Args:
-        norms: as given to the block, None for none; those without batch statistics, running statistics or momentum are left alone.
+        norms: as given to the block, None for none; those without batch statistics, running statistics or momentum are
+            left alone.
         stats: a norm's mean and sum of squared deviations, ``[C]`` each.
         counts: the number of positions that these are over.
     """
