@@ -1,6 +1,7 @@
 """Four families of networks for small images that differ only in how a layer's output meets what came before it.
 
-All have one body: a 3x3 stem, three stages (the positions are quartered between two), batch norm, ReLU, global average pool, linear.
+All have one body: a 3x3 stem, three stages (the positions are quartered between two), batch norm, ReLU, global average pool,
+linear.
 He et al.: Identity Mappings in Deep Residual Networks (2016), arXiv 1603.05027. Huang et al.: Densely Connected Convolutional
 Networks (2017), arXiv 1608.06993. Chen et al.: Dual Path Networks (2017), arXiv 1707.01629.
 """
@@ -156,7 +157,7 @@ FAMILIES: dict[str, Callable[[int, float, str | None], tuple[int, list[nn.Module
     "dense": _dense,
     "dual path": _dual_path,
 }
-"""Each gives, for a depth, a width and a policy: the stem's channels, the modules of the stages, and the channels that these end in."""
+"""Each gives, for a depth, a width and a policy: the stem's channels, the stages' modules, and the channels these end in."""
 
 
 def build(design: Design, policy: str | None = None, in_channels: int = 1, num_classes: int = 10) -> Chain:
