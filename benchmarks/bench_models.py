@@ -13,7 +13,6 @@ import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
 import torch

@@ -19,6 +19,7 @@ __all__ = [
     "check_dense_block",
     "check_input",
     "check_norm",
+    "check_policy",
     "check_pooled_unit",
     "check_probability",
     "check_residual_block",
@@ -82,6 +83,12 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
             if not layer.mask_scale > 0:
                 raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
         channels += width
+
+
+def check_policy(policy: str) -> None:
+    """Raises ValueError for a name that is no policy's."""
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
 
 
 def kept_layers(policy: str | Sequence[bool], count: int) -> list[bool]:
@@ -172,7 +179,7 @@ def check_conv1x1_bn_add_act(
 ) -> None:
     """Raises what `conv1x1_bn_add_act` raises for these arguments."""
     check_input(x)
-    keeps_maps(policy)
+    check_policy(policy)
     dtype = None if autocasts(x.device.type) else x.dtype
     if any(size != 1 for size in conv.weight.shape[2:]):
         raise ValueError(f"conv.weight: expected a kernel of size 1, got shape {tuple(conv.weight.shape)}")

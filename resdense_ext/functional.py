@@ -11,13 +11,13 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.checks import (
-    POLICIES,
     activation_of,
     autocasts,
     check_conv1x1_bn_add_act,
     check_dense_block,
     check_input,
     check_norm,
+    check_policy,
     check_pooled_unit,
     check_probability,
     check_residual_block,
@@ -173,8 +173,7 @@ def residual_block(
     act = activation_of(activation, negative_slope)
     final = final_activation or (activation if block.norm is not None else "identity")
     last = activation_of(final, negative_slope, "final_activation")
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    check_policy(policy)
     check_residual_block(x, block)
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.

@@ -139,16 +139,6 @@ def test_plain_is_residual_without_shortcuts():
     torch.testing.assert_close(residual(x.clone()), x + plain(x.clone()))
 
 
-def test_dual_path_adds_and_appends():
-    stage = families.DualPathStage(2, 5, 3, 4, 2, 2)
-    first = stage[0](torch.randn(2, 5, 8, 8))
-    assert [half.shape for half in first] == [(2, 4, 4, 4), (2, 6, 4, 4)]
-    second = stage[1](first)
-    new = stage[1].layers(torch.cat(first, 1))
-    torch.testing.assert_close(second[0], first[0] + new[:, :4])
-    assert torch.equal(second[1][:, :6], first[1]) and second[1].shape[1] == 8
-
-
 def test_gradient_ratio_of_a_plain_network_by_hand():
     """Of convolutions 1x1 on one position, a chain of products: dL/dw_i = dL/dy * y / w_i for a network of one path."""
     network = nn.Sequential(*(nn.Conv2d(1, 1, 1, bias=False) for _ in range(3)), nn.Flatten(), nn.Linear(1, 2))

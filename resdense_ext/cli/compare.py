@@ -6,7 +6,6 @@ What was measured is kept at once; a run that was interrupted goes on when start
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resdense_ext.cli.errors import CommandError
-from resdense_ext.nn import Chain, DenseBlock, Transition
+from resdense_ext.nn import Chain, DenseBlock, DualPathStage, PreActBlock, Transition
 
 STAGES = 3
 EQUAL_DEPTH, EQUAL_PARAMETERS = COMPARISONS = "depth", "parameters"
@@ -42,68 +42,6 @@ class PlainBlock(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__(*_unit(in_channels, out_channels, 3, stride), *_unit(out_channels, out_channels, 3))
-
-
-class PreActBlock(nn.Module):
-    """`x + f(x)`, with `f` a `PlainBlock`; where shapes differ, a strided 1x1 projection of the activated input for `x`."""
-
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, *, policy: str | None = None) -> None:
-        super().__init__()
-        norm, relu, *rest = PlainBlock(inplanes, planes, stride)
-        self.activate, self.layers = nn.Sequential(norm, relu), nn.Sequential(*rest)
-        same = stride == 1 and inplanes == planes
-        self.projection = None if same else nn.Conv2d(inplanes, planes, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.activate(x)
-        shortcut = x if self.projection is None else self.projection(y)
-        return shortcut + self.layers(y)
-
-
-class DualPathBlock(nn.Module):
-    """A bottleneck whose output is added to the residual half and appended to the dense half; `projection` makes both anew."""
-
-    def __init__(
-        self, in_channels: int, width: int, residual_channels: int, growth_rate: int, stride: int, projection: bool
-    ) -> None:
-        super().__init__()
-        self.residual_channels = residual_channels
-        both = residual_channels + 2 * growth_rate
-        self.projection = nn.Sequential(*_unit(in_channels, both, 1, stride)) if projection else None
-        self.layers = nn.Sequential(
-            *_unit(in_channels, width, 1),
-            *_unit(width, width, 3, stride),
-            *_unit(width, residual_channels + growth_rate, 1),
-        )
-
-    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        joined = torch.cat(x, 1) if isinstance(x, tuple) else x
-        residual, dense = x if self.projection is None else self._split(self.projection(joined))
-        added, appended = self._split(self.layers(joined))
-        return residual + added, torch.cat([dense, appended], 1)
-
-    def _split(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return y[:, : self.residual_channels], y[:, self.residual_channels :]
-
-
-class DualPathStage(nn.Sequential):
-    """Dual path blocks: the first takes a tensor or two halves and strides, the others go on with its halves."""
-
-    def __init__(
-        self,
-        num_layers: int,
-        in_channels: int,
-        width: int,
-        residual_channels: int,
-        growth_rate: int,
-        stride: int = 1,
-        *,
-        policy: str | None = None,
-    ) -> None:
-        shape = width, residual_channels, growth_rate
-        super().__init__(DualPathBlock(in_channels, *shape, stride, projection=True))
-        for i in range(1, num_layers):
-            self.append(DualPathBlock(residual_channels + (2 + i) * growth_rate, *shape, stride=1, projection=False))
 
 
 class SideBySide(nn.Module):
@@ -144,9 +82,8 @@ def _dual_path(depth: int, width: float, policy: str | None) -> tuple[int, list[
     for stage in range(STAGES):
         bottleneck = _channels(width, stage)
         residual, growth = 2 * bottleneck, max(1, round(bottleneck / 4))
-        stages.append(
-            DualPathStage(blocks, channels, bottleneck, residual, growth, stride=1 if stage == 0 else 2, policy=policy)
-        )
+        stride = 1 if stage == 0 else 2
+        stages.append(DualPathStage(blocks, channels, bottleneck, residual, growth, stride=stride, policy=policy))
         channels = residual + (2 + blocks) * growth
     return stem, [nn.Sequential(*stages, SideBySide())], channels
 

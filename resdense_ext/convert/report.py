@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional
 
-import torch
 from torch import Tensor, nn
 
 from resdense_ext.convert.budget import Plan, plan_of

@@ -38,8 +38,6 @@ class DualPathBlock(OnEngine, nn.Module):
         f = c1x1_c(c3x3_b(c1x1_a(cat(x))))                     # each batch norm, relu, convolution
         return r + f[:, :residual_channels], cat([d, f[:, residual_channels:]])
 
-    Neighbours in a `DualPathStage` or `Chain` can share a node, in which the dense half grows in one buffer.
-
     Args:
         in_channels: channels of the input, of both halves together.
         width: channels of the bottleneck.
@@ -50,7 +48,7 @@ class DualPathBlock(OnEngine, nn.Module):
         projection: whether the halves are made anew from the input, which may then be a tensor.
         spatial_dims: 1, 2 or 3.
         activation: relu, leaky_relu, elu, silu or identity.
-        policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
+        policy: "fast", "min" or None. So far the block runs as the code above whatever it is.
 
     Shape: ``([N, residual_channels, *spatial], [N, D, *spatial])`` to ``([N, residual_channels, *spatial],
     [N, D + growth_rate, *spatial])``, where a projection starts with ``D = 2 * growth_rate`` and ``spatial / stride``.

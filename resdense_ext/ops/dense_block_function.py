@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops import pooled_unit
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import DenseBlockConfig
