@@ -38,11 +38,13 @@ def draw(rows: list[dict], path: Path) -> None:
             values = [newest.get((*group, provider, metric), 0) / unit for group in groups]
             places = [g + (i - (len(COLOURS) - 1) / 2) * height for g in range(len(groups))]
             bars = axis.barh(places, values, 0.92 * height, color=colour, label=NAMES[provider])
-            axis.bar_label(bars, [f"{v:.2f}" if unit == 1 else f"{v:.1f}" for v in values], padding=2, fontsize=8)
+            labels = [f"{v:.2f}" if unit == 1 else f"{v:.1f}" for v in values]
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of a label that meets the line at 1
+            axis.bar_label(bars, labels, padding=2, fontsize=8, bbox=behind)
         axis.set_title(title, fontsize=10)
         axis.set_xlim(right=axis.get_xlim()[1] * 1.1)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].axvline(1, color="black", linewidth=0.8)
+    axes[-1].axvline(1, color="black", linewidth=0.8, zorder=2)
     axes[0].set_yticks(range(len(groups)), [f"{network}\n{dtype}" for network, dtype in groups])
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False)
