@@ -13,8 +13,8 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
-    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and not whole"),
-    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and (wide or dilated)"),
+    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and (wide or dilated or 5x3)"),
+    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and dilated"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
     "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
