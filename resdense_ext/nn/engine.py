@@ -137,61 +137,66 @@ def _running(module: nn.Module, x: Tensor) -> Iterator[None]:
         tell(None, None)
 
 
-def run_dense_block(block: Block, x: Tensor) -> Tensor:
-    """The block's forward on the engine, or on its stock path where the engine cannot; the latter is said once a block."""
+_Run = Callable[[Tensor], Optional[Tensor]]
+
+
+def _run(module: Block | Transition | Residual, x: Tensor, read: Callable[[], _Run]) -> Tensor:
+    """The module's forward on the engine, or on its stock path where the engine cannot; the latter is said once a module.
+
+    ``read`` looks at the modules inside and gives what runs them, which answers None for an input that it does not take.
+    """
     if is_transformed(x):
-        return block.stock_forward(x)
+        return module.stock_forward(x)
     _check_is_tensor(x)
-    with _running(block, x):
-        if block.engine_policy is not None and _takes(x):
+    with _running(module, x):
+        run = None
+        if module.engine_policy is not None and _takes(x):
             try:
                 _check_plain(x)
-                modules = block.layer_modules()
-                layers, activation = read_layers(modules)
+                run = read()
             except Unsupported as unsupported:
-                _say(block, unsupported)
-            else:
-                return _dense_block(x, modules, layers, activation, block.engine_policy)
-        # Outside of the handler, so that an error of the stock path carries no Unsupported along.
-        return block.stock_forward(x)
+                _say(module, unsupported)
+        # Outside of the handler, so that an error of either path carries no Unsupported along.
+        y = run(x) if run is not None else None
+        return module.stock_forward(x) if y is None else y
+
+
+def run_dense_block(block: Block, x: Tensor) -> Tensor:
+    """The block's forward, see `_run`."""
+
+    def read() -> _Run:
+        modules = block.layer_modules()
+        layers, activation = read_layers(modules)
+        return lambda x: _dense_block(x, modules, layers, activation, block.engine_policy)
+
+    return _run(block, x, read)
 
 
 def run_transition(transition: Transition, x: Tensor) -> Tensor:
-    """The transition's forward, as `run_dense_block` runs a block's."""
-    if is_transformed(x):
-        return transition.stock_forward(x)
-    _check_is_tensor(x)
-    with _running(transition, x):
-        if transition.engine_policy is not None and _takes(x):
-            try:
-                _check_plain(x)
-                modules = transition.pooled_modules()
-                unit, activation = read_pooled_unit(modules)
-            except Unsupported as unsupported:
-                _say(transition, unsupported)
-            else:
-                if x.dim() == modules.dims:
-                    return _pooled_unit(x, unit, activation)
-        return transition.stock_forward(x)
+    """The transition's forward, see `_run`."""
+
+    def read() -> _Run:
+        modules = transition.pooled_modules()
+        unit, activation = read_pooled_unit(modules)
+        return lambda x: _pooled_unit(x, unit, activation) if x.dim() == modules.dims else None
+
+    return _run(transition, x, read)
 
 
 def run_residual_block(block: Residual, x: Tensor) -> Tensor:
-    """The block's forward, as `run_dense_block` runs a dense block's."""
-    if is_transformed(x):
-        return block.stock_forward(x)
-    _check_is_tensor(x)
-    with _running(block, x):
-        if block.engine_policy is not None and _takes(x):
-            try:
-                _check_plain(x)
-                modules = block.residual_modules()
-                described, activation, last = read_residual_block(modules)
-            except Unsupported as unsupported:
-                _say(block, unsupported)
-            else:
-                y = _residual_block(x, described, activation, last, block.engine_policy)
-                return _widened(y, modules.units[-1][1]) if modules.form == "post" else y
-        return block.stock_forward(x)
+    """The block's forward, see `_run`."""
+
+    def read() -> _Run:
+        modules = block.residual_modules()
+        described, activation, last = read_residual_block(modules)
+
+        def run(x: Tensor) -> Tensor:
+            y = _residual_block(x, described, activation, last, block.engine_policy)
+            return _widened(y, modules.units[-1][1]) if modules.form == "post" else y
+
+        return run
+
+    return _run(block, x, read)
 
 
 def run_chain(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -217,9 +222,6 @@ def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
     except Unsupported:
         links = [features]
     return run_chain([*links, _RELU, _HEAD[x.dim()]], x).flatten(1)
-
-
-_Run = Callable[[Tensor], Optional[Tensor]]
 
 
 def _match(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
