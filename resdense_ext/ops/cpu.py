@@ -44,8 +44,31 @@ def _suits_winograd(x: Tensor, conv: Conv) -> bool:
     )
 
 
+class _Ends:
+    """The operators of residual blocks' ends, whose maps the CPU's kernels walk together: in one layout."""
+
+    def __getattr__(self, name: str):
+        return getattr(torch.ops.resdense, name)
+
+    def bn_add_act(self, z: Tensor, scale: Tensor, shift: Tensor, identity: Tensor, *rest) -> Tensor:
+        return torch.ops.resdense.bn_add_act(z, scale, shift, _beside(z, identity), *rest)
+
+    def bn_add_act_backward(self, grad: Tensor, out: Tensor, z: Tensor, center: Tensor, identity: Optional[Tensor], *rest):
+        grad, out, identity = (t if t is None else _beside(z, t) for t in (grad, out, identity))
+        return torch.ops.resdense.bn_add_act_backward(grad, out, z, center, identity, *rest)
+
+    def pending_grad(self, dy: Tensor, z: Tensor, *vectors: Tensor) -> None:
+        torch.ops.resdense.pending_grad(dy, _beside(dy, z), *vectors)
+
+
+def _beside(like: Tensor, x: Tensor) -> Tensor:
+    """``x``, or where it has another layout than ``like`` a copy."""
+    return x if memory_format_of(x) == memory_format_of(like) else x.contiguous(memory_format=memory_format_of(like))
+
+
 class CpuBackend(CompiledBackend):
     name = "cpu"
+    ends = _Ends()
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if _library.CPU_LIBRARY:

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ["dense_map", "empty_map", "memory_format_of"]
+__all__ = ["dense_map", "empty_map", "is_map", "memory_format_of"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -19,6 +19,15 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if channels_last is None or x.is_contiguous() or x.stride(1) != 1 or x.shape[1] == 1:
         return torch.contiguous_format
     return channels_last
+
+
+def is_map(x: Tensor) -> bool:
+    """Whether the compiled kernels can walk ``x``: positions of one stride, and these or the channels adjacent, as in a dense
+    map or a slice of its channels."""
+    outer = [(size, stride) for size, stride in zip(x.shape[2:], x.stride()[2:]) if size != 1]
+    nested = all(stride == size * inner for (_, stride), (size, inner) in zip(outer, outer[1:]))
+    adjacent = x.shape[1] == 1 or memory_format_of(x) != torch.contiguous_format or not outer or outer[-1][1] == 1
+    return nested and adjacent
 
 
 def dense_map(x: Tensor) -> Tensor:
