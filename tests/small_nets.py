@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stock import import_torchvision
 from torch import nn
 
@@ -12,14 +13,19 @@ from resdense_ext import functional
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def torchvision_densenet():
-    """torchvision's DenseNet module; skips the test, or the test file, where there is none."""
+def torchvision_models():
+    """torchvision's models; skips the test, or the test file, where there is none."""
     try:
-        return import_torchvision().models.densenet
+        return import_torchvision().models
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise  # one that is there and does not load is a failure
         pytest.skip(f"torchvision: {error}", allow_module_level=True)
+
+
+def torchvision_densenet():
+    """torchvision's DenseNet module, as `torchvision_models`."""
+    return torchvision_models().densenet
 
 
 def randomise(model, seed=0):
@@ -63,6 +69,19 @@ def steps(model, x, count=1, call=None):
     gradients = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     buffers = {f"buffer {name}": b for name, b in model.named_buffers()}
     return {"output": output.detach(), "grad x": x.grad, **gradients, **buffers}
+
+
+def ten_losses(net, x, target, rate):
+    """Those of ten steps of SGD with momentum."""
+    optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def assert_same(ours, stock, tolerance=1e-12):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("sklearn", reason="of the extra `demo`, which is not installed")
+pytest.importorskip("matplotlib", reason="of the extra `demo`, which is not installed")
+Image = pytest.importorskip("PIL.Image", reason="of the extra `demo`, which is not installed")
 
 from resdense_ext.cli import compare, data, families, family_measurements, family_picture, family_table, main, training
 from resdense_ext.cli.families import BUDGET_FAMILY, COMPARISONS, EQUAL_PARAMETERS, FAMILIES, Design, build, convolutions

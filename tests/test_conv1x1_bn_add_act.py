@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from small_nets import assert_same
 from test_dense_block import BACKENDS
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 from torch import nn
@@ -96,7 +97,7 @@ class Case:
         return reference.conv1x1_bn_add_act(*arguments, act, input_norm, Activation("relu"))
 
     def gradients(self, y, grad):
-        wanted = {name: t for name, t in self.leaves.items() if t is not None}
+        wanted = {name: t for name, t in self.leaves.items() if t is not None and t.requires_grad}
         return dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad)))
 
 
@@ -106,7 +107,10 @@ def agree(case, tolerance=1e-12, **options):
     assert (y - truth).norm() <= tolerance * truth.norm()
     assert y.is_contiguous(memory_format=torch.contiguous_format if case.leaves["x"].is_contiguous() else FORMATS[y.dim()])
     grad = torch.randn_like(y)
-    ours, expected = case.gradients(y, grad), case.gradients(truth, grad)
+    assert_gradients(case.gradients(y, grad), case.gradients(truth, grad), tolerance)
+
+
+def assert_gradients(ours, expected, tolerance=1e-12):
     largest = max(t.norm() for t in expected.values())
     for name, t in expected.items():
         assert (ours[name] - t).norm() <= tolerance * (t.norm() + largest), name
@@ -144,8 +148,7 @@ class TestAgreement:
             case.leaves["x"] = torch.randn(3, 9, 7, 5).double().transpose(2, 3)[:, 2:8].requires_grad_()
         y = case.ours()
         grad = torch.randn(1).double().expand_as(y)
-        for ours, expected in zip(case.gradients(y, grad).values(), case.gradients(case.truth(), grad).values()):
-            assert torch.allclose(ours, expected, rtol=1e-10, atol=1e-11)
+        assert_gradients(case.gradients(y, grad), case.gradients(case.truth(), grad))
 
     def test_chunks_of_samples(self, keep, monkeypatch):
         """What is activated at a time is what the backend says, and in several chunks comes the same."""
@@ -167,10 +170,8 @@ class TestAgreement:
         for name, need in zip(("x", "weight", "identity"), needs):
             case.leaves[name].requires_grad_(need)
         y, truth = case.ours(), case.truth()
-        wanted = [t for t in case.leaves.values() if t is not None and t.requires_grad]
         grad = torch.randn_like(y)
-        for ours, expected in zip(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(truth, wanted, grad)):
-            assert torch.allclose(ours, expected, rtol=1e-10, atol=1e-11)
+        assert_gradients(case.gradients(y, grad), case.gradients(truth, grad))
 
 
 class Stock(nn.Module):
@@ -329,7 +330,7 @@ class TestPieces:
         alone = source.backend.pending_grad_(engine.backward(branch, moments, g).conv.input)
         into = backends.Pending.of(before.clone(), x)
         added = source.backend.pending_grad_(engine.backward(branch, moments, g, into).conv.input)
-        assert torch.allclose(added, alone + before, rtol=1e-12, atol=1e-12)
+        assert_same({"added": added}, {"added": alone + before})
 
     def test_a_shortcut_that_is_carried_raw(self, backend):
         z, identity = torch.randn(2, 3, 8, 5, 5, dtype=torch.float64).unbind()[0], torch.randn(3, 8, 5, 5, dtype=torch.float64)
@@ -337,7 +338,7 @@ class TestPieces:
         chosen = backends.choose(z, z.dtype, Activation())
         out, before = engine.forward(Carried(z, fold), Carried(identity), Activation("silu"), chosen)
         y = reference.apply_pending(z, *fold.affine[:2], Activation("identity")) + identity
-        assert torch.allclose(before, y, rtol=1e-12) and torch.allclose(out, F.silu(y), rtol=1e-12)
+        assert_same({"before": before, "output": out}, {"before": y, "output": F.silu(y)})
 
 
 def _mean_var(x):
@@ -443,8 +444,7 @@ class TestAutograd:
         z = F.conv2d(a, leaves["weight"], leaves["bias"])
         _batch_norm(z, "norm", leaves, copies[1]), _batch_norm(leaves["identity"], "identity_norm", leaves, copies[1])
         for name in case.norms:
-            for ours, stock in zip(copies[0][name], copies[1][name]):
-                assert torch.allclose(ours, stock, rtol=1e-12, atol=1e-14), name
+            assert_same(*({"mean": mean, "var": var} for mean, var in (copy[name] for copy in copies)))
 
     def test_gradients_are_not_written_to(self, keep):
         for activation in ("relu", "identity"):

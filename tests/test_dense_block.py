@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from small_nets import ten_losses
 from stock import import_torchvision
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
@@ -267,18 +268,11 @@ class TestTorchvision:
         models = import_torchvision().models
         stock = models.DenseNet(8, (2, 3), 16, num_classes=5).double()
         x, target = maps((4, 3, 40, 40)).double(), torch.tensor([0, 1, 2, 3])
-        losses = []
-        for net in (copy.deepcopy(stock), rd.convert(copy.deepcopy(stock), policy)):
-            optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-            losses.append([])
-            for _ in range(10):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(net(x), target)
-                loss.backward()
-                optimizer.step()
-                losses[-1].append(loss.item())
-        assert losses[0][0] > losses[0][-1]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+        expected, ours = (
+            ten_losses(net, x, target, 0.1) for net in (copy.deepcopy(stock), rd.convert(copy.deepcopy(stock), policy))
+        )
+        assert expected[0] > expected[-1]
+        assert ours == pytest.approx(expected, rel=1e-9)
 
 
 class TestStatistics:

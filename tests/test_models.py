@@ -3,18 +3,15 @@
 import pytest
 import torch
 
+import small_nets
 from resdense_ext import models, nn
-from stock import import_torchvision
 
 TORCHVISION_NAMES = ["densenet121", "densenet161", "densenet169", "densenet201"]
 
 
-@pytest.fixture(scope="module")
-def torchvision_models():
-    try:
-        return import_torchvision().models
-    except ImportError as error:
-        pytest.skip(f"torchvision: {error}")
+@pytest.fixture(scope="module", name="torchvision_models")
+def _torchvision_models():
+    return small_nets.torchvision_models()
 
 
 def shapes(model):

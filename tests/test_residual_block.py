@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from stock import import_torchvision
-from test_dense_block import BACKENDS, _format, maps, same, state
+from small_nets import assert_same
+from test_dense_block import BACKENDS, POLICIES, _format, backend, maps, policy, same, state  # noqa: F401
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,6 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import residual_maps as op
 from resdense_ext.ops.units import flat_tensors
 
-POLICIES = ("fast", "min")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = {
@@ -27,17 +27,6 @@ ACTIVATIONS = {
     "silu": nn.SiLU(),
     "identity": nn.Identity(),
 }
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with rd.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request):
-    return request.param
 
 
 class Block(nn.Module):
@@ -269,7 +258,7 @@ class TestAgreement:
         units = tuple(map(Unit, [None, *inner], map(described_conv, convs)))
         block = ResidualBlock(units, end, Shortcut(described_conv(down[0]), described_norm(down[1])))
         x = maps((2, 8, 9, 7)).double()
-        assert torch.allclose(reference.residual_block(x, block), stock(x), rtol=1e-12, atol=1e-12)
+        assert_same({"output": reference.residual_block(x, block)}, {"output": stock(x)})
 
 
 class TestStatistics:

@@ -25,10 +25,10 @@ from resdense_ext.cli.files import keep_aside
 from resdense_ext.cli.trainer import batches, checkpoint, examples, folders, metrics, objective
 from resdense_ext.cli.trainer.loop import Trainer
 
-Image = pytest.importorskip("PIL.Image")
-np = pytest.importorskip("numpy")
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image", reason="of the extra `demo`, which is not installed")
+np = pytest.importorskip("numpy", reason="of the extra `demo`, which is not installed")
+pytest.importorskip("sklearn", reason="of the extra `demo`, which is not installed")
+pytest.importorskip("matplotlib", reason="of the extra `demo`, which is not installed")
 
 CPU = torch.device("cpu")
 RESULTS = {"checkpoint.pt", "checkpoint.previous.pt", "curves.png", "metrics.jsonl", "model.pt"}

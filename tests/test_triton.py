@@ -42,7 +42,7 @@ def interpret(file: str, which: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def interpreted(request):
-    """The runs that this session asks for, two at a time: the interpreter uses one core."""
+    """The runs of the tests that were selected, two at a time: the interpreter uses one core."""
     asked = [i.callspec.params["name"] for i in request.session.items if i.originalname == "test_in_the_interpreter"]
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(interpret, *INTERPRETED[name]) for name in asked}

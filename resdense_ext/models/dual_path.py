@@ -34,7 +34,7 @@ class DPN(OnEngine, nn.Module):
         in_channels: channels of the input.
         spatial_dims: 1, 2 or 3 spatial dimensions.
         small_inputs: the first convolution is 3x3, at full resolution (CIFAR, digits), and no max pool follows.
-        policy: what the stages keep for backward: "fast", "min", or None for a network in plain PyTorch.
+        policy: "fast", "min" or None. So far the blocks run in plain PyTorch whatever it is.
 
     Shapes: input `(N, in_channels, *spatial)`, output `(N, num_classes)`.
 
