@@ -22,18 +22,6 @@ void check_positions(const Map& m, const char* name, const Map& x) {
                  " of ", m.S);
 }
 
-// The weight's elements of 32 bits, those of neighbouring outputs adjacent: as products of channels-last tiles want it, made once
-// for all tiles.
-void transpose(const uint32_t* in, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, uint32_t* out) {
-  constexpr int64_t LINE = 16;
-  torch::stable::parallel_for(0, (rows + LINE - 1) / LINE, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * LINE; first < std::min(end * LINE, rows); first += LINE)
-      for (int64_t col = 0; col < cols; ++col)
-        for (int64_t row = first; row < std::min(first + LINE, rows); ++row)
-          out[col * rows + row] = in[row * row_stride + col * col_stride];
-  });
-}
-
 // Products of bfloat16 tiles without the framework; `depth` is the number of channels that are added up.
 bool by_pairs(const Map& x, const Matrix& w, int64_t cols, int64_t depth) {
   return kernels.gemm_bf16 != nullptr && x.dtype == ScalarType::BFloat16 && x.channels_last && w.col_stride == 1 &&
@@ -69,36 +57,40 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const bool last = from.channels_last;
   const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
   Matrix w = weight_matrix(weight, from, K);
-  const bool paired = by_pairs(from, w, K, C), copied = kernels.gemm != nullptr && dtype == ScalarType::Float && last;
-  const Scratch copy(1, copied || paired ? C * K * bytes : 0);
-  const auto* elements = static_cast<const uint32_t*>(w.data);
-  if (paired) transpose(elements, K, C / 2, C / 2, 1, copy.of<uint32_t>(0));
-  if (copied) transpose(elements, K, C, w.row_stride, w.col_stride, copy.of<uint32_t>(0)), w = {copy.of(0), K, C, 1, K};
+  const bool paired = by_pairs(from, w, K, C), packs = paired || (last && by_gemm(dtype, K));
+  const Scratch panels(1, packs ? C * K * bytes : 0);
+  if (paired) w.cols = w.row_stride = C / 2;
+  if (packs) w = pack(w.t(), panels.of<uint32_t>(0)).t();
   const void* a = coefficients(scale, "scale", C, x);
   const void* b = coefficients(shift, "shift", C, x);
   const std::vector<double> zeros(bias ? 0 : K, 0.0);  // as float32, too
   const void* offset = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
+  // Where the rows of all samples are equally far apart, the product is written where it belongs.
+  const bool direct = last && (to.N <= 1 || to.sn == to.S * to.ss);
   const Tiling tiling(from, (C + K) * bytes);
-  const Scratch scratch_memory(tiling.chunks, (C + K) * tiling.size * bytes);
+  const Scratch scratch_memory(tiling.chunks, (C + (direct ? 0 : K)) * tiling.size * bytes);
   Stats statistics(stats ? tiling.chunks : 0, to);
-  tiling.each([&](int64_t chunk, int64_t, int64_t positions, const std::vector<Segment>& segments) {
+  tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
     char* activated = scratch_memory.of<char>(chunk);
-    char* product = activated + C * tiling.size * bytes;
+    const Matrix product =
+        direct ? Matrix{static_cast<char*>(to.data) + tiling.first_row(tile) * to.ss * bytes, K, positions, 1, to.ss}
+               : channels_by_positions(activated + C * tiling.size * bytes, last, K, positions, tiling.size);
     Sweep s{Pass::act, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
     s.in[0] = operand(from), s.out = scratch(activated, last, C, tiling.size);
     s.coef[0] = a, s.coef[1] = b, s.slope = negative_slope;
     kernels.sweep(s);
 
     if (paired)
-      kernels.gemm_bf16({nullptr, activated, copy.of(0), positions, K, C / 2, K, C / 2, 1, K, false, product});
+      kernels.gemm_bf16({nullptr, activated, w.data, positions, K, C / 2, product.col_stride, C / 2, 1, K, false, true, product.data});
     else
-      matmul(channels_by_positions(product, last, K, positions, tiling.size), w,
-             channels_by_positions(activated, last, C, positions, tiling.size), dtype);
+      matmul(product, w, channels_by_positions(activated, last, C, positions, tiling.size), dtype);
 
-    s.pass = Pass::bias, s.channels = K;
-    s.in[0] = scratch(product, last, K, tiling.size), s.out = operand(to), s.coef[0] = offset;
-    kernels.sweep(s);
+    if (bias || !direct) {
+      s.pass = Pass::bias, s.channels = K;
+      s.in[0] = direct ? operand(to) : scratch(product.data, last, K, tiling.size), s.out = operand(to), s.coef[0] = offset;
+      kernels.sweep(s);
+    }
     if (stats) statistics.add(chunk, segments, positions, last, operand(to));
   });
   if (!stats) return {vector_of(0, to), vector_of(0, to)};
@@ -118,10 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
   const int64_t C = from.C, K = grad.C, bytes = element_size(dtype);
-  const Matrix w = weight_matrix(weight, from, K);
-  const bool paired = by_pairs(from, w, C, K), narrow = bytes == 2 && !paired;
-  const Scratch w_pairs(1, paired ? C * K * bytes : 0);
-  if (paired) kernels.pair_rows(w.data, K, C, w_pairs.of(0));
+  Matrix w = weight_matrix(weight, from, K);
+  const bool paired = by_pairs(from, w, C, K), packs = last && by_gemm(dtype, C), narrow = bytes == 2 && !paired;
+  const Scratch w_copy(1, paired || packs ? C * K * bytes : 0);
+  if (paired) kernels.pair_rows(w.data, K, C, w_copy.of(0));
+  if (packs) w = pack(w, w_copy.of<uint32_t>(0));
   const void* act_coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x),
                             coefficients(center, "center", C, x)};
   const void* grad_coef[] = {coefficients(alpha, "alpha", K, dy), coefficients(beta, "beta", K, dy),
@@ -156,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
         char* dz_pairs = input_pairs + C * tiling.size * bytes;
         kernels.pair_rows(input, positions, C, input_pairs);
         kernels.pair_rows(dz, positions, K, dz_pairs);
-        kernels.gemm_bf16({partial.of<float>(chunk), dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, started[chunk] != 0});
+        kernels.gemm_bf16(
+            {partial.of<float>(chunk), dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, started[chunk] != 0, false});
       } else if (narrow) {
         char* product = dz + K * tiling.size * bytes;
         if (!started[chunk]) std::fill_n(partial.of<float>(chunk), K * C, 0.0f);
@@ -172,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
 
     // The data gradient takes the place of the activated input.
     if (paired)
-      kernels.gemm_bf16({nullptr, dz, w_pairs.of(0), positions, C, K / 2, C, K / 2, 1, C, false, input});
+      kernels.gemm_bf16({nullptr, dz, w_copy.of(0), positions, C, K / 2, C, K / 2, 1, C, false, false, input});
     else
       matmul(input_matrix, w.t(), dz_matrix, dtype);
     s.pass = accumulate ? Pass::mask_accumulate : Pass::mask;

@@ -7,14 +7,25 @@
 namespace resdense::cpu {
 
 // out (rows x cols) = a b, or out += a b. Neighbouring columns of b and of out are adjacent; cols is a multiple of 16.
-// The elements of a and b are 32 bits: float32, or two neighbours in depth of bfloat16.
+// The elements of a and b are 32 bits: float32, or two neighbours in depth of bfloat16. A packed b has its columns in panels, as
+// `pack` leaves them, and b_row says nothing.
 struct Gemm {
   float* out;
   const void *a, *b;
   int64_t rows, cols, depth;
   int64_t out_row, a_row, a_col, b_row;  // strides
-  bool accumulate;
+  bool accumulate, packed;
   void* rounded = nullptr;               // bfloat16 only, instead of out
 };
+
+// A matrix of depth x cols elements of 32 bits, wherever they lie, to be packed into as many.
+struct Packing {
+  const uint32_t* in;
+  int64_t depth, cols, row_stride, col_stride;
+  uint32_t* out;
+};
+
+// Of a multiple of so many columns the panels come before those of the columns behind them.
+constexpr int64_t PANELS = 64;
 
 }  // namespace resdense::cpu

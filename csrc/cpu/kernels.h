@@ -28,6 +28,8 @@ struct Kernels {
   // nullptr where the processor's registers are too few, or where it has no instruction for it.
   void (*gemm)(const Gemm& g);
   void (*gemm_bf16)(const Gemm& g);
+  // The right operand of several products.
+  void (*pack)(const Packing& p);
   // The rows of a dense bfloat16 matrix two by two, their values alternating: as gemm_bf16 wants b, or a transposed a. Behind an
   // odd number of rows comes one of zeros.
   void (*pair_rows)(const void* in, int64_t rows, int64_t cols, void* out);

@@ -12,8 +12,9 @@ namespace resdense::cpu {
 struct Matrix {
   void* data;
   int64_t rows, cols, row_stride, col_stride;
+  bool packed = false;  // transposed, or as it is
 
-  Matrix t() const { return {data, cols, rows, col_stride, row_stride}; }
+  Matrix t() const { return {data, cols, rows, col_stride, row_stride, packed}; }
 
   Tensor tensor(ScalarType dtype) const {
     const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
@@ -27,14 +28,30 @@ inline Matrix channels_by_positions(void* data, bool channels_last, int64_t chan
   return channels_last ? Matrix{data, channels, positions, 1, channels} : Matrix{data, channels, positions, size, 1};
 }
 
+// The columns of a matrix of 32-bit elements in panels, for all products of it as the right operand: their number is a multiple of 16.
+inline Matrix pack(const Matrix& m, uint32_t* out) {
+  torch::stable::parallel_for(0, (m.cols + PANELS - 1) / PANELS, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * PANELS, count = std::min(end * PANELS, m.cols) - first;
+    kernels.pack({static_cast<const uint32_t*>(m.data) + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride,
+                  out + first * m.rows});
+  });
+  return {out, m.rows, m.cols, m.cols, 1, true};
+}
+
+// Whether products with a right operand of so many columns are ours.
+inline bool by_gemm(ScalarType dtype, int64_t cols) {
+  return kernels.gemm != nullptr && dtype == ScalarType::Float && cols % 16 == 0;
+}
+
 namespace detail {
 
 inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
-  if (kernels.gemm == nullptr || dtype != ScalarType::Float) return false;
-  const auto fits = [](const Matrix& out, const Matrix& b) { return out.col_stride == 1 && b.col_stride == 1 && out.cols % 16 == 0; };
+  const auto fits = [&](const Matrix& out, const Matrix& b) {
+    return out.col_stride == 1 && b.col_stride == 1 && resdense::cpu::by_gemm(dtype, out.cols);
+  };
   const auto run = [&](const Matrix& out, const Matrix& a, const Matrix& b) {
-    kernels.gemm({static_cast<float*>(out.data), static_cast<const float*>(a.data), static_cast<const float*>(b.data), out.rows, out.cols,
-   a.cols, out.row_stride, a.row_stride, a.col_stride, b.row_stride, accumulate});
+    kernels.gemm({static_cast<float*>(out.data), a.data, b.data, out.rows, out.cols, a.cols, out.row_stride, a.row_stride,
+                  a.col_stride, b.row_stride, accumulate, b.packed});
     return true;
   };
   if (fits(out, b)) return run(out, a, b);
