@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const void* offset = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
   // Where the rows of all samples are equally far apart, the product is written where it belongs.
-  const bool direct = last && (to.N <= 1 || to.sn == to.S * to.ss);
+  const bool direct = last && (to.N <= 1 || to.uniform_rows());
   const Tiling tiling(from, (C + K) * bytes);
   const Scratch scratch_memory(tiling.chunks, (C + (direct ? 0 : K)) * tiling.size * bytes);
   Stats statistics(stats ? tiling.chunks : 0, to);

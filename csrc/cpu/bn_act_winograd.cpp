@@ -111,11 +111,12 @@ Matrix matrix(const Points& p, int i, int64_t rows, int64_t channels) {
 }
 
 void transform_filters(const Filters& f, const Points& points) {
-  torch::stable::parallel_for(0, f.rows, 16, [&](int64_t begin, int64_t end) {
-    Filters part = f;
-    part.data = static_cast<const char*>(f.data) + begin * f.row_stride * element_size(f.dtype), part.rows = end - begin;
-    kernels.winograd_filters(part, {points.data + begin * points.channels, points.channels, points.size});
-  });
+  torch::stable::parallel_for(0, f.rows, 16, [&](int64_t begin, int64_t end) { kernels.winograd_filters(f, points, begin, end); });
+}
+
+// The filters of one point.
+Matrix filters_at(const Points& p, int i, int64_t rows) {
+  return {p.data + i * p.size, rows, p.channels, p.channels, 1, kernels.gemm != nullptr};
 }
 
 // Adds up the chunks' gradients of the transformed filters in order, and transforms them back.
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale,
     each_run(kernels.winograd_input, t, runs);
     for (int i = 0; i < POINTS; ++i)
       matmul(matrix(products, i, tiles, products.channels), matrix(windows, i, tiles, C),
-             matrix(filters, i, C, filters.channels), ScalarType::Float);
+             filters_at(filters, i, C), ScalarType::Float);
     t = output;
     t.points = products;
     each_run(kernels.winograd_output, t, runs);
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
     // The data gradient takes the place of the windows.
     for (int i = 0; i < POINTS; ++i)
       matmul(matrix(windows, i, tiles, windows.channels), matrix(turned, i, tiles, K),
-             matrix(filters, i, K, filters.channels), ScalarType::Float);
+             filters_at(filters, i, K), ScalarType::Float);
     t = output;
     t.points = windows;
     t.sweep.sums[0] = sums.of(chunk, 0), t.sweep.sums[1] = sums.of(chunk, 1);

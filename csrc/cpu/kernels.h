@@ -23,7 +23,8 @@ struct Kernels {
   void (*pool_backward)(const Pooling& p, int64_t begin, int64_t end, void* scratch);
   void (*winograd_input)(const Transform& t);
   void (*winograd_output)(const Transform& t);
-  void (*winograd_filters)(const Filters& f, const Points& points);
+  // Rows [begin, end) of the filters.
+  void (*winograd_filters)(const Filters& f, const Points& points, int64_t begin, int64_t end);
   void (*winograd_filter_gradient)(const Points& points, int64_t rows, int64_t columns, float* out);
   // nullptr where the processor's registers are too few, or where it has no instruction for it.
   void (*gemm)(const Gemm& g);

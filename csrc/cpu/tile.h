@@ -41,23 +41,23 @@ inline Operand scratch(void* data, bool channels_last, int64_t channels, int64_t
   return channels_last ? Operand{data, 0, 1, channels, true} : Operand{data, 0, size, 1, true};
 }
 
-// The positions of a map in tiles of (at most) `size`, and these dealt out to the threads.
+// The positions of a map in tiles of (at most) `size`, as many for a thread as for another.
 struct Tiling {
-  int64_t rows, S, size, count, chunks;
+  int64_t rows, S, lines, count, chunks, size;
 
   // `bytes_a_position` is what the kernel's scratch takes of each.
-  Tiling(const Map& m, int64_t bytes_a_position) : rows(m.rows()), S(m.S) {
-    constexpr int64_t CACHE = 512 << 10, SMALLEST = 64, LARGEST = 1024, MULTIPLE = 16;
+  Tiling(const Map& m, int64_t bytes_a_position) : rows(m.rows()), S(m.S), lines((rows + LINE - 1) / LINE) {
+    constexpr int64_t CACHE = 512 << 10, SMALLEST = 64, LARGEST = 1024;
     const int64_t threads = torch::stable::get_num_threads();
-    size = std::clamp(CACHE / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST);
-    size = std::min(size, std::max(SMALLEST, (rows + threads - 1) / threads));
-    size = (size + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
-    count = (rows + size - 1) / size;
+    const int64_t most = std::clamp(CACHE / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST) / LINE;
+    count = (lines + most - 1) / most;
+    count = std::min((count + threads - 1) / threads * threads, (rows + SMALLEST - 1) / SMALLEST);
     chunks = std::min(threads, count);
+    size = count > 0 ? (lines + count - 1) / count * LINE : 0;
   }
 
-  int64_t first_row(int64_t tile) const { return tile * size; }
-  int64_t rows_of(int64_t tile) const { return std::min(size, rows - tile * size); }
+  int64_t first_row(int64_t tile) const { return std::min(rows, lines * tile / count * LINE); }
+  int64_t rows_of(int64_t tile) const { return first_row(tile + 1) - first_row(tile); }
 
   void segments(int64_t tile, std::vector<Segment>& out) const {
     out.clear();
@@ -81,6 +81,9 @@ struct Tiling {
         }
     });
   }
+
+ private:
+  static constexpr int64_t LINE = 16;  // tiles begin at multiples of it
 };
 
 // Scratch comes from torch's allocator, where it is seen and counted: `chunks` areas of `bytes` each.

@@ -40,7 +40,7 @@ struct Transform {
   Points points, gradient = {};   // B' d B; of an input also A d A', if asked for
 };
 
-// The filters of a convolution as a matrix for each point. With negative strides they are turned.
+// The filters of a convolution as a matrix for each point, packed where there is a gemm. With negative strides they are turned.
 struct Filters {
   const void* data;
   torch::headeronly::ScalarType dtype;
