@@ -127,6 +127,7 @@ def forward(
     # The statistics of a channel are needed where a later layer normalises by them.
     readers = [*(layer.units[0].norm.batch_stats for layer in layers), read_behind]
     bottleneck_stats, kept = [], []
+    spare: Optional[Tensor] = None  # the memory of a bottleneck that nobody reads any more
 
     buffer[:, : x.shape[1]].copy_(x)
     if any(readers):
@@ -137,7 +138,9 @@ def forward(
         norm, conv = layer.units[0]
         fold = backend.fold(norm, _channels(stats, 0, C), count, activation)
         if len(layer.units) == 2:
-            z = empty_map(x, conv.weight.shape[0], compute)
+            width = conv.weight.shape[0]
+            z = empty_map(x, width, compute) if spare is None or spare.shape[1] != width else spare
+            spare = None if config.keep[index] else z
             norm, last = layer.units[1]
             z_stats = new_stats(z, norm)
             fold = backend.bn_act_conv(
