@@ -90,7 +90,7 @@ def convert(
 
 
 def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str]]:
-    """The paths of the dense and residual blocks that are on the engine now, and what was left alone and why."""
+    """The paths of the dense, residual and dual path blocks that are on the engine now, and what was left alone and why."""
     blocks, skipped = [], []
     # What is inside comes first: a sequence is recognised by the dense blocks in it.
     for path, module in reversed(list(model.named_modules())):
@@ -101,7 +101,7 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[s
         except Unsupported as unsupported:
             skipped.insert(0, f"{path}: {unsupported.within(module)}")
             continue
-        if hasattr(module, "layer_modules") or hasattr(module, "residual_modules"):
+        if any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "dual_path_modules")):
             blocks.insert(0, path)
     return blocks, skipped
 

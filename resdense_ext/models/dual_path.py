@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DualPathStage
-from resdense_ext.nn.dual_path import EPS, Halves, side_by_side
-from resdense_ext.nn.engine import OnEngine
+from resdense_ext.nn.dual_path import EPS, side_by_side
+from resdense_ext.nn.engine import Halves, OnEngine
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
 
 __all__ = ["DPN", "dpn68", "dpn92", "dpn98"]
@@ -34,7 +34,7 @@ class DPN(OnEngine, nn.Module):
         in_channels: channels of the input.
         spatial_dims: 1, 2 or 3 spatial dimensions.
         small_inputs: the first convolution is 3x3, at full resolution (CIFAR, digits), and no max pool follows.
-        policy: "fast", "min" or None. So far the blocks run in plain PyTorch whatever it is.
+        policy: "fast", "min" or None, as `resdense_ext.nn.DualPathBlock` takes it.
 
     Shapes: input `(N, in_channels, *spatial)`, output `(N, num_classes)`.
 

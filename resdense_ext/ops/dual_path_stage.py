@@ -36,7 +36,7 @@ from resdense_ext.ops.split_unit import Source, SplitUnit
 from resdense_ext.ops.units import GRADS, UNIT, Gradients, geometry_of, new_stats, units_from
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
 
-__all__ = ["DualPathStageConfig", "saved_inputs", "statistics_of", "units_of"]
+__all__ = ["DualPathStageConfig", "cost_of", "saved_inputs", "statistics_of", "units_of"]
 
 _SCHEMA = (
     "Tensor?[] tensors, int[] units, bool projected, int residual_channels, float[] eps, bool[] batch_stats, int[] geometry, "
@@ -97,6 +97,19 @@ def units_of(blocks: Sequence[DualPathBlock]) -> list[Unit]:
 def saved_inputs(xs: Sequence[Tensor], projected: bool) -> list[Tensor]:
     """Those that backward reads; without a projection the second one is in the buffer."""
     return list(xs) if projected else list(xs[:1])
+
+
+def cost_of(x: Tensor, block: DualPathBlock, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes of the inner maps of a block that reads maps of the sizes of ``x``, which "fast" keeps, and the FLOPs by which
+    "min" computes them again."""
+    nbytes = flops = 0
+    sizes: Sequence[int] = x.shape[2:]
+    for unit in block.units[:-1]:
+        sizes = unit.conv.outputs(sizes)
+        count = x.shape[0] * torch.Size(sizes).numel()
+        nbytes += count * unit.conv.weight.shape[0] * dtype.itemsize
+        flops += 2 * count * unit.conv.weight.numel()
+    return nbytes, flops
 
 
 class _Walk(NamedTuple):
