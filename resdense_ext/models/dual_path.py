@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DualPathStage
 from resdense_ext.nn.dual_path import EPS, side_by_side
-from resdense_ext.nn.engine import Halves, OnEngine
+from resdense_ext.nn.engine import Halves, OnEngine, links_of, run_chain
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
 
 __all__ = ["DPN", "dpn68", "dpn92", "dpn98"]
@@ -95,7 +95,9 @@ class DPN(OnEngine, nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.features(x))).flatten(1)
+        if self.policy is None:
+            return self.classifier(self.pool(self.features(x))).flatten(1)
+        return self.classifier(run_chain([*links_of(self.features), self.pool], x)).flatten(1)
 
 
 class _JoinedNorm(nn.Module):
@@ -105,6 +107,10 @@ class _JoinedNorm(nn.Module):
         super().__init__()
         self.bn = norm
         self.relu = nn.ReLU(inplace=True)
+
+    def joined_modules(self) -> tuple[nn.Module, nn.Module]:
+        """What the engine runs together with the pool behind it, on either half."""
+        return self.bn, self.relu
 
     def forward(self, x: Tensor | Halves) -> Tensor:
         return self.relu(self.bn(side_by_side(x)))

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext import checks, functional
 from resdense_ext.nn.read import (
@@ -30,6 +31,7 @@ from resdense_ext.nn.read import (
     read_pooled_unit,
     read_residual_block,
 )
+from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import Activation, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Residual",
     "Transition",
     "is_transformed",
+    "links_of",
     "run_chain",
     "run_dense_block",
     "run_dual_path_block",
@@ -235,7 +238,9 @@ def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
 
 def run_chain(modules: Sequence[nn.Module], x: Tensor | Halves) -> Tensor | Halves:
     """Calls modules one after another; in one node run a dense block and the transition or head behind it, a norm, an activation
-    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks."""
+    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks. A plain
+    sequence among them counts as what is in it."""
+    modules = [link for module in modules for link in (links_of(module) if type(module) is nn.Sequential else [module])]
     at = 0
     while at < len(modules):
         run, used = _match(modules, at, isinstance(x, tuple)) if _takes(x) else (None, 1)
@@ -250,12 +255,16 @@ _RELU = nn.ReLU(inplace=True)
 
 def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
     """``global_average_pool(relu(features(x)))``, flat: how a DenseNet goes on behind its features, as a chain with them."""
+    return run_chain([*links_of(features), _RELU, _HEAD[x.dim()]], x).flatten(1)
+
+
+def links_of(sequence: nn.Sequential) -> list[nn.Module]:
+    """What is in a sequence that only calls it in a row; of any other the sequence itself."""
     try:
-        check_untouched(features)
-        links = list(features)
+        check_untouched(sequence)
     except Unsupported:
-        links = [features]
-    return run_chain([*links, _RELU, _HEAD[x.dim()]], x).flatten(1)
+        return [sequence]
+    return [sequence] if _has_any_global_hook() else list(sequence)
 
 
 def _match(modules: Sequence[nn.Module], at: int, halves: bool) -> tuple[Optional[_Run], int]:
@@ -265,7 +274,7 @@ def _match(modules: Sequence[nn.Module], at: int, halves: bool) -> tuple[Optiona
     if hasattr(first, "dual_path_modules"):
         return _match_dual_path(modules, at)
     if halves:
-        return None, 1
+        return _match_joined(modules, at)
     if not hasattr(first, "layer_modules"):
         unit = _three(modules, at)
         return (None, 1) if unit is None else (lambda x: _run_three(unit, x), 3)
@@ -315,6 +324,29 @@ def _run_dual_path_blocks(
         with _running(block, y):
             pass
     return y
+
+
+def _match_joined(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+    """A norm and an activation that read both halves of a dual path, and the pool behind them."""
+    norm, *behind = modules[at : at + 2]
+    if not hasattr(norm, "joined_modules") or not behind or pool_kind(behind[0]) is None:
+        return None, 1
+    return (lambda halves: _run_joined(norm, behind[0], halves)), 2
+
+
+def _run_joined(joined: nn.Module, pool: nn.Module, halves: Halves) -> Optional[Tensor]:
+    """All of it works channel by channel: each half is pooled by itself, and the results are small."""
+    try:
+        _check_plain(halves)
+        check_untouched(joined)
+        modules = PooledModules(*joined.joined_modules(), None, pool)
+        unit, activation = read_pooled_unit(modules)
+    except Unsupported:
+        return None
+    if any(half.dim() != modules.dims for half in halves):
+        return None
+    norms = split_norm(unit.norm, [half.shape[1] for half in halves])
+    return torch.cat([_pooled_unit(half, unit._replace(norm=norm), activation) for half, norm in zip(halves, norms)], 1)
 
 
 def _three(modules: Sequence[nn.Module], at: int) -> Optional[PooledModules]:

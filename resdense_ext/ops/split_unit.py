@@ -21,7 +21,7 @@ from resdense_ext.ops.convolve import convolve, convolve_backward
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Activation, BatchNorm, Conv, Unit
 
-__all__ = ["Source", "SplitUnit"]
+__all__ = ["Source", "SplitUnit", "split_norm"]
 
 
 class Source(NamedTuple):
@@ -39,7 +39,7 @@ class SplitUnit:
         widths = [x.shape[1] for x, _ in sources]
         self.folds = [
             backend.fold(norm, stats, x.numel() // x.shape[1], activation)
-            for norm, (x, stats) in zip(_split_norm(unit.norm, widths), sources)
+            for norm, (x, stats) in zip(split_norm(unit.norm, widths), sources)
         ]
 
     def empty_output(self) -> Tensor:
@@ -99,9 +99,11 @@ class SplitUnit:
         ]
 
 
-def _split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:
+def split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:
+    """The norms of maps of these widths, which ``norm`` reads side by side; the first one counts the batches."""
     vectors = [[None] * len(widths) if v is None else v.split(list(widths)) for v in norm[:4]]
-    return [norm._replace(weight=w, bias=b, running_mean=m, running_var=v) for w, b, m, v in zip(*vectors)]
+    norms = [norm._replace(weight=w, bias=b, running_mean=m, running_var=v) for w, b, m, v in zip(*vectors)]
+    return [norms[0], *(other._replace(num_batches_tracked=None) for other in norms[1:])]
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
