@@ -82,8 +82,8 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
         example_input: its input, or a tuple of its positional inputs.
 
     Returns:
-        A row a dense block, transition, residual or dual path block (module path, layers, policy, bytes kept, bytes that stock keeps,
-        note) and one for the rest.
+        A row a dense block, transition, residual or dual path block (module path, layers, policy, bytes kept, bytes that stock
+        keeps, note) and one for the rest.
 
     Raises:
         TypeError: ``model`` is not a Module. Errors of the model's own forward pass through.

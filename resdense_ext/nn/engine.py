@@ -144,8 +144,8 @@ def stock_path() -> Iterator[None]:
 def watching(tell: Watch) -> Iterator[None]:
     """Inside, ``tell`` hears which module is about to run, on the engine or by its stock path, and on what; None when it has.
 
-    Of a chain of dual path blocks in one node it hears the first so, and of each of the others behind it, with what came out, which
-    has the sizes of what that block has read.
+    Of dual path blocks in one node it hears the first so, and of each of the others behind it, with what came out, which has the
+    sizes of what that block has read.
     """
     token = _watch.set(tell)
     try:

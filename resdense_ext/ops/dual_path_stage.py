@@ -29,7 +29,7 @@ from torch import Tensor
 
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.backend import Pending, ReferenceBackend, Stats
+from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
 from resdense_ext.ops.layout import empty_map, memory_format_of
 from resdense_ext.ops.split_unit import Source, SplitUnit

@@ -136,7 +136,7 @@ def _end(
 def _through(
     source: Pointwise, walk: Maps, k: int, grad: Pending | Tensor, into: Optional[Pending], grads: Gradients, unit: int
 ) -> ConvGrads:
-    """Through the convolution of ``unit`` that writes map k, and what stands before it, as `ReferenceBackend.bn_act_conv_backward`.
+    """Through the convolution of ``unit`` that writes map k, and what stands before it, as `convolve_backward`.
 
     A gradient that is not pending is that behind the map's norm.
     """
