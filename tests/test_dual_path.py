@@ -535,6 +535,16 @@ class TestModules:
         assert (plan.kept == 5) == (share == 1.0) and plan.kept > 0
         assert (plan.recomputed_flops == 0) == (share == 1.0)
 
+    def test_a_budget_for_what_runs_its_stock_path(self):
+        net = rd.models.DPN((2, 3), (2, 3), 8, 4, 2, 6, num_classes=5)
+        net.features.conv3_2.c3x3_b.register_forward_hook(lambda *_: None)
+        x = torch.randn(2, 3, 64, 64)
+        with pytest.warns(UserWarning, match="c3x3_b carries hooks"):
+            rd.convert(net, memory_budget="1GiB", example_input=x)
+        plan = rd.report(net, x).plan
+        assert plan.bottlenecks == plan.kept == 4
+        assert rd.memory.saved_bytes(lambda: net(x)) == plan.predicted_bytes
+
 
 HALF = torch.zeros(3, R, 7, 6)
 

@@ -25,8 +25,8 @@ __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
 class Plan(NamedTuple):
     """What was asked for and what it comes to, for the example input of the conversion.
 
-    A residual or dual path block's maps are kept or computed again together, and count as one bottleneck. ``recomputed_flops`` are
-    those of the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
+    A residual or dual path block's maps are kept or computed again together, and count as one bottleneck. ``recomputed_flops``
+    are those of the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
     """
 
     budget: int

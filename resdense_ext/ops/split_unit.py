@@ -63,8 +63,8 @@ class SplitUnit:
     def backward(
         self, grads: Sequence[Pending], intos: Sequence[Optional[Pending]], need_weight: bool
     ) -> tuple[list[Pending], tuple[Optional[Tensor], ...]]:
-        """From the gradients of what was written: the sources', as `ReferenceBackend.bn_act_conv_backward` gives them, and those of
-        the norm's weight and bias and the convolution's."""
+        """From the gradients of what was written: the sources', as `ReferenceBackend.bn_act_conv_backward` gives them, and the
+        norm's and the convolution's weight and bias."""
         rows, columns = self._parts([grad.dy.shape[1] for grad in grads]), []
         for j, ((x, _), fold, into) in enumerate(zip(self.sources, self.folds, intos)):
             if into is None and len(grads) > 1:
