@@ -222,12 +222,15 @@ class TestAgreement:
 
     def test_autocast_of_wide_halves(self):
         stage = stage_of(projection=False, dtype=torch.float32)
-        x = tuple(half.float() for half in input_of(stage).tensor_split([R], 1))
-        with torch.autocast("cpu", torch.bfloat16):
-            ours, stock = stage(x), stock_of(stage)(x)
-        for mine, theirs in zip(ours, stock):
+        x, runs = input_of(stage).float(), []
+        for net, narrow in ((stage, True), (stock_of(stage), True), (stock_of(stage), False)):
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                y = net(halves_of(leaf, net))
+            runs.append([*y, *torch.autograd.grad(y[0].sum() + y[1].sum(), leaf)])
+        for mine, theirs, truth in zip(*runs):
             assert mine.dtype == theirs.dtype == torch.float32
-            assert (mine - theirs).norm() <= 0.02 * theirs.norm()
+            assert 0 < (mine - truth).norm() <= 2 * (theirs - truth).norm()
 
     def test_empty_batch(self, kind):
         options, first = kind
@@ -306,9 +309,8 @@ class TestAutograd:
         self.check(torch.autograd.gradcheck, kind, "leaky_relu")
 
     @pytest.mark.unpoisoned
-    @pytest.mark.parametrize("kind", [(dict(), 2), (dict(projection=False), None)], ids=["two inputs", "no projection"])
-    def test_gradgradcheck(self, kind):
-        self.check(torch.autograd.gradgradcheck, kind, "silu")
+    def test_gradgradcheck(self):
+        self.check(torch.autograd.gradgradcheck, (dict(projection=False), None), "silu")
 
     def test_create_graph_gives_the_same_gradients(self, kind):
         options, first = kind
@@ -370,8 +372,7 @@ def statistics(layers, inputs):
 class TestMemory:
     """What the product is: these fail where a change loses the saving."""
 
-    @pytest.mark.parametrize("channels_last", [False, True])
-    @pytest.mark.parametrize("layers", [1, 2, 5])
+    @pytest.mark.parametrize(("layers", "channels_last"), [(1, True), (2, False), (5, True)])
     def test_bytes(self, policy, layers, channels_last):
         stage = stage_of(layers, policy, stride=1, dtype=torch.float32)
         x = input_of(stage, (20, 18), 2, channels_last).float()
