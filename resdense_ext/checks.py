@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, ResidualBlock, Unit
+from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, DualPathBlock, Pool, PooledUnit, ResidualBlock, Unit
 
 __all__ = [
     "POLICIES",
@@ -17,6 +17,7 @@ __all__ = [
     "autocasts",
     "check_conv1x1_bn_add_act",
     "check_dense_block",
+    "check_dual_path_stage",
     "check_input",
     "check_norm",
     "check_policy",
@@ -38,11 +39,11 @@ def activation_of(name: str, negative_slope: float, argument: str = "activation"
     return Activation(name, negative_slope if name == "leaky_relu" else 0.0)
 
 
-def check_input(x: Tensor) -> None:
+def check_input(x: Tensor, name: str = "x") -> None:
     if x.dim() not in _RANKS:
-        raise ValueError(f"x: expected 3, 4 or 5 dimensions [N, C, *spatial], got {x.dim()}: {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected 3, 4 or 5 dimensions [N, C, *spatial], got {x.dim()}: {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
 def check_same(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -166,6 +167,81 @@ def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
             check_norm("block.shortcut.norm", norm, added[1], x, added)
     if added != shape:
         raise ValueError(f"{where}: expected an output of shape {shape}, as the units', got {added}")
+
+
+def check_dual_path_stage(x: Tensor | tuple[Tensor, Tensor], blocks: Sequence[DualPathBlock]) -> None:
+    """Raises what `dual_path_stage` raises for these arguments."""
+    if not blocks:
+        raise ValueError("blocks: expected one or more, got 0")
+    first, halves = blocks[0], isinstance(x, tuple)
+    if halves and not (len(x) == 2 and all(isinstance(half, Tensor) for half in x)):
+        raise TypeError(f"x: expected (residual, dense), got ({', '.join(type(part).__name__ for part in x)})")
+    if not halves and (first.projection is None or not isinstance(x, Tensor)):
+        projection = "" if first.projection is None else "a Tensor or "
+        without = " in front of a block without projection" if first.projection is None else ""
+        raise TypeError(f"x: expected {projection}(residual, dense){without}, got {type(x).__name__}")
+    if halves:
+        _check_halves(*x)
+    else:
+        check_input(x)
+    like, channels = (x[0], x[0].shape[1] + x[1].shape[1]) if halves else (x, x.shape[1])
+    shape = (like.shape[0], channels, *like.shape[2:])
+    for i, block in enumerate(blocks):
+        if i and block.projection is not None:
+            raise ValueError(f"blocks[{i}].projection: expected None in a block that is not the first, got a unit")
+        residual = blocks[i - 1].residual_channels if i else block.residual_channels
+        if not i and block.projection is None:
+            residual = like.shape[1]
+        if block.residual_channels != residual:
+            raise ValueError(
+                f"blocks[{i}].residual_channels: expected {residual}, those of the residual half, got {block.residual_channels}"
+            )
+        shape = _check_dual_path_block(f"blocks[{i}]", block, shape, like)
+
+
+def _check_halves(residual: Tensor, dense: Tensor) -> None:
+    check_input(residual, "x[0]")
+    check_input(dense, "x[1]")
+    if dense.shape[:1] + dense.shape[2:] != residual.shape[:1] + residual.shape[2:]:
+        raise ValueError(
+            f"x[1]: expected the samples and the spatial sizes of x[0], of shape {tuple(residual.shape)}, "
+            f"got shape {tuple(dense.shape)}"
+        )
+    _check_device("x[1]", dense, residual)
+    if dense.dtype != residual.dtype:
+        raise TypeError(f"x[1]: expected dtype {residual.dtype}, that of x[0], got {dense.dtype}")
+
+
+def _check_dual_path_block(where: str, block: DualPathBlock, shape: tuple[int, ...], x: Tensor) -> tuple[int, ...]:
+    """Of one that reads both halves together in this shape; the shape of what it makes of them."""
+    dtype = None if autocasts(x.device.type) else x.dtype
+    if len(block.units) < 2:
+        raise ValueError(f"{where}.units: expected two or more, got {len(block.units)}")
+    named = [(f"{where}.units[{i}]", unit) for i, unit in enumerate(block.units)]
+    split = [named[0], named[-1]]
+    if block.projection is not None:
+        split.append((f"{where}.projection", block.projection))
+    for name, unit in named + split[2:]:
+        if unit.norm is None:
+            raise ValueError(f"{name}.norm: expected a batch norm, got None")
+    for name, unit in split:
+        if unit.conv.groups != 1:
+            raise ValueError(f"{name}.conv.groups: expected 1 between maps side by side, got {unit.conv.groups}")
+    written = shape
+    for name, unit in named:
+        written = _check_unit(name, unit, written, x, dtype)
+    halves = shape
+    if block.projection is not None:
+        halves = _check_unit(f"{where}.projection", block.projection, shape, x, dtype)
+    for (name, _), (_, channels, *_) in zip(split[1:], (written, halves)):
+        if not 0 < block.residual_channels < channels:
+            raise ValueError(
+                f"{name}.conv.weight: expected more output channels than residual_channels = {block.residual_channels}, "
+                f"which are at least 1, got {channels}"
+            )
+    if written[2:] != halves[2:]:
+        raise ValueError(f"{split[1][0]}.conv: expected an output of the halves' sizes {halves[2:]}, got {written[2:]}")
+    return (shape[0], halves[1] + written[1] - block.residual_channels, *halves[2:])
 
 
 def check_conv1x1_bn_add_act(

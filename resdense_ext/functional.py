@@ -15,6 +15,7 @@ from resdense_ext.checks import (
     autocasts,
     check_conv1x1_bn_add_act,
     check_dense_block,
+    check_dual_path_stage,
     check_input,
     check_norm,
     check_policy,
@@ -30,17 +31,30 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import bn_add_act as _bn_add_act
 from resdense_ext.ops import conv1x1_bn_add_act_function as _conv1x1_bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
+from resdense_ext.ops import dual_path_stage_function as _dual_path_stage
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
 from resdense_ext.ops import residual_block_function as _residual_block
-from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_residual_block
+from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_dual_path_blocks, cast_residual_block
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, Pool, PooledUnit, ResidualBlock, Shortcut, Unit
+from resdense_ext.reference import (
+    Activation,
+    BatchNorm,
+    Conv,
+    DenseLayer,
+    DualPathBlock,
+    Pool,
+    PooledUnit,
+    ResidualBlock,
+    Shortcut,
+    Unit,
+)
 
 __all__ = [
     "Activation",
     "BatchNorm",
     "Conv",
     "DenseLayer",
+    "DualPathBlock",
     "Pool",
     "PooledUnit",
     "ResidualBlock",
@@ -53,6 +67,7 @@ __all__ = [
     "conv1x1_bn_add_act",
     "dense_block",
     "dropout_mask",
+    "dual_path_stage",
     "residual_block",
     "transition",
 ]
@@ -184,6 +199,67 @@ def residual_block(
         return reference.residual_block(x, block, act, last)
     backend = backends.choose(x, block.units[0].conv.weight.dtype, act)
     return _residual_block.residual_block(x, block, act, last, policy, backend)
+
+
+def dual_path_stage(
+    x: Tensor | tuple[Tensor, Tensor],
+    blocks: Sequence[DualPathBlock],
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    policy: str | Sequence[bool] = "fast",
+) -> tuple[Tensor, Tensor]:
+    """A chain of dual path blocks in one node: residual halves are new a block, the dense half grows in one buffer.
+
+    Equivalent to::
+
+        for block in blocks:                                             # R is block.residual_channels
+            new = joined = torch.cat(x, 1)                               # or x itself, where it is a tensor
+            for norm, conv in block.units:
+                new = convolution(act(batch_norm(new, norm)), conv)
+            if block.projection is not None:                             # in the first block only
+                norm, conv = block.projection
+                x = convolution(act(batch_norm(joined, norm)), conv).tensor_split([R], 1)
+            x = x[0] + new[:, :R], torch.cat([x[1], new[:, R:]], 1)
+        return x
+
+    In training mode running statistics are updated once, as `torch.nn.functional.batch_norm` does it, and
+    ``num_batches_tracked`` is increased by one.
+
+    Args:
+        x: ``(residual, dense)``, maps ``[N, R, *spatial]`` and ``[N, D, *spatial]`` of one dtype with one to three spatial
+            dimensions; float32, float64, bfloat16 or float16. In front of a projection also a single map, and R any number.
+        blocks: one or more, with their parameters and buffers. Every unit has a norm, its convolution's weight has the dtype of
+            ``x`` (under autocast it is cast); norm vectors may be float32 beside a lower precision. The convolutions of the first
+            unit, the last one and a projection have one group; those between may have any, and a projection's block a stride.
+        activation: relu, leaky_relu, elu, silu or identity.
+        negative_slope: of leaky_relu.
+        policy: "fast" keeps the inputs, the residual half behind every block, the dense half, and the raw outputs of all
+            convolutions but the blocks' last; "min" does not keep the latter and computes them again; a bool a block says whose
+            are kept.
+
+    Returns:
+        residual: ``[N, R, *spatial]``, and dense: ``[N, D + the blocks' new channels, *spatial]``, in the memory format of ``x``.
+        The dense half is the buffer that backward reads: changing it in place, or a view of it, makes the backward raise.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        TypeError: dtypes that do not fit; an ``x`` that is no such tensor or tuple.
+        Nothing is changed before an error is raised.
+
+    Source: Chen et al., Dual Path Networks (2017).
+    """
+    act = activation_of(activation, negative_slope)
+    keep = kept_layers(policy, len(blocks))
+    check_dual_path_stage(x, blocks)
+    xs = x if isinstance(x, tuple) else (x,)
+    if autocasts(xs[0].device.type):
+        # Convolutions follow autocast; statistics stay in float32.
+        blocks = cast_dual_path_blocks(blocks, torch.get_autocast_dtype(xs[0].device.type))
+    if any(part.numel() == 0 for part in xs):
+        return reference.dual_path_stage(x, blocks, act)
+    backend = backends.choose(xs[0], blocks[0].units[0].conv.weight.dtype, act)
+    return _dual_path_stage.dual_path_stage(xs, blocks, act, keep, backend)
 
 
 def bn_act_pool(

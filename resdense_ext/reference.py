@@ -22,6 +22,7 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "DenseLayer",
+    "DualPathBlock",
     "Pool",
     "PooledUnit",
     "ResidualBlock",
@@ -41,6 +42,8 @@ __all__ = [
     "dense_block",
     "dense_layer",
     "determined",
+    "dual_path_block",
+    "dual_path_stage",
     "fold_batch_norm",
     "marked_slope",
     "pending_grad",
@@ -146,6 +149,19 @@ class DenseLayer(NamedTuple):
     units: tuple[Unit, ...]
     mask: Optional[Tensor] = None
     mask_scale: float = 1.0
+
+
+class DualPathBlock(NamedTuple):
+    """One dual path layer (Chen et al., 2017): units in their order, two or more, every one with a norm.
+
+    The first unit reads the residual and the dense half side by side. Of what the last one writes, the first
+    ``residual_channels`` channels are added to the residual half and the others are appended to the dense half. With a
+    ``projection`` the two halves are its output, split likewise, and the input may be a single map.
+    """
+
+    units: tuple[Unit, ...]
+    residual_channels: int
+    projection: Optional[Unit] = None
 
 
 class Pool(NamedTuple):
@@ -292,6 +308,30 @@ def dense_block(x: Tensor, layers: Sequence[DenseLayer], activation: Activation 
     """``[x, f_1, f_2, ...]`` along the channels, every ``f_l`` computed from all that stand before it."""
     for layer in layers:
         x = torch.cat([x, dense_layer(x, layer, activation)], 1)
+    return x
+
+
+def dual_path_block(
+    x: Tensor | tuple[Tensor, Tensor], block: DualPathBlock, activation: Activation = Activation()
+) -> tuple[Tensor, Tensor]:
+    """``r + f[:, :R], [d, f[:, R:]]`` with f what the units make of ``[r, d]``; see `DualPathBlock`."""
+    joined = torch.cat(x, 1) if isinstance(x, tuple) else x
+    at = [block.residual_channels]
+    halves = x if block.projection is None else bn_act_conv(joined, block.projection, activation).tensor_split(at, 1)
+    y = joined
+    for unit in block.units:
+        y = bn_act_conv(y, unit, activation)
+    added, appended = y.tensor_split(at, 1)
+    residual, dense = halves
+    return residual + added, torch.cat([dense, appended], 1)
+
+
+def dual_path_stage(
+    x: Tensor | tuple[Tensor, Tensor], blocks: Sequence[DualPathBlock], activation: Activation = Activation()
+) -> tuple[Tensor, Tensor]:
+    """The blocks one after another: the residual half, ``[N, R, *spatial]``, and the dense half, which every block widens."""
+    for block in blocks:
+        x = dual_path_block(x, block, activation)
     return x
 
 

@@ -105,6 +105,6 @@ def engine(monkeypatch):
 
         return run
 
-    for name in ("dense_block", "residual_block"):
+    for name in ("dense_block", "dual_path_stage", "residual_block"):
         monkeypatch.setattr(functional, name, counted(getattr(functional, name)))
     return calls

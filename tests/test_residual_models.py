@@ -341,7 +341,7 @@ def test_a_dual_path_stage_is_its_formula(stride):
 def test_a_dual_path_blocks_modules_are_in_order():
     first, second = nn.DualPathStage(2, 6, 8, 10, 3, stride=2)
     modules = first.dual_path_modules()
-    assert modules.module is first and modules.residual_channels == 10 and modules.projection[2] is first.c1x1_w_s2.conv
+    assert modules.residual_channels == 10 and modules.projection[2] is first.c1x1_w_s2.conv
     assert [conv for _, _, conv in modules.units] == [first.c1x1_a.conv, first.c3x3_b.conv, first.c1x1_c.conv]
     assert second.dual_path_modules().projection is None
     second.c3x3_b.register_forward_hook(lambda *_: None)

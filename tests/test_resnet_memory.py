@@ -1,4 +1,4 @@
-"""The promise in bytes: residual networks at 224x224, batch 4, float32, one training step. MB are 2**20 bytes, an image."""
+"""The promise in bytes: residual and dual path networks at 224x224, float32, one training step. MB are 2**20 bytes, an image."""
 
 import pytest
 import torch
@@ -22,3 +22,15 @@ def test_saved_bytes(name, stock, fast, least, policy):
         assert rd.memory.saved_bytes(lambda: net(images)) / (MB * BATCH) == pytest.approx(stock, abs=0.1)
     rd.convert(net, policy)
     assert rd.memory.saved_bytes(lambda: net(images)) <= {"fast": fast, "min": least}[policy] * MB * BATCH
+
+
+@pytest.mark.unpoisoned
+def test_saved_bytes_of_a_dual_path_network():
+    net = rd.models.dpn68().to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    kept = {}
+    for policy in ("fast", "min"):
+        rd.convert(net, policy)
+        kept[policy] = rd.memory.saved_bytes(lambda: net(images)) / (MB * 2)
+    assert rd.memory.saved_bytes(lambda: rd.revert(net)(images)) / (MB * 2) == pytest.approx(90.8, abs=0.1)
+    assert kept["fast"] <= 40 and kept["min"] <= 10

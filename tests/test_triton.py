@@ -19,6 +19,7 @@ INTERPRETED = {
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
     "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
     "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
+    "dual path stage": ("test_dual_path.py", "test_kinds and fast and two and True"),
     "engine": ("triton_engine.py", ""),
     "operators": ("triton_kernels.py", "not pool"),
     "pools": ("triton_kernels.py", "pool"),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn.engine import OnEngine, Policy, stock_path, watching
-from resdense_ext.nn.read import LayerModules, read_residual_block
+from resdense_ext.nn.engine import Halves, OnEngine, Policy, stock_path, watching, why_stock
+from resdense_ext.nn.read import LayerModules, read_dual_path_block, read_residual_block
+from resdense_ext.ops import dual_path_stage
 from resdense_ext.ops.residual_maps import cost_of
 from resdense_ext.plan import Choice, choose
 
@@ -24,8 +25,8 @@ __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
 class Plan(NamedTuple):
     """What was asked for and what it comes to, for the example input of the conversion.
 
-    A residual block's maps are kept or computed again together, and count as one bottleneck. ``recomputed_flops`` are those of
-    the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
+    A residual or dual path block's maps are kept or computed again together, and count as one bottleneck. ``recomputed_flops``
+    are those of the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
     """
 
     budget: int
@@ -59,14 +60,17 @@ class _Offers:
     """The blocks' choices, in the order in which they run; a block that runs twice offers both runs together.
 
     ``scratch`` is about what the most demanding block's backward takes beside what is kept: of a dense block a gradient of its
-    buffer and four maps of the bottleneck's width, of a residual block its maps, and as much for their gradients.
+    buffer and four maps of the bottleneck's width, of a residual or dual path block its maps, and as much for their gradients,
+    and of the latter a gradient of both halves.
     """
 
     def __init__(self) -> None:
         self.of: dict[nn.Module, list[Optional[Choice]]] = {}
         self.scratch = 0
 
-    def hear(self, module: Optional[nn.Module], x: Optional[Tensor]) -> None:
+    def hear(self, module: Optional[nn.Module], x: Tensor | Halves | None) -> None:
+        if module is None or why_stock(module) is not None:
+            return
         if hasattr(module, "layer_modules"):
             layers = module.layer_modules()
             new = [_offer(layer, x) for layer in layers]
@@ -77,6 +81,12 @@ class _Offers:
             block, _, last = read_residual_block(module.residual_modules())
             new = [Choice(*cost_of(x, block, last, _compute_dtype(x, block.units[0].conv.weight)))]
             scratch = 2 * new[0].nbytes
+        elif hasattr(module, "dual_path_modules"):
+            block, _ = read_dual_path_block(module.dual_path_modules())
+            halves = x if isinstance(x, tuple) else (x,)
+            dtype = _compute_dtype(halves[0], block.units[0].conv.weight)
+            new = [Choice(*dual_path_stage.cost_of(halves[0], block, dtype))]
+            scratch = sum(half.nbytes for half in halves) + 2 * new[0].nbytes
         else:
             return
         self.scratch = max(self.scratch, scratch)
@@ -103,7 +113,7 @@ def _sum(a: Optional[Choice], b: Optional[Choice]) -> Optional[Choice]:
 
 
 def apply_budget(model: nn.Module, budget: int | float | None, example_input: Any) -> None:
-    """Chooses what every dense and residual block of a model keeps that is on the engine with policy "min".
+    """Chooses what every dense, residual and dual path block of a model keeps that is on the engine with policy "min".
 
     Args:
         budget: bytes, below 1 a share of what stock keeps, or None: what is free on the model's device, or the least possible.
@@ -135,7 +145,7 @@ def apply_budget(model: nn.Module, budget: int | float | None, example_input: An
     kept = {place for place, wanted in zip(places, keep) if wanted}
     for block, offered in offers.of.items():
         policy: Policy = tuple((block, i) in kept for i in range(len(offered)))
-        if hasattr(block, "residual_modules"):
+        if not hasattr(block, "layer_modules"):
             policy = "fast" if policy[0] else "min"
         setattr(block, "policy" if isinstance(block, OnEngine) else "resdense_policy", policy)
     flops = sum(choice.flops for choice in choices)

@@ -38,16 +38,17 @@ def convert(
     the transformations of ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
 
     Args:
-        model: a model with dense or residual blocks of torchvision's classes or of this library's, or such a block.
-        policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual block the
-            raw outputs of its convolutions; "min" keeps the feature maps and the outputs of residual blocks only and computes
-            the rest again; "auto" keeps what there is free memory for. A converted model can be converted again to another
-            policy.
+        model: a model with dense or residual blocks of torchvision's classes or of this library's, or dual path blocks of this
+            library's, or such a block.
+        policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual or dual path
+            block the raw outputs of its convolutions; "min" keeps the feature maps and the residual halves or the outputs of
+            residual blocks only and computes the rest again; "auto" keeps what there is free memory for. A converted model can be
+            converted again to another policy.
         memory_budget: instead of a policy, what the whole model may keep for backward with an input like ``example_input``:
             bytes, a string such as "8GiB" (units are 1024 of the one before), or a share between 0 and 1 of what stock keeps.
-            Every layer's bottleneck, and every residual block's inner maps, are kept or computed again so that the fewest
-            FLOPs are. Gradients, optimizer states and
-            scratch come on top: `resdense_ext.memory.peak_bytes` measures all of it.
+            Every layer's bottleneck, and every residual or dual path block's inner maps, are kept or computed again so that the
+            fewest FLOPs are. Gradients, optimizer states and scratch come on top: `resdense_ext.memory.peak_bytes` measures all
+            of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
             inputs. One forward runs with it, under the autocast in which `convert` is called (and for a share a stock one);
             buffers and random states are put back.
@@ -90,7 +91,7 @@ def convert(
 
 
 def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str]]:
-    """The paths of the dense and residual blocks that are on the engine now, and what was left alone and why."""
+    """The paths of the dense, residual and dual path blocks that are on the engine now, and what was left alone and why."""
     blocks, skipped = [], []
     # What is inside comes first: a sequence is recognised by the dense blocks in it.
     for path, module in reversed(list(model.named_modules())):
@@ -101,7 +102,7 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[s
         except Unsupported as unsupported:
             skipped.insert(0, f"{path}: {unsupported.within(module)}")
             continue
-        if hasattr(module, "layer_modules") or hasattr(module, "residual_modules"):
+        if any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "dual_path_modules")):
             blocks.insert(0, path)
     return blocks, skipped
 

@@ -22,7 +22,8 @@ _REST = "(everything else)"
 class Row(NamedTuple):
     """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs.
 
-    ``layers`` counts a dense block's layers or a residual block's convolutions. A dense block's bytes are those of the transition or head behind it, too, where they run in one node.
+    ``layers`` counts a dense block's layers or the convolutions of a residual or dual path block. A dense block's bytes are those
+    of the transition or head behind it, too, and a dual path block's those of the blocks behind it, where they run in one node.
     """
 
     path: str
@@ -81,8 +82,8 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
         example_input: its input, or a tuple of its positional inputs.
 
     Returns:
-        A row a dense block, transition or residual block (module path, layers, policy, bytes kept, bytes that stock keeps,
-        note) and one for the rest.
+        A row a dense block, transition, residual or dual path block (module path, layers, policy, bytes kept, bytes that stock
+        keeps, note) and one for the rest.
 
     Raises:
         TypeError: ``model`` is not a Module. Errors of the model's own forward pass through.
@@ -103,7 +104,7 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
 
 
 def _has_a_row(module: nn.Module) -> bool:
-    kinds = ("layer_modules", "pooled_modules", "residual_modules")
+    kinds = ("layer_modules", "pooled_modules", "residual_modules", "dual_path_modules")
     return isinstance(module, (OnEngine, Converted)) and any(hasattr(module, kind) for kind in kinds)
 
 
@@ -111,7 +112,9 @@ def _layers(block: nn.Module) -> int:
     if hasattr(block, "layer_modules"):
         return len(block)
     try:
-        return len(block.residual_modules().units) if hasattr(block, "residual_modules") else 0
+        if hasattr(block, "residual_modules"):
+            return len(block.residual_modules().units)
+        return len(block.dual_path_modules().units) if hasattr(block, "dual_path_modules") else 0
     except Unsupported:
         return 0
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DualPathStage
-from resdense_ext.nn.dual_path import EPS, Halves, side_by_side
-from resdense_ext.nn.engine import OnEngine
+from resdense_ext.nn.dual_path import EPS, side_by_side
+from resdense_ext.nn.engine import Halves, OnEngine, links_of, run_chain
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
 
 __all__ = ["DPN", "dpn68", "dpn92", "dpn98"]
@@ -34,7 +34,7 @@ class DPN(OnEngine, nn.Module):
         in_channels: channels of the input.
         spatial_dims: 1, 2 or 3 spatial dimensions.
         small_inputs: the first convolution is 3x3, at full resolution (CIFAR, digits), and no max pool follows.
-        policy: "fast", "min" or None. So far the blocks run in plain PyTorch whatever it is.
+        policy: "fast", "min" or None, as `resdense_ext.nn.DualPathBlock` takes it.
 
     Shapes: input `(N, in_channels, *spatial)`, output `(N, num_classes)`.
 
@@ -95,7 +95,9 @@ class DPN(OnEngine, nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.pool(self.features(x))).flatten(1)
+        if self.policy is None:
+            return self.classifier(self.pool(self.features(x))).flatten(1)
+        return self.classifier(run_chain([*links_of(self.features), self.pool], x)).flatten(1)
 
 
 class _JoinedNorm(nn.Module):
@@ -105,6 +107,10 @@ class _JoinedNorm(nn.Module):
         super().__init__()
         self.bn = norm
         self.relu = nn.ReLU(inplace=True)
+
+    def joined_modules(self) -> tuple[nn.Module, nn.Module]:
+        """What the engine runs together with the pool behind it, on either half."""
+        return self.bn, self.relu
 
     def forward(self, x: Tensor | Halves) -> Tensor:
         return self.relu(self.bn(side_by_side(x)))

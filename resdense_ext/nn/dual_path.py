@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from resdense_ext.nn.dense import Chain
-from resdense_ext.nn.engine import OnEngine, Policy
+from resdense_ext.nn.engine import Halves, OnEngine, Policy, run_dual_path_block
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
 from resdense_ext.nn.read import DualPathModules, check_forward, check_untouched, read_children
 
-__all__ = ["EPS", "DualPathBlock", "DualPathStage", "Halves", "side_by_side"]
-
-Halves = tuple[Tensor, Tensor]
-"""The residual half, ``[N, R, *spatial]``, and the dense half, ``[N, D, *spatial]``."""
+__all__ = ["EPS", "DualPathBlock", "DualPathStage", "side_by_side"]
 
 EPS = 1e-3
 """Of every batch norm, as the authors trained their networks."""
@@ -48,7 +45,8 @@ class DualPathBlock(OnEngine, nn.Module):
         projection: whether the halves are made anew from the input, which may then be a tensor.
         spatial_dims: 1, 2 or 3.
         activation: relu, leaky_relu, elu, silu or identity.
-        policy: "fast", "min" or None. So far the block runs as the code above whatever it is.
+        policy: what is kept for backward, "fast" or "min" (see `resdense_ext.functional.dual_path_stage`), or None for the stock
+            path: the code above. Alone, a block copies the dense half; in a `Chain` blocks share one buffer.
 
     Shape: ``([N, residual_channels, *spatial], [N, D, *spatial])`` to ``([N, residual_channels, *spatial],
     [N, D + growth_rate, *spatial])``, where a projection starts with ``D = 2 * growth_rate`` and ``spatial / stride``.
@@ -99,13 +97,14 @@ class DualPathBlock(OnEngine, nn.Module):
         return None if self._projection is None else getattr(self, self._projection)
 
     def forward(self, x: Tensor | Halves) -> Halves:
-        return self.stock_forward(x)
+        check_policy(self.policy)
+        return run_dual_path_block(self, x)
 
     def dual_path_modules(self) -> DualPathModules:
         """Raises Unsupported where a unit is not what the stock forward would find."""
         units = tuple(_read_unit(unit) for unit in (self.c1x1_a, self.c3x3_b, self.c1x1_c))
         projection = None if self.projection is None else _read_unit(self.projection)
-        return DualPathModules(self, units, projection, self.residual_channels)
+        return DualPathModules(units, projection, self.residual_channels)
 
     def stock_forward(self, x: Tensor | Halves) -> Halves:
         """The block in plain PyTorch: two concatenations."""
@@ -127,6 +126,8 @@ class DualPathBlock(OnEngine, nn.Module):
 
 class DualPathStage(Chain):
     """A chain of dual path blocks: the first makes the two halves, with a projection, the others go on with them.
+
+    In one node (see `resdense_ext.functional.dual_path_stage`) as far as no block carries hooks.
 
     Equivalent to::
 

@@ -1,4 +1,4 @@
-"""Modules on the engine: a dense block, a transition or another pooled unit, and sequences in which these are neighbours."""
+"""Modules on the engine: dense, residual and dual path blocks, pooled units, and sequences in which these are neighbours."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext import checks, functional
 from resdense_ext.nn.read import (
+    DualPathModules,
     LayerModules,
     PooledModules,
     ResidualModules,
@@ -24,21 +26,27 @@ from resdense_ext.nn.read import (
     is_frozen_norm,
     is_wrapper,
     pool_kind,
+    read_dual_path_block,
     read_layers,
     read_pooled_unit,
     read_residual_block,
 )
-from resdense_ext.reference import Activation, DenseLayer, PooledUnit, ResidualBlock
+from resdense_ext.ops.split_unit import split_norm
+from resdense_ext.reference import Activation, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
 
 __all__ = [
     "Block",
+    "DualPath",
+    "Halves",
     "OnEngine",
     "Policy",
     "Residual",
     "Transition",
     "is_transformed",
+    "links_of",
     "run_chain",
     "run_dense_block",
+    "run_dual_path_block",
     "run_features",
     "run_residual_block",
     "run_transition",
@@ -50,7 +58,10 @@ __all__ = [
 Policy = str | tuple[bool, ...]
 """What a dense block keeps: a name, or a bool a layer."""
 
-Watch = Callable[[Optional[nn.Module], Optional[Tensor]], None]
+Halves = tuple[Tensor, Tensor]
+"""The residual half, ``[N, R, *spatial]``, and the dense half, ``[N, D, *spatial]``, of a dual path."""
+
+Watch = Callable[[Optional[nn.Module], "Tensor | Halves | None"], None]
 
 _LIBRARIES = ("resdense_ext", "torch", "torchvision")
 
@@ -89,6 +100,18 @@ class Residual(Protocol):
         """The forward that the engine stands in for."""
 
 
+class DualPath(Protocol):
+    """What a dual path block offers."""
+
+    engine_policy: Optional[Policy]
+
+    def dual_path_modules(self) -> DualPathModules:
+        """Raises Unsupported where the modules are not what the block's stock forward would find."""
+
+    def stock_forward(self, x: Tensor | Halves) -> Halves:
+        """The forward that the engine stands in for."""
+
+
 class Transition(Protocol):
     """What a transition offers."""
 
@@ -119,7 +142,11 @@ def stock_path() -> Iterator[None]:
 
 @contextmanager
 def watching(tell: Watch) -> Iterator[None]:
-    """Inside, ``tell`` hears which module is about to run, on the engine or by its stock path, and on what; None when it has."""
+    """Inside, ``tell`` hears which module is about to run, on the engine or by its stock path, and on what; None when it has.
+
+    Of dual path blocks in one node it hears the first so, and of each of the others behind it, with what came out, which has the
+    sizes of what that block has read.
+    """
     token = _watch.set(tell)
     try:
         yield
@@ -128,7 +155,7 @@ def watching(tell: Watch) -> Iterator[None]:
 
 
 @contextmanager
-def _running(module: nn.Module, x: Tensor) -> Iterator[None]:
+def _running(module: nn.Module, x: Tensor | Halves) -> Iterator[None]:
     tell = _watch.get()
     if tell is not None:
         tell(module, x)
@@ -140,14 +167,14 @@ def _running(module: nn.Module, x: Tensor) -> Iterator[None]:
 _Run = Callable[[Tensor], Optional[Tensor]]
 
 
-def _run(module: Block | Transition | Residual, x: Tensor, read: Callable[[], _Run]) -> Tensor:
+def _run(module: Block | Transition | Residual | DualPath, x: Tensor, read: Callable[[], _Run]) -> Tensor:
     """The module's forward on the engine, or on its stock path where the engine cannot; the latter is said once a module.
 
     ``read`` looks at the modules inside and gives what runs them, which answers None for an input that it does not take.
     """
     if is_transformed(x):
         return module.stock_forward(x)
-    _check_is_tensor(x)
+    _check_is_tensor(x, hasattr(module, "dual_path_modules"))
     with _running(module, x):
         run = None
         if module.engine_policy is not None and _takes(x):
@@ -199,12 +226,24 @@ def run_residual_block(block: Residual, x: Tensor) -> Tensor:
     return _run(block, x, read)
 
 
-def run_chain(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Calls modules one after another; in one node run a dense block and the transition or head behind it, and a norm, an
-    activation and a pool in a row, where none of them carries hooks."""
+def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
+    """The block's forward, see `_run`."""
+
+    def read() -> _Run:
+        described, activation = read_dual_path_block(block.dual_path_modules())
+        return lambda x: _dual_path_stage(x, [described], activation, [block.engine_policy])
+
+    return _run(block, x, read)
+
+
+def run_chain(modules: Sequence[nn.Module], x: Tensor | Halves) -> Tensor | Halves:
+    """Calls modules one after another; in one node run a dense block and the transition or head behind it, a norm, an activation
+    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks. A plain
+    sequence among them counts as what is in it."""
+    modules = [link for module in modules for link in (links_of(module) if type(module) is nn.Sequential else [module])]
     at = 0
     while at < len(modules):
-        run, used = _match(modules, at) if _takes(x) else (None, 1)
+        run, used = _match(modules, at, isinstance(x, tuple)) if _takes(x) else (None, 1)
         y = run(x) if run is not None else None
         x, at = (modules[at](x), at + 1) if y is None else (y, at + used)
     return x
@@ -216,18 +255,26 @@ _RELU = nn.ReLU(inplace=True)
 
 def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
     """``global_average_pool(relu(features(x)))``, flat: how a DenseNet goes on behind its features, as a chain with them."""
+    return run_chain([*links_of(features), _RELU, _HEAD[x.dim()]], x).flatten(1)
+
+
+def links_of(sequence: nn.Sequential) -> list[nn.Module]:
+    """What is in a sequence that only calls it in a row; of any other the sequence itself."""
     try:
-        check_untouched(features)
-        links = list(features)
+        check_untouched(sequence)
     except Unsupported:
-        links = [features]
-    return run_chain([*links, _RELU, _HEAD[x.dim()]], x).flatten(1)
+        return [sequence]
+    return [sequence] if _has_any_global_hook() else list(sequence)
 
 
-def _match(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+def _match(modules: Sequence[nn.Module], at: int, halves: bool) -> tuple[Optional[_Run], int]:
     """What runs the modules from ``at`` on in one node, and how many these are. It answers None where it turns out that it
     cannot: each module by itself then says why."""
     first = modules[at]
+    if hasattr(first, "dual_path_modules"):
+        return _match_dual_path(modules, at)
+    if halves:
+        return _match_joined(modules, at)
     if not hasattr(first, "layer_modules"):
         unit = _three(modules, at)
         return (None, 1) if unit is None else (lambda x: _run_three(unit, x), 3)
@@ -239,6 +286,67 @@ def _match(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
         if unit is not None:
             return (lambda x: _run_stage(first, None, unit, x)), 4
     return None, 1
+
+
+def _match_dual_path(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+    """The dual path blocks from ``at`` on of which only the first has a projection, as far as the engine takes them."""
+    blocks: list[DualPath] = []
+    described: list[DualPathBlock] = []
+    activations: set[Activation] = set()
+    try:
+        for block in modules[at:]:
+            if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
+                break
+            check_untouched(block)
+            read, activation = read_dual_path_block(block.dual_path_modules())
+            if blocks and (read.projection is not None or activation not in activations):
+                break
+            blocks.append(block)
+            described.append(read)
+            activations.add(activation)
+    except Unsupported:
+        pass  # called by itself, the block says why
+    if len(blocks) < 2:
+        return None, 1
+    return (lambda x: _run_dual_path_blocks(blocks, described, activations.pop(), x)), len(blocks)
+
+
+def _run_dual_path_blocks(
+    blocks: Sequence[DualPath], described: Sequence[DualPathBlock], activation: Activation, x: Tensor | Halves
+) -> Optional[Halves]:
+    try:
+        _check_plain(x)
+    except Unsupported:
+        return None
+    with _running(blocks[0], x):
+        y = _dual_path_stage(x, described, activation, [block.engine_policy for block in blocks])
+    for block in blocks[1:]:
+        with _running(block, y):
+            pass
+    return y
+
+
+def _match_joined(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+    """A norm and an activation that read both halves of a dual path, and the pool behind them."""
+    norm, *behind = modules[at : at + 2]
+    if not hasattr(norm, "joined_modules") or not behind or pool_kind(behind[0]) is None:
+        return None, 1
+    return (lambda halves: _run_joined(norm, behind[0], halves)), 2
+
+
+def _run_joined(joined: nn.Module, pool: nn.Module, halves: Halves) -> Optional[Tensor]:
+    """All of it works channel by channel: each half is pooled by itself, and the results are small."""
+    try:
+        _check_plain(halves)
+        check_untouched(joined)
+        modules = PooledModules(*joined.joined_modules(), None, pool)
+        unit, activation = read_pooled_unit(modules)
+    except Unsupported:
+        return None
+    if any(half.dim() != modules.dims for half in halves):
+        return None
+    norms = split_norm(unit.norm, [half.shape[1] for half in halves])
+    return torch.cat([_pooled_unit(half, unit._replace(norm=norm), activation) for half, norm in zip(halves, norms)], 1)
 
 
 def _three(modules: Sequence[nn.Module], at: int) -> Optional[PooledModules]:
@@ -320,18 +428,28 @@ def _residual_block(
     return functional.residual_block(x, block, **names, negative_slope=slope, policy=policy)
 
 
+def _dual_path_stage(
+    x: Tensor | Halves, blocks: Sequence[DualPathBlock], activation: Activation, policies: Sequence[Policy]
+) -> Halves:
+    keep = [keep for policy in policies for keep in checks.kept_layers(policy, 1)]
+    name, slope = activation
+    return functional.dual_path_stage(x, blocks, activation=name, negative_slope=slope, policy=keep)
+
+
 def _widened(y: Tensor, norm: nn.Module) -> Tensor:
     """In the dtype that stock has: torchvision's frozen norm is plain arithmetic, which widens what autocast has narrowed."""
     return y.to(torch.promote_types(y.dtype, norm.weight.dtype)) if is_frozen_norm(norm) else y
 
 
-def why_stock(module: Block | Transition | Residual) -> Optional[str]:
+def why_stock(module: Block | Transition | Residual | DualPath) -> Optional[str]:
     """Why the modules in it, as they are now, make it run its stock path; None where they do not."""
     try:
         if hasattr(module, "layer_modules"):
             read_layers(module.layer_modules())
         elif hasattr(module, "residual_modules"):
             read_residual_block(module.residual_modules())
+        elif hasattr(module, "dual_path_modules"):
+            read_dual_path_block(module.dual_path_modules())
         else:
             read_pooled_unit(module.pooled_modules())
     except Unsupported as unsupported:
@@ -339,22 +457,29 @@ def why_stock(module: Block | Transition | Residual) -> Optional[str]:
     return None
 
 
-def _takes(x: Tensor) -> bool:
+def _parts(x: Tensor | Halves) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _takes(x: Tensor | Halves) -> bool:
     """Whether x is something for the engine at all; what is not takes the stock path without a word."""
-    return not is_transformed(x) and not _stock.get() and isinstance(x, Tensor) and x.numel() > 0
+    return not is_transformed(x) and not _stock.get() and all(isinstance(t, Tensor) and t.numel() > 0 for t in _parts(x))
 
 
-def _check_is_tensor(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+def _check_is_tensor(x: Tensor | Halves, may_be_halves: bool) -> None:
+    halves = may_be_halves and isinstance(x, tuple) and len(x) == 2 and all(isinstance(half, Tensor) for half in x)
+    if not halves and not isinstance(x, Tensor):
+        expected = "a Tensor or (residual, dense)" if may_be_halves else "a Tensor"
+        raise TypeError(f"x: expected {expected}, got {type(x).__name__}")
 
 
-def _check_plain(x: Tensor) -> None:
-    if is_wrapper(x):
-        raise Unsupported(f"the input is {type(x).__name__}")
+def _check_plain(x: Tensor | Halves) -> None:
+    for part in _parts(x):
+        if is_wrapper(part):
+            raise Unsupported(f"the input is {type(part).__name__}")
 
 
-def is_transformed(x: Tensor) -> bool:
+def is_transformed(x: Tensor | Halves) -> bool:
     """Whether x passes through something that rewrites programs and needs a rule for each operation.
 
     Of these the engine has none yet; the stock path is right under all of them, and is taken without a word. ``torch.compile``
@@ -365,7 +490,7 @@ def is_transformed(x: Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or isinstance(x, torch.fx.Proxy)
+        or any(isinstance(part, torch.fx.Proxy) for part in _parts(x))
     )
 
 

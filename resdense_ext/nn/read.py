@@ -16,6 +16,7 @@ from resdense_ext.reference import (
     BatchNorm,
     Conv,
     DenseLayer,
+    DualPathBlock,
     Pool,
     PooledUnit,
     ResidualBlock,
@@ -35,6 +36,7 @@ __all__ = [
     "is_wrapper",
     "pool_kind",
     "read_children",
+    "read_dual_path_block",
     "read_layers",
     "read_pooled_unit",
     "read_residual_block",
@@ -113,10 +115,9 @@ class DualPathModules(NamedTuple):
 
     The units are ``(norm, activation, convolution)``. The last one's first ``residual_channels`` channels are added to the
     residual half, the others are appended to the dense half; where there is a projection (a unit as well), the two halves are
-    its output, split likewise. ``module`` is the layer itself: its hooks count.
+    its output, split likewise.
     """
 
-    module: nn.Module
     units: tuple[tuple[nn.Module, nn.Module, nn.Module], ...]
     projection: Optional[tuple[nn.Module, nn.Module, nn.Module]]
     residual_channels: int
@@ -182,6 +183,31 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
     if activation.name == last.name and activation != last:
         raise Unsupported(f"has slope {last.slope}, and the units' activation {activation.slope}", modules.activation)
     return block, activation, last
+
+
+def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activation]:
+    """The block as the functional call takes it.
+
+    Raises:
+        Unsupported: an inner module that the engine cannot stand in for, or one with hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    named = [*modules.units, *([] if modules.projection is None else [modules.projection])]
+    units, activations, seen = [], set(), set()
+    for norm, activation, conv in named:
+        read_conv = _read_conv(conv)
+        _check_alone(norm, seen)
+        units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
+        activations.add(_read_activation(activation))
+    # The last of the units splits, and a projection does.
+    for index in {0, len(modules.units) - 1, len(named) - 1}:
+        if units[index].conv.groups != 1:
+            raise Unsupported(f"has {units[index].conv.groups} groups", named[index][2])
+    if len(activations) > 1:
+        raise Unsupported(f"the units' activations differ: {sorted(a.name for a in activations)}")
+    projection = None if modules.projection is None else units.pop()
+    return DualPathBlock(tuple(units), modules.residual_channels, projection), activations.pop()
 
 
 def _check_alone(norm: nn.Module, seen: set[nn.Module]) -> None:

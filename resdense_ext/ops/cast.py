@@ -9,9 +9,15 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Conv, DenseLayer, ResidualBlock, Unit
+from resdense_ext.reference import Conv, DenseLayer, DualPathBlock, ResidualBlock, Unit
 
-__all__ = ["cast_convolution", "cast_convolutions", "cast_residual_block", "without_autocast"]
+__all__ = [
+    "cast_convolution",
+    "cast_convolutions",
+    "cast_dual_path_blocks",
+    "cast_residual_block",
+    "without_autocast",
+]
 
 
 class CastFunction(torch.autograd.Function):
@@ -60,6 +66,14 @@ def cast_residual_block(block: ResidualBlock, dtype: torch.dtype) -> ResidualBlo
     *convs, last = _cast_convs([*(unit.conv for unit in block.units), None if shortcut is None else shortcut.conv], dtype)
     units = tuple(Unit(unit.norm, conv) for unit, conv in zip(block.units, convs))
     return block._replace(units=units, shortcut=None if shortcut is None else shortcut._replace(conv=last))
+
+
+def cast_dual_path_blocks(blocks: Sequence[DualPathBlock], dtype: torch.dtype) -> list[DualPathBlock]:
+    """The blocks with convolutions as `cast_convolution` gives them."""
+    units = [unit for block in blocks for unit in (block.projection, *block.units)]
+    convs = _cast_convs([None if unit is None else unit.conv for unit in units], dtype)
+    cast = iter([None if unit is None else unit._replace(conv=conv) for unit, conv in zip(units, convs)])
+    return [block._replace(projection=next(cast), units=tuple(next(cast) for _ in block.units)) for block in blocks]
 
 
 def _cast_convs(convs: Sequence[Optional[Conv]], dtype: torch.dtype) -> list[Optional[Conv]]:

@@ -28,8 +28,8 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.ops.units import GRADS, UNIT, conv_of, geometry_of, new_stats
-from resdense_ext.reference import Activation, BatchNorm, DenseLayer, Unit, accumulation_dtype
+from resdense_ext.ops.units import GRADS, UNIT, geometry_of, new_stats, units_from
+from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
 
 __all__ = [
     "SCHEMA",
@@ -80,17 +80,12 @@ class DenseBlockConfig(NamedTuple):
 
     def layers(self, tensors: Sequence[Optional[Tensor]], masks: Sequence[Tensor]) -> list[DenseLayer]:
         """The layers as they were given, around other tensors."""
-        units = (self._unit(i, tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
+        units = iter(units_from(tensors, self.eps, self.batch_stats, self.geometry))
         mask = iter(masks)
         return [
             DenseLayer(tuple(islice(units, count)), next(mask) if scale else None, scale)
             for count, scale in zip(self.units, self.mask_scales)
         ]
-
-    def _unit(self, i: int, tensors: Sequence[Optional[Tensor]]) -> Unit:
-        numbers = self.geometry[i * (len(self.geometry) // len(self.eps)) :]
-        norm = BatchNorm(*tensors[:4], self.batch_stats[i], None, self.eps[i])
-        return Unit(norm, conv_of(*tensors[4:], numbers))
 
 
 class _Walk(NamedTuple):

@@ -24,21 +24,20 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.backend import ConvGrads, Pending, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward, moments
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
+from resdense_ext.ops.convolve import convolve_backward, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
     Maps,
     ResidualBlockConfig,
     norms_of,
-    sampling,
     sizes_of,
     takes_stats,
 )
-from resdense_ext.ops.units import GRADS, UNIT, new_stats
-from resdense_ext.reference import Conv
+from resdense_ext.ops.units import GRADS, UNIT, Gradients, new_stats
 
 __all__: list[str] = []
 
@@ -60,27 +59,6 @@ def _forward(x: Tensor, tensors, config: ResidualBlockConfig) -> tuple[Tensor, l
     return out, [t for stats in maps.stats for t in stats], kept
 
 
-class _Gradients:
-    """Those that are asked for, of x and of `GRADS` of every unit, of the end and of the shortcut."""
-
-    def __init__(self, needs: Sequence[bool]) -> None:
-        self.needs = needs
-        self.found: list[Optional[Tensor]] = [None] * len(needs)
-
-    def record(self, unit: int, *values: Optional[Tensor]) -> None:
-        """Adds values for the unit's `GRADS`, the first of them."""
-        for at, value in enumerate(values, 1 + len(GRADS) * unit):
-            if value is not None and self.needs[at]:
-                self.found[at] = value if self.found[at] is None else self.found[at] + value
-
-    def wants_up_to(self, unit: int) -> bool:
-        """Whether anything up to this unit wants a gradient."""
-        return any(self.needs[: 1 + len(GRADS) * (unit + 1)])
-
-    def wants_weight(self, unit: int) -> bool:
-        return any(self.needs[3 + len(GRADS) * unit : 1 + len(GRADS) * (unit + 1)])
-
-
 def _backward(
     grad: Tensor, out: Optional[Tensor], x: Tensor, tensors, config: ResidualBlockConfig, stats, kept, needs
 ) -> list[Tensor]:
@@ -98,7 +76,7 @@ def _backward(
         mark = grad if out is None else out
     else:
         mark = walk.sum(LINEAR) if "again" in plan else next(kept)
-    grads = _Gradients(needs)
+    grads = Gradients(needs)
     g, upstream = _end(grad, mark, walk, plan, grads)
 
     first, shortcut = block.units[0], block.shortcut
@@ -130,7 +108,7 @@ def _backward(
 
 
 def _end(
-    grad: Tensor, mark: Tensor, walk: Maps, plan: Sequence[str], grads: _Gradients
+    grad: Tensor, mark: Tensor, walk: Maps, plan: Sequence[str], grads: Gradients
 ) -> tuple[Tensor, dict[int, Pending | Tensor]]:
     """``g = grad * last'``, and the gradients of the two maps that are added up: pending behind their norms, or of a map that is
     done without g itself."""
@@ -156,15 +134,15 @@ def _end(
 
 
 def _through(
-    source: Pointwise, walk: Maps, k: int, grad: Pending | Tensor, into: Optional[Pending], grads: _Gradients, unit: int
+    source: Pointwise, walk: Maps, k: int, grad: Pending | Tensor, into: Optional[Pending], grads: Gradients, unit: int
 ) -> ConvGrads:
-    """Through the convolution of ``unit`` that writes map k, and what stands before it, as `ReferenceBackend.bn_act_conv_backward`.
+    """Through the convolution of ``unit`` that writes map k, and what stands before it, as `convolve_backward`.
 
     A gradient that is not pending is that behind the map's norm.
     """
     inside = unit < walk.units
     if isinstance(grad, Pending):
-        found = _convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit))
+        found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit))
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
         found, *of_norm = moments_backward(
@@ -175,28 +153,6 @@ def _through(
         grads.record(unit, found.norm_weight, found.norm_bias)
     grads.record(unit, None, None, found.weight, found.bias)
     return found
-
-
-def _convolve_backward(
-    backend: ReferenceBackend,
-    x: Tensor,
-    fold: Optional[Fold],
-    conv: Conv,
-    grad: Pending,
-    into: Optional[Pending],
-    need_weight: bool,
-) -> ConvGrads:
-    """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted."""
-    at = sampling(conv)
-    if at is None:
-        return backend.bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
-    sampled, conv = dense_map(x[at]), conv._replace(stride=())
-    if into is None:
-        return backend.bn_act_conv_backward(sampled, fold, conv, grad, None, need_weight)
-    part = into._replace(dy=dense_map(into.dy[at]), z=sampled)
-    grads = backend.bn_act_conv_backward(sampled, fold, conv, grad, part, need_weight)
-    into.dy[at].copy_(part.dy)
-    return grads._replace(input=into)
 
 
 def _targets(x: Tensor, tensors) -> list[Optional[Tensor]]:

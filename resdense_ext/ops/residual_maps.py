@@ -15,7 +15,8 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import kept_for_backward
-from resdense_ext.ops.layout import dense_map, empty_map
+from resdense_ext.ops.convolve import convolve
+from resdense_ext.ops.layout import empty_map
 from resdense_ext.ops.units import UNIT, conv_of, geometry_of, new_stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
 
@@ -28,7 +29,6 @@ __all__ = [
     "norms_of",
     "plan_of",
     "reads_out",
-    "sampling",
     "sizes_of",
     "takes_stats",
     "units_of",
@@ -184,25 +184,13 @@ def takes_stats(norm: Optional[BatchNorm]) -> bool:
     return norm is not None and norm.batch_stats
 
 
-def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
-    """The positions that a strided convolution of kernel size 1 reads: of these alone it has stride 1. None for any other."""
-    if any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
-        return None
-    return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
-
-
 def _convolve(
     backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, reader: Optional[BatchNorm]
 ) -> tuple[Tensor, Stats]:
     """A new map, and its statistics where its reader normalises by them."""
-    at = sampling(conv)
-    if at is not None:
-        x, conv = dense_map(x[at]), conv._replace(stride=())
     z = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:]))
     stats = new_stats(z, reader)
-    backend.bn_act_conv(
-        x, None if fold is None else fold.affine, conv, z, None, 1.0, stats if takes_stats(reader) else None
-    )
+    convolve(backend, x, fold, conv, z, stats if takes_stats(reader) else None)
     return z, stats
 
 

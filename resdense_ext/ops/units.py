@@ -8,9 +8,9 @@ from typing import Optional
 from torch import Tensor
 
 from resdense_ext.ops.backend import Stats
-from resdense_ext.reference import BatchNorm, Conv, accumulation_dtype
+from resdense_ext.reference import BatchNorm, Conv, Unit, accumulation_dtype
 
-__all__ = ["GRADS", "UNIT", "conv_of", "flat_tensors", "geometry_of", "new_stats"]
+__all__ = ["GRADS", "UNIT", "Gradients", "conv_of", "flat_tensors", "geometry_of", "new_stats", "units_from"]
 
 UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
@@ -43,7 +43,43 @@ def conv_of(weight: Tensor, bias: Optional[Tensor], numbers: Sequence[int]) -> C
     return Conv(weight, bias, padding, dilation, numbers[3 * rank], stride)
 
 
+def units_from(
+    tensors: Sequence[Optional[Tensor]], eps: Sequence[float], batch_stats: Sequence[bool], geometry: Sequence[int]
+) -> list[Unit]:
+    """The units of these tensors and numbers; each has a norm."""
+    numbers, units = len(geometry) // len(eps), []
+    for i in range(len(eps)):
+        *vectors, weight, bias = tensors[UNIT * i : UNIT * (i + 1)]
+        norm = BatchNorm(*vectors, batch_stats[i], None, eps[i])
+        units.append(Unit(norm, conv_of(weight, bias, geometry[numbers * i :])))
+    return units
+
+
 def new_stats(z: Tensor, reader: Optional[BatchNorm]) -> Stats:
     """Room for the statistics of ``z``; none where its reader has its own."""
     size = z.shape[1] if reader is not None and reader.batch_stats else 0
     return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
+
+
+class Gradients:
+    """Those that are asked for, of the inputs and of `GRADS` of every unit."""
+
+    def __init__(self, needs: Sequence[bool], inputs: int = 1) -> None:
+        self.needs, self._inputs = needs, inputs
+        self.found: list[Optional[Tensor]] = [None] * len(needs)
+
+    def record(self, unit: int, *values: Optional[Tensor]) -> None:
+        """Adds values for the unit's `GRADS`, the first of them."""
+        for at, value in enumerate(values, self._begin(unit)):
+            if value is not None and self.needs[at]:
+                self.found[at] = value if self.found[at] is None else self.found[at] + value
+
+    def wants_up_to(self, unit: int) -> bool:
+        """Whether anything up to this unit wants a gradient."""
+        return any(self.needs[: self._begin(unit + 1)])
+
+    def wants_weight(self, unit: int) -> bool:
+        return any(self.needs[self._begin(unit) + 2 : self._begin(unit + 1)])
+
+    def _begin(self, unit: int) -> int:
+        return self._inputs + len(GRADS) * unit

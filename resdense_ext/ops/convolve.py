@@ -1,0 +1,52 @@
+"""A convolution by a backend's primitives, on those positions of its input alone that it reads."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor
+
+from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.layout import dense_map
+from resdense_ext.reference import Conv
+
+__all__ = ["convolve", "convolve_backward", "sampling"]
+
+
+def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
+    """The positions that a strided convolution of kernel size 1 reads: of these alone it has stride 1. None for any other."""
+    if any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
+        return None
+    return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
+
+
+def convolve(
+    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, out: Tensor, stats: Optional[Stats]
+) -> None:
+    """See `ReferenceBackend.bn_act_conv`."""
+    at = sampling(conv)
+    if at is not None:
+        x, conv = dense_map(x[at]), conv._replace(stride=())
+    backend.bn_act_conv(x, None if fold is None else fold.affine, conv, out, None, 1.0, stats)
+
+
+def convolve_backward(
+    backend: ReferenceBackend,
+    x: Tensor,
+    fold: Optional[Fold],
+    conv: Conv,
+    grad: Tensor | Pending,
+    into: Optional[Pending],
+    need_weight: bool,
+) -> ConvGrads:
+    """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted."""
+    at = sampling(conv)
+    if at is None:
+        return backend.bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+    sampled, conv = dense_map(x[at]), conv._replace(stride=())
+    if into is None:
+        return backend.bn_act_conv_backward(sampled, fold, conv, grad, None, need_weight)
+    part = into._replace(dy=dense_map(into.dy[at]), z=sampled)
+    grads = backend.bn_act_conv_backward(sampled, fold, conv, grad, part, need_weight)
+    into.dy[at].copy_(part.dy)
+    return grads._replace(input=into)

@@ -1,0 +1,96 @@
+"""The dual path stage as autograd sees it: one node, whatever the number of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.cast import without_autocast
+from resdense_ext.ops.dual_path_stage import DualPathStageConfig, saved_inputs, statistics_of, units_of
+from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.saved import saved_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.reference import Activation, DualPathBlock
+
+__all__ = ["dual_path_stage"]
+
+
+class DualPathStageFunction(torch.autograd.Function):
+    """Keeps the inputs, the buffer of the dense half (its second output), the residual halves between the blocks, the
+    statistics, and the inner maps of the blocks that the policy keeps."""
+
+    @staticmethod
+    def forward(ctx, config: DualPathStageConfig, blocks: Sequence[DualPathBlock], inputs: int, *tensors):
+        xs, tensors = list(tensors[:inputs]), list(tensors[inputs:])
+        with without_autocast(xs[0].device):
+            residual, dense, stats, kept = torch.ops.resdense.dual_path_stage(xs, tensors, *config)
+        # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
+        update_running_statistics([unit.norm for unit in units_of(blocks)], *statistics_of(xs, blocks, stats))
+        ctx.set_materialize_grads(False)
+        saved = saved_inputs(xs, config.projected)
+        ctx.config, ctx.counts = config, (len(saved), len(tensors), len(stats))
+        ctx.channels = [x.shape[1] for x in xs]
+        ctx.save_for_backward(dense, *saved, *tensors, *stats, *kept)
+        return residual, dense
+
+    @staticmethod
+    def backward(ctx, *grads: Optional[Tensor]):
+        why = "a dual path stage's dense half is the buffer of all its feature maps, and its input is the stage's input"
+        dense, *saved = saved_tensors(ctx, "dual_path_stage", why)
+        saved = iter(saved)
+        xs, tensors, stats = (list(islice(saved, size)) for size in ctx.counts)
+        inputs = len(ctx.channels)
+        if len(xs) < inputs:
+            xs.append(dense[:, : ctx.channels[1]])
+        needs = list(ctx.needs_input_grad[3 : 3 + inputs])
+        for at in range(3 + inputs, 3 + inputs + len(tensors), UNIT):
+            needs += [ctx.needs_input_grad[at + position] for position in GRADS]
+        if all(grad is None for grad in grads):
+            found: Sequence[Optional[Tensor]] = [None] * len(needs)
+        elif torch.is_grad_enabled():
+            found = _differentiable_backward(grads, xs, tensors, ctx.config, needs)
+        else:
+            with without_autocast(dense.device):
+                found = torch.ops.resdense.dual_path_stage_backward(
+                    *grads, dense, xs, tensors, *ctx.config, stats, list(saved), needs
+                )
+        wanted = [value if need else None for value, need in zip(found, needs)]
+        result: list[Optional[Tensor]] = []
+        for at in range(inputs, len(wanted), len(GRADS)):
+            weight, bias, conv_weight, conv_bias = wanted[at : at + len(GRADS)]
+            result += [weight, bias, None, None, conv_weight, conv_bias]
+        return None, None, None, *wanted[:inputs], *result
+
+
+def _differentiable_backward(grads, xs, tensors, config, needs) -> list[Optional[Tensor]]:
+    """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    xs = [x.view_as(x) for x in xs]
+    tensors = [t if t is None else t.view_as(t) for t in tensors]
+    inputs = xs + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
+    wanted = [value for value, need in zip(inputs, needs) if need]
+    x = xs[0] if len(xs) == 1 else tuple(xs)
+    halves = reference.dual_path_stage(x, config.blocks(tensors), Activation(config.activation, config.slope))
+    outputs, grads = zip(*((half, grad) for half, grad in zip(halves, grads) if grad is not None))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def dual_path_stage(
+    xs: Sequence[Tensor],
+    blocks: Sequence[DualPathBlock],
+    activation: Activation,
+    keep: Sequence[bool],
+    backend: ReferenceBackend,
+) -> tuple[Tensor, Tensor]:
+    """The checked call: see `resdense_ext.functional.dual_path_stage`. ``keep`` says whose inner maps may be kept."""
+    tensors = flat_tensors(units_of(blocks))
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*xs, *tensors))
+    plan = [("fast" if wanted else "min") if grad else "none" for wanted in keep]
+    config = DualPathStageConfig.of(blocks, activation, plan, backend.name)
+    return DualPathStageFunction.apply(config, blocks, len(xs), *xs, *tensors)

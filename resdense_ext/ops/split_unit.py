@@ -1,0 +1,110 @@
+"""A unit between maps that lie side by side in several tensors, which nobody concatenates.
+
+A batch norm works channel by channel, so it splits by channel; a convolution is a sum over the channels that it reads, so that::
+
+    out_i = sum_j W_ij act(scale_j * x_j + shift_j)
+
+with the rows of W that write ``out_i`` and of these the columns that read ``x_j``. The first product is written, the others are
+added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext.ops.backend import Pending, ReferenceBackend, Stats
+from resdense_ext.ops.convolve import convolve, convolve_backward
+from resdense_ext.ops.layout import empty_map
+from resdense_ext.reference import Activation, BatchNorm, Conv, Unit
+
+__all__ = ["Source", "SplitUnit", "split_norm"]
+
+
+class Source(NamedTuple):
+    """A map that units read, and its statistics; where no norm normalises by them, these are not read."""
+
+    x: Tensor
+    stats: Stats
+
+
+class SplitUnit:
+    """A unit that reads these maps side by side. Of several sources or targets the convolution has one group."""
+
+    def __init__(self, backend: ReferenceBackend, unit: Unit, sources: Sequence[Source], activation: Activation) -> None:
+        self.backend, self.conv, self.sources = backend, unit.conv, sources
+        widths = [x.shape[1] for x, _ in sources]
+        self.folds = [
+            backend.fold(norm, stats, x.numel() // x.shape[1], activation)
+            for norm, (x, stats) in zip(split_norm(unit.norm, widths), sources)
+        ]
+
+    def empty_output(self) -> Tensor:
+        """Room for what the convolution makes of the sources."""
+        x, weight = self.sources[0].x, self.conv.weight
+        return empty_map(x, weight.shape[0], weight.dtype, self.conv.outputs(x.shape[2:]))
+
+    def write(self, outs: Sequence[Tensor], stats: Sequence[Optional[Stats]]) -> None:
+        """Into these maps, side by side; their statistics are taken where there is room for them."""
+        for out, taken, parts in zip(outs, stats, self._parts([out.shape[1] for out in outs])):
+            (x, _), fold, alone = self.sources[0], self.folds[0], len(parts) == 1
+            convolve(self.backend, x, fold, parts[0], out, taken if alone else None)
+            for (x, _), fold, part in zip(self.sources[1:], self.folds[1:], parts[1:]):
+                product = empty_map(out, out.shape[1], out.dtype)
+                convolve(self.backend, x, fold, part, product, None)
+                out.add_(product)
+            if taken is not None and not alone:
+                for to, found in zip(taken, self.backend.channel_stats(out)):
+                    to.copy_(found)
+
+    def backward(
+        self, grads: Sequence[Pending], intos: Sequence[Optional[Pending]], need_weight: bool
+    ) -> tuple[list[Pending], tuple[Optional[Tensor], ...]]:
+        """From the gradients of what was written: the sources', as `ReferenceBackend.bn_act_conv_backward` gives them, and the
+        norm's and the convolution's weight and bias."""
+        rows, columns = self._parts([grad.dy.shape[1] for grad in grads]), []
+        for j, ((x, _), fold, into) in enumerate(zip(self.sources, self.folds, intos)):
+            if into is None and len(grads) > 1:
+                into = Pending.of(torch.zeros_like(x), x)
+            columns.append(
+                [
+                    convolve_backward(self.backend, x, fold, parts[j], grad, into, need_weight)
+                    for parts, grad in zip(rows, grads)
+                ]
+            )
+        norm_weight, norm_bias = (
+            _joined([sum(getattr(found, at) for found in column) for column in columns], 0) for at in ("norm_weight", "norm_bias")
+        )
+        weight = bias = None
+        if need_weight:
+            weight = _joined([_joined([found.weight for found in row], 1) for row in zip(*columns)], 0)
+            bias = None if self.conv.bias is None else _joined([found.bias for found in columns[0]], 0)
+        return [column[-1].input for column in columns], (norm_weight, norm_bias, weight, bias)
+
+    def _parts(self, outputs: Sequence[int]) -> list[list[Conv]]:
+        """The convolutions from every source to every target, a list a target."""
+        conv, inputs = self.conv, [x.shape[1] for x, _ in self.sources]
+        if len(inputs) == len(outputs) == 1:
+            return [[conv]]
+        biases = [None] * len(outputs) if conv.bias is None else conv.bias.split(list(outputs))
+        return [
+            [
+                conv._replace(weight=part.contiguous(), bias=None if j else bias)
+                for j, part in enumerate(rows.split(inputs, 1))
+            ]
+            for rows, bias in zip(conv.weight.split(list(outputs)), biases)
+        ]
+
+
+def split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:
+    """The norms of maps of these widths, which ``norm`` reads side by side; the first one counts the batches."""
+    vectors = [[None] * len(widths) if v is None else v.split(list(widths)) for v in norm[:4]]
+    norms = [norm._replace(weight=w, bias=b, running_mean=m, running_var=v) for w, b, m, v in zip(*vectors)]
+    return [norms[0], *(other._replace(num_batches_tracked=None) for other in norms[1:])]
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
