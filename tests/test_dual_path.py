@@ -588,7 +588,7 @@ class TestErrors:
             (lambda blocks: [_changed(blocks[0], 2, groups=3)], r"blocks\[0\].units\[2\].conv.groups: expected 1 .*, got 3"),
             (lambda blocks: [_changed(blocks[0], 1, stride=(1, 1))], r"units\[2\].conv: expected an output of the halves'"),
         ],
-        ids=str,
+        ids=lambda value: value if isinstance(value, str) else "",
     )  # fmt: skip
     def test_blocks(self, change, message):
         stage = stage_of(2, dtype=torch.float32)
