@@ -20,6 +20,7 @@ from resdense_ext.nn.read import (
     PooledModules,
     ResidualModules,
     Unsupported,
+    check_one_group,
     check_untouched,
     is_frozen_norm,
     is_wrapper,
@@ -275,6 +276,7 @@ def _run_stage(
         modules = block.layer_modules()
         layers, activation = read_layers(modules)
         unit, unit_activation = read_pooled_unit(behind)
+        check_one_group([unit.norm, *(of_layer.norm for layer in layers for of_layer in layer.units)])
     except Unsupported:
         return None
     if not layers or unit_activation != activation or unit.pool.kind == "maximum" or x.dim() != behind.dims:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import NamedTuple, Optional
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -30,6 +31,7 @@ __all__ = [
     "ResidualModules",
     "Unsupported",
     "check_forward",
+    "check_one_group",
     "check_untouched",
     "is_frozen_norm",
     "is_wrapper",
@@ -89,8 +91,8 @@ class PooledModules(NamedTuple):
 
     @property
     def dims(self) -> int:
-        """Dimensions of the maps that the norm takes."""
-        return 4 if is_frozen_norm(self.norm) else 3 + _NORMS.index(type(self.norm))
+        """Dimensions of the maps that the pool takes."""
+        return 3 + _POOLS[pool_kind(self.pool)].index(type(self.pool))
 
 
 class ResidualModules(NamedTuple):
@@ -144,6 +146,7 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
         raise Unsupported(f"the layers' activations differ: {sorted(a.name for a in activations)}")
+    check_one_group(unit.norm for layer in read for unit in layer.units)
     return read, activations.pop() if activations else Activation()
 
 
@@ -176,6 +179,7 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
             _check_alone(of_projection, seen)
             read_norm = _read_norm(of_projection, _NORM_BESIDE[type(conv)])
         shortcut = Shortcut(read_conv, read_norm, activated=not post)
+    check_one_group([*norms, None if shortcut is None else shortcut.norm])
     block = ResidualBlock(tuple(map(Unit, [None, *norms[:-1]] if post else norms, convs)), end, shortcut)
     activation = activations.pop() if activations else Activation()
     last = Activation("identity") if modules.activation is None else _read_activation(modules.activation)
@@ -253,11 +257,11 @@ def check_untouched(module: nn.Module) -> None:
 
 
 def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
-    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
+    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise."""
     if expected is nn.BatchNorm2d and is_frozen_norm(norm):
         check_untouched(norm)
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
-    if type(norm) is not expected:
+    if type(norm) not in (expected, nn.SyncBatchNorm):
         raise Unsupported(f"is {type(norm).__name__}", norm)
     check_untouched(norm)
     weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
@@ -265,12 +269,27 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
     batch_stats = norm.training or (mean is None and var is None)
     if not norm.training:
         return BatchNorm(weight, bias, mean, var, batch_stats, norm.momentum, norm.eps)
+    group = _group_of(norm) if type(norm) is nn.SyncBatchNorm else ""
     if not norm.track_running_stats:
-        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps)
+        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps, group=group)
     momentum = norm.momentum
     if momentum is None:
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
-    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count)
+    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count, group)
+
+
+def _group_of(norm: nn.SyncBatchNorm) -> str:
+    """The process group over whose ranks a training norm takes statistics; none where it is a batch norm like any other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    group = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def check_one_group(norms: Iterable[Optional[BatchNorm]]) -> None:
+    """Raises Unsupported for norms that take the batch's statistics over different ranks."""
+    if len({norm.group for norm in norms if norm is not None and norm.batch_stats}) > 1:
+        raise Unsupported("not all of its norms take statistics over the same ranks")
 
 
 def is_frozen_norm(norm: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from resdense_ext.ops.backend import Stats
 from resdense_ext.reference import BatchNorm, Conv, accumulation_dtype
 
-__all__ = ["GRADS", "UNIT", "conv_of", "flat_tensors", "geometry_of", "new_stats"]
+__all__ = ["GRADS", "UNIT", "conv_of", "flat_tensors", "geometry_of", "group_of", "new_stats"]
 
 UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
@@ -41,6 +41,11 @@ def conv_of(weight: Tensor, bias: Optional[Tensor], numbers: Sequence[int]) -> C
     rank = weight.dim() - 2
     padding, dilation, stride = (tuple(numbers[i * rank : (i + 1) * rank]) for i in range(3))
     return Conv(weight, bias, padding, dilation, numbers[3 * rank], stride)
+
+
+def group_of(norms: Iterable[Optional[BatchNorm]]) -> str:
+    """The one group that all norms with statistics of the batch share them in."""
+    return next((norm.group for norm in norms if norm is not None and norm.batch_stats), "")
 
 
 def new_stats(z: Tensor, reader: Optional[BatchNorm]) -> Stats:

@@ -1,0 +1,56 @@
+"""Two processes together: what they compute is what one process computes on the joined batch."""
+
+import pytest
+import torch
+import two_ranks
+from small_nets import assert_same
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return two_ranks.run(tmp_path_factory.mktemp("ranks"))
+
+
+def of_kind(kind):
+    cases = [case for case in two_ranks.CASES if case[0] is kind]
+    return pytest.mark.parametrize("case", cases, ids=two_ranks.name_of)
+
+
+def joined(model, micro=0):
+    x = torch.cat([two_ranks.batch(rank, micro) for rank in range(2)]).requires_grad_()
+    output = model(x)
+    loss = output * torch.cat([two_ranks.weights(output.shape[1], rank, micro) for rank in range(2)])
+    loss.sum().backward()
+    return output, x
+
+
+@of_kind(two_ranks.synchronised)
+def test_synchronised_norms(ranks, case):
+    """Outputs and the input's gradient by samples, parameters' gradients summed over ranks, the buffers of either."""
+    model = two_ranks.NETWORKS[case[1]]()
+    expected = two_ranks.found(model, *joined(model))
+    first, second = (results[two_ranks.name_of(case)] for results in ranks)
+    ours = {}
+    for name, value in first.items():
+        if name in ("output", "grad x"):
+            ours[name] = torch.cat([value, second[name]])
+        elif name.startswith("grad "):
+            ours[name] = value + second[name]
+        else:
+            ours[name], ours[f"second {name}"], expected[f"second {name}"] = value, second[name], expected[name]
+    assert_same(ours, expected)
+
+
+@of_kind(two_ranks.parallel)
+def test_data_parallel(ranks, case):
+    """With gradients of two micro-batches, the first under `no_sync`."""
+    _, network, _, norms = case
+    model = two_ranks.NETWORKS[network]()
+    if norms == "frozen":
+        two_ranks.frozen(model)
+    for micro in range(2):
+        joined(model, micro)
+    expected = two_ranks.found(model)
+    for results in ranks:
+        ours = results[two_ranks.name_of(case)]
+        assert_same({name: 2 * value if name.startswith("grad ") else value for name, value in ours.items()}, expected)
