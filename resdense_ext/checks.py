@@ -265,7 +265,8 @@ def check_norm(
 
 
 def _check_writable(where: str, buffer: Tensor) -> None:
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+    # Inference mode cannot be traced.
+    if not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{where}: expected a buffer that training can update, got one made in inference mode")
     if buffer.requires_grad:
         raise ValueError(f"{where}: expected a buffer that training can update, got one that requires grad")

@@ -868,16 +868,6 @@ class TestTransformations:
         assert_same({"output": exported.module()(x)}, {"output": stock(x)})
         assert not engine
 
-    def test_compile(self, engine):
-        torch.compiler.reset()
-        stock, x = small_densenet(), images(2, 3, 32, 32)
-        model = converted(stock)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        compiled(x).square().sum().backward()
-        stock(x).square().sum().backward()
-        assert_same(dict(grads(model)) | dict(model.named_buffers()), dict(grads(stock)) | dict(stock.named_buffers()))
-        assert not engine
-
     def test_fx(self, engine):
         stock, x = small_densenet(), images(2, 3, 32, 32)
         traced = torch.fx.symbolic_trace(converted(stock))

@@ -130,7 +130,8 @@ def watching(tell: Watch) -> Iterator[None]:
 
 @contextmanager
 def _running(module: nn.Module, x: Tensor) -> Iterator[None]:
-    tell = _watch.get()
+    # Context variables cannot be traced.
+    tell = None if torch.compiler.is_compiling() else _watch.get()
     if tell is not None:
         tell(module, x)
     yield
@@ -343,7 +344,11 @@ def why_stock(module: Block | Transition | Residual) -> Optional[str]:
 
 def _takes(x: Tensor) -> bool:
     """Whether x is something for the engine at all; what is not takes the stock path without a word."""
-    return not is_transformed(x) and not _stock.get() and isinstance(x, Tensor) and x.numel() > 0
+    return not is_transformed(x) and not _wants_stock() and isinstance(x, Tensor) and x.numel() > 0
+
+
+def _wants_stock() -> bool:
+    return not torch.compiler.is_compiling() and _stock.get()
 
 
 def _check_is_tensor(x: Tensor) -> None:
@@ -359,11 +364,10 @@ def _check_plain(x: Tensor) -> None:
 def is_transformed(x: Tensor) -> bool:
     """Whether x passes through something that rewrites programs and needs a rule for each operation.
 
-    Of these the engine has none yet; the stock path is right under all of them, and is taken without a word. ``torch.compile``
-    cannot trace how modules are read (`operator.itemgetter`) and a backend is chosen (`contextvars`).
+    Of these the engine has none but ``torch.compile``'s; the stock path is right under all of them, and is taken without a word.
     """
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -372,6 +376,8 @@ def is_transformed(x: Tensor) -> bool:
 
 
 def _say(module: nn.Module, unsupported: Unsupported) -> None:
+    if torch.compiler.is_compiling():
+        return  # a warning cannot be traced
     said = _said.setdefault(module, set())
     if unsupported.reason not in said:
         said.add(unsupported.reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
 from typing import NamedTuple, Optional
 
 import torch.distributed as dist
@@ -51,17 +50,24 @@ _POOLS = {
 }
 _ORDINARY = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None, "dilation": 1, "return_indices": False}
 """The pools' options that the engine knows, by the one value that it knows."""
-_PARAMETERS = itemgetter("weight", "bias")
-_BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
-_FROZEN = itemgetter("weight", "bias", "running_mean", "running_var")
+_PARAMETERS = "weight", "bias"
+_BUFFERS = "running_mean", "running_var", "num_batches_tracked"
+_FROZEN = "weight", "bias", "running_mean", "running_var"
 
 
 class Unsupported(Exception):
-    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception."""
+    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception.
 
-    def __init__(self, reason: str, module: Optional[nn.Module] = None) -> None:
-        super().__init__(reason)
-        self.reason, self.module = reason, module
+    Raised as ``Unsupported(reason, module)``, or without a module. (``torch.compile`` traces no constructor of an exception's.)
+    """
+
+    @property
+    def reason(self) -> str:
+        return self.args[0]
+
+    @property
+    def module(self) -> Optional[nn.Module]:
+        return self.args[1] if len(self.args) > 1 else None
 
     def within(self, block: nn.Module) -> str:
         """The reason as a sentence, with the module's path in the block."""
@@ -231,10 +237,10 @@ def read_children(module: nn.Sequential, *names: str) -> list[nn.Module]:
     return list(module)
 
 
-def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: itemgetter) -> tuple[Optional[Tensor], ...]:
+def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: tuple[str, ...]) -> tuple[Optional[Tensor], ...]:
     """From ``module._parameters`` or ``_buffers``: as attributes tensors cost five times as much, and there are hundreds."""
     try:
-        found = names(tensors)
+        found = tuple([tensors[name] for name in names])
     except KeyError as name:
         raise Unsupported(f"has no registered {name}", module) from None
     for tensor in found:
