@@ -41,6 +41,27 @@ def test_synchronised_norms(ranks, case):
     assert_same(ours, expected)
 
 
+@of_kind(two_ranks.reductions)
+def test_one_reduction_a_map(ranks, case):
+    """The input, and of each of three layers the bottleneck and the feature map, of which nobody reads the last."""
+    for results in ranks:
+        assert results[two_ranks.name_of(case)] == {"forward": 1 + 2 * 3 - 1, "backward": 1 + 2 * 3 - 1}
+
+
+@of_kind(two_ranks.sharded)
+def test_fully_sharded(ranks, case):
+    _, network, policy = case
+    model = two_ranks.frozen(two_ranks.NETWORKS[network]())
+    expected = two_ranks.found(model, *joined(model))
+    first, second = (dict(results[two_ranks.name_of(case)]) for results in ranks)
+    blocks = {"dense": 2, "residual": 4}[network]
+    assert first.pop("calls") == second.pop("calls") == [policy] * blocks
+    ours = {name: 2 * value if name.startswith("grad ") else value for name, value in first.items()}
+    for name in ("output", "grad x"):
+        ours[name] = torch.cat([first[name], second[name]])
+    assert_same(ours, expected)
+
+
 @of_kind(two_ranks.parallel)
 def test_data_parallel(ranks, case):
     """With gradients of two micro-batches, the first under `no_sync`."""

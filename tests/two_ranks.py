@@ -3,14 +3,18 @@
 import copy
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from small_nets import images, randomise, small_densenet, torchvision_models
+from small_nets import images, randomise, small_block, small_densenet, torchvision_models
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import resdense_ext as rd
+from resdense_ext import functional
 
 POLICIES = ("fast", "min")
 BATCHES = (2, 3)
@@ -97,7 +101,37 @@ def frozen(model):
     return model
 
 
-CASES = [(synchronised, network, policy, order)
+def sharded(network, policy):
+    """Under FSDP2, every block and the rest by itself; gradients are means over ranks. With it, the calls of the engines."""
+    model = frozen(rd.convert(NETWORKS[network](), policy))
+    for module in list(model.modules()):
+        if hasattr(module, "layer_modules") or hasattr(module, "residual_modules"):
+            fully_shard(module)
+    fully_shard(model)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dense_block", "residual_block"):
+            patch.setattr(functional, name, lambda *a, f=getattr(functional, name), **o: calls.append(o["policy"]) or f(*a, **o))
+        output, x = step(model, dist.get_rank())
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found(model, output, x).items()}
+    return whole | {"calls": calls}
+
+
+def reductions(policy):
+    """How many, forward and backward, a dense block takes."""
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(rd.convert(small_block(), policy))
+    x = images(2, 6, 5, 6).requires_grad_()
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce"):
+            patch.setattr(dist, name, lambda *a, f=getattr(dist, name), n=name, **o: calls.append(n) or f(*a, **o))
+        block(x).sum().backward()
+    return {"forward": calls.count("all_gather"), "backward": calls.count("all_reduce")}
+
+
+CASES = [(reductions, policy) for policy in POLICIES]
+CASES += [(sharded, network, policy) for network in NETWORKS for policy in POLICIES]
+CASES += [(synchronised, network, policy, order)
          for network in NETWORKS for policy in POLICIES for order in (("convert", "sync"), ("sync", "convert"))]
 CASES += [(parallel, network, policy, norms)
           for network in NETWORKS for policy in POLICIES for norms in ("frozen", "synchronised")]
