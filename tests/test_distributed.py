@@ -75,3 +75,10 @@ def test_data_parallel(ranks, case):
     for results in ranks:
         ours = results[two_ranks.name_of(case)]
         assert_same({name: 2 * value if name.startswith("grad ") else value for name, value in ours.items()}, expected)
+
+
+@pytest.mark.slow
+def test_synchronised_norms_compiled(tmp_path):
+    for results in two_ranks.run(tmp_path, two_ranks.COMPILED):
+        ((eager, compiled),) = results.values()
+        assert_same(compiled, eager)

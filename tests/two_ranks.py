@@ -117,6 +117,19 @@ def sharded(network, policy):
     return whole | {"calls": calls}
 
 
+def compiled(policy):
+    """A block with synchronised norms, eager and compiled; gradients and buffers of both."""
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(rd.convert(small_block(), policy))
+    x, results = images(BATCHES[dist.get_rank()], 6, 5, 6, seed=dist.get_rank()), []
+    for compile in (False, True):
+        model = copy.deepcopy(block)
+        y = x.clone().requires_grad_()
+        output = (torch.compile(model, fullgraph=True, backend="aot_eager") if compile else model)(y)
+        output.square().sum().backward()
+        results.append(found(model, output, y))
+    return results
+
+
 def reductions(policy):
     """How many, forward and backward, a dense block takes."""
     block = nn.SyncBatchNorm.convert_sync_batchnorm(rd.convert(small_block(), policy))
@@ -131,25 +144,36 @@ def reductions(policy):
 
 CASES = [(reductions, policy) for policy in POLICIES]
 CASES += [(sharded, network, policy) for network in NETWORKS for policy in POLICIES]
-CASES += [(synchronised, network, policy, order)
-         for network in NETWORKS for policy in POLICIES for order in (("convert", "sync"), ("sync", "convert"))]
-CASES += [(parallel, network, policy, norms)
-          for network in NETWORKS for policy in POLICIES for norms in ("frozen", "synchronised")]
+CASES += [
+    (synchronised, network, policy, order)
+    for network in NETWORKS
+    for policy in POLICIES
+    for order in (("convert", "sync"), ("sync", "convert"))
+]
+CASES += [
+    (parallel, network, policy, norms)
+    for network in NETWORKS
+    for policy in POLICIES
+    for norms in ("frozen", "synchronised")
+]
 
 
 def name_of(case):
     return " ".join(getattr(part, "__name__", str(part)) for part in case)
 
 
-def work(rank, folder):
+COMPILED = [(compiled, "fast")]
+
+
+def work(rank, folder, cases):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {name_of(case): copy.deepcopy(case[0](*case[1:])) for case in CASES}
+    results = {name_of(case): copy.deepcopy(case[0](*case[1:])) for case in cases}
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def run(folder):
+def run(folder, cases=CASES):
     """Every case's results, of either rank."""
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    torch.multiprocessing.spawn(work, (str(folder), cases), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
