@@ -17,11 +17,6 @@ def _fresh():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=POLICIES)
-def policy(request):
-    return request.param
-
-
 def dense():
     """A stem, and a block with the head behind it."""
     return small_densenet(block_config=(2,), growth_rate=4, num_init_features=8)
@@ -45,8 +40,20 @@ def found(model, call, x):
     return {"output": output.detach(), "grad x": x.grad, **gradients, **{n: b.clone() for n, b in model.named_buffers()}}
 
 
-@pytest.mark.parametrize("network", [dense, residual])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+CASES = [
+    (network, policy, backend)
+    for network in (dense, residual)
+    for policy in POLICIES
+    for backend in ("aot_eager", "inductor")
+]
+# The quick tests see either network and either policy once.
+QUICK = [(dense, "min", "aot_eager"), (residual, "fast", "aot_eager")]
+
+
+@pytest.mark.parametrize(
+    ("network", "policy", "backend"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_training(network, policy, backend):
     stock = network()
     model = rd.convert(copy.deepcopy(stock), policy)
@@ -70,7 +77,7 @@ def test_evaluation():
 
 
 def test_autocast_and_dropout():
-    model, x = rd.convert(small_block(torch.float32, drop_rate=0.5), "min"), images(2, 6, 5, 6).float()
+    model, x = rd.convert(small_block(torch.float32, num_layers=1, drop_rate=0.5), "min"), images(2, 6, 5, 6).float()
 
     def step(call):
         model.zero_grad()
@@ -86,15 +93,15 @@ def test_autocast_and_dropout():
 
 
 def test_what_the_engine_does_not_know_is_traced_as_stock():
-    stock, x = small_block(), images(2, 6, 5, 6)
-    stock.denselayer2.relu1 = nn.GELU()
+    stock, x = small_block(num_layers=1), images(2, 6, 5, 6)
+    stock.denselayer1.relu1 = nn.GELU()
     model = rd.convert(copy.deepcopy(stock))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(found(model, compiled, x), found(stock, stock, x))
 
 
 def test_a_report_of_a_compiled_model_is_the_models():
-    model, x = rd.convert(small_block(), "min"), images(2, 6, 5, 6)
+    model, x = rd.convert(small_block(num_layers=1), "min"), images(2, 6, 5, 6)
     expected = rd.report(model, x)
     model.compile(fullgraph=True, backend="aot_eager")
     model(x)

@@ -5,6 +5,8 @@ import torch
 import two_ranks
 from small_nets import assert_same
 
+from resdense_ext import functional
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
@@ -82,3 +84,50 @@ def test_synchronised_norms_compiled(tmp_path):
     for results in two_ranks.run(tmp_path, two_ranks.COMPILED):
         ((eager, compiled),) = results.values()
         assert_same(compiled, eager)
+
+
+def norm(group):
+    return functional.BatchNorm(torch.ones(3), torch.zeros(3), group=group)
+
+
+def unit(group):
+    return functional.Unit(norm(group), functional.Conv(torch.ones(3, 3, 1, 1)))
+
+
+X = torch.zeros(2, 3, 4, 4)
+GROUPS = r"\['', 'ranks'\]"
+REFUSED = {
+    "layer": (
+        f"layers: expected norms of one process group, got {GROUPS}",
+        lambda: functional.dense_block(X, [functional.DenseLayer((unit(""), unit("ranks")))]),
+    ),
+    "behind": (
+        f"behind.norm: expected norms of one process group, got {GROUPS}",
+        lambda: functional.dense_block(
+            X,
+            [functional.DenseLayer((unit(""),))],
+            behind=functional.PooledUnit(
+                functional.BatchNorm(torch.ones(6), torch.zeros(6), group="ranks"), functional.Pool("global")
+            ),
+        ),
+    ),
+    "block": (
+        f"block: expected norms of one process group, got {GROUPS}",
+        lambda: functional.residual_block(X, functional.ResidualBlock((unit(""),), norm("ranks"))),
+    ),
+    "empty": (
+        "x: expected values on every rank that shares batch statistics, got input size",
+        lambda: functional.bn_act_pool(X[:0], norm("ranks")),
+    ),
+    "bn_add_act": (
+        "norm.group: expected none, of this process alone, got 'ranks'",
+        lambda: functional.bn_add_act(X, norm("ranks"), X),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_groups_are_named_before_anything_is_sent(case):
+    message, call = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()

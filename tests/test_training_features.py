@@ -215,3 +215,23 @@ def test_export(pair, strict, engine):  # noqa: F811
     assert operators[0] == operators[1] and all(name.startswith("aten.") for name in operators[1])
     assert_same({"output": programs[1].module()(X)}, {"output": stock(X)})
     assert not engine
+
+
+def test_onnx(pair, tmp_path):
+    """Standard operators alone, those of the stock model, and its results."""
+    reason = "pip install onnx onnxscript onnxruntime, which no other test needs"
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=reason)
+    import onnx
+    import onnxruntime
+
+    operators, outputs = [], []
+    for net in (pair[0].float().eval(), pair[1].float().eval()):
+        path = str(tmp_path / "model.onnx")
+        torch.onnx.export(net, (X.float(),), path, dynamo=True, verbose=False)
+        operators.append([(node.domain, node.op_type) for node in onnx.load(path).graph.node])
+        session = onnxruntime.InferenceSession(path)
+        outputs.append(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: X.float().numpy()})[0]))
+    assert operators[0] == operators[1] and {domain for domain, _ in operators[1]} == {""}
+    assert torch.equal(*outputs)
+    assert_same({"output": outputs[1]}, {"output": pair[0](X.float())}, tolerance=1e-5)

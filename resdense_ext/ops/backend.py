@@ -405,8 +405,9 @@ def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Ref
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Computes with one backend inside the ``with`` block (in this thread or task); what `torch.compile` has compiled, or compiles
-    there, chooses by itself.
+    """Computes with one backend inside the ``with`` block (in this thread or task).
+
+    What `torch.compile` has compiled, or compiles there, chooses by itself.
 
     Args:
         name: "reference", "cpu", "cuda" or "triton".
