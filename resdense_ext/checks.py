@@ -15,11 +15,13 @@ __all__ = [
     "POLICIES",
     "activation_of",
     "autocasts",
+    "check_alone",
     "check_conv1x1_bn_add_act",
     "check_dense_block",
     "check_dual_path_stage",
     "check_input",
     "check_norm",
+    "check_one_group",
     "check_policy",
     "check_pooled_unit",
     "check_probability",
@@ -84,6 +86,14 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
             if not layer.mask_scale > 0:
                 raise ValueError(f"layers[{index}].mask_scale: expected a positive number, got {layer.mask_scale}")
         channels += width
+    check_one_group("layers", [unit.norm for layer in layers for unit in layer.units])
+
+
+def check_one_group(where: str, norms: Sequence[Optional[BatchNorm]]) -> None:
+    """Raises ValueError for norms that take the batch's statistics over different ranks."""
+    groups = {norm.group for norm in norms if norm is not None and norm.batch_stats}
+    if len(groups) > 1:
+        raise ValueError(f"{where}: expected norms of one process group, got {sorted(groups)}")
 
 
 def check_policy(policy: str) -> None:
@@ -167,6 +177,8 @@ def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
             check_norm("block.shortcut.norm", norm, added[1], x, added)
     if added != shape:
         raise ValueError(f"{where}: expected an output of shape {shape}, as the units', got {added}")
+    norms = [unit.norm for unit in block.units]
+    check_one_group("block", [*norms, block.norm, None if block.shortcut is None else block.shortcut.norm])
 
 
 def check_dual_path_stage(x: Tensor | tuple[Tensor, Tensor], blocks: Sequence[DualPathBlock]) -> None:
@@ -197,6 +209,8 @@ def check_dual_path_stage(x: Tensor | tuple[Tensor, Tensor], blocks: Sequence[Du
                 f"blocks[{i}].residual_channels: expected {residual}, those of the residual half, got {block.residual_channels}"
             )
         shape = _check_dual_path_block(f"blocks[{i}]", block, shape, like)
+        for k, unit in enumerate([*block.units, *([] if block.projection is None else [block.projection])]):
+            check_alone(**{f"blocks[{i}].units[{k}].norm": unit.norm})
 
 
 def _check_halves(residual: Tensor, dense: Tensor) -> None:
@@ -270,6 +284,14 @@ def check_conv1x1_bn_add_act(
         raise TypeError(f"identity: expected dtype {dtype or 'of floating numbers'}, got {identity.dtype}")
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, shape[1], x, shape)
+    check_alone(input_norm=input_norm, norm=norm, identity_norm=identity_norm)
+
+
+def check_alone(**norms: Optional[BatchNorm]) -> None:
+    """Raises ValueError for a norm that shares the batch's statistics with other ranks."""
+    for name, norm in norms.items():
+        if norm is not None and norm.batch_stats and norm.group:
+            raise ValueError(f"{name}.group: expected none, of this process alone, got {norm.group!r}")
 
 
 def _check_unit(
@@ -306,7 +328,9 @@ def check_norm(
         if not vector.is_floating_point():
             raise TypeError(f"{where}.{name}: expected a floating dtype, got {vector.dtype}")
     if norm.batch_stats:
-        if math.prod(shape) == shape[1]:
+        if norm.group and not math.prod(shape):
+            raise ValueError(f"x: expected values on every rank that shares batch statistics, got input size {tuple(shape)}")
+        if not norm.group and math.prod(shape) == shape[1]:
             raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(shape)}")
         if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError(f"{where}: expected running_mean and running_var both or neither, got one of them")
@@ -319,7 +343,8 @@ def check_norm(
 
 
 def _check_writable(where: str, buffer: Tensor) -> None:
-    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+    # Inference mode cannot be traced.
+    if not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{where}: expected a buffer that training can update, got one made in inference mode")
     if buffer.requires_grad:
         raise ValueError(f"{where}: expected a buffer that training can update, got one that requires grad")

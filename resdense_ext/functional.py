@@ -13,11 +13,13 @@ from resdense_ext import reference
 from resdense_ext.checks import (
     activation_of,
     autocasts,
+    check_alone,
     check_conv1x1_bn_add_act,
     check_dense_block,
     check_dual_path_stage,
     check_input,
     check_norm,
+    check_one_group,
     check_policy,
     check_pooled_unit,
     check_probability,
@@ -94,7 +96,8 @@ def dense_block(
         return x                                                         # or conv(pool(act(batch_norm(x)))) of `behind`
 
     In training mode running statistics are updated once, as `torch.nn.functional.batch_norm` does it, and
-    ``num_batches_tracked`` is increased by one.
+    ``num_batches_tracked`` is increased by one. Norms of a process ``group`` (one for all) take the statistics of all its
+    ranks, as `torch.nn.SyncBatchNorm` does it, with one reduction a feature map and direction; then every rank has to call.
 
     Args:
         x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16; contiguous,
@@ -130,6 +133,7 @@ def dense_block(
         check_pooled_unit("behind.", behind, channels, x)
         if behind.pool.kind == "maximum":
             raise ValueError("behind.pool: expected average or global, got maximum")
+        check_one_group("behind.norm", [behind.norm, *(unit.norm for layer in layers for unit in layer.units)])
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -448,6 +452,7 @@ def bn_add_act(
     check_norm("norm", norm, z.shape[1], z)
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, z.shape[1], z)
+    check_alone(norm=norm, identity_norm=identity_norm)
     return _bn_add_act.bn_add_act(z, norm, identity, identity_norm, act)
 
 

@@ -66,6 +66,8 @@ class BatchNorm(NamedTuple):
     ``batch_stats`` says which statistics normalise: those of the batch (training) or the running ones. Where they are the
     batch's, ``momentum`` is the weight of the new value in the running statistics (None leaves them alone) and
     ``num_batches_tracked`` counts one up. The functions of this module read running statistics and never write them.
+    ``group`` names the process group over all of whose ranks the batch's statistics are taken, as SyncBatchNorm does it; empty
+    for this process alone. The functions of this module never communicate.
     """
 
     weight: Optional[Tensor] = None
@@ -76,6 +78,7 @@ class BatchNorm(NamedTuple):
     momentum: Optional[float] = None
     eps: float = 1e-5
     num_batches_tracked: Optional[Tensor] = None
+    group: str = ""
 
 
 class Conv(NamedTuple):

@@ -34,8 +34,8 @@ def convert(
     classes (by `isinstance`) stay what they were; optimizers built before or after serve alike.
 
     A block whose inner modules carry hooks, or are of a kind that the engine does not know, runs its stock path and says so
-    once. So does, without a word, every block under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and
-    the transformations of ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
+    once. So does, without a word, every block under ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transformations of
+    ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
 
     Args:
         model: a model with dense or residual blocks of torchvision's classes or of this library's, or dual path blocks of this

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ def positional(example_input: Any) -> tuple:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Gradients are enabled inside; buffers and random states are put back."""
+    """Inside nothing is compiled, and gradients are enabled; buffers and random states are put back."""
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
     devices = sorted({b.device.index for b in model.parameters() if b.device.type == "cuda"})
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+    # Where its compiler was never imported, nothing is compiled.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with eager, torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
         try:
             yield
         finally:

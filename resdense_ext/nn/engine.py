@@ -22,6 +22,7 @@ from resdense_ext.nn.read import (
     PooledModules,
     ResidualModules,
     Unsupported,
+    check_one_group,
     check_untouched,
     is_frozen_norm,
     is_wrapper,
@@ -156,7 +157,8 @@ def watching(tell: Watch) -> Iterator[None]:
 
 @contextmanager
 def _running(module: nn.Module, x: Tensor | Halves) -> Iterator[None]:
-    tell = _watch.get()
+    # Context variables cannot be traced.
+    tell = None if torch.compiler.is_compiling() else _watch.get()
     if tell is not None:
         tell(module, x)
     yield
@@ -383,6 +385,7 @@ def _run_stage(
         modules = block.layer_modules()
         layers, activation = read_layers(modules)
         unit, unit_activation = read_pooled_unit(behind)
+        check_one_group([unit.norm, *(of_layer.norm for layer in layers for of_layer in layer.units)])
     except Unsupported:
         return None
     if not layers or unit_activation != activation or unit.pool.kind == "maximum" or x.dim() != behind.dims:
@@ -463,7 +466,11 @@ def _parts(x: Tensor | Halves) -> tuple:
 
 def _takes(x: Tensor | Halves) -> bool:
     """Whether x is something for the engine at all; what is not takes the stock path without a word."""
-    return not is_transformed(x) and not _stock.get() and all(isinstance(t, Tensor) and t.numel() > 0 for t in _parts(x))
+    return not is_transformed(x) and not _wants_stock() and all(isinstance(t, Tensor) and t.numel() > 0 for t in _parts(x))
+
+
+def _wants_stock() -> bool:
+    return not torch.compiler.is_compiling() and _stock.get()
 
 
 def _check_is_tensor(x: Tensor | Halves, may_be_halves: bool) -> None:
@@ -482,11 +489,10 @@ def _check_plain(x: Tensor | Halves) -> None:
 def is_transformed(x: Tensor | Halves) -> bool:
     """Whether x passes through something that rewrites programs and needs a rule for each operation.
 
-    Of these the engine has none yet; the stock path is right under all of them, and is taken without a word. ``torch.compile``
-    cannot trace how modules are read (`operator.itemgetter`) and a backend is chosen (`contextvars`).
+    Of these the engine has none but ``torch.compile``'s; the stock path is right under all of them, and is taken without a word.
     """
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -495,6 +501,8 @@ def is_transformed(x: Tensor | Halves) -> bool:
 
 
 def _say(module: nn.Module, unsupported: Unsupported) -> None:
+    if torch.compiler.is_compiling():
+        return  # a warning cannot be traced
     said = _said.setdefault(module, set())
     if unsupported.reason not in said:
         said.add(unsupported.reason)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -31,6 +31,7 @@ __all__ = [
     "ResidualModules",
     "Unsupported",
     "check_forward",
+    "check_one_group",
     "check_untouched",
     "is_frozen_norm",
     "is_wrapper",
@@ -51,17 +52,24 @@ _POOLS = {
 }
 _ORDINARY = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None, "dilation": 1, "return_indices": False}
 """The pools' options that the engine knows, by the one value that it knows."""
-_PARAMETERS = itemgetter("weight", "bias")
-_BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
-_FROZEN = itemgetter("weight", "bias", "running_mean", "running_var")
+_PARAMETERS = "weight", "bias"
+_BUFFERS = "running_mean", "running_var", "num_batches_tracked"
+_FROZEN = "weight", "bias", "running_mean", "running_var"
 
 
 class Unsupported(Exception):
-    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception."""
+    """Why a block runs its stock path: what ``module``, one of its own, is or does. Never seen by a user as an exception.
 
-    def __init__(self, reason: str, module: Optional[nn.Module] = None) -> None:
-        super().__init__(reason)
-        self.reason, self.module = reason, module
+    Raised as ``Unsupported(reason, module)``, or without a module. (``torch.compile`` traces no constructor of an exception's.)
+    """
+
+    @property
+    def reason(self) -> str:
+        return self.args[0]
+
+    @property
+    def module(self) -> Optional[nn.Module]:
+        return self.args[1] if len(self.args) > 1 else None
 
     def within(self, block: nn.Module) -> str:
         """The reason as a sentence, with the module's path in the block."""
@@ -91,8 +99,8 @@ class PooledModules(NamedTuple):
 
     @property
     def dims(self) -> int:
-        """Dimensions of the maps that the norm takes."""
-        return 4 if is_frozen_norm(self.norm) else 3 + _NORMS.index(type(self.norm))
+        """Dimensions of the maps that the pool takes."""
+        return 3 + _POOLS[pool_kind(self.pool)].index(type(self.pool))
 
 
 class ResidualModules(NamedTuple):
@@ -145,6 +153,7 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
         raise Unsupported(f"the layers' activations differ: {sorted(a.name for a in activations)}")
+    check_one_group(unit.norm for layer in read for unit in layer.units)
     return read, activations.pop() if activations else Activation()
 
 
@@ -177,6 +186,7 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
             _check_alone(of_projection, seen)
             read_norm = _read_norm(of_projection, _NORM_BESIDE[type(conv)])
         shortcut = Shortcut(read_conv, read_norm, activated=not post)
+    check_one_group([*norms, None if shortcut is None else shortcut.norm])
     block = ResidualBlock(tuple(map(Unit, [None, *norms[:-1]] if post else norms, convs)), end, shortcut)
     activation = activations.pop() if activations else Activation()
     last = Activation("identity") if modules.activation is None else _read_activation(modules.activation)
@@ -198,7 +208,10 @@ def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activ
     for norm, activation, conv in named:
         read_conv = _read_conv(conv)
         _check_alone(norm, seen)
-        units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
+        read_norm = _read_norm(norm, _NORM_BESIDE[type(conv)])
+        if read_norm.batch_stats and read_norm.group:
+            raise Unsupported("takes statistics over several ranks", norm)
+        units.append(Unit(read_norm, read_conv))
         activations.add(_read_activation(activation))
     # The last of the units splits, and a projection does.
     for index in {0, len(modules.units) - 1, len(named) - 1}:
@@ -253,10 +266,10 @@ def read_children(module: nn.Sequential, *names: str) -> list[nn.Module]:
     return list(module)
 
 
-def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: itemgetter) -> tuple[Optional[Tensor], ...]:
+def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: tuple[str, ...]) -> tuple[Optional[Tensor], ...]:
     """From ``module._parameters`` or ``_buffers``: as attributes tensors cost five times as much, and there are hundreds."""
     try:
-        found = names(tensors)
+        found = tuple([tensors[name] for name in names])
     except KeyError as name:
         raise Unsupported(f"has no registered {name}", module) from None
     for tensor in found:
@@ -279,11 +292,11 @@ def check_untouched(module: nn.Module) -> None:
 
 
 def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
-    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`."""
+    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise."""
     if expected is nn.BatchNorm2d and is_frozen_norm(norm):
         check_untouched(norm)
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
-    if type(norm) is not expected:
+    if type(norm) not in (expected, nn.SyncBatchNorm):
         raise Unsupported(f"is {type(norm).__name__}", norm)
     check_untouched(norm)
     weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
@@ -291,12 +304,27 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
     batch_stats = norm.training or (mean is None and var is None)
     if not norm.training:
         return BatchNorm(weight, bias, mean, var, batch_stats, norm.momentum, norm.eps)
+    group = _group_of(norm) if type(norm) is nn.SyncBatchNorm else ""
     if not norm.track_running_stats:
-        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps)
+        return BatchNorm(weight, bias, None, None, batch_stats, None, norm.eps, group=group)
     momentum = norm.momentum
     if momentum is None:
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
-    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count)
+    return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count, group)
+
+
+def _group_of(norm: nn.SyncBatchNorm) -> str:
+    """The process group over whose ranks a training norm takes statistics; none where it is a batch norm like any other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ""
+    group = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def check_one_group(norms: Iterable[Optional[BatchNorm]]) -> None:
+    """Raises Unsupported for norms that take the batch's statistics over different ranks."""
+    if len({norm.group for norm in norms if norm is not None and norm.batch_stats}) > 1:
+        raise Unsupported("not all of its norms take statistics over the same ranks")
 
 
 def is_frozen_norm(norm: nn.Module) -> bool:

@@ -393,7 +393,7 @@ def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Ref
     Raises:
         RuntimeError: the backend asked for is missing or refuses the input; the message says why.
     """
-    wanted = _forced.get() or os.environ.get("RESDENSE_BACKEND") or None
+    wanted = (None if torch.compiler.is_compiling() else _forced.get()) or os.environ.get("RESDENSE_BACKEND") or None
     if wanted is not None:
         _check_name(wanted, "RESDENSE_BACKEND")
         refusal = _backends[wanted].refusal(x, compute_dtype, activation) if wanted in _backends else "not available here"
@@ -406,6 +406,8 @@ def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Ref
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Computes with one backend inside the ``with`` block (in this thread or task).
+
+    What `torch.compile` has compiled, or compiles there, chooses by itself.
 
     Args:
         name: "reference", "cpu", "cuda" or "triton".

@@ -28,6 +28,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import GRADS, UNIT, geometry_of, new_stats, units_from
 from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
 
@@ -43,7 +44,7 @@ __all__ = [
 
 SCHEMA = (
     "Tensor?[] tensors, Tensor[] masks, int[] units, float[] eps, bool[] batch_stats, int[] geometry, "
-    "float[] mask_scales, str activation, float slope, bool[] keep, str backend"
+    "float[] mask_scales, str activation, float slope, bool[] keep, str backend, str group"
 )
 
 
@@ -51,7 +52,7 @@ class DenseBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
     ``units`` counts a layer's, ``geometry`` has every unit's numbers, ``mask_scales`` is 0 for a layer without a dropout mask,
-    ``keep`` says whose bottleneck is kept for backward.
+    ``keep`` says whose bottleneck is kept for backward, ``group`` which ranks share the batch's statistics.
     """
 
     units: list[int]
@@ -63,9 +64,12 @@ class DenseBlockConfig(NamedTuple):
     slope: float
     keep: list[bool]
     backend: str
+    group: str = ""
 
     @staticmethod
-    def of(layers: Sequence[DenseLayer], activation: Activation, keep: list[bool], backend: str) -> DenseBlockConfig:
+    def of(
+        layers: Sequence[DenseLayer], activation: Activation, keep: list[bool], backend: str, group: str = ""
+    ) -> DenseBlockConfig:
         units = [unit for layer in layers for unit in layer.units]
         return DenseBlockConfig(
             [len(layer.units) for layer in layers],
@@ -76,6 +80,7 @@ class DenseBlockConfig(NamedTuple):
             *activation,
             keep,
             backend,
+            group,
         )
 
     def layers(self, tensors: Sequence[Optional[Tensor]], masks: Sequence[Tensor]) -> list[DenseLayer]:
@@ -107,7 +112,8 @@ def _walk(layers: Sequence[DenseLayer], channels: int) -> Iterator[_Walk]:
 def forward(
     x: Tensor, tensors, masks, config: DenseBlockConfig, read_behind: bool = False
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The buffer of all maps; its statistics and those of the bottlenecks; the bottlenecks that are kept.
+    """The buffer of all maps; its statistics, those of the bottlenecks, and where ranks share them the number of positions of
+    all ranks; the bottlenecks that are kept.
 
     ``read_behind`` says that a norm behind the block reads the buffer with the batch's statistics.
     """
@@ -118,6 +124,7 @@ def forward(
     compute = layers[0].units[0].conv.weight.dtype
     buffer = empty_map(x, walk[-1].end, torch.promote_types(x.dtype, compute))
     count = buffer.numel() // buffer.shape[1]
+    ranks = Ranks(config.group, count)
     stats = Stats(*(torch.zeros(walk[-1].end, dtype=accumulation_dtype(buffer.dtype), device=x.device) for _ in range(2)))
     # The statistics of a channel are needed where a later layer normalises by them.
     readers = [*(layer.units[0].norm.batch_stats for layer in layers), read_behind]
@@ -126,8 +133,10 @@ def forward(
 
     buffer[:, : x.shape[1]].copy_(x)
     if any(readers):
-        for to, found in zip(_channels(stats, 0, x.shape[1]), backend.channel_stats(buffer[:, : x.shape[1]])):
+        first = _channels(stats, 0, x.shape[1])
+        for to, found in zip(first, backend.channel_stats(buffer[:, : x.shape[1]])):
             to.copy_(found)
+        ranks.merge_(first)
     for index, layer, C, end in walk:
         source, target = buffer[:, :C], buffer[:, C:end]
         norm, conv = layer.units[0]
@@ -141,13 +150,19 @@ def forward(
             fold = backend.bn_act_conv(
                 source, fold.affine, conv, z, None, 1.0, z_stats if norm.batch_stats else None, norm
             )
+            if config.group and norm.batch_stats:
+                ranks.merge_(z_stats)
+                fold = backend.fold(norm, z_stats, count, activation)
             bottleneck_stats += z_stats
             if config.keep[index]:
                 kept.append(z)
             source, conv = z, last
         new = _channels(stats, C, end) if any(readers[index + 1 :]) else None
         backend.bn_act_conv(source, fold.affine, conv, target, layer.mask, layer.mask_scale, new)
-    return buffer, [*stats, *bottleneck_stats], kept
+        if new is not None:
+            ranks.merge_(new)
+    total = [ranks.total] if config.group else []
+    return buffer, [*stats, *bottleneck_stats, *total], kept
 
 
 def _channels(stats: Stats, begin: int, end: int) -> Stats:
@@ -186,6 +201,7 @@ def backward(
     mean, m2, *bottleneck_stats = stats
     stats = Stats(mean, m2)
     count = buffer.numel() // buffer.shape[1]
+    ranks = Ranks(config.group, count, bottleneck_stats.pop() if config.group else None)
     kept = list(kept)
 
     growth = sum(layer.units[-1].conv.weight.shape[0] for layer in layers)
@@ -208,7 +224,7 @@ def backward(
         unit -= len(layer.units)
         if not any(needs[: 1 + 4 * (unit + len(layer.units))]):
             break  # nothing before this point wants a gradient
-        upstream: Tensor | Pending = gradient.pending(buffer, C, end) if deferred else D[:, C:end]
+        upstream: Tensor | Pending = ranks.share_(gradient.pending(buffer, C, end)) if deferred else D[:, C:end]
         if layer.mask is not None:
             upstream = backend.pending_grad_(upstream) if deferred else upstream
             upstream.mul_(layer.mask).mul_(layer.mask_scale)
@@ -227,14 +243,14 @@ def backward(
             inner = backend.fold(second.norm, z_stats, count, activation)
             grads = backend.bn_act_conv_backward(z, inner, second.conv, upstream, None, wants_weight(unit + 1))
             record(unit + 1, grads)
-            upstream = grads.input
+            upstream = ranks.share_(grads.input) if second.norm.batch_stats else grads.input
             del z, grads
         into = gradient.pending(buffer, 0, C)
         record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, into, wants_weight(unit)))
         del upstream
         deferred = deferred or norm.batch_stats
     if needs[0]:
-        dx = backend.pending_grad_(gradient.pending(buffer, 0, C0)) if deferred else D[:, :C0]
+        dx = backend.pending_grad_(ranks.share_(gradient.pending(buffer, 0, C0))) if deferred else D[:, :C0]
         # A copy: a slice would keep all of D alive while what stands before the block runs.
         results[0] = empty_map(buffer, C0, dx.dtype).copy_(dx)
     return [torch.empty(0, dtype=buffer.dtype, device=buffer.device) if r is None else r for r in results]
@@ -254,6 +270,8 @@ def forward_fake(x: Tensor, tensors, masks, config: DenseBlockConfig) -> tuple[T
             stats += [buffer.new_empty(size, dtype=accumulation_dtype(compute)) for _ in range(2)]
             if keep:
                 kept.append(empty_map(x, width, compute))
+    if config.group:
+        stats.append(buffer.new_empty(1, dtype=torch.float64))
     return buffer, stats, kept
 
 

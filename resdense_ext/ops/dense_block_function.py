@@ -14,9 +14,10 @@ from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
+from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, group_of
 from resdense_ext.reference import Activation, BatchNorm, DenseLayer, PooledUnit
 
 __all__ = ["DenseBlockFunction", "dense_block"]
@@ -49,7 +50,8 @@ class DenseBlockFunction(torch.autograd.Function):
         statistics = _norm_statistics(config, stats, x.shape[1], layers)
         if unit is not None:
             statistics.append((stats[0], stats[1]))
-        update_running_statistics(norms, statistics, [buffer.numel() // buffer.shape[1]] * len(norms))
+        counts = [buffer.numel() // buffer.shape[1]] * len(norms)
+        update_running_statistics(norms, statistics, counts, [stats[-1]] * len(norms) if config.group else None)
         ctx.set_materialize_grads(False)
         ctx.configs, ctx.counts = (config, unit), (len(tensors), len(masks), len(stats))
         ctx.channels = x.shape[1]
@@ -120,6 +122,7 @@ def _differentiable_backward(grads, buffer, channels, config, unit, tensors, mas
     The input is read from the buffer, of which it is the first channels, and everything is aliased: differentiation is to
     stop at these aliases, not to go on to what they are views of.
     """
+    check_one_process(config.group)
     x = buffer[:, :channels].view_as(buffer[:, :channels])
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     inputs = [x] + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
@@ -154,7 +157,7 @@ def dense_block(
         unit_config = PooledUnitConfig.of(unit, unit_activation, backend.name)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     kept = [wanted and grad and len(layer.units) == 2 for wanted, layer in zip(keep, layers)]
-    config = DenseBlockConfig.of(layers, activation, kept, backend.name)
+    config = DenseBlockConfig.of(layers, activation, kept, backend.name, group_of(norms))
     masks = [layer.mask for layer in layers if layer.mask is not None]
     out = DenseBlockFunction.apply(config, unit_config, norms, masks, x, *tensors)
     return out if unit is None else out[0]

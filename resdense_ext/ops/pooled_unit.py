@@ -22,13 +22,15 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.ranks import Ranks
+from resdense_ext.ops.units import group_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit, accumulation_dtype
 
 __all__ = ["SCHEMA", "PooledUnitConfig", "backward", "forward", "output_like"]
 
 SCHEMA = (
     "Tensor?[] unit, float unit_eps, bool unit_batch_stats, str pool, int[] windows, int groups, "
-    "str unit_activation, float unit_slope, str unit_backend"
+    "str unit_activation, float unit_slope, str unit_backend, str unit_group"
 )
 
 aten = torch.ops.aten
@@ -45,14 +47,14 @@ class PooledUnitConfig(NamedTuple):
     activation: str
     slope: float
     backend: str
+    group: str
 
     @staticmethod
     def of(unit: PooledUnit, activation: Activation, backend: str) -> PooledUnitConfig:
         kind, *windows = unit.pool
-        groups = 1 if unit.conv is None else unit.conv.groups
-        return PooledUnitConfig(
-            unit.norm.eps, unit.norm.batch_stats, kind, [n for sizes in windows for n in sizes], groups, *activation, backend
-        )
+        norm, groups = unit.norm, 1 if unit.conv is None else unit.conv.groups
+        sizes = [n for sizes in windows for n in sizes]
+        return PooledUnitConfig(norm.eps, norm.batch_stats, kind, sizes, groups, *activation, backend, group_of([norm]))
 
     def unit(self, weight, bias, mean, var, conv_weight, conv_bias) -> PooledUnit:
         """The unit as it was given, around other tensors."""
@@ -119,24 +121,28 @@ def backward(
     return pending, [*norm_grads, *conv_grads]
 
 
-def _bn_act_pool(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bn_act_pool(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, list[Tensor]]:
     config = PooledUnitConfig(*numbers)
     unit, backend = config.unit(*tensors), backends.get(config.backend)
     x = dense_map(x)
     none = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     stats = Stats(*backend.channel_stats(x)) if config.batch_stats else Stats(none, none.clone())
+    ranks = Ranks(config.group, x.numel() // x.shape[1])
+    ranks.merge_(stats)
     out, taps = forward(x, unit, config.fold(unit, stats, x), backend)
-    return out, x.new_empty(0, dtype=torch.uint8) if taps is None else taps, *stats
+    total = [ranks.total] if config.group else []
+    return out, x.new_empty(0, dtype=torch.uint8) if taps is None else taps, [*stats, *total]
 
 
 def _bn_act_pool_backward(grad: Tensor, x: Tensor, tensors, *rest) -> list[Tensor]:
-    *numbers, taps, mean, m2, needs = rest
+    *numbers, taps, (mean, m2, *total), needs = rest
     config = PooledUnitConfig(*numbers)
     unit, backend = config.unit(*tensors), backends.get(config.backend)
     x = dense_map(x)
     fold = config.fold(unit, Stats(mean, m2), x)
     pending, values = backward(grad, x, taps if taps.numel() else None, unit, fold, backend, None, needs)
-    dx = backend.pending_grad_(pending) if needs[0] else None
+    ranks = Ranks(config.group, x.numel() // x.shape[1], *total)
+    dx = backend.pending_grad_(ranks.share_(pending)) if needs[0] else None
     return wanted_grads(needs, [dx, *values], x, tensors)
 
 
@@ -157,13 +163,14 @@ def output_like(x: Tensor, tensors, config: PooledUnitConfig) -> Tensor:
     return empty_map(x, unit.conv.weight.shape[0], unit.conv.weight.dtype, sizes)
 
 
-def _bn_act_pool_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bn_act_pool_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, list[Tensor]]:
     config = PooledUnitConfig(*numbers)
     out = output_like(x, tensors, config)
     taken = config.pool == "maximum" and config.backend != "reference"
     taps = empty_map(x, x.shape[1], torch.uint8, out.shape[2:]) if taken else x.new_empty(0, dtype=torch.uint8)
     size = x.shape[1] if config.batch_stats else 0
-    return out, taps, *(x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    stats = [x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for _ in range(2)]
+    return out, taps, [*stats, x.new_empty(1, dtype=torch.float64)] if config.group else stats
 
 
 def _bn_act_pool_backward_fake(grad: Tensor, x: Tensor, tensors, *rest) -> list[Tensor]:
@@ -171,9 +178,9 @@ def _bn_act_pool_backward_fake(grad: Tensor, x: Tensor, tensors, *rest) -> list[
     return [torch.empty_like(target) if need else x.new_empty(0) for need, target in zip(rest[-1], targets)]
 
 
-LIBRARY.define(f"bn_act_pool(Tensor x, {SCHEMA}) -> (Tensor out, Tensor taps, Tensor mean, Tensor m2)")
+LIBRARY.define(f"bn_act_pool(Tensor x, {SCHEMA}) -> (Tensor out, Tensor taps, Tensor[] stats)")
 LIBRARY.define(
-    f"bn_act_pool_backward(Tensor grad, Tensor x, {SCHEMA}, Tensor taps, Tensor mean, Tensor m2, bool[] needs) -> Tensor[]"
+    f"bn_act_pool_backward(Tensor grad, Tensor x, {SCHEMA}, Tensor taps, Tensor[] stats, bool[] needs) -> Tensor[]"
 )
 LIBRARY.impl("bn_act_pool", _bn_act_pool, "CompositeExplicitAutograd")
 LIBRARY.impl("bn_act_pool_backward", _bn_act_pool_backward, "CompositeExplicitAutograd")

@@ -11,8 +11,9 @@ from resdense_ext import reference
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
+from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.running import update_running_statistics
-from resdense_ext.ops.units import GRADS, flat_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
 from resdense_ext.reference import Activation, BatchNorm, PooledUnit
 
 __all__ = ["bn_act_pool"]
@@ -24,8 +25,9 @@ class BNActPoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, config: PooledUnitConfig, norm: BatchNorm, x: Tensor, *tensors):
         with without_autocast(x.device):
-            out, taps, *stats = torch.ops.resdense.bn_act_pool(x, tensors, *config)
-        update_running_statistics([norm], [tuple(stats)], [x.numel() // x.shape[1]])
+            out, taps, stats = torch.ops.resdense.bn_act_pool(x, tensors, *config)
+        mean, m2, *total = stats
+        update_running_statistics([norm], [(mean, m2)], [x.numel() // x.shape[1]], total or None)
         ctx.config = config
         ctx.save_for_backward(x, *tensors, taps, *stats)
         return out
@@ -33,19 +35,20 @@ class BNActPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, *saved = ctx.saved_tensors
-        tensors, kept = saved[:-3], saved[-3:]
+        (*tensors, taps), stats = saved[: UNIT + 1], saved[UNIT + 1 :]
         needs = [ctx.needs_input_grad[2], *(ctx.needs_input_grad[3 + position] for position in GRADS)]
         if torch.is_grad_enabled():
             grads = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
-                grads = torch.ops.resdense.bn_act_pool_backward(grad, x, tensors, *ctx.config, *kept, needs)
+                grads = torch.ops.resdense.bn_act_pool_backward(grad, x, tensors, *ctx.config, taps, stats, needs)
         dx, weight, bias, conv_weight, conv_bias = (value if need else None for value, need in zip(grads, needs))
         return None, None, dx, weight, bias, None, None, conv_weight, conv_bias
 
 
 def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    check_one_process(config.group)
     x = x.view_as(x)
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     inputs = [x, *(tensors[position] for position in GRADS)]

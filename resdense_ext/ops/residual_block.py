@@ -24,7 +24,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.backend import ConvGrads, Pending, Stats
+from resdense_ext.ops.backend import ConvGrads, Pending
 from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward, moments
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
@@ -56,7 +56,7 @@ def _forward(x: Tensor, tensors, config: ResidualBlockConfig) -> tuple[Tensor, l
         out = reference.activate(before, maps.last)
         if "again" not in config.plan:
             kept.append(before)
-    return out, [t for stats in maps.stats for t in stats], kept
+    return out, maps.statistics, kept
 
 
 def _backward(
@@ -66,7 +66,7 @@ def _backward(
     x = dense_map(x)
     grad = grad.contiguous(memory_format=memory_format_of(x))
     block, plan, kept = config.block(tensors), config.plan, iter(kept)
-    walk = Maps(x, block, config, [Stats(*stats[i : i + 2]) for i in range(0, len(stats), 2)])
+    walk = Maps(x, block, config, stats)
     backend, maps, units = walk.backend, walk.maps, walk.units
     if "again" in plan:
         walk.compute([True] * len(plan), [how in ("moments", "none") for how in plan])
@@ -103,7 +103,7 @@ def _backward(
         found = _through(source, walk, units + 1, upstream.pop(units + 1), into if needs[0] else None, grads, units + 1)
         grads.record(0, found.norm_weight, found.norm_bias)
     if needs[0]:
-        grads.found[0] = backend.pending_grad_(into) if takes_stats(walk.norms[0]) else into.dy
+        grads.found[0] = backend.pending_grad_(walk.share_(0, into)) if takes_stats(walk.norms[0]) else into.dy
     return _wanted(grads.found, x, tensors)
 
 
@@ -142,7 +142,7 @@ def _through(
     """
     inside = unit < walk.units
     if isinstance(grad, Pending):
-        found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit))
+        found = convolve_backward(walk.backend, *source[:3], walk.share_(k, grad), into, grads.wants_weight(unit))
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
         found, *of_norm = moments_backward(
@@ -186,6 +186,8 @@ def _residual_block_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Ten
     dtype = torch.promote_types(maps[-1].dtype, identity.dtype) if block.norm is None else maps[-1].dtype
     out = torch.empty_like(maps[-1], dtype=dtype)
     stats = [t for z, norm in zip([*maps, identity], norms_of(block)) for t in new_stats(z, norm)]
+    if config.group:
+        stats.append(x.new_empty(len(maps) + 1, dtype=torch.float64))
     kept = [z for z, how in zip([*maps[1:], identity], config.plan) if how == "kept"]
     if "again" not in config.plan and not reference.determined(config.activations[1]):
         kept.append(torch.empty_like(out))

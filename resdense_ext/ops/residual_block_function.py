@@ -11,6 +11,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
+from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.residual_maps import ResidualBlockConfig, counts_of, norms_of, plan_of, reads_out, units_of
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
@@ -28,7 +29,8 @@ class ResidualBlockFunction(torch.autograd.Function):
         with without_autocast(x.device):
             out, stats, kept = torch.ops.resdense.residual_block(x, tensors, *config)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        update_running_statistics(norms_of(block), list(zip(stats[::2], stats[1::2])), counts_of(x, block))
+        totals = stats[-1].split(1) if config.group else None
+        update_running_statistics(norms_of(block), list(zip(stats[::2], stats[1::2])), counts_of(x, block), totals)
         ctx.config, ctx.counts = config, (len(tensors), len(stats))
         _, last = config.activations
         ctx.save_for_backward(out if reads_out(last) else None, x, *tensors, *stats, *kept)
@@ -60,6 +62,7 @@ class ResidualBlockFunction(torch.autograd.Function):
 
 def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    check_one_process(config.group)
     x = x.view_as(x)
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     inputs = [x] + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
+from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import kept_for_backward
 from resdense_ext.ops.convolve import convolve
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.ops.units import UNIT, conv_of, geometry_of, new_stats
+from resdense_ext.ops.ranks import Ranks
+from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of, new_stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 
 SCHEMA = (
     "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, "
-    "str activation, float slope, str last, float last_slope, str[] plan, str backend"
+    "str activation, float slope, str last, float last_slope, str[] plan, str backend, str group"
 )
 
 
@@ -44,7 +45,8 @@ class ResidualBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
     The norms' lists have a value for every unit, for the end and for the shortcut; ``geometry`` has the numbers of every
-    convolution. ``activated`` is the shortcut's. ``plan`` says how backward comes by the maps 1 to n + 1, see `plan_of`.
+    convolution. ``activated`` is the shortcut's. ``plan`` says how backward comes by the maps 1 to n + 1, see `plan_of`, and
+    ``group`` which ranks share the batch's statistics.
     """
 
     normed: list[bool]
@@ -58,6 +60,7 @@ class ResidualBlockConfig(NamedTuple):
     last_slope: float
     plan: list[str]
     backend: str
+    group: str
 
     @staticmethod
     def of(
@@ -74,6 +77,7 @@ class ResidualBlockConfig(NamedTuple):
             *last,
             plan,
             backend,
+            group_of(norms),
         )
 
     def block(self, tensors: Sequence[Optional[Tensor]]) -> ResidualBlock:
@@ -150,10 +154,10 @@ def plan_of(x: Tensor, block: ResidualBlock, last: Activation, policy: str, dtyp
 
 
 def _has_moments(conv: Conv, norm: BatchNorm, count: int, dtype: torch.dtype) -> bool:
-    """Whether the moments are worth their arithmetic, and smaller than the map."""
+    """Whether the moments are worth their arithmetic, and smaller than the map. They are of this rank's positions alone."""
     outputs, inputs, *kernel = conv.weight.shape
     size = (count, inputs * conv.groups, outputs, conv.groups, dtype.itemsize)
-    return norm.batch_stats and all(n == 1 for n in kernel) and kept_for_backward(*size) == "gram"
+    return norm.batch_stats and not norm.group and all(n == 1 for n in kernel) and kept_for_backward(*size) == "gram"
 
 
 def _trains(norm: Optional[BatchNorm]) -> bool:
@@ -197,14 +201,16 @@ def _convolve(
 class Maps:
     """The maps of a block, computed forward or again, and their statistics, taken or known."""
 
-    def __init__(self, x: Tensor, block: ResidualBlock, config: ResidualBlockConfig, stats: Optional[list[Stats]] = None):
+    def __init__(self, x: Tensor, block: ResidualBlock, config: ResidualBlockConfig, stats: Sequence[Tensor] = ()):
         self.block, self.backend, self.norms = block, backends.get(config.backend), norms_of(block)
         self.activation, self.last = config.activations
         self.counts = counts_of(x, block)
         self.units = len(block.units)
         self.maps: list[Optional[Tensor]] = [x] + [None] * (self.units + 1)
-        self.known = stats is not None
-        self.stats = stats or [new_stats(x, None) for _ in self.maps]
+        self.known = bool(stats)
+        self.stats = [Stats(*stats[2 * i : 2 * i + 2]) if stats else new_stats(x, None) for i in range(len(self.maps))]
+        totals = stats[-1].split(1) if stats and config.group else [None] * len(self.maps)
+        self.ranks = [Ranks(config.group, count, total) for count, total in zip(self.counts, totals)]
 
     def fold(self, i: int) -> Optional[Fold]:
         norm = self.norms[i]
@@ -215,6 +221,7 @@ class Maps:
         x, skip = self.maps[0], skip or [False] * len(keep)
         if takes_stats(self.norms[0]) and not self.known:
             self.stats[0] = Stats(*self.backend.channel_stats(x))
+            self.ranks[0].merge_(self.stats[0])
         first = self.fold(0)
         for i, unit in enumerate(self.block.units):
             if not skip[i]:
@@ -229,6 +236,21 @@ class Maps:
         self.maps[i], stats = _convolve(self.backend, source, fold, conv, None if self.known else self.norms[i])
         if not self.known:
             self.stats[i] = stats
+            if takes_stats(self.norms[i]):
+                self.ranks[i].merge_(stats)
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """Of all maps; behind them, where ranks share them, the numbers of positions on all ranks."""
+        flat = [t for stats in self.stats for t in stats]
+        if not self.ranks[0].name:
+            return flat
+        none = flat[0].new_zeros(1, dtype=torch.float64)
+        return [*flat, torch.cat([none if ranks.total is None else ranks.total for ranks in self.ranks])]
+
+    def share_(self, i: int, pending: Pending) -> Pending:
+        """The gradient of map i with the correction that its norm owes it on all ranks."""
+        return self.ranks[i].share_(pending) if takes_stats(self.norms[i]) else pending
 
     def added(self) -> list[int]:
         """The two maps that are added up; those with norms come first."""

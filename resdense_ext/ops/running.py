@@ -16,7 +16,10 @@ __all__ = ["update_running_statistics"]
 
 @torch.no_grad()
 def update_running_statistics(
-    norms: Sequence[Optional[BatchNorm]], stats: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]
+    norms: Sequence[Optional[BatchNorm]],
+    stats: Sequence[tuple[Tensor, Tensor]],
+    counts: Sequence[int],
+    totals: Optional[Sequence[Tensor]] = None,
 ) -> None:
     """``running += momentum * (batch - running)``, with the unbiased variance, for every norm that asks for it.
 
@@ -25,7 +28,14 @@ def update_running_statistics(
             left alone.
         stats: a norm's mean and sum of squared deviations, ``[C]`` each.
         counts: the number of positions that these are over.
+        totals: the number of those on all ranks, where ranks share their statistics: see `resdense_ext.ops.ranks`.
     """
+    if totals is not None:
+        # Scaled to this rank's count, of which one is taken below, instead of one of all.
+        stats = [
+            (mean, m2 * (total * max(count - 1, 1) / (count * (total - 1).clamp(min=1))).to(m2.dtype))
+            for (mean, m2), count, total in zip(stats, counts, totals)
+        ]
     training = [(norm, *rest) for norm, *rest in zip(norms, stats, counts) if norm is not None and norm.batch_stats]
     counters = [norm.num_batches_tracked for norm, *_ in training if norm.num_batches_tracked is not None]
     if counters:

@@ -57,10 +57,10 @@ class TritonBackend(ReferenceBackend):
         return elementwise
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
-        if missing():
-            return missing()
         if not x.is_cuda and not (interpreting() and x.device.type == "cpu"):
             return f"the input is on {x.device.type}"
+        if missing():
+            return missing()
         return architecture_refusal(x.device) if x.is_cuda else None
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from resdense_ext.ops.backend import Stats
 from resdense_ext.reference import BatchNorm, Conv, Unit, accumulation_dtype
 
-__all__ = ["GRADS", "UNIT", "Gradients", "conv_of", "flat_tensors", "geometry_of", "new_stats", "units_from"]
+__all__ = ["GRADS", "UNIT", "Gradients", "conv_of", "flat_tensors", "geometry_of", "group_of", "new_stats", "units_from"]
 
 UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
@@ -53,6 +53,11 @@ def units_from(
         norm = BatchNorm(*vectors, batch_stats[i], None, eps[i])
         units.append(Unit(norm, conv_of(weight, bias, geometry[numbers * i :])))
     return units
+
+
+def group_of(norms: Iterable[Optional[BatchNorm]]) -> str:
+    """The one group that all norms with statistics of the batch share them in."""
+    return next((norm.group for norm in norms if norm is not None and norm.batch_stats), "")
 
 
 def new_stats(z: Tensor, reader: Optional[BatchNorm]) -> Stats:

@@ -1,0 +1,109 @@
+"""`torch.compile` of converted models: one graph, for all batch sizes; the same numbers, and the same bytes kept."""
+
+import copy
+
+import pytest
+import torch
+from small_nets import assert_same, images, randomise, small_block, small_densenet, torchvision_models
+from torch import nn
+
+import resdense_ext as rd
+
+POLICIES = ("fast", "min")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+
+
+def dense():
+    """A stem, and a block with the head behind it."""
+    return small_densenet(block_config=(2,), growth_rate=4, num_init_features=8)
+
+
+def residual():
+    resnet = torchvision_models().resnet
+    torch.manual_seed(0)
+    projection = nn.Sequential(nn.Conv2d(3, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    return randomise(resnet.Bottleneck(3, 4, 2, projection)).double()
+
+
+def found(model, call, x):
+    """Output, gradients and buffers of one training step."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch._dynamo.mark_dynamic(x, 0)
+    output = call(x)
+    output.square().sum().backward()
+    gradients = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters()}
+    return {"output": output.detach(), "grad x": x.grad, **gradients, **{n: b.clone() for n, b in model.named_buffers()}}
+
+
+CASES = [
+    (network, policy, backend)
+    for network in (dense, residual)
+    for policy in POLICIES
+    for backend in ("aot_eager", "inductor")
+]
+# The quick tests see either network and either policy once.
+QUICK = [(dense, "min", "aot_eager"), (residual, "fast", "aot_eager")]
+
+
+@pytest.mark.parametrize(
+    ("network", "policy", "backend"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
+)
+def test_training(network, policy, backend):
+    stock = network()
+    model = rd.convert(copy.deepcopy(stock), policy)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for batch, stance in ((2, "default"), (3, "fail_on_recompile"), (5, "fail_on_recompile")):
+        x = images(batch, 3, 32, 32, seed=batch)
+        with torch.compiler.set_stance(stance):
+            assert_same(found(model, compiled, x), found(stock, stock, x))
+    if backend == "aot_eager":  # the other one keeps weights in layouts of its own choice
+        x.requires_grad_()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            kept = [rd.memory.saved_bytes(lambda call=call: call(x)) for call in (compiled, model, stock)]
+        assert kept[0] == kept[1] < 0.8 * kept[2]
+
+
+def test_evaluation():
+    stock, x = small_densenet(block_config=(1, 1)).eval(), images(2, 3, 32, 32)
+    compiled = torch.compile(rd.convert(copy.deepcopy(stock)), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same({"output": compiled(x)}, {"output": stock(x)})
+
+
+def test_autocast_and_dropout():
+    model, x = rd.convert(small_block(torch.float32, num_layers=1, drop_rate=0.5), "min"), images(2, 6, 5, 6).float()
+
+    def step(call):
+        model.zero_grad()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = call(x)
+        output.square().sum().backward()
+        return {"output": output.detach()} | {f"grad {name}": p.grad.clone() for name, p in model.named_parameters()}
+
+    compiled = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert compiled["output"].dtype == model(x).dtype
+    assert_same(compiled, step(model))
+
+
+def test_what_the_engine_does_not_know_is_traced_as_stock():
+    stock, x = small_block(num_layers=1), images(2, 6, 5, 6)
+    stock.denselayer1.relu1 = nn.GELU()
+    model = rd.convert(copy.deepcopy(stock))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(found(model, compiled, x), found(stock, stock, x))
+
+
+def test_a_report_of_a_compiled_model_is_the_models():
+    model, x = rd.convert(small_block(num_layers=1), "min"), images(2, 6, 5, 6)
+    expected = rd.report(model, x)
+    model.compile(fullgraph=True, backend="aot_eager")
+    model(x)
+    assert rd.report(model, x) == expected
+    assert expected.saved_bytes < expected.stock_saved_bytes
