@@ -54,7 +54,8 @@ class Recursive(nn.Module):
         x = self.block1(self.stem(x))
         x = F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
         x = F.relu(self.last(self.block2(x)), inplace=True)
-        return self.fc(F.adaptive_avg_pool2d(x, (1, 1)).view(x.size(0), -1))
+        x = F.adaptive_avg_pool2d(x, (1, 1))
+        return self.fc(x.view(x.size(0), -1))
 
 
 class SequentialLayer(nn.Sequential):
@@ -115,6 +116,26 @@ class CopiedBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
+
+
+class ByMode(nn.Module):
+    """Asks for the mode itself, and adds up what it concatenates in one statement."""
+
+    def __init__(self, channels=8, growth=4, depth=4, drop=0.3):
+        super().__init__()
+        self.units = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(channels + i * growth), nn.ELU(), nn.Conv2d(channels + i * growth, growth, 3, 1, 1))
+            for i in range(depth)
+        )
+        self.drop = drop
+
+    def forward(self, x):
+        for unit in self.units:
+            new = unit(x)
+            if self.training and self.drop:
+                new = F.dropout2d(new, self.drop)
+            x = torch.concat([x, new], dim=1)
+        return x
 
 
 class NewMapsOnly(nn.Module):

@@ -90,7 +90,8 @@ def convert(
         _restore(before)
         raise
     _logger.info("converted %d blocks to policy %r: %s", len(blocks), "a budget" if planned else policy, ", ".join(blocks))
-    _logger.info("left stock: %s", "; ".join(left) or "nothing that was looked into")
+    if left:
+        _logger.info("left stock: %s", "; ".join(left))
     if skipped:
         warnings.warn("resdense_ext.convert left alone " + "; ".join(skipped), stacklevel=2)
     elif not blocks:

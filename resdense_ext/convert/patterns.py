@@ -117,14 +117,12 @@ def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
     # Of a max_pool the fifth argument and those behind it come in another order.
     if node.op != "call_function" or node.target not in _FUNCTIONS or len(node.args) > 5:
         return None
-    options = {name: value for name, value in node.kwargs.items() if name != "training"}
-    training = node.kwargs.get("training", True)
-    if isinstance(training, Node) and not (training.op == "get_attr" and training.target.rpartition(".")[2] == "training"):
-        return None
+    options = dict(node.kwargs)
     if any(isinstance(value, Node) for value in (*node.args[1:], *options.values())):
         return None
+    training = options.pop("training", True)
     try:
-        return _FUNCTIONS[node.target](*node.args[1:], **options)
+        return _FUNCTIONS[node.target](*node.args[1:], **options).train(training)
     except (TypeError, ValueError):
         return None
 

@@ -50,31 +50,25 @@ class Part(nn.Module):
 
 
 class _TracedLayer(NamedTuple):
-    """A dense layer's modules. Where its dropout was a function, ``switch`` is the module whose ``training`` decides."""
-
     units: tuple[tuple[nn.Module, ...], ...]
     dropout: nn.Module | None
-    switch: nn.Module | None
 
     def read(self) -> LayerModules:
         if self.dropout is None:
-            return LayerModules(_ON, self.units)
+            return LayerModules(_NOTHING, self.units)
         if type(self.dropout) not in _DROPOUTS:
             raise Unsupported(f"is {type(self.dropout).__name__}", self.dropout)
-        decides = self.dropout if self.switch is None else _ON if self.switch.training else _OFF
-        return LayerModules(decides, self.units, self.dropout.p, drop_channels=type(self.dropout) is not nn.Dropout)
+        return LayerModules(self.dropout, self.units, self.dropout.p, drop_channels=type(self.dropout) is not nn.Dropout)
 
     def stock_forward(self, x: Tensor) -> Tensor:
         for norm, activation, conv in self.units:
             x = conv(activation(norm(x)))
-        if self.switch is not None:
-            self.dropout.train(self.switch.training)
         return x if self.dropout is None else self.dropout(x)
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_ON, _OFF = nn.Module(), nn.Module().eval()
-"""Stand for a layer that has no module of its own, in training and not."""
+_NOTHING = nn.Identity()
+"""Stands for the module of a layer, of which only the dropout and the hooks count: of these there are none."""
 
 
 class TracedDenseBlock(Part):
@@ -191,8 +185,13 @@ class Program:
         parts = {match.last: part for match, part in zip(self.matches, self.parts)}
         self._steps = _with_ends(_steps(owner, traced, self.matches, parts), self._output)
 
-    def takes(self, args: tuple, kwargs: dict) -> bool:
-        return not kwargs and len(args) == len(self._inputs) and all(isinstance(x, Tensor) for x in args)
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
+        """The arguments of a call as the graph's inputs; None where it has others, or not only tensors."""
+        names = [node.target for node in self._inputs[len(args) :]]
+        if len(args) > len(self._inputs) or set(names) != set(kwargs):
+            return None
+        inputs = (*args, *(kwargs[name] for name in names))
+        return inputs if all(isinstance(x, Tensor) for x in inputs) else None
 
     def run(self, args: tuple) -> Any:
         values: dict[Node, Any] = dict(zip(self._inputs, args))
@@ -271,15 +270,7 @@ def _name(match: Match) -> str:
 
 def _layer(of: Layer, modules: dict[str, nn.Module]) -> _TracedLayer:
     units = tuple(tuple(layer_of(node, modules) for node in unit) for unit in of.units)
-    if of.dropout is None:
-        return _TracedLayer(units, None, None)
-    training = of.dropout.kwargs.get("training", True)
-    if isinstance(training, Node):
-        switch = modules[training.target.rpartition(".")[0]]
-    else:
-        switch = _ON if training else _OFF
-    dropout = layer_of(of.dropout, modules)
-    return _TracedLayer(units, dropout, None if of.dropout.op == "call_module" else switch)
+    return _TracedLayer(units, None if of.dropout is None else layer_of(of.dropout, modules))
 
 
 def _part(owner: nn.Module, modules: dict[str, nn.Module], match: Match) -> Part:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
-from resdense_ext.convert.trace import Facts, Traced, Untraceable, is_layer, is_own, trace
+from resdense_ext.convert.trace import Facts, Traced, Untraceable, is_layer, is_own, modes_of, trace
 from resdense_ext.nn.engine import is_transformed, say, why_stock
 from resdense_ext.nn.read import Unsupported, is_frozen_norm
 
@@ -34,10 +34,11 @@ class Stranger(Converted):
             if any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
                 return self.stock_forward(*args, **kwargs)
             program = _program_of(self)
+            inputs = program.bind(args, kwargs) if isinstance(program, Program) else None
+            if inputs is not None and not _has_any_global_hook():
+                return program.run(inputs)
             if isinstance(program, Program):
-                if not _has_any_global_hook() and program.takes(args, kwargs):
-                    return program.run(args)
-                program = "global module hooks are set" if _has_any_global_hook() else "is called with other inputs"
+                program = "is called with other inputs" if inputs is None else "global module hooks are set"
             say(self, Unsupported(program))
             return self.stock_forward(*args, **kwargs)
 
@@ -47,20 +48,22 @@ class Stranger(Converted):
         return self.stock_class.forward(self, *args, **kwargs)
 
 
-_programs: WeakKeyDictionary[nn.Module, tuple[Facts, Program | str]] = WeakKeyDictionary()
-"""By their owners, or why there is none. Not on the owner: it would be copied, pickled and left behind by `revert`."""
+_programs: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], tuple[Facts, Program | str]]] = WeakKeyDictionary()
+"""By their owners and the modes of these; or why there is none. Not on the owner: it would be copied, pickled and left behind
+by `revert`."""
 
 _tracing = threading.RLock()
 
 
 def _program_of(owner: nn.Module, opaque: Container[nn.Module] = ()) -> Program | str:
     """The owner's program; made anew where the owner is a copy, or something that a trace takes for constant has changed."""
-    known = _programs.get(owner)
+    programs, modes = _programs.setdefault(owner, {}), modes_of(owner)
+    known = programs.get(modes)
     if known is not None and known[0].hold(owner):
         return known[1]
     with _tracing:
         facts, program, left = _make_program(owner, opaque)
-    _programs[owner] = facts, program
+    programs[modes] = facts, program
     if known is not None:
         for reason in left:
             say(owner, Unsupported(reason))
@@ -132,9 +135,12 @@ class _Walk:
 
     def visit(self, module: nn.Module, path: str) -> None:
         """Converts what a module's trace holds, and goes on with what the trace did not look into."""
-        if module in self._seen or module in self.refused or is_layer(module) or not _has_norms(module):
+        if module in self._seen or module in self.refused or not _has_norms(module):
             return
         self._seen.add(module)
+        if is_layer(module):
+            self._visit_children(module, path)
+            return
         if is_own(module):
             # Inside of a block an adapter's engine reads.
             if not any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "pooled_modules")):

@@ -1,9 +1,9 @@
 """A module's forward as a graph of layers, by symbolic tracing of a shadow, so that the module itself is never touched.
 
 A graph stands for the forward wherever that gives the same one: what it depends on besides its inputs is either read anew at
-every run (parameters, buffers, ``training``), or among the `Facts` that are compared before a run (the module tree, hooks,
+every run (parameters and buffers), or among the `Facts` that are compared before a run (``training``, the module tree, hooks,
 plain attributes), or makes the trace fail (control flow on values, random numbers, modes of autograd, attributes that a
-forward sets).
+forward sets). Global variables are taken for constant.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import inspect
 import operator
 import random
+import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Container
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, fx, nn
 from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.engine import OnEngine
 
-__all__ = ["Facts", "Traced", "Untraceable", "is_hooked", "is_layer", "is_own", "trace"]
+__all__ = ["Facts", "Traced", "Untraceable", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
 
 
 class Untraceable(Exception):
@@ -46,12 +48,18 @@ class Facts:
     """What a trace has taken for constant in a module and the containers in it that it looked into; does not keep the module."""
 
     def __init__(self, root: nn.Module, leaves: Container[nn.Module]) -> None:
-        self._of_root = _facts(root)
-        self._of = [(module, is_hooked(module), _facts(module)) for module in _containers(root, leaves)]
+        self._of_root = _attributes(root)
+        self._of = [(module, is_hooked(module), _attributes(module)) for module in _containers(root, leaves)]
 
     def hold(self, root: nn.Module) -> bool:
-        inside = all(is_hooked(module) == hooked and _same(_facts(module), facts) for module, hooked, facts in self._of)
-        return inside and _same(_facts(root), self._of_root)
+        """Whether all is as it was, but for the modes, see `modes_of`."""
+        inside = all(is_hooked(m) == hooked and _same(_attributes(m), attributes) for m, hooked, attributes in self._of)
+        return inside and _same(_attributes(root), self._of_root)
+
+
+def modes_of(module: nn.Module) -> tuple[bool, ...]:
+    """The ``training`` of all modules inside: a forward may do another thing in another mode."""
+    return tuple(m.training for m in module.modules())
 
 
 def is_own(module: nn.Module) -> bool:
@@ -85,13 +93,16 @@ def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
     """
     left: dict[str, str] = {}
     while True:
-        tracer = _Tracer(module, opaque, left)
+        try:
+            tracer = _Tracer(module, opaque, left)
+        except Exception as error:
+            raise Untraceable(f"it has modules that cannot be copied: {type(error).__name__}: {error}") from None
         with _random_state_kept() as drew:
             try:
                 graph = tracer.trace(tracer.shadows[module])
             except Exception as error:
                 path, reason = tracer.blame(error)
-                if path == "":
+                if path == "" or path in left:
                     raise Untraceable(reason) from None
                 # What cannot be traced is a leaf of the next attempt: nothing of a forward that broke off is left over.
                 left[path] = reason
@@ -99,8 +110,8 @@ def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
         if drew():
             raise Untraceable("its forward draws random numbers")
         path = tracer.changed()
-        if path == "":
-            raise Untraceable("its forward sets attributes")
+        if path == "" or path in left:
+            raise Untraceable(f"its forward sets attributes {path and 'of '}{path}".rstrip())
         if path is not None:
             left[path] = "its forward sets attributes"
             continue
@@ -117,15 +128,26 @@ class _random_state_kept:
     """Answers, after the block, whether random numbers were drawn in it; the states are as before."""
 
     def __enter__(self) -> Callable[[], bool]:
-        self._before = random.getstate(), torch.get_rng_state()
-        self._drew = False
+        self._before, self._drew = self._states(), False
         return lambda: self._drew
 
     def __exit__(self, *_) -> None:
-        state, torch_state = self._before
-        self._drew = random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state)
-        random.setstate(state)
+        python, torch_state, cuda, numpy = self._before
+        now = self._states()
+        same = python == now[0] and all(map(torch.equal, (torch_state, *cuda), (now[1], *now[2])))
+        self._drew = not same or repr(numpy) != repr(now[3])
+        random.setstate(python)
         torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
+
+    @staticmethod
+    def _states() -> tuple:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        return random.getstate(), torch.get_rng_state(), cuda, numpy
 
 
 class _Value(fx.Proxy):
@@ -152,14 +174,16 @@ class _Tracer(fx.Tracer):
         self.within: list[str] = []
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._shadow(root)
-        self._before = [(module, _attributes(shadow)) for module, shadow in self.shadows.items()]
+        self._before = [(module, (_attributes(shadow), shadow.training)) for module, shadow in self.shadows.items()]
         self._broke: str | None = None
 
     def _shadow(self, module: nn.Module) -> nn.Module:
         """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
         if module not in self.shadows:
             twin = type(module).__new__(type(module))
-            twin.__dict__ = {name: _copied(value) for name, value in module.__dict__.items()}
+            # Its lists and dicts are its own, too; what these hold is shared.
+            containers = (list, dict, set, OrderedDict)
+            twin.__dict__ = {k: v.copy() if type(v) in containers else v for k, v in module.__dict__.items()}
             self.shadows[module] = twin
             children = module._modules.items()
             twin._modules = {name: None if child is None else self._shadow(child) for name, child in children}
@@ -177,8 +201,8 @@ class _Tracer(fx.Tracer):
     def changed(self) -> str | None:
         """The path of a module whose attributes are others now."""
         for module, before in self._before:
-            now = _attributes(self.shadows[module])
-            if not _same({**now, "training": None}, {**before, "training": None}) or not isinstance(now["training"], _Value):
+            shadow = self.shadows[module]
+            if not _same((_attributes(shadow), shadow.training), before):
                 return self._paths[id(module)]
         return None
 
@@ -186,14 +210,10 @@ class _Tracer(fx.Tracer):
         forward = getattr(self.root_module, "stock_class", type(self.root_module)).forward
         if not isinstance(forward, FunctionType):
             raise Untraceable("its forward is no plain function")
-        for module, shadow in self.shadows.items():
-            path = self._paths[id(module)]
-            # So that what depends on the mode reads it when the graph runs, or fails to trace.
-            shadow.__dict__["training"] = self.create_proxy("get_attr", f"{path}.training".lstrip("."), (), {})
         parameters = list(inspect.signature(forward).parameters.values())[1:]
-        required = [p for p in parameters if p.default is p.empty]
-        if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required):
-            raise Untraceable("its forward takes any number of inputs")
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(p.kind is p.KEYWORD_ONLY for p in required):
+            raise Untraceable("its forward takes an input by its name only")
         return forward, [self.root, *(self.create_proxy("placeholder", p.name, (), {}) for p in required)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -281,22 +301,26 @@ def _containers(root: nn.Module, leaves: Container[nn.Module]) -> list[nn.Module
 _MACHINERY = {*nn.Module().__dict__, "resdense_policy"} - {"_modules"}
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What is not torch's own bookkeeping, and the children; values that can change in place are copied."""
-    return {
-        name: _copied(value) for name, value in module.__dict__.items() if name not in _MACHINERY or name == "training"
-    }
-
-
-def _facts(module: nn.Module) -> tuple:
-    attributes = _attributes(module)
-    del attributes["training"]
+def _attributes(module: nn.Module) -> tuple:
+    """The class, its forward, the children, and every attribute that is not torch's own bookkeeping."""
     cls = getattr(module, "stock_class", type(module))
-    return cls, cls.forward, attributes
+    return cls, cls.forward, {name: _copied(v) for name, v in module.__dict__.items() if name not in _MACHINERY}
 
 
-def _copied(value: Any) -> Any:
-    return value.copy() if type(value) in (list, dict, set) else value
+_KEPT = (nn.Module, Tensor, type, FunctionType, MethodType)
+
+
+def _copied(value: Any, depth: int = 4) -> Any:
+    """What can change in place by its contents, that of other objects included."""
+    if depth == 0 or isinstance(value, _KEPT):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v, depth - 1) for v in value)
+    if type(value) in (dict, OrderedDict):
+        return {name: _copied(v, depth - 1) for name, v in value.items()}
+    if type(value) is set:
+        return set(value)
+    return (value, _copied(vars(value), depth - 1)) if hasattr(value, "__dict__") else value
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -308,5 +332,5 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) in (list, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if type(a) is dict:
-        return len(a) == len(b) and all(name in b and _same(value, b[name]) for name, value in a.items())
+        return list(a) == list(b) and all(map(_same, a.values(), b.values()))
     return type(a) in (bool, int, float, str, set, torch.Size) and a == b
