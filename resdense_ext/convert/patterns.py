@@ -103,7 +103,7 @@ _FUNCTIONS = {
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FRESH = (*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, "add", "mul", "sub", "mean")
-_FRESH_KINDS = ("norm", "conv", "pool")
+_FRESH_KINDS = ("norm", "activation", "conv", "pool")
 
 
 def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
@@ -215,12 +215,9 @@ class _Reader:
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""
-        if self._kinds[node] in _FRESH_KINDS or _calls_one_of(node, _FRESH):
-            return True
-        passes = self.changes_in_place(node) or self._kinds[node] in ("dropout", "identity")
-        if not passes:
-            return self._kinds[node] == "activation"
-        operand = node.args[0] if node.args else None
+        if not self.changes_in_place(node) and self._kinds[node] not in ("dropout", "identity"):
+            return self._kinds[node] in _FRESH_KINDS or _calls_one_of(node, _FRESH)
+        operand = node.args[0] if node.args and "out" not in node.kwargs else None
         return isinstance(operand, Node) and set(operand.users) == {node} and self.is_fresh(operand)
 
     def changed_later(self, node: Node) -> bool:

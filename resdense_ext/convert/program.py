@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from resdense_ext.checks import autocasts
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, layer_of
 from resdense_ext.convert.trace import Traced, is_hooked
 from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_residual_block, run_transition, why_stock
@@ -96,6 +96,13 @@ class TracedResidualBlock(Part):
         super().__init__(owner, name)
         self._block, self._bypassed = modules, bypassed
 
+    def adds_like_to_like(self) -> bool:
+        """Whether both sides of the addition have as many channels, as far as the modules say."""
+        form, units, shortcut, _ = self._block
+        convs = [unit[0] if form == "post" else unit[2] for unit in units]
+        added = shortcut[0].out_channels if shortcut else convs[0].in_channels
+        return added == convs[-1].out_channels
+
     def residual_modules(self) -> ResidualModules:
         for identity in self._bypassed:
             check_untouched(identity)
@@ -159,13 +166,15 @@ class _EngineCall(NamedTuple):
         x = values[self.source]
         y = run_chain(self.parts, x)
         for node, part in self.outputs.items():
-            # As stock's would be, a slice is a tensor of its own.
-            values[node] = y if part is None else torch.cat([y[:, self._channels(x, part)]], 1)
+            values[node] = y if part is None else self._slice(x, y, *part)
 
-    def _channels(self, x: Tensor, part: tuple[int, int]) -> slice:
-        widths = [x.shape[1], *(layer.units[-1][2].weight.shape[0] for layer in self.parts[0].layer_modules())]
-        first, last = part
-        return slice(sum(widths[:first]), sum(widths[:last]))
+    def _slice(self, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+        """As stock's would be: a tensor of its own, and without the source in the dtype of convolutions."""
+        weights = [layer.units[-1][2].weight for layer in self.parts[0].layer_modules()]
+        widths = [x.shape[1], *(weight.shape[0] for weight in weights)]
+        part = torch.cat([y[:, sum(widths[:first]) : sum(widths[:last])]], 1)
+        casts = first > 0 and autocasts(y.device.type) and weights[0].dtype != torch.float64
+        return part.to(torch.get_autocast_dtype(y.device.type)) if casts else part
 
 
 class Program:
@@ -207,6 +216,8 @@ def _why_left(match: Match, part: Part, modules: dict[str, nn.Module]) -> str | 
     # Hooks come and go: with them it is decided at every run.
     if any(node.op == "call_module" and is_hooked(modules[node.target]) for node in match.nodes):
         return None
+    if isinstance(part, TracedResidualBlock) and not part.adds_like_to_like():
+        return "its addition broadcasts"
     return why_stock(part)
 
 

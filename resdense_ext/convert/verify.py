@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from resdense_ext.convert.measure import positional, unchanged
+from resdense_ext.convert.strangers import Stranger
 from resdense_ext.nn.engine import stock_path
 
 __all__ = ["mismatches"]
@@ -48,13 +50,17 @@ def mismatches(model: nn.Module, owners: dict[str, nn.Module], example_input: An
 
 
 def _mismatch(owner: nn.Module, args: tuple) -> str | None:
-    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    devices = {t.device for t in (*owner.parameters(), *owner.buffers())}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([d.index for d in devices if d.type == "cuda"]))
+        for kind in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            stock = _run(owner, args, owner.stock_class)
+            stock = _run(owner, args, by_trace=False)
         except Exception as error:
             return f"cannot be compared in float64: {type(error).__name__}: {error}"
         try:
-            ours = _run(owner, args, type(owner))
+            ours = _run(owner, args, by_trace=True)
         except Exception as error:
             return f"its trace fails where its forward does not: {type(error).__name__}: {error}"
     if ours.keys() != stock.keys():
@@ -70,11 +76,13 @@ def _mismatch(owner: nn.Module, args: tuple) -> str | None:
     return None
 
 
-def _run(owner: nn.Module, args: tuple, cls: type[nn.Module]) -> dict[str, Tensor]:
+def _run(owner: nn.Module, args: tuple, by_trace: bool) -> dict[str, Tensor]:
     """Outputs, gradients and buffers of a copy in float64."""
     torch.manual_seed(0)
     twin = copy.deepcopy(owner).double()
-    twin.__class__ = cls
+    for module in twin.modules():
+        if isinstance(module, Stranger) and not by_trace:
+            module.__class__ = module.stock_class
     args = tree_map(_in_float64, args)
     with torch.enable_grad():
         outputs = [y for y in tree_leaves(twin(*args)) if isinstance(y, Tensor) and y.is_floating_point()]
