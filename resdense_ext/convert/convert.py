@@ -54,7 +54,8 @@ def convert(
             scratch come on top: `resdense_ext.memory.peak_bytes` measures all of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
             inputs. What is rewritten by a trace is compared with stock on it, outputs and gradients in float64, and what
-            differs is left alone. Then one forward runs with it, under the autocast in which `convert` is called (and for a share a stock one);
+            differs is left alone. For a budget one forward runs with it, under the autocast in which `convert` is called
+            (and for a share a stock one);
             buffers and random states are put back.
 
     Returns:

@@ -10,14 +10,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
-from resdense_ext.convert.trace import Facts, Traced, Untraceable, is_layer, is_own, modes_of, trace
-from resdense_ext.nn.engine import is_transformed, say, why_stock
+from resdense_ext.convert.trace import Facts, Untraceable, is_layer, is_own, modes_of, trace
+from resdense_ext.nn.engine import is_transformed, say
 from resdense_ext.nn.read import Unsupported, is_frozen_norm
 
 __all__ = ["Record", "Stranger", "convert_strangers", "left_in", "named_parts", "put_back", "remember_left"]
