@@ -12,6 +12,8 @@ from resdense_ext.checks import POLICIES
 from resdense_ext.convert import chain, torchvision
 from resdense_ext.convert.budget import apply_budget, forget_plan
 from resdense_ext.convert.classes import Converted, converted_class
+from resdense_ext.convert.strangers import convert_strangers, put_back, remember_left
+from resdense_ext.convert.verify import mismatches
 from resdense_ext.nn.engine import OnEngine
 from resdense_ext.nn.read import Unsupported
 from resdense_ext.plan import parse_budget
@@ -38,8 +40,9 @@ def convert(
     ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
 
     Args:
-        model: a model with dense or residual blocks of torchvision's classes or of this library's, or dual path blocks of this
-            library's, or such a block.
+        model: a model with dense, residual or dual path blocks, or such a block, of torchvision's classes, of this library's, or
+            of classes of which it knows nothing: their forwards are traced (torch.fx), and what provably is a dense block, a
+            residual block or a pool behind batch norm and activation runs on the engines.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual or dual path
             block the raw outputs of its convolutions; "min" keeps the feature maps and the residual halves or the outputs of
             residual blocks only and computes the rest again; "auto" keeps what there is free memory for. A converted model can be
@@ -50,7 +53,9 @@ def convert(
             fewest FLOPs are. Gradients, optimizer states and scratch come on top: `resdense_ext.memory.peak_bytes` measures all
             of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
-            inputs. One forward runs with it, under the autocast in which `convert` is called (and for a share a stock one);
+            inputs. What is rewritten by a trace is compared with stock on it, outputs and gradients in float64, and what
+            differs is left alone. For a budget one forward runs with it, under the autocast in which `convert` is called
+            (and for a share a stock one);
             buffers and random states are put back.
 
     Returns:
@@ -62,7 +67,8 @@ def convert(
         The model is then as it was.
 
     Warns:
-        UserWarning: nothing in the model is recognised, or a block is left alone; the message says why.
+        UserWarning: nothing in the model is recognised, or a block is left alone; the message says why. What a trace was looked
+            at for and left stock is in `report`, with reasons.
     """
     _check_module(model)
     if policy not in (*POLICIES, "auto"):
@@ -75,7 +81,9 @@ def convert(
         raise ValueError("example_input: expected an input, of which the budget's bytes are counted, got None")
     before = _state(model)
     try:
-        blocks, skipped = _put_all_on_engine(model, "min" if planned else policy)
+        blocks, skipped, refused = _put_all_on_engine(model, "min" if planned else policy)
+        strange, left = _put_strangers_on_engine(model, "min" if planned else policy, refused, example_input)
+        blocks += strange
         forget_plan(model)
         if planned:
             apply_budget(model, budget, example_input)
@@ -83,16 +91,20 @@ def convert(
         _restore(before)
         raise
     _logger.info("converted %d blocks to policy %r: %s", len(blocks), "a budget" if planned else policy, ", ".join(blocks))
+    if left:
+        _logger.info("left stock: %s", "; ".join(left))
     if skipped:
         warnings.warn("resdense_ext.convert left alone " + "; ".join(skipped), stacklevel=2)
     elif not blocks:
-        warnings.warn(f"resdense_ext.convert recognised no dense or residual block in {type(model).__name__}", stacklevel=2)
+        message = f"resdense_ext.convert recognised no dense or residual block in {type(model).__name__}"
+        warnings.warn("; ".join([message, *left]), stacklevel=2)
     return model
 
 
-def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str]]:
-    """The paths of the dense, residual and dual path blocks that are on the engine now, and what was left alone and why."""
-    blocks, skipped = [], []
+def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str], set[nn.Module]]:
+    """The paths of the dense, residual and dual path blocks that are on the engine now, what was left alone and why, and these
+    modules."""
+    blocks, skipped, refused = [], [], set()
     # What is inside comes first: a sequence is recognised by the dense blocks in it.
     for path, module in reversed(list(model.named_modules())):
         path = path or type(module).__name__
@@ -101,10 +113,25 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[s
                 continue
         except Unsupported as unsupported:
             skipped.insert(0, f"{path}: {unsupported.within(module)}")
+            refused.add(module)
             continue
         if any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "dual_path_modules")):
             blocks.insert(0, path)
-    return blocks, skipped
+    return blocks, skipped, refused
+
+
+def _put_strangers_on_engine(
+    model: nn.Module, policy: str, refused: set[nn.Module], example_input: Any
+) -> tuple[list[str], list[str]]:
+    """The paths of the blocks in modules that no adapter knows, and what stays stock and why."""
+    record = convert_strangers(model, policy, refused)
+    left = record.left
+    if example_input is not None and record.owners:
+        for path, reason in mismatches(model, record.owners, example_input).items():
+            left.append(f"{path or type(model).__name__}: {reason}")
+            put_back(record.owners.pop(path))
+    remember_left(model, left)
+    return record.blocks(), left
 
 
 def _put_on_engine(module: nn.Module, policy: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Optional
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from resdense_ext.convert.budget import Plan, plan_of
 from resdense_ext.convert.classes import Converted
 from resdense_ext.convert.measure import positional, unchanged
+from resdense_ext.convert.strangers import Stranger, left_in, named_parts
 from resdense_ext.memory import format_bytes, track_saved
 from resdense_ext.nn.engine import OnEngine, Policy, stock_path, watching, why_stock
 from resdense_ext.nn.read import Unsupported
@@ -38,10 +40,12 @@ class MemoryReport(NamedTuple):
     """``rows`` for programs, ``str()`` for people; byte counts are of one forward with the example input.
 
     ``plan`` is what a budget came to, of a model that was converted by one; its bytes are of the conversion's example input.
+    ``left`` names what a trace was looked at for and stayed stock, with reasons.
     """
 
     rows: list[Row]
     plan: Optional[Plan] = None
+    left: list[str] = []
 
     @property
     def saved_bytes(self) -> int:
@@ -56,14 +60,15 @@ class MemoryReport(NamedTuple):
         header = ("module", "layers", "policy", "keeps", "stock keeps", "ratio", "")
         table = [header] + [_cells(row) for row in (*self.rows, total)]
         widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-        left = {0, 2, 6}
+        to_the_left = {0, 2, 6}
         lines = [
-            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            "  ".join(c.ljust(w) if i in to_the_left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
             for row in table
         ]
         rule = "-" * max(map(len, lines))
         plan = [] if self.plan is None else [str(self.plan)]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *plan])
+        left = [f"left stock: {entry}" for entry in self.left]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *plan, *left])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -91,7 +96,7 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     arguments = positional(example_input)
-    blocks = {path or type(m).__name__: m for path, m in model.named_modules() if _has_a_row(m)}
+    blocks = dict(_blocks(model))
     ours = _measure(model, arguments, blocks, nullcontext())
     stock = _measure(model, arguments, blocks, stock_path())
     rows = []
@@ -100,7 +105,15 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
         rows.append(Row(path, _layers(block), policy, ours.get(path, 0), stock.get(path, 0), note))
     rest = "" if blocks else "nothing converted"
     rows.append(Row(_REST, 0, None, ours.get(_REST, 0), stock.get(_REST, 0), rest))
-    return MemoryReport(rows, plan_of(model))
+    return MemoryReport(rows, plan_of(model), left_in(model))
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, Stranger):
+            yield from named_parts(path, module)
+        elif _has_a_row(module):
+            yield path or type(module).__name__, module
 
 
 def _has_a_row(module: nn.Module) -> bool:

@@ -51,6 +51,7 @@ __all__ = [
     "run_features",
     "run_residual_block",
     "run_transition",
+    "say",
     "stock_path",
     "watching",
     "why_stock",
@@ -184,7 +185,7 @@ def _run(module: Block | Transition | Residual | DualPath, x: Tensor, read: Call
                 _check_plain(x)
                 run = read()
             except Unsupported as unsupported:
-                _say(module, unsupported)
+                say(module, unsupported)
         # Outside of the handler, so that an error of either path carries no Unsupported along.
         y = run(x) if run is not None else None
         return module.stock_forward(x) if y is None else y
@@ -500,7 +501,8 @@ def is_transformed(x: Tensor | Halves) -> bool:
     )
 
 
-def _say(module: nn.Module, unsupported: Unsupported) -> None:
+def say(module: nn.Module, unsupported: Unsupported) -> None:
+    """Warns, once for every reason, that a module runs its stock path."""
     if torch.compiler.is_compiling():
         return  # a warning cannot be traced
     said = _said.setdefault(module, set())

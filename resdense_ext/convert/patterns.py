@@ -1,0 +1,421 @@
+"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, and pools of batch norm and activation.
+
+A concatenation is flattened to its *pieces*, the values that are no concatenations themselves, so that ``x = cat([x, f(x)])``
+and a list that is concatenated at every layer are the same: a layer reads some pieces, and the next one reads these and what
+the first has made.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from resdense_ext.convert.trace import Traced
+from resdense_ext.nn.read import is_frozen_norm, pool_kind
+
+__all__ = ["DenseMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "find", "layer_of"]
+
+
+class Unit(NamedTuple):
+    """A norm, an activation (None behind the last norm of a residual block) and a convolution, in whatever order they come."""
+
+    norm: Node
+    activation: Optional[Node]
+    conv: Node
+
+
+class Layer(NamedTuple):
+    """A dense layer: what it reads, its units, and its dropout."""
+
+    source: Node
+    units: tuple[Unit, ...]
+    dropout: Optional[Node]
+
+    @property
+    def out(self) -> Node:
+        return self.dropout or self.units[-1].conv
+
+
+class DenseMatch(NamedTuple):
+    layers: list[Layer]
+
+
+class ResidualMatch(NamedTuple):
+    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm.
+
+    ``bypassed`` are `torch.nn.Identity` modules that the shortcut passes.
+    """
+
+    form: str
+    units: list[Unit]
+    shortcut: tuple[Node, ...]
+    activation: Optional[Node]
+    bypassed: tuple[Node, ...]
+
+
+class PooledMatch(NamedTuple):
+    norm: Node
+    activation: Node
+    conv: Optional[Node]
+    pool: Node
+
+
+class Match(NamedTuple):
+    """``nodes`` that one engine call stands in for: it reads ``source`` and runs where ``last`` stood.
+
+    ``outputs`` are those of its values that are read elsewhere: the whole output (None) or, of a dense block, a slice of
+    its buffer, ``(first, last)`` in the order in which it grew: 0 is the source, 1 the first layer's map, last not included.
+    """
+
+    parts: DenseMatch | ResidualMatch | PooledMatch
+    source: Node
+    last: Node
+    nodes: set[Node]
+    outputs: dict[Node, Optional[tuple[int, int]]]
+
+
+_KINDS = {
+    "norm": nn.modules.batchnorm._BatchNorm,
+    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "activation": (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU),
+    "dropout": nn.modules.dropout._DropoutNd,
+    "identity": nn.Identity,
+}
+_FUNCTIONS = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
+    **{F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.silu: nn.SiLU},
+    **{F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d},
+    **{F.avg_pool1d: nn.AvgPool1d, F.avg_pool2d: nn.AvgPool2d, F.avg_pool3d: nn.AvgPool3d},
+    **{F.max_pool1d: nn.MaxPool1d, F.max_pool2d: nn.MaxPool2d, F.max_pool3d: nn.MaxPool3d},
+    F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
+}
+"""A layer is made of a function's arguments behind the first, which both name alike."""
+
+_CATS = (torch.cat, torch.concat, torch.concatenate)
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_FRESH = (*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, "add", "mul", "sub", "mean")
+_FRESH_KINDS = ("norm", "activation", "conv", "pool")
+
+
+def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
+    """The layer that a node runs, of a function one that is made to be like it; None where there is none."""
+    if len(node.args) == 0 or not isinstance(node.args[0], Node):
+        return None
+    if node.op == "call_module":
+        return modules[node.target] if len(node.args) == 1 and not node.kwargs else None
+    if node.op == "call_method":
+        return nn.ReLU() if node.target in ("relu", "relu_") and len(node.args) == 1 else None
+    # Of a max_pool the fifth argument and those behind it come in another order.
+    if node.op != "call_function" or node.target not in _FUNCTIONS or len(node.args) > 5:
+        return None
+    options = dict(node.kwargs)
+    if any(isinstance(value, Node) for value in (*node.args[1:], *options.values())):
+        return None
+    training = options.pop("training", True)
+    try:
+        return _FUNCTIONS[node.target](*node.args[1:], **options).train(training)
+    except (TypeError, ValueError):
+        return None
+
+
+def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
+    """The matches, which have no node in common, and what looks like one and is none: its last node, and why not."""
+    reader = _Reader(traced)
+    for node in traced.graph.nodes:
+        if reader.changes_in_place(node) and not reader.is_fresh(node):
+            return [], {node: "changes a value in place that may be read elsewhere"}
+    matches: list[Match] = []
+    taken: set[Node] = set()
+    for match in (*reader.dense_blocks(), *reader.residual_blocks(), *reader.pooled_units()):
+        if taken.isdisjoint(match.nodes):
+            reason = reader.why_not(match)
+            if reason is not None:
+                reader.reasons[match.last] = reason
+                continue
+            matches.append(match)
+            taken |= match.nodes
+    for node in traced.graph.nodes:
+        if node not in taken and node not in reader.reasons:
+            reason = reader.near_miss(node)
+            if reason is not None:
+                reader.reasons[node] = reason
+    return matches, {node: reason for node, reason in reader.reasons.items() if node not in taken}
+
+
+def _calls_one_of(node: Node, functions: tuple) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in functions
+
+
+class _Reader:
+    def __init__(self, traced: Traced) -> None:
+        self.modules = traced.modules
+        self.nodes = list(traced.graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.reasons: dict[Node, str] = {}
+        self._layers = {node: layer_of(node, traced.modules) for node in self.nodes}
+        self._kinds = {node: self._kind(node) for node in self.nodes}
+        self._calls = Counter(self.modules[node.target] for node in self.nodes if node.op == "call_module")
+        self._attributes = {node.target.rpartition(".")[0] for node in self.nodes if node.op == "get_attr" and node.users}
+        self._pieces: dict[Node, tuple[Node, ...]] = {}
+        self._dense = self._dense_layers()
+
+    def _kind(self, node: Node) -> Optional[str]:
+        layer = self._layers[node]
+        if layer is None:
+            is_cat = _calls_one_of(node, _CATS) and self._operands(node)
+            return "cat" if is_cat else "sum" if self._is_sum(node) else None
+        if pool_kind(layer) is not None:
+            return "pool"
+        if is_frozen_norm(layer):
+            return "norm"
+        return next((kind for kind, classes in _KINDS.items() if isinstance(layer, classes)), None)
+
+    def _is_sum(self, node: Node) -> bool:
+        of_two = len(node.args) == 2 and all(isinstance(operand, Node) for operand in node.args)
+        return _calls_one_of(node, _SUMS) and of_two and not node.kwargs
+
+    def _operands(self, cat: Node) -> tuple[Node, ...]:
+        """What a concatenation of channels puts side by side; nothing where it is another."""
+        options = {**dict(zip(("tensors", "dim"), cat.args)), **cat.kwargs}
+        operands = options.pop("tensors", None)
+        if options != {"dim": 1} or not isinstance(operands, (list, tuple)):
+            return ()
+        return tuple(operands) if all(isinstance(operand, Node) for operand in operands) else ()
+
+    def is_a(self, node: object, kind: str) -> bool:
+        return isinstance(node, Node) and self._kinds[node] == kind
+
+    def inner(self, node: object, kind: str, *users: Node) -> bool:
+        """Whether it is one of this kind that nothing but these reads."""
+        return self.is_a(node, kind) and set(node.users) == set(users)
+
+    def pieces(self, node: Node) -> tuple[Node, ...]:
+        if node not in self._pieces:
+            parts = [self.pieces(operand) for operand in self._operands(node)] if self.is_a(node, "cat") else [(node,)]
+            self._pieces[node] = tuple(piece for part in parts for piece in part)
+        return self._pieces[node]
+
+    def changes_in_place(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.modules[node.target], "inplace", False))
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place_operator = getattr(operator, name, None) is node.target and name in _IN_PLACE_OPERATORS
+        return in_place_operator or (name[-1:] == "_" != name[-2:-1]) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+    def is_fresh(self, node: Node) -> bool:
+        """Whether no other value shares the memory of this one."""
+        if not self.changes_in_place(node) and self._kinds[node] not in ("dropout", "identity"):
+            return self._kinds[node] in _FRESH_KINDS or _calls_one_of(node, _FRESH)
+        operand = node.args[0] if node.args and "out" not in node.kwargs else None
+        return isinstance(operand, Node) and set(operand.users) == {node} and self.is_fresh(operand)
+
+    def changed_later(self, node: Node) -> bool:
+        """Whether a value, or what may share its memory, is changed in place."""
+        return any(
+            (self.changes_in_place(user) and user.args[:1] == (node,))
+            or (self._may_share(user) and self.changed_later(user))
+            for user in node.users
+        )
+
+    def _may_share(self, user: Node) -> bool:
+        return user.op == "call_method" or user.target is operator.getitem or self._kinds[user] in ("dropout", "identity")
+
+    def unit(self, conv: Node, *readers: Node) -> Optional[Unit]:
+        """Norm, activation, convolution, where the activation has other ``readers`` than the convolution, or none."""
+        activation = conv.args[0]
+        if not self.inner(activation, "activation", conv, *readers):
+            return None
+        norm = activation.args[0]
+        return Unit(norm, activation, conv) if self.inner(norm, "norm", activation) else None
+
+    def _dense_layers(self) -> dict[Node, Layer]:
+        """By what they make, in the order of the graph."""
+        found = {}
+        for conv in self.nodes:
+            unit = self.unit(conv) if self.is_a(conv, "conv") else None
+            if unit is None:
+                continue
+            units, source = (unit,), unit.norm.args[0]
+            if self.inner(source, "conv", unit.norm):
+                first = self.unit(source)
+                if first is not None:
+                    units, source = (first, unit), first.norm.args[0]
+            users = list(conv.users)
+            dropout = users[0] if len(users) == 1 and self.is_a(users[0], "dropout") else None
+            layer = Layer(source, units, dropout)
+            if any(self.is_a(user, "cat") for user in layer.out.users):
+                found[layer.out] = layer
+        return found
+
+    def dense_blocks(self) -> Iterator[Match]:
+        behind: dict[tuple[Node, ...], Layer] = {}
+        for layer in self._dense.values():
+            # Of several that read the same pieces the first is taken.
+            behind.setdefault(self.pieces(layer.source), layer)
+        for layer in behind.values():
+            pieces = self.pieces(layer.source)
+            before = behind.get(pieces[:-1])
+            if before is not None and before.out is pieces[-1]:
+                continue
+            layers = []
+            while layer is not None:
+                layers.append(layer)
+                pieces = (*pieces, layer.out)
+                layer = behind.get(pieces)
+            match = self._dense_match(layers, pieces)
+            if match is not None:
+                yield match
+
+    def _dense_match(self, layers: list[Layer], pieces: tuple[Node, ...]) -> Optional[Match]:
+        maps = [layer.out for layer in layers]
+        base = len(pieces) - len(maps)
+        slices = {map_: (i, i + 1) for i, map_ in enumerate(maps, 1)}
+        for cat in self.nodes:
+            run = self.pieces(cat) if self.is_a(cat, "cat") else ()
+            if len(run) > base and run == pieces[: len(run)]:
+                slices[cat] = (0, len(run) - base + 1)
+            elif len(run) > 1 and run[0] in maps:
+                first = 1 + maps.index(run[0])
+                if run == tuple(maps[first - 1 : first - 1 + len(run)]):
+                    slices[cat] = (first, first + len(run))
+        nodes = {node for layer in layers for unit in layer.units for node in unit} | set(slices)
+        outputs = {node: part for node, part in slices.items() if set(node.users) - nodes}
+        whole = (0, 1 + len(maps))
+        if not any(part in (whole, (1, 1 + len(maps))) and self.is_a(node, "cat") for node, part in outputs.items()):
+            return None
+        outputs = {node: None if part == whole else part for node, part in outputs.items()}
+        return Match(DenseMatch(layers), layers[0].source, layers[-1].out, nodes, outputs)
+
+    def residual_blocks(self) -> Iterator[Match]:
+        for add in self.nodes:
+            if not self.is_a(add, "sum"):
+                continue
+            a, b = add.args
+            for main, shortcut in ((a, b), (b, a)):
+                match = self._post_activation(add, main, shortcut) or self._pre_activation(add, main, shortcut)
+                if match is not None:
+                    yield match
+                    break
+
+    def _shortcuts(self, add: Node, shortcut: Node) -> Iterator[tuple[Node, tuple[Node, ...], tuple[Node, ...]]]:
+        """What it may start from, with the projection and the identities in between."""
+        bypassed: tuple[Node, ...] = ()
+        end = add
+        while self.inner(shortcut, "identity", end):
+            bypassed, end, shortcut = (*bypassed, shortcut), shortcut, shortcut.args[0]
+        yield shortcut, (), bypassed
+        if self.inner(shortcut, "conv", end):
+            yield shortcut.args[0], (shortcut,), bypassed
+        if self.inner(shortcut, "norm", end) and self.inner(shortcut.args[0], "conv", shortcut):
+            conv = shortcut.args[0]
+            yield conv.args[0], (conv, shortcut), bypassed
+
+    def _post_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
+        for start, projection, bypassed in self._shortcuts(add, shortcut):
+            units: list[Unit] = []
+            norm, activation, end = main, None, add
+            while self.inner(norm, "norm", end) and self.inner(norm.args[0], "conv", norm):
+                conv = norm.args[0]
+                units.insert(0, Unit(norm, activation, conv))
+                if conv.args[0] is start:
+                    if len(projection) == 1:
+                        break
+                    users = list(add.users)
+                    last = users[0] if len(users) == 1 and self.is_a(users[0], "activation") else None
+                    parts = ResidualMatch("post", units, projection, last, bypassed)
+                    return self._residual(parts, start, add if last is None else last, add)
+                activation = end = conv.args[0]
+                if not self.inner(activation, "activation", conv):
+                    break
+                norm = activation.args[0]
+        return None
+
+    def _pre_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
+        for start, projection, bypassed in self._shortcuts(add, shortcut):
+            if len(projection) == 2:
+                continue
+            units: list[Unit] = []
+            conv, end = main, add
+            while self.inner(conv, "conv", end):
+                if projection and conv.args[0] is start:
+                    unit = self.unit(conv, *projection)
+                    if unit is None:
+                        break
+                    parts = ResidualMatch("pre", [unit, *units], projection, None, bypassed)
+                    return self._residual(parts, unit.norm.args[0], add, add)
+                unit = self.unit(conv)
+                if unit is None:
+                    break
+                units.insert(0, unit)
+                if unit.norm.args[0] is start and not projection:
+                    return self._residual(ResidualMatch("pre", units, (), None, bypassed), start, add, add)
+                conv, end = unit.norm.args[0], unit.norm
+        return None
+
+    def _residual(self, parts: ResidualMatch, source: Node, output: Node, add: Node) -> Match:
+        nodes = {node for unit in parts.units for node in unit if node is not None}
+        nodes |= {add, output, *parts.shortcut, *parts.bypassed}
+        return Match(parts, source, output, nodes, {output: None})
+
+    def pooled_units(self) -> Iterator[Match]:
+        for pool in self.nodes:
+            if not self.is_a(pool, "pool"):
+                continue
+            before, end, conv = pool.args[0], pool, None
+            if self.inner(before, "conv", pool):
+                before, end, conv = before.args[0], before, before
+            if self.inner(before, "activation", end) and self.inner(before.args[0], "norm", before):
+                norm = before.args[0]
+                parts = PooledMatch(norm, before, conv, pool)
+                yield Match(parts, norm.args[0], pool, set(parts) - {None}, {pool: None})
+
+    def why_not(self, match: Match) -> Optional[str]:
+        """Why the engine must not stand in for a match, whatever its modules are."""
+        for node in match.nodes:
+            if self._kinds[node] == "norm":
+                if self._calls[self.modules[node.target]] > 1:
+                    return f"{node.target} serves twice, so its running statistics change in between"
+                if node.target in self._attributes:
+                    return f"{node.target} is used in another way, too"
+        at = self.order[match.last]
+        if any(self.order[user] < at for node in match.outputs for user in set(node.users) - match.nodes):
+            return "what it makes is read before it has ended"
+        if not isinstance(match.parts, PooledMatch) and any(map(self.changed_later, match.outputs)):
+            return "its output is changed in place"
+        if any(self._kinds[node] == "dropout" for node in match.nodes):
+            first = min(self.order[node] for node in match.nodes)
+            between = set(self.nodes[first:at]) - match.nodes
+            if any(self._kinds[node] in (None, "dropout") and node.op != "get_attr" for node in between):
+                return "other random numbers may be drawn between those of its dropouts"
+        return None
+
+    def near_miss(self, node: Node) -> Optional[str]:
+        """What a concatenation or an addition of layers' outputs lacks."""
+        if self.is_a(node, "cat"):
+            pieces = self.pieces(node)
+            for piece in pieces:
+                if piece in self._dense:
+                    rest = set(pieces) - {piece}
+                    if piece is not pieces[-1] and rest == set(self.pieces(self._dense[piece].source)):
+                        return "concatenates the new map in front of what it was made of"
+            if any(self._kinds[piece] in ("conv", "norm", "activation", "dropout") for piece in pieces):
+                return "concatenates what is not made of all before it by batch norm, activation and convolution"
+        if self.is_a(node, "sum") and any(self._kinds[operand] in ("conv", "norm", "dropout") for operand in node.args):
+            return "adds what is not made by convolutions, batch norms and activations of the other operand alone"
+        return None
+
+
+_IN_PLACE_OPERATORS = {name for name in dir(operator) if name[0] == "i" and hasattr(operator, f"__{name}__")} - {
+    "inv", "invert", "is_", "is_not", "index", "itemgetter", "indexOf"
+} | {"setitem", "delitem"}

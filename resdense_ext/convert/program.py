@@ -1,0 +1,302 @@
+"""A traced forward that runs on the engines: the graph's nodes one after another, and one engine call for every match."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from resdense_ext.checks import autocasts
+from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, layer_of
+from resdense_ext.convert.trace import Traced, is_hooked
+from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_residual_block, run_transition, why_stock
+from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_untouched
+
+__all__ = ["Part", "Program", "TracedDenseBlock", "TracedPooledUnit", "TracedResidualBlock"]
+
+
+class Part(nn.Module):
+    """What stands for a match, with the layers of the module that it was found in, which is its owner.
+
+    The layers are the owner's children and not this one's: `named_modules` gives the owner's, so that reasons name paths there.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self._owner, self.name = weakref.ref(owner), name
+
+    @property
+    def engine_policy(self) -> Policy:
+        policy = self._owner().resdense_policy
+        return policy.get(self.name, "min") if isinstance(policy, dict) else policy
+
+    @property
+    def resdense_policy(self) -> Policy:
+        return self.engine_policy
+
+    @resdense_policy.setter
+    def resdense_policy(self, policy: Policy) -> None:
+        """Of this part alone, as a budget chooses it; the owner's others then have their own, or "min"."""
+        policies = self._owner().resdense_policy
+        self._owner().resdense_policy = {**(policies if isinstance(policies, dict) else {}), self.name: policy}
+
+    def named_modules(self, *args, **options) -> Iterator[tuple[str, nn.Module]]:
+        return self._owner().named_modules(*args, **options)
+
+
+class _TracedLayer(NamedTuple):
+    units: tuple[tuple[nn.Module, ...], ...]
+    dropout: nn.Module | None
+
+    def read(self) -> LayerModules:
+        if self.dropout is None:
+            return LayerModules(_NOTHING, self.units)
+        if type(self.dropout) not in _DROPOUTS:
+            raise Unsupported(f"is {type(self.dropout).__name__}", self.dropout)
+        return LayerModules(self.dropout, self.units, self.dropout.p, drop_channels=type(self.dropout) is not nn.Dropout)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        for norm, activation, conv in self.units:
+            x = conv(activation(norm(x)))
+        return x if self.dropout is None else self.dropout(x)
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_NOTHING = nn.Identity()
+"""Stands for the module of a layer, of which only the dropout and the hooks count: of these there are none."""
+
+
+class TracedDenseBlock(Part):
+    def __init__(self, owner: nn.Module, name: str, layers: list[_TracedLayer]) -> None:
+        super().__init__(owner, name)
+        self._layers = tuple(layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def layer_modules(self) -> list[LayerModules]:
+        return [layer.read() for layer in self._layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_dense_block(self, x)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        for layer in self._layers:
+            x = torch.cat([x, layer.stock_forward(x)], 1)
+        return x
+
+
+class TracedResidualBlock(Part):
+    def __init__(self, owner: nn.Module, name: str, modules: ResidualModules, bypassed: tuple[nn.Module, ...]) -> None:
+        super().__init__(owner, name)
+        self._block, self._bypassed = modules, bypassed
+
+    def adds_like_to_like(self) -> bool:
+        """Whether both sides of the addition have as many channels, as far as the modules say."""
+        form, units, shortcut, _ = self._block
+        convs = [unit[0] if form == "post" else unit[2] for unit in units]
+        added = shortcut[0].out_channels if shortcut else convs[0].in_channels
+        return added == convs[-1].out_channels
+
+    def residual_modules(self) -> ResidualModules:
+        for identity in self._bypassed:
+            check_untouched(identity)
+        return self._block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_residual_block(self, x)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        form, units, shortcut, last = self._block
+        y = added = x
+        for i, unit in enumerate(units):
+            for module in unit if form == "post" else unit[:2]:
+                y = y if module is None else module(y)
+            if form == "pre":
+                if i == 0 and shortcut:
+                    added = y
+                y = unit[2](y)
+        for module in (*shortcut, *self._bypassed):
+            added = module(added)
+        y = y + added
+        return y if last is None else last(y)
+
+
+class TracedPooledUnit(Part):
+    def __init__(self, owner: nn.Module, name: str, modules: PooledModules) -> None:
+        super().__init__(owner, name)
+        self._unit = modules
+
+    def pooled_modules(self) -> PooledModules:
+        return self._unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_transition(self, x)
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        for module in self._unit:
+            x = x if module is None else module(x)
+        return x
+
+
+class _Call(NamedTuple):
+    """A step that runs one node."""
+
+    node: Node
+    function: Callable[..., Any]
+
+    def run(self, values: dict[Node, Any]) -> None:
+        args, kwargs = map_arg((self.node.args, self.node.kwargs), values.__getitem__)
+        values[self.node] = self.function(*args, **kwargs)
+
+
+class _EngineCall(NamedTuple):
+    """A step that runs a match, or a dense block and the pooled unit behind it; ``outputs`` as in `Match`."""
+
+    parts: list[Part]
+    source: Node
+    outputs: dict[Node, tuple[int, int] | None]
+
+    def run(self, values: dict[Node, Any]) -> None:
+        x = values[self.source]
+        y = run_chain(self.parts, x)
+        for node, part in self.outputs.items():
+            values[node] = y if part is None else self._slice(x, y, *part)
+
+    def _slice(self, x: Tensor, y: Tensor, first: int, last: int) -> Tensor:
+        """As stock's would be: a tensor of its own, and without the source in the dtype of convolutions."""
+        weights = [layer.units[-1][2].weight for layer in self.parts[0].layer_modules()]
+        widths = [x.shape[1], *(weight.shape[0] for weight in weights)]
+        part = torch.cat([y[:, sum(widths[:first]) : sum(widths[:last])]], 1)
+        casts = first > 0 and autocasts(y.device.type) and weights[0].dtype != torch.float64
+        return part.to(torch.get_autocast_dtype(y.device.type)) if casts else part
+
+
+class Program:
+    """Runs a traced forward. It holds the modules inside, but not their owner, so that it may be kept beside that.
+
+    ``matches`` and their ``parts`` are those that the engines take; ``left`` are the others, with reasons.
+    """
+
+    def __init__(self, owner: nn.Module, traced: Traced, matches: list[Match]) -> None:
+        found = [(match, _part(owner, traced.modules, match)) for match in matches]
+        reasons = {part: _why_left(match, part, traced.modules) for match, part in found}
+        self.matches = [match for match, part in found if reasons[part] is None]
+        self.parts = [part for _, part in found if reasons[part] is None]
+        self.left = [(part, reason) for part, reason in reasons.items() if reason is not None]
+        self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        self._output = next(node for node in reversed(traced.graph.nodes) if node.op == "output").args[0]
+        parts = {match.last: part for match, part in zip(self.matches, self.parts)}
+        self._steps = _with_ends(_steps(owner, traced, self.matches, parts), self._output)
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
+        """The arguments of a call as the graph's inputs; None where it has others, or not only tensors."""
+        names = [node.target for node in self._inputs[len(args) :]]
+        if len(args) > len(self._inputs) or set(names) != set(kwargs):
+            return None
+        inputs = (*args, *(kwargs[name] for name in names))
+        return inputs if all(isinstance(x, Tensor) for x in inputs) else None
+
+    def run(self, args: tuple) -> Any:
+        values: dict[Node, Any] = dict(zip(self._inputs, args))
+        del args
+        for step, ends in self._steps:
+            step.run(values)
+            for node in ends:
+                values.pop(node, None)
+        return map_arg(self._output, values.__getitem__)
+
+
+def _why_left(match: Match, part: Part, modules: dict[str, nn.Module]) -> str | None:
+    # Hooks come and go: with them it is decided at every run.
+    if any(node.op == "call_module" and is_hooked(modules[node.target]) for node in match.nodes):
+        return None
+    if isinstance(part, TracedResidualBlock) and not part.adds_like_to_like():
+        return "its addition broadcasts"
+    return why_stock(part)
+
+
+def _steps(owner: nn.Module, traced: Traced, matches: list[Match], parts: dict[Node, Part]) -> Iterator[_Call | _EngineCall]:
+    inside = {node: match for match in matches for node in match.nodes}
+    behind = {match.source: match for match in matches if isinstance(match.parts, PooledMatch)}
+    joined = set()
+    for node in traced.graph.nodes:
+        match = inside.get(node)
+        if match is None:
+            if node.users and node.op not in ("placeholder", "output"):
+                yield _Call(node, _function(weakref.ref(owner), traced.modules, node))
+        elif node is match.last and node not in joined:
+            pooled = _only_reader(match, behind)
+            if pooled is None:
+                yield _EngineCall([parts[node]], match.source, match.outputs)
+            else:
+                joined.add(pooled.last)
+                yield _EngineCall([parts[node], parts[pooled.last]], match.source, pooled.outputs)
+
+
+def _only_reader(match: Match, behind: dict[Node, Match]) -> Match | None:
+    """The pooled unit that alone reads the whole output of a dense block, which then share a node of autograd's."""
+    if not isinstance(match.parts, DenseMatch) or list(match.outputs.values()) != [None]:
+        return None
+    (output,) = match.outputs
+    pooled = behind.get(output)
+    return pooled if pooled is not None and set(output.users) - match.nodes == {pooled.parts.norm} else None
+
+
+def _with_ends(steps: Iterator, output: Any) -> list[tuple[_Call | _EngineCall, list[Node]]]:
+    """Every step with the values that nothing reads behind it."""
+    steps, needed, result = list(steps), set(), []
+    map_arg(output, needed.add)
+    for step in reversed(steps):
+        reads = set(step.node.all_input_nodes) if isinstance(step, _Call) else {step.source}
+        result.append((step, list(reads - needed)))
+        needed |= reads
+    return result[::-1]
+
+
+def _function(owner: weakref.ref, modules: dict[str, nn.Module], node: Node) -> Callable[..., Any]:
+    if node.op == "call_module":
+        return modules[node.target]
+    if node.op == "call_method":
+        return lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs)
+    if node.op == "get_attr":
+        path, _, name = node.target.rpartition(".")
+        holder = weakref.ref(modules[path]) if path else owner
+        return lambda: getattr(holder(), name)
+    return node.target
+
+
+def _name(match: Match) -> str:
+    """The path of the first layer of the match, which no other has."""
+    layers = match.parts.layers[0].units[0] if isinstance(match.parts, DenseMatch) else match.parts
+    if isinstance(match.parts, ResidualMatch):
+        layers = match.parts.units[0]
+    return layers.norm.target
+
+
+def _layer(of: Layer, modules: dict[str, nn.Module]) -> _TracedLayer:
+    units = tuple(tuple(layer_of(node, modules) for node in unit) for unit in of.units)
+    return _TracedLayer(units, None if of.dropout is None else layer_of(of.dropout, modules))
+
+
+def _part(owner: nn.Module, modules: dict[str, nn.Module], match: Match) -> Part:
+    def layer(node: Node | None) -> nn.Module | None:
+        return None if node is None else layer_of(node, modules)
+
+    parts, name = match.parts, _name(match)
+    if isinstance(parts, DenseMatch):
+        return TracedDenseBlock(owner, name, [_layer(of, modules) for of in parts.layers])
+    if isinstance(parts, PooledMatch):
+        return TracedPooledUnit(owner, name, PooledModules(*map(layer, parts)))
+    post = parts.form == "post"
+    units = tuple(
+        tuple(map(layer, (unit.conv, unit.norm, unit.activation) if post else (unit.norm, unit.activation, unit.conv)))
+        for unit in parts.units
+    )
+    block = ResidualModules(parts.form, units, tuple(map(layer, parts.shortcut)), layer(parts.activation))
+    return TracedResidualBlock(owner, name, block, tuple(map(layer, parts.bypassed)))

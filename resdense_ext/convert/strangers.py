@@ -1,0 +1,237 @@
+"""Modules that no adapter knows: their forward is traced, and what the engines can stand in for runs on them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Container, Iterator
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from resdense_ext.convert.classes import Converted, converted_class
+from resdense_ext.convert.patterns import Match, find
+from resdense_ext.convert.program import Part, Program, TracedPooledUnit
+from resdense_ext.convert.trace import Facts, Untraceable, is_layer, is_own, modes_of, trace
+from resdense_ext.nn.engine import is_transformed, say
+from resdense_ext.nn.read import Unsupported, is_frozen_norm
+
+__all__ = ["Record", "Stranger", "convert_strangers", "left_in", "named_parts", "put_back", "remember_left"]
+
+
+class Stranger(Converted):
+    """A module whose forward runs the program that was made of its trace, wherever that is the same."""
+
+    def __init_subclass__(cls) -> None:
+        # By what it wraps, its arguments are known to whatever asks for them (torch.export, torch.fx, inspect).
+        @functools.wraps(cls.stock_class.forward)
+        def forward(self, *args, **kwargs):
+            # A replica of torch.nn.DataParallel has no parameters of its own.
+            if any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
+                return self.stock_forward(*args, **kwargs)
+            program = _program_of(self)
+            inputs = program.bind(args, kwargs) if isinstance(program, Program) else None
+            if inputs is not None and not _has_any_global_hook():
+                return program.run(inputs)
+            if isinstance(program, Program):
+                program = "is called with other inputs" if inputs is None else "global module hooks are set"
+            say(self, Unsupported(program))
+            return self.stock_forward(*args, **kwargs)
+
+        cls.forward = forward
+
+    def stock_forward(self, *args, **kwargs):
+        return self.stock_class.forward(self, *args, **kwargs)
+
+
+_programs: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], tuple[Facts, Program | str]]] = WeakKeyDictionary()
+"""By their owners and the modes of these; or why there is none. Not on the owner: it would be copied, pickled and left behind
+by `revert`."""
+
+_tracing = threading.RLock()
+
+
+def _program_of(owner: nn.Module, opaque: Container[nn.Module] = ()) -> Program | str:
+    """The owner's program; made anew where the owner is a copy, or something that a trace takes for constant has changed."""
+    programs, modes = _programs.setdefault(owner, {}), modes_of(owner)
+    known = programs.get(modes)
+    if known is not None and known[0].hold(owner):
+        return known[1]
+    with _tracing:
+        facts, program, left = _make_program(owner, opaque)
+    programs[modes] = facts, program
+    if known is not None:
+        for reason in left:
+            say(owner, Unsupported(reason))
+    return program
+
+
+def _make_program(owner: nn.Module, opaque: Container[nn.Module]) -> tuple[Facts, Program | str, list[str]]:
+    try:
+        with torch.enable_grad():
+            traced = trace(owner, opaque)
+        for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+            with mode:
+                if str(trace(owner, opaque).graph) != str(traced.graph):
+                    raise Untraceable("its forward asks for a mode of autograd or autocast")
+    except Untraceable as untraceable:
+        return Facts(owner, ()), str(untraceable), []
+    matches, _ = find(traced)
+    program = Program(owner, traced, matches)
+    left = [] if not program.parts else [f"{part.name}: {reason}" for part, reason in program.left]
+    return traced.facts, program if program.parts else "holds nothing that the engine knows", left
+
+
+class Record(NamedTuple):
+    """``owners`` are the modules that became strangers, by path; ``left`` what stays stock, by path with the reason."""
+
+    owners: dict[str, nn.Module]
+    left: list[str]
+
+    def blocks(self) -> list[str]:
+        """The paths of dense and residual blocks in them."""
+        return [
+            name
+            for path, owner in self.owners.items()
+            for name, part in named_parts(path, owner)
+            if not isinstance(part, TracedPooledUnit)
+        ]
+
+
+def named_parts(path: str, owner: nn.Module) -> Iterator[tuple[str, Part]]:
+    """A stranger's parts, each with a name: the owner's path, and where there are several the first norm's."""
+    program = _program_of(owner)
+    parts = program.parts if isinstance(program, Program) else []
+    for part in parts:
+        name = path or type(owner).__name__
+        yield (name if len(parts) == 1 else f"{name}[{part.name}]"), part
+
+
+def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Module]) -> Record:
+    """Makes strangers of the modules of a model that are on no engine, and hold something that the engines know; those that
+    are strangers already are looked at anew.
+
+    Args:
+        refused: modules that an adapter knows and has left alone; nothing in them is touched.
+    """
+    for module in model.modules():
+        if isinstance(module, Stranger):
+            put_back(module)
+    walk = _Walk(policy, refused)
+    walk.visit(model, "")
+    return Record({path: m for path, m in model.named_modules() if path in walk.owners}, walk.left)
+
+
+class _Walk:
+    def __init__(self, policy: str, refused: Container[nn.Module]) -> None:
+        self.policy, self.refused = policy, refused
+        self.owners: set[str] = set()
+        self.left: list[str] = []
+        self._seen: set[nn.Module] = set()
+
+    def visit(self, module: nn.Module, path: str) -> None:
+        """Converts what a module's trace holds, and goes on with what the trace did not look into."""
+        if module in self._seen or module in self.refused or not _has_norms(module):
+            return
+        self._seen.add(module)
+        if is_layer(module):
+            self._visit_children(module, path)
+            return
+        if is_own(module):
+            # Inside of a block an adapter's engine reads.
+            if not any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "pooled_modules")):
+                self._visit_children(module, path)
+            return
+        if type(module).forward is nn.Module.forward:
+            self._visit_children(module, path)
+            return
+        try:
+            if "forward" in module.__dict__:
+                raise Untraceable("has a forward of its own")
+            traced = trace(module, self.refused)
+            matches, reasons = find(traced)
+        except Untraceable as untraceable:
+            self._leave(path, module, str(untraceable))
+            self._visit_children(module, path)
+            return
+        program = Program(module, traced, matches)
+        for part, reason in program.left:
+            self._leave(path, module, f"{part.name}: {reason}")
+        for node, reason in reasons.items():
+            self._leave(_joined(path, "".join(node.meta["within"][-1:])), module, f"{node}: {reason}")
+        for within in sorted({_within(match) for match in program.matches}, key=len, reverse=True):
+            self._convert(module, path, within)
+        for inner, reason in traced.left.items():
+            if _has_norms(traced.modules[inner]):
+                self._leave(_joined(path, inner), module, reason)
+        for node in traced.graph.nodes:
+            if node.op == "call_module":
+                self.visit(traced.modules[node.target], _joined(path, node.target))
+        if not matches:
+            self._visit_children(module, path)
+
+    def _visit_children(self, module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            self.visit(child, _joined(path, name))
+
+    def _convert(self, root: nn.Module, path: str, within: tuple[str, ...]) -> None:
+        """Makes a stranger of the innermost container whose own trace holds something, too."""
+        for inner in (*within[::-1], ""):
+            owner = root.get_submodule(inner)
+            if isinstance(owner, Stranger):
+                return
+            stock = type(owner)
+            owner.__class__ = converted_class(Stranger, stock)
+            owner.resdense_policy = self.policy
+            if isinstance(_program_of(owner, self.refused), Program):
+                self.owners.add(_joined(path, inner))
+                self._seen.add(owner)
+                return
+            put_back(owner)
+
+    def _leave(self, path: str, module: nn.Module, reason: str) -> None:
+        entry = f"{path or type(module).__name__}: {reason}"
+        if entry not in self.left:
+            self.left.append(entry)
+
+
+def put_back(owner: nn.Module) -> None:
+    """Gives a stranger its own class back."""
+    owner.__class__ = owner.stock_class
+    owner.__dict__.pop("resdense_policy", None)
+    _programs.pop(owner, None)
+
+
+def _joined(path: str, inner: str) -> str:
+    return f"{path}.{inner}".strip(".")
+
+
+def _within(match: Match) -> tuple[str, ...]:
+    """The containers that all nodes of a match lie in, from the outermost on."""
+    first, *others = (node.meta["within"] for node in match.nodes)
+    common = []
+    for i, path in enumerate(first):
+        if any(other[i : i + 1] != (path,) for other in others):
+            break
+        common.append(path)
+    return tuple(common)
+
+
+def _has_norms(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(m) for m in module.modules())
+
+
+_left: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
+
+def remember_left(model: nn.Module, left: list[str]) -> None:
+    """For `left_in`."""
+    _left[model] = left
+
+
+def left_in(model: nn.Module) -> list[str]:
+    """What stayed stock when the model was converted, by path with the reason."""
+    return _left.get(model, [])

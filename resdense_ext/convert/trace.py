@@ -1,0 +1,336 @@
+"""A module's forward as a graph of layers, by symbolic tracing of a shadow, so that the module itself is never touched.
+
+A graph stands for the forward wherever that gives the same one: what it depends on besides its inputs is either read anew at
+every run (parameters and buffers), or among the `Facts` that are compared before a run (``training``, the module tree, hooks,
+plain attributes), or makes the trace fail (control flow on values, random numbers, modes of autograd, attributes that a
+forward sets). Global variables are taken for constant.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Container
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from resdense_ext.convert.classes import Converted
+from resdense_ext.nn.engine import OnEngine
+
+__all__ = ["Facts", "Traced", "Untraceable", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
+
+
+class Untraceable(Exception):
+    """Why a forward has no graph that stands for it."""
+
+
+class Traced(NamedTuple):
+    """``graph`` runs on the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
+
+    ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why.
+    """
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    left: dict[str, str]
+    facts: Facts
+
+
+class Facts:
+    """What a trace has taken for constant in a module and the containers in it that it looked into; does not keep the module."""
+
+    def __init__(self, root: nn.Module, leaves: Container[nn.Module]) -> None:
+        self._of_root = _attributes(root)
+        self._of = [(module, is_hooked(module), _attributes(module)) for module in _containers(root, leaves)]
+
+    def hold(self, root: nn.Module) -> bool:
+        """Whether all is as it was, but for the modes, see `modes_of`."""
+        inside = all(is_hooked(m) == hooked and _same(_attributes(m), attributes) for m, hooked, attributes in self._of)
+        return inside and _same(_attributes(root), self._of_root)
+
+
+def modes_of(module: nn.Module) -> tuple[bool, ...]:
+    """The ``training`` of all modules inside: a forward may do another thing in another mode."""
+    return tuple(m.training for m in module.modules())
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether it runs on the engine already, or is one of this library's."""
+    return isinstance(module, (Converted, OnEngine)) or type(module).__module__.startswith("resdense_ext.")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is one of torch's layers, and no container of others."""
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
+    """The graph of the module's (stock) forward.
+
+    Args:
+        module: whose forward is traced; the modules inside are, too, but for layers, what is on the engine, what carries
+            hooks or a forward of its own, and what cannot be traced.
+        opaque: modules that are not to be looked into.
+
+    Raises:
+        Untraceable: no graph stands for its forward.
+    """
+    left: dict[str, str] = {}
+    while True:
+        try:
+            tracer = _Tracer(module, opaque, left)
+        except Exception as error:
+            raise Untraceable(f"it has modules that cannot be copied: {type(error).__name__}: {error}") from None
+        with _random_state_kept() as drew:
+            try:
+                graph = tracer.trace(tracer.shadows[module])
+            except Exception as error:
+                path, reason = tracer.blame(error)
+                if path == "" or path in left:
+                    raise Untraceable(reason) from None
+                # What cannot be traced is a leaf of the next attempt: nothing of a forward that broke off is left over.
+                left[path] = reason
+                continue
+        if drew():
+            raise Untraceable("its forward draws random numbers")
+        path = tracer.changed()
+        if path == "" or path in left:
+            raise Untraceable(f"its forward sets attributes {path and 'of '}{path}".rstrip())
+        if path is not None:
+            left[path] = "its forward sets attributes"
+            continue
+        graph.lint()
+        return Traced(graph, dict(module.named_modules()), left, Facts(module, tracer.leaves))
+
+
+_TENSOR_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.ReLU, nn.modules.dropout._DropoutNd)
+_TENSOR_FUNCTIONS = {torch.cat, torch.relu, F.relu, F.leaky_relu, F.dropout, F.conv1d, F.conv2d, F.conv3d}
+_SUMS = {operator.add, operator.iadd, torch.add}
+
+
+class _random_state_kept:
+    """Answers, after the block, whether random numbers were drawn in it; the states are as before."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._before, self._drew = self._states(), False
+        return lambda: self._drew
+
+    def __exit__(self, *_) -> None:
+        python, torch_state, cuda, numpy = self._before
+        now = self._states()
+        same = python == now[0] and all(map(torch.equal, (torch_state, *cuda), (now[1], *now[2])))
+        self._drew = not same or repr(numpy) != repr(now[3])
+        random.setstate(python)
+        torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
+
+    @staticmethod
+    def _states() -> tuple:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        return random.getstate(), torch.get_rng_state(), cuda, numpy
+
+
+class _Value(fx.Proxy):
+    """Passes for a tensor where a forward asks for types, as far as it is known to be one."""
+
+    _is_param = False
+
+    @property
+    def __class__(self):
+        if not self.node.meta["is_tensor"]:
+            raise Untraceable(f"its forward asks for the type of {self.node}")
+        return Tensor
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, root: nn.Module, opaque: Container[nn.Module], left: dict[str, str]) -> None:
+        super().__init__()
+        self.root_module, self.opaque, self.left = root, opaque, left
+        self.thread, self.ambient = threading.get_ident(), _ambient()
+        self.leaves: set[nn.Module] = set()
+        self.shadows: dict[nn.Module, nn.Module] = {}
+        self.within: list[str] = []
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._shadow(root)
+        self._before = [(module, (_attributes(shadow), shadow.training)) for module, shadow in self.shadows.items()]
+        self._broke: str | None = None
+
+    def _shadow(self, module: nn.Module) -> nn.Module:
+        """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
+        if module not in self.shadows:
+            twin = type(module).__new__(type(module))
+            # Its lists and dicts are its own, too; what these hold is shared.
+            containers = (list, dict, set, OrderedDict)
+            twin.__dict__ = {k: v.copy() if type(v) in containers else v for k, v in module.__dict__.items()}
+            self.shadows[module] = twin
+            children = module._modules.items()
+            twin._modules = {name: None if child is None else self._shadow(child) for name, child in children}
+        return self.shadows[module]
+
+    def blame(self, error: Exception) -> tuple[str, str]:
+        """The path of the innermost container in which the error arose, and what it says."""
+        text = str(error).partition("\n")[0]
+        if isinstance(error, fx.proxy.TraceError):
+            text = f"its forward depends on values: {text}"
+        elif not isinstance(error, Untraceable):
+            text = f"its forward does not trace: {type(error).__name__}: {text}"
+        return self._broke or "", text
+
+    def changed(self) -> str | None:
+        """The path of a module whose attributes are others now."""
+        for module, before in self._before:
+            shadow = self.shadows[module]
+            if not _same((_attributes(shadow), shadow.training), before):
+                return self._paths[id(module)]
+        return None
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        forward = getattr(self.root_module, "stock_class", type(self.root_module)).forward
+        if not isinstance(forward, FunctionType):
+            raise Untraceable("its forward is no plain function")
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(p.kind is p.KEYWORD_ONLY for p in required):
+            raise Untraceable("its forward takes an input by its name only")
+        return forward, [self.root, *(self.create_proxy("placeholder", p.name, (), {}) for p in required)]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        of = self.root_module.get_submodule(module_qualified_name)
+        leaf = (
+            is_layer(of)
+            or is_own(of)
+            or of in self.opaque
+            or module_qualified_name in self.left
+            or is_hooked(of)
+            or "forward" in of.__dict__
+            or isinstance(of, torch.jit.ScriptModule)
+        )
+        if leaf:
+            self.leaves.add(of)
+        return leaf
+
+    def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        if m in self.shadows:
+            # Kept somewhere else than among the children.
+            return self.shadows[m](*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.within.append(path)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self._broke = path if self._broke is None else self._broke
+            raise
+        finally:
+            self.within.pop()
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any):
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, nn.Module):
+            raise Untraceable("its forward passes a module on")
+        return super().create_arg(a)
+
+    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+        if _ambient() != self.ambient:
+            raise Untraceable("its forward changes a mode of autograd, autocast or saved tensors")
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["within"] = tuple(self.within)
+        node.meta["is_tensor"] = kind == "placeholder" or self._gives_a_tensor(node)
+        return node
+
+    def _gives_a_tensor(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.root.get_submodule(node.target), _TENSOR_LAYERS)
+        if node.target in _SUMS:
+            return any(operand.meta["is_tensor"] for operand in node.all_input_nodes)
+        return node.op == "call_function" and node.target in _TENSOR_FUNCTIONS
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+
+def _ambient() -> tuple:
+    """What changes the meaning of operations around them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    casts = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, hooks
+
+
+def _containers(root: nn.Module, leaves: Container[nn.Module]) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    todo = list(root.children())
+    while todo:
+        module = todo.pop()
+        if module not in leaves and not is_layer(module) and not is_own(module):
+            found.append(module)
+            todo.extend(module.children())
+    return found
+
+
+_MACHINERY = {*nn.Module().__dict__, "resdense_policy"} - {"_modules"}
+
+
+def _attributes(module: nn.Module) -> tuple:
+    """The class, its forward, the children, and every attribute that is not torch's own bookkeeping."""
+    cls = getattr(module, "stock_class", type(module))
+    return cls, cls.forward, {name: _copied(v) for name, v in module.__dict__.items() if name not in _MACHINERY}
+
+
+_KEPT = (nn.Module, Tensor, type, FunctionType, MethodType)
+
+
+def _copied(value: Any, depth: int = 4) -> Any:
+    """What can change in place by its contents, that of other objects included."""
+    if depth == 0 or isinstance(value, _KEPT):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v, depth - 1) for v in value)
+    if type(value) in (dict, OrderedDict):
+        return {name: _copied(v, depth - 1) for name, v in value.items()}
+    if type(value) is set:
+        return set(value)
+    return (value, _copied(vars(value), depth - 1)) if hasattr(value, "__dict__") else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Of plain values whether they are equal; of everything else whether it is the same object."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) in (list, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if type(a) is dict:
+        return list(a) == list(b) and all(map(_same, a.values(), b.values()))
+    return type(a) in (bool, int, float, str, set, torch.Size) and a == b

@@ -1,0 +1,440 @@
+"""Conversion of modules that no adapter knows: by their trace, with stock's numbers, or left alone with the reason."""
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import strangers as S
+import torch
+import torch.nn.functional as F
+from small_nets import assert_same, engine, images, steps  # noqa: F401
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import resdense_ext as rd
+from resdense_ext.convert import verify
+from resdense_ext.convert.strangers import Stranger
+
+POLICIES = ("fast", "min")
+STRANGERS = {
+    S.GrowingList: (2, 8, 9, 7),
+    S.Recursive: (2, 3, 12, 10),
+    S.SequentialBlock: (2, 8, 9, 7),
+    S.CopiedBlock: (2, 8, 9, 7),
+    S.ByMode: (2, 8, 9, 7),
+    S.NewMapsOnly: (2, 8, 9, 7),
+    S.Residual: (2, 3, 16, 14),
+}
+CALLS = {S.Recursive: 2, S.Residual: 4}
+"""Of the engine in a forward, where it is not one."""
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return request.param
+
+
+@pytest.fixture(params=STRANGERS, ids=lambda kind: kind.__name__)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def seeded(model, x):
+    torch.manual_seed(5)
+    return model(x)
+
+
+@pytest.mark.usefixtures("silent")
+class TestStrangers:
+    def test_numbers(self, kind, policy, engine):
+        stock, x = S.stranger(kind), images(*STRANGERS[kind])
+        model = rd.convert(copy.deepcopy(stock), policy)
+        for training in (True, False):
+            engine.clear()
+            ours = steps(model.train(training), x, count=2, call=seeded)
+            assert_same(ours, steps(stock.train(training), x, count=2, call=seeded))
+            assert engine == [policy] * 2 * CALLS.get(kind, 1)
+
+    def test_stays_the_same_model_and_comes_back(self, kind):
+        stock, x = S.stranger(kind), images(*STRANGERS[kind])
+        model = copy.deepcopy(stock)
+        tensors, modules = list(model.state_dict(keep_vars=True).values()), list(model.modules())
+        classes, attributes, printed = list(map(type, modules)), [dict(vars(m)) for m in modules], repr(model)
+        assert rd.convert(model) is model and isinstance(model, kind)
+        assert list(model.state_dict()) == list(stock.state_dict()) and repr(model) == printed
+        assert all(a is b for a, b in zip(model.state_dict(keep_vars=True).values(), tensors, strict=True))
+        assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+        assert any(isinstance(m, Stranger) for m in modules)
+        model(x)
+        rd.revert(model)
+        assert list(map(type, model.modules())) == classes
+        assert [vars(m) for m in model.modules()] == attributes
+        assert_same(steps(model.eval(), x), steps(rd.convert(model).eval(), x))
+
+    def test_copies(self, kind, engine):
+        model, x = rd.convert(S.stranger(kind), "min"), images(*STRANGERS[kind])
+        expected = steps(model, x, call=seeded)
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            engine.clear()
+            assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+            assert_same(steps(again, x, call=seeded), expected, tolerance=0)
+            assert engine == ["min"] * CALLS.get(kind, 1)
+
+    def test_dropout_leaves_the_same_random_state(self, policy):
+        stock, x = S.stranger(S.CopiedBlock), images(2, 8, 9, 7)
+        draws = []
+        for model in (stock, rd.convert(copy.deepcopy(stock), policy)):
+            seeded(model, x)
+            draws.append(torch.rand(3))
+        assert torch.equal(*draws)
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_memory_format_and_autocast(self, kind, channels_last):
+        stock, x = S.stranger(kind).float(), images(*STRANGERS[kind]).float()
+        if channels_last:
+            stock, x = stock.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        model = rd.convert(copy.deepcopy(stock))
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                ours, theirs = seeded(model, x), seeded(stock, x)
+            assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+
+    def test_again_with_another_policy_and_a_budget(self, engine):
+        model, x = rd.convert(S.stranger(S.Recursive)), images(2, 3, 12, 10)
+        rd.convert(model, "min")(x)
+        assert engine == ["min", "min"]
+        model = rd.convert(S.stranger(S.SequentialBlock), memory_budget=0.15, example_input=images(2, 8, 9, 7))
+        engine.clear()
+        model(images(2, 8, 9, 7))
+        assert len(engine) == 1 and 0 < sum(engine[0]) < len(engine[0]) == 6
+        report = rd.report(model, images(2, 8, 9, 7))
+        assert report.plan.predicted_bytes == report.saved_bytes <= 0.15 * report.stock_saved_bytes
+
+    def test_slices(self, engine):
+        stock, x = S.stranger(S.Recursive).block1, images(2, 8, 9, 7)
+        model = rd.convert(copy.deepcopy(stock))
+        assert_same(steps(model[:3], x), steps(stock[:3], x))
+        assert engine == ["fast"]
+
+    def test_report_has_a_row_a_block(self, policy):
+        model, x = rd.convert(S.stranger(S.Residual), policy), images(2, 3, 16, 14)
+        report = rd.report(model, x)
+        assert [(row.path, row.layers, row.policy) for row in report.rows[:-1]] == [
+            ("stem", 0, policy), *((f"layers.{i}", 2, policy) for i in range(4))
+        ]
+        assert report.saved_bytes == rd.memory.saved_bytes(lambda: model(x))
+        stock = rd.revert(model)
+        assert report.stock_saved_bytes == pytest.approx(rd.memory.saved_bytes(lambda: stock(x)), rel=0.02)
+
+    def test_a_converted_model_is_collected(self):
+        model = rd.convert(S.stranger(S.GrowingList))
+        model(images(2, 8, 9, 7))
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+
+
+OWN = {
+    S.GrowingList: lambda: rd.nn.DenseBlock(6, 8, 2, 4),
+    S.SequentialBlock: lambda: rd.nn.DenseBlock(6, 8, 4, 4, 0.2),
+    S.CopiedBlock: lambda: rd.nn.DenseBlock(6, 8, 4, 4, 0.2),
+    S.PostActivation: lambda: rd.nn.BasicBlock(8, 8),
+    S.PreActivation: lambda: rd.nn.PreActBlock(8, 8),
+}
+
+
+@pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
+def test_saves_what_the_librarys_own_block_saves(kind, policy):
+    options = {"channels": 8, "planes": 8} if kind in (S.PostActivation, S.PreActivation) else {}
+    stock, own, x = S.stranger(kind, **options), OWN[kind]().double(), images(2, 8, 24, 24)
+    kept = {"stranger": rd.memory.saved_bytes(lambda: stock(x)), "own": rd.memory.saved_bytes(lambda: rd.convert(own, policy)(x))}
+    kept["converted"] = rd.memory.saved_bytes(lambda: rd.convert(stock, policy)(x))
+    stocks_own = rd.memory.saved_bytes(lambda: rd.revert(own)(x))
+    assert kept["stranger"] - kept["converted"] >= 0.8 * (stocks_own - kept["own"]) > 0
+
+
+def test_several_inputs_and_one_that_is_left_out(engine):
+    class Scaled(S.GrowingList):
+        def forward(self, x, y, scale=None):
+            x = super().forward(x)
+            return torch.cat([x if scale is None else x * scale, y], 1)
+
+    stock, x, y = S.stranger(Scaled), images(2, 8, 5, 4), images(2, 3, 5, 4, seed=1)
+    model = rd.convert(copy.deepcopy(stock).eval())
+    stock.eval()
+    assert_same({"output": model(x, y)}, {"output": stock(x, y)})
+    assert_same({"output": model(y=y, x=x)}, {"output": stock(x, y)})
+    assert engine == ["fast"] * 2
+    with pytest.warns(UserWarning, match="a Scaled runs its stock path: is called with other inputs"):
+        assert torch.equal(model(x, y, torch.tensor(2.0)), stock(x, y, torch.tensor(2.0)))
+    assert len(engine) == 2
+
+
+class Wrapped(nn.Module):
+    """What a case does is done around or inside of a dense block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = S.NewMapsOnly(depth=3).layers
+        self.calls = 0
+
+    def maps(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+class Refused:
+    """Forwards that a graph does not stand for, or in which something else happens than in a block."""
+
+    def shared_norm(self, x):
+        for one in (self.layers[0], self.layers[0]):
+            x = torch.cat([x, one(x)], 1)[:, :8]
+        return x
+
+    def in_front(self, x):
+        for layer in self.layers:
+            x = torch.cat([layer(x), x], 1)
+        return x
+
+    def by_value(self, x):
+        return self.maps(x) if x.sum() > 0 else self.maps(x) * 2
+
+    def by_chance(self, x):
+        return self.maps(x) * (2 if torch.rand(()) > 0.5 else 1)
+
+    def counts(self, x):
+        self.calls += 1
+        return self.maps(x) * self.calls
+
+    def without_gradient(self, x):
+        with torch.no_grad():
+            y = self.maps(x)
+        return y * x.mean()
+
+    def asks_for_gradients(self, x):
+        return self.maps(x) if torch.is_grad_enabled() else self.maps(x) * 2
+
+    def checkpointed(self, x):
+        return checkpoint(self.maps, x, use_reentrant=False)
+
+    def changed_in_place(self, x):
+        return self.maps(x).mul_(2)
+
+    def input_changed_in_place(self, x):
+        x = x * 1
+        y = x.view(x.shape)
+        F.relu(y, inplace=True)
+        return self.maps(x)
+
+    def read_in_between(self, x):
+        new = self.layers[0](x)
+        x = torch.cat([x, new], 1)
+        second = self.layers[1](x)
+        x = torch.cat([x, second * new.mean()], 1)
+        return torch.cat([x, self.layers[2](x)], 1)
+
+    def random_in_between(self, x):
+        x = torch.cat([x, F.dropout(self.layers[0](x), 0.5)], 1)
+        noise = torch.rand_like(x[:, :1])
+        x = torch.cat([x, F.dropout(self.layers[1](x), 0.5)], 1)
+        return torch.cat([x, F.dropout(self.layers[2](x), 0.5)], 1) * noise
+
+    def half_a_layer(self, x):
+        return torch.cat([x, self.layers[0][2](self.layers[0][0](x))], 1)
+
+
+REASONS = {
+    "shared_norm": "serves twice",
+    "in_front": "concatenates the new map in front",
+    "by_value": "depends on values",
+    "by_chance": "draws random numbers",
+    "counts": "sets attributes",
+    "without_gradient": "changes a mode of autograd",
+    "asks_for_gradients": "recognised no dense or residual block",
+    "checkpointed": "does not trace|depends on values|changes a mode",
+    "changed_in_place": "its output is changed in place",
+    "input_changed_in_place": "changes a value in place that may be read elsewhere",
+    "half_a_layer": "concatenates what is not made of all before it",
+}
+
+
+def refused(name):
+    torch.manual_seed(0)
+    cls = type("Own", (Wrapped,), {"forward": getattr(Refused, name)})
+    return S.randomise(cls()).double()
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_left_alone_with_the_reason(name, engine):
+    stock, x = refused(name), images(2, 8, 5, 4)
+    model = copy.deepcopy(stock)
+    state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.warns(UserWarning, match=f"(?s)recognised no dense or residual block in Own.*({REASONS[name]})|{REASONS[name]}"):
+        rd.convert(model)
+    assert type(model) is type(stock) and model.calls == 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_same(dict(model.state_dict()), dict(state), tolerance=0)
+    assert_same(steps(model, x, call=seeded), steps(stock, x, call=seeded), tolerance=0)
+    assert not engine
+
+
+def test_what_does_not_trace_is_named_and_looked_into(policy, engine):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = S.GrowingList()
+
+        def forward(self, x):
+            return self.block(x) if x.sum() > 0 else self.block(x) * 2
+
+    stock, x = S.stranger(Outer), images(2, 8, 5, 4)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    assert type(model) is Outer and isinstance(model.block, Stranger)
+    for x in (x.abs(), -x.abs()):
+        assert_same(steps(model, x), steps(stock, x))
+    assert engine == [policy] * 2
+    report = rd.report(model, x)
+    assert len(report.left) == 1 and "Outer: its forward depends on values" in report.left[0]
+    assert "left stock: Outer: its forward depends on values" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:resdense_ext.convert recognised")
+@pytest.mark.parametrize("name", [name for name in vars(Refused) if name[0] != "_"])
+def test_never_wrong(name):
+    stock, x = refused(name), images(2, 8, 5, 4)
+    model = rd.convert(copy.deepcopy(stock))
+    for training in (True, False):
+        assert_same(steps(model.train(training), x, call=seeded), steps(stock.train(training), x, call=seeded))
+        with torch.no_grad():
+            assert_same({"output": seeded(model, x)}, {"output": seeded(stock, x)})
+
+
+CHANGES = {
+    "another activation": lambda m: setattr(m.layers[1], "1", nn.SiLU()),
+    "a layer more": lambda m: m.layers.append(
+        nn.Sequential(nn.BatchNorm2d(28), nn.ReLU(), nn.Conv2d(28, 4, 3, padding=1)).double()
+    ),
+    "a layer less": lambda m: m.layers.__delitem__(4),
+    "a convolution of a function": lambda m: setattr(m.layers[1], "2", nn.Sequential(m.layers[1][2], nn.Tanh())),
+    "frozen": lambda m: [layer[0].eval() for layer in m.layers],
+    "one frozen": lambda m: m.layers[2].eval(),
+    "a forward of its own": lambda m: setattr(m.layers[1], "forward", lambda x: x[:, :4] * 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:resdense_ext")
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_after_the_conversion_count(change):
+    stock, x = S.stranger(S.NewMapsOnly), images(2, 8, 5, 4)
+    model = rd.convert(copy.deepcopy(stock))
+    model(x)
+    model.load_state_dict(stock.state_dict())
+    for net in (stock, model):
+        torch.manual_seed(1)
+        CHANGES[change](net)
+    assert_same(steps(model, x), steps(stock, x))
+
+
+def test_an_attribute_that_the_forward_reads_counts(policy, engine):
+    stock, x = S.stranger(S.SequentialBlock), images(2, 8, 5, 4)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    for net in (stock, model):
+        for one in net:
+            one.drop = 0.0
+    assert_same(steps(model, x), steps(stock, x))
+    assert engine == [policy]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+class TestHooks:
+    @pytest.mark.parametrize("path", ["convs.2", "norms.0"])
+    def test_on_a_layer(self, path, policy, engine):
+        stock, x, calls = S.stranger(S.GrowingList), images(2, 8, 5, 4), []
+        model = rd.convert(copy.deepcopy(stock), policy)
+        handle = model.get_submodule(path).register_forward_hook(lambda *_: calls.append(path))
+        with pytest.warns(UserWarning, match=f"runs its stock path: {path} carries hooks"):
+            assert torch.equal(model(x), stock(x))
+        assert calls == [path] and not engine
+        handle.remove()
+        model.load_state_dict(stock.state_dict())
+        assert_same(steps(model, x), steps(stock, x))
+        assert engine == [policy]
+
+    def test_on_a_container(self, policy, engine):
+        stock, x, calls = S.stranger(S.Recursive), images(2, 3, 12, 10), []
+        model = rd.convert(copy.deepcopy(stock), policy)
+        model.block1[2].register_forward_hook(lambda *_: calls.append(2))
+        model.block2.register_forward_hook(lambda *_: calls.append("block2"))
+        assert_same({"output": model(x)}, {"output": stock(x)})
+        assert calls == [2, "block2"]
+
+    def test_global(self, policy, engine):
+        stock, x, calls = S.stranger(S.GrowingList), images(2, 8, 5, 4), []
+        model = rd.convert(copy.deepcopy(stock), policy)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        try:
+            expected = stock(x)
+            stocks = calls[:]
+            calls.clear()
+            with pytest.warns(UserWarning, match="global module hooks are set"):
+                assert torch.equal(model(x), expected)
+        finally:
+            handle.remove()
+        assert calls == stocks and not engine
+
+
+class TestExampleInput:
+    def test_agrees(self, kind):
+        model, x = S.stranger(kind), images(*STRANGERS[kind])
+        state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        rd.convert(model, example_input=x)
+        assert any(isinstance(m, Stranger) for m in model.modules())
+        assert_same(dict(model.state_dict()), dict(state), tolerance=0)
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize("wrong", ["output 0", "gradient of input 0", "buffer norms.0.running_mean"])
+    def test_a_mismatch_is_refused(self, wrong, monkeypatch):
+        run = verify._run
+
+        def tampered(owner, args, by_trace):
+            results = run(owner, args, by_trace)
+            if by_trace:
+                results[wrong] = results[wrong] * (1 + 1e-6)
+            return results
+
+        monkeypatch.setattr(verify, "_run", tampered)
+        model = S.stranger(S.GrowingList)
+        with pytest.warns(UserWarning, match=rf"GrowingList: its {wrong} differs by \S+e-0[67]"):
+            rd.convert(model, example_input=images(2, 8, 5, 4))
+        assert type(model) is S.GrowingList and "resdense_policy" not in vars(model)
+
+    def test_the_models_own_error(self):
+        model = S.stranger(S.Recursive)
+        with pytest.raises(RuntimeError, match="expected input"):
+            rd.convert(model, example_input=images(2, 4, 5, 4))
+        assert not any(isinstance(m, Stranger) for m in model.modules())
+
+
+class TestTransformations:
+    @pytest.mark.parametrize("kind", [S.GrowingList, S.Residual], ids=lambda kind: kind.__name__)
+    def test_compile_export_and_fx(self, kind, engine):
+        torch.compiler.reset()
+        stock, x = S.stranger(kind).eval(), images(*STRANGERS[kind])
+        model, expected = rd.convert(copy.deepcopy(stock)), {"output": stock(x)}
+        assert_same({"output": torch.compile(model, backend="eager", fullgraph=True)(x)}, expected)
+        assert_same({"output": torch.fx.symbolic_trace(model)(x)}, expected)
+        assert_same({"output": torch.export.export(model, (x,)).module()(x)}, expected)
+        assert not engine
