@@ -30,7 +30,7 @@ class Stranger(Converted):
         @functools.wraps(cls.stock_class.forward)
         def forward(self, *args, **kwargs):
             # A replica of torch.nn.DataParallel has no parameters of its own.
-            if any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
+            if torch.compiler.is_compiling() or any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
                 return self.stock_forward(*args, **kwargs)
             program = _program_of(self)
             inputs = program.bind(args, kwargs) if isinstance(program, Program) else None
