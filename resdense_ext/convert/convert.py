@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from resdense_ext.checks import POLICIES
-from resdense_ext.convert import chain, torchvision
+from resdense_ext.convert.recognise import recognise
 from resdense_ext.convert.budget import apply_budget, forget_plan
 from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.nn.engine import OnEngine
@@ -18,7 +18,6 @@ from resdense_ext.plan import parse_budget
 
 __all__ = ["convert", "revert"]
 
-_ADAPTERS = (torchvision.recognise, chain.recognise)
 _logger = logging.getLogger("resdense_ext")
 
 
@@ -83,15 +82,15 @@ def convert(
         raise
     _logger.info("converted %d blocks to policy %r: %s", len(blocks), "a budget" if planned else policy, ", ".join(blocks))
     if skipped:
-        warnings.warn("resdense_ext.convert left alone " + "; ".join(skipped), stacklevel=2)
+        warnings.warn("resdense_ext.convert left alone " + "; ".join(map(_listed, skipped.items())), stacklevel=2)
     elif not blocks:
         warnings.warn(f"resdense_ext.convert recognised no dense or residual block in {type(model).__name__}", stacklevel=2)
     return model
 
 
-def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str]]:
-    """The paths of the dense and residual blocks that are on the engine now, and what was left alone and why."""
-    blocks, skipped = [], []
+def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The paths of the dense and residual blocks that are on the engine now, and by reason those of what was left alone."""
+    blocks, skipped = [], {}
     # What is inside comes first: a sequence is recognised by the dense blocks in it.
     for path, module in reversed(list(model.named_modules())):
         path = path or type(module).__name__
@@ -99,11 +98,17 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[s
             if not _put_on_engine(module, policy):
                 continue
         except Unsupported as unsupported:
-            skipped.insert(0, f"{path}: {unsupported.within(module)}")
+            skipped.setdefault(unsupported.within(module), []).insert(0, path)
             continue
         if hasattr(module, "layer_modules") or hasattr(module, "residual_modules"):
             blocks.insert(0, path)
-    return blocks, skipped
+    return blocks, dict(reversed(skipped.items()))
+
+
+def _listed(reason_and_paths: tuple[str, list[str]]) -> str:
+    reason, paths = reason_and_paths
+    more = f" and {len(paths) - 3} more" if len(paths) > 4 else ""
+    return f"{', '.join(paths[:3] if more else paths)}{more}: {reason}"
 
 
 def _put_on_engine(module: nn.Module, policy: str) -> bool:
@@ -112,7 +117,7 @@ def _put_on_engine(module: nn.Module, policy: str) -> bool:
         module.policy = policy
         return True
     if not isinstance(module, Converted):
-        mixin = next(filter(None, (recognise(module) for recognise in _ADAPTERS)), None)
+        mixin = recognise(module)
         if mixin is None:
             return False
         module.__class__ = converted_class(mixin, type(module))

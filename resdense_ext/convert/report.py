@@ -108,9 +108,9 @@ def _has_a_row(module: nn.Module) -> bool:
 
 
 def _layers(block: nn.Module) -> int:
-    if hasattr(block, "layer_modules"):
-        return len(block)
     try:
+        if hasattr(block, "layer_modules"):
+            return len(block.layer_modules())
         return len(block.residual_modules().units) if hasattr(block, "residual_modules") else 0
     except Unsupported:
         return 0

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Optional, Protocol
+from typing import NamedTuple, Optional, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext import checks, functional
 from resdense_ext.nn.read import (
@@ -23,6 +24,7 @@ from resdense_ext.nn.read import (
     check_untouched,
     is_frozen_norm,
     is_wrapper,
+    own_activation,
     pool_kind,
     read_layers,
     read_pooled_unit,
@@ -52,7 +54,7 @@ Policy = str | tuple[bool, ...]
 
 Watch = Callable[[Optional[nn.Module], Optional[Tensor]], None]
 
-_LIBRARIES = ("resdense_ext", "torch", "torchvision")
+_LIBRARIES = ("resdense_ext", "torch", "torchvision", "timm", "monai", "pytorchcv")
 
 
 class OnEngine:
@@ -66,9 +68,13 @@ class OnEngine:
 
 
 class Block(Protocol):
-    """What a dense block offers to run on the engine; ``engine_policy`` is None where it is not to."""
+    """What a dense block offers to run on the engine; ``engine_policy`` is None where it is not to.
+
+    ``front`` is the module that its forward calls before it comes to the layers; a block that has none may lack it.
+    """
 
     engine_policy: Optional[Policy]
+    front: Optional[nn.Module]
 
     def layer_modules(self) -> list[LayerModules]:
         """Raises Unsupported where a layer is not what the block's stock forward would find."""
@@ -199,15 +205,45 @@ def run_residual_block(block: Residual, x: Tensor) -> Tensor:
     return _run(block, x, read)
 
 
+class _Layers(NamedTuple):
+    """The layers of a block whose front is a link of its own."""
+
+    block: Block
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return run_dense_block(self.block, x)
+
+
+_Link = nn.Module | _Layers
+
+
 def run_chain(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Calls modules one after another; in one node run a dense block and the transition or head behind it, and a norm, an
-    activation and a pool in a row, where none of them carries hooks."""
+    activation and a pool in a row, where none of them carries hooks. Chains among the modules are a part of this one."""
+    links = [link for module in modules for link in _links(module)] if _takes(x) else modules
     at = 0
-    while at < len(modules):
-        run, used = _match(modules, at) if _takes(x) else (None, 1)
+    while at < len(links):
+        run, used = _match(links, at) if _takes(x) else (None, 1)
         y = run(x) if run is not None else None
-        x, at = (modules[at](x), at + 1) if y is None else (y, at + used)
+        x, at = (links[at](x), at + 1) if y is None else (y, at + used)
     return x
+
+
+def _links(module: nn.Module) -> list[_Link]:
+    """What a call of the module comes to: the links of a chain, a block's front and its layers, or the module itself."""
+    front = getattr(module, "front", None) if hasattr(module, "layer_modules") else None
+    if front is None and not hasattr(module, "chain_modules"):
+        return [module]
+    try:
+        check_untouched(module)
+        chain = [] if front is not None else module.chain_modules()
+    except Unsupported:
+        return [module]
+    if _has_any_global_hook():
+        return [module]
+    if front is not None:
+        return [*_links(front), _Layers(module)]
+    return [link for inner in chain for link in _links(inner)]
 
 
 _HEAD = {4: nn.AdaptiveAvgPool2d(1), 3: nn.AdaptiveAvgPool1d(1), 5: nn.AdaptiveAvgPool3d(1)}
@@ -224,35 +260,44 @@ def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
     return run_chain([*links, _RELU, _HEAD[x.dim()]], x).flatten(1)
 
 
-def _match(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
-    """What runs the modules from ``at`` on in one node, and how many these are. It answers None where it turns out that it
-    cannot: each module by itself then says why."""
-    first = modules[at]
-    if not hasattr(first, "layer_modules"):
-        unit = _three(modules, at)
-        return (None, 1) if unit is None else (lambda x: _run_three(unit, x), 3)
-    if first.engine_policy is not None and at + 1 < len(modules):
-        transition = modules[at + 1]
+def _match(links: Sequence[_Link], at: int) -> tuple[Optional[_Run], int]:
+    """What runs the links from ``at`` on in one node, and how many these are. It answers None where it turns out that it
+    cannot: each link by itself then says why."""
+    block = _block(links[at])
+    if block is None:
+        unit, used = _pooled(links, at)
+        return (None, 1) if unit is None else (lambda x: _run_pooled(unit, x), used)
+    if block.engine_policy is not None and at + 1 < len(links):
+        transition = links[at + 1]
         if hasattr(transition, "pooled_modules"):
-            return (lambda x: _run_stage(first, transition, None, x)), 2
-        unit = _three(modules, at + 1)
+            return (lambda x: _run_stage(block, transition, None, x)), 2
+        unit, used = _pooled(links, at + 1)
         if unit is not None:
-            return (lambda x: _run_stage(first, None, unit, x)), 4
+            return (lambda x: _run_stage(block, None, unit, x)), 1 + used
     return None, 1
 
 
-def _three(modules: Sequence[nn.Module], at: int) -> Optional[PooledModules]:
-    """A norm, an activation and a pool in a row."""
-    three = modules[at : at + 3]
-    if len(three) < 3 or pool_kind(three[2]) is None:
-        return None
-    norm, activation, pool = three
+def _block(link: _Link) -> Optional[Block]:
+    """The dense block whose layers the link is, and nothing else."""
+    if isinstance(link, _Layers):
+        return link.block
+    return link if hasattr(link, "layer_modules") and getattr(link, "front", None) is None else None
+
+
+def _pooled(links: Sequence[_Link], at: int) -> tuple[Optional[PooledModules], int]:
+    """A norm, an activation and a pool in a row, and how many links these are: a norm may hold its activation."""
+    norm = links[at]
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) and not is_frozen_norm(norm):
-        return None
-    return PooledModules(norm, activation, None, pool)
+        return None, 1
+    held = own_activation(norm)
+    behind = links[at + 1 : at + 3] if held is None else [held, *links[at + 1 : at + 2]]
+    if len(behind) < 2 or pool_kind(behind[1]) is None:
+        return None, 1
+    activation, pool = behind
+    return PooledModules(norm, activation, None, pool), 3 if held is None else 2
 
 
-def _run_three(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
+def _run_pooled(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
     try:
         _check_plain(x)
         unit, activation = read_pooled_unit(modules)
