@@ -98,7 +98,8 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], dict[s
             if not _put_on_engine(module, policy):
                 continue
         except Unsupported as unsupported:
-            skipped.setdefault(unsupported.within(module), []).insert(0, path)
+            reason = unsupported.within(module)
+            skipped[reason] = [path, *skipped.pop(reason, [])]
             continue
         if hasattr(module, "layer_modules") or hasattr(module, "residual_modules"):
             blocks.insert(0, path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resdense_ext.convert.classes import Converted, ConvertedDenseBlock
 from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout, left_alone, links_of
 from resdense_ext.convert.registry import check_class
+from resdense_ext.nn.engine import is_transformed
 from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_untouched
 
 __all__ = ["BLOCKS", "CHAINS", "PytorchcvStage", "recognise"]
@@ -56,6 +57,8 @@ class PytorchcvStage(ConvertedDenseBlock):
         return [_unit(unit) for unit in _split(self)[1]]
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_transformed(x):
+            return self.stock_class.forward(self, x)
         front = self.front
         return super().forward(x if front is None else front(x))
 
