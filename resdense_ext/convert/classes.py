@@ -10,6 +10,7 @@ from functools import cache
 from typing import Optional
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.convert.registry import read
 from resdense_ext.nn.engine import Policy, is_transformed, run_chain, run_dense_block, run_residual_block, run_transition
@@ -90,7 +91,8 @@ class ConvertedChain(Converted):
         return read(self, self.stock_class, chain=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_transformed(x):
+        # Global hooks see every module, also those that are no link of their own.
+        if is_transformed(x) or _has_any_global_hook():
             return self.stock_forward(x)
         try:
             links = self.chain_modules()

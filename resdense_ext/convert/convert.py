@@ -37,7 +37,8 @@ def convert(
     the transformations of ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
 
     Args:
-        model: a model with dense or residual blocks of torchvision's classes or of this library's, or such a block.
+        model: a model with dense or residual blocks of this library's classes, of torchvision's, timm's, MONAI's or
+            pytorchcv's, or of one given to `register_adapter`; or such a block.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual block the
             raw outputs of its convolutions; "min" keeps the feature maps and the outputs of residual blocks only and computes
             the rest again; "auto" keeps what there is free memory for. A converted model can be converted again to another

@@ -22,7 +22,8 @@ _REST = "(everything else)"
 class Row(NamedTuple):
     """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs.
 
-    ``layers`` counts a dense block's layers or a residual block's convolutions. A dense block's bytes are those of the transition or head behind it, too, where they run in one node.
+    ``layers`` counts a dense block's layers or a residual block's convolutions. A dense block's bytes are those of the
+    transition or head behind it, too, where they run in one node.
     """
 
     path: str
