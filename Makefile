@@ -4,8 +4,10 @@
 # What is tested against. Where this installs a larger build than wanted (CUDA packages are several GB), name another:
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
-# For the tests alone, and without its dependencies: any torch will do.
+# For the tests alone, and without their dependencies: any torch will do. The networks of other libraries (5 MB to download)
+# that `convert` knows:
 TORCHVISION ?= torchvision==0.28.0
+LIBRARIES ?= timm==1.0.31 monai==1.6.1 pytorchcv==0.0.74
 PYTHON ?= python3
 VENV ?= .venv
 # Where `make gpu` leaves its results, which of its parts run, and of which networks.
@@ -101,9 +103,9 @@ $(VENV)/.demo: $(VENV)/.torch-$(torch_key) pyproject.toml
 	@RESDENSE_SKIP_EXT=1 $(PIP) --no-build-isolation -e ".[demo]"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch-$(torch_key) pyproject.toml
+$(VENV)/.test: $(VENV)/.torch-$(torch_key) pyproject.toml Makefile
 	@RESDENSE_SKIP_EXT=1 $(PIP) --no-build-isolation -e ".[demo,test]"
-	@$(PIP) --no-deps $(TORCHVISION)
+	@$(PIP) --no-deps $(TORCHVISION) $(LIBRARIES)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch-$(torch_key) setup.py $(shell find csrc -type f)

@@ -1,7 +1,7 @@
 """resdense_ext trains DenseNets in the memory of their features. See `convert`, the one call that most people need."""
 
 from resdense_ext import functional, memory, models, nn, reference
-from resdense_ext.convert import MemoryReport, convert, report, revert
+from resdense_ext.convert import MemoryReport, convert, register_adapter, report, revert
 from resdense_ext.ops._library import build_info
 from resdense_ext.ops.backend import use_backend
 
@@ -16,6 +16,7 @@ __all__ = [
     "models",
     "nn",
     "reference",
+    "register_adapter",
     "report",
     "revert",
     "use_backend",

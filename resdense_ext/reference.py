@@ -401,7 +401,9 @@ def pool(y: Tensor, pool: Pool) -> Tensor:
         "average": (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
         "maximum": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
     }
-    return functions[pool.kind][rank - 1](y, pool.kernel_size, pool.stride, pool.padding)
+    # On a CPU torch has no average of volumes in half precision.
+    wide = y.float() if pool.kind == "average" and rank == 3 and y.is_cpu and y.element_size() == 2 else y
+    return functions[pool.kind][rank - 1](wide, pool.kernel_size, pool.stride, pool.padding).to(y.dtype)
 
 
 def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation = Activation()) -> Tensor:

@@ -1,6 +1,7 @@
 """Small networks, one training step of them as named tensors, and whether two such steps are the same."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -13,14 +14,20 @@ from resdense_ext import functional
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def torchvision_models():
-    """torchvision's models; skips the test, or the test file, where there is none."""
+def library(path):
+    """A module of a library that is torchvision's or wants it; skips the test, or the test file, where it is not installed."""
     try:
-        return import_torchvision().models
+        import_torchvision()
+        return importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name != "torchvision":
+        if error.name not in ("torchvision", path.partition(".")[0]):
             raise  # one that is there and does not load is a failure
-        pytest.skip(f"torchvision: {error}", allow_module_level=True)
+        pytest.skip(f"{path}: {error} (`make test` installs it)", allow_module_level=True)
+
+
+def torchvision_models():
+    """torchvision's models, as `library`."""
+    return library("torchvision.models")
 
 
 def torchvision_densenet():

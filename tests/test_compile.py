@@ -107,3 +107,15 @@ def test_a_report_of_a_compiled_model_is_the_models():
     model(x)
     assert rd.report(model, x) == expected
     assert expected.saved_bytes < expected.stock_saved_bytes
+
+
+def test_dual_path_blocks():
+    torch.manual_seed(0)
+    stage = randomise(rd.nn.DualPathStage(2, 3, 4, 6, 3, groups=2, policy="min")).double()
+    stock = rd.revert(copy.deepcopy(stage))
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+    x = images(2, 3, 8, 8)
+    assert_same(
+        found(stage, lambda x: torch.cat(compiled(x), 1), x),
+        found(stock, lambda x: torch.cat(stock(x), 1), x),
+    )

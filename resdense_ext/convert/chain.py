@@ -6,7 +6,7 @@ from typing import Optional
 
 from torch import nn
 
-from resdense_ext.convert.classes import Converted, ConvertedChain
+from resdense_ext.convert.classes import Converted, ConvertedSequential
 
 __all__ = ["recognise"]
 
@@ -15,4 +15,4 @@ def recognise(module: nn.Module) -> Optional[type[Converted]]:
     """The mixin for a `torch.nn.Sequential` with a dense block that is on the engine already; None for anything else."""
     if type(module) is not nn.Sequential or "forward" in module.__dict__:
         return None
-    return ConvertedChain if any(hasattr(child, "layer_modules") for child in module) else None
+    return ConvertedSequential if any(hasattr(child, "layer_modules") for child in module) else None

@@ -7,17 +7,21 @@ need no care. It is not an attribute of any module, so pickling names the class 
 from __future__ import annotations
 
 from functools import cache
+from typing import Optional
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_residual_block, run_transition
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules
+from resdense_ext.convert.registry import read
+from resdense_ext.nn.engine import Policy, is_transformed, run_chain, run_dense_block, run_residual_block, run_transition
+from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported
 
 __all__ = [
     "Converted",
     "ConvertedChain",
     "ConvertedDenseBlock",
     "ConvertedResidualBlock",
+    "ConvertedSequential",
     "ConvertedTransition",
     "converted_class",
 ]
@@ -45,40 +49,63 @@ class Converted:
 
 
 class ConvertedDenseBlock(Converted):
-    """A dense block; an adapter's mixin says what a layer's modules are."""
+    """A dense block."""
+
+    front: Optional[nn.Module] = None
 
     def layer_modules(self) -> list[LayerModules]:
-        """What `resdense_ext.nn.engine.Block` asks for; an adapter's part."""
+        """What `resdense_ext.nn.engine.Block` asks for."""
+        return read(self, self.stock_class)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_dense_block(self, x)
 
 
 class ConvertedResidualBlock(Converted):
-    """A residual block; an adapter's mixin says what its modules are."""
+    """A residual block."""
 
     def residual_modules(self) -> ResidualModules:
-        """What `resdense_ext.nn.engine.Residual` asks for; an adapter's part."""
+        """What `resdense_ext.nn.engine.Residual` asks for."""
+        return read(self, self.stock_class)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_residual_block(self, x)
 
 
 class ConvertedTransition(Converted):
-    """A transition; an adapter's mixin says what its modules are."""
+    """A transition."""
 
     def pooled_modules(self) -> PooledModules:
-        """What `resdense_ext.nn.engine.Transition` asks for; an adapter's part."""
+        """What `resdense_ext.nn.engine.Transition` asks for."""
+        return read(self, self.stock_class)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_transition(self, x)
 
 
 class ConvertedChain(Converted):
-    """A `torch.nn.Sequential` that holds dense blocks."""
+    """A module that calls others one after another, such as a whole network."""
+
+    def chain_modules(self) -> list[nn.Module]:
+        """The modules that it calls, in their order."""
+        return read(self, self.stock_class, chain=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_chain(list(self), x)
+        # Global hooks see every module, also those that are no link of their own.
+        if is_transformed(x) or _has_any_global_hook():
+            return self.stock_forward(x)
+        try:
+            links = self.chain_modules()
+        except Unsupported:
+            return self.stock_forward(x)
+        return run_chain(links, x)
+
+
+class ConvertedSequential(ConvertedChain):
+    """A `torch.nn.Sequential` that holds dense blocks."""
+
+    def chain_modules(self) -> list[nn.Module]:
+        return list(self)
 
 
 @cache

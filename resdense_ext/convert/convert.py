@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from resdense_ext.checks import POLICIES
-from resdense_ext.convert import chain, torchvision
+from resdense_ext.convert.recognise import recognise
 from resdense_ext.convert.budget import apply_budget, forget_plan
 from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.strangers import convert_strangers, put_back, remember_left
@@ -20,7 +20,6 @@ from resdense_ext.plan import parse_budget
 
 __all__ = ["convert", "revert"]
 
-_ADAPTERS = (torchvision.recognise, chain.recognise)
 _logger = logging.getLogger("resdense_ext")
 
 
@@ -40,9 +39,10 @@ def convert(
     ``torch.func``. ``torch.jit.script`` takes only stock classes: `revert` first.
 
     Args:
-        model: a model with dense, residual or dual path blocks, or such a block, of torchvision's classes, of this library's, or
-            of classes of which it knows nothing: their forwards are traced (torch.fx), and what provably is a dense block, a
-            residual block or a pool behind batch norm and activation runs on the engines.
+        model: a model with dense, residual or dual path blocks, or such a block, of this library's classes, of torchvision's,
+            timm's, MONAI's or pytorchcv's, of one given to `register_adapter`, or of classes of which it knows nothing: their
+            forwards are traced (torch.fx), and what provably is a dense block, a residual block or a pool behind batch norm and
+            activation runs on the engines.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual or dual path
             block the raw outputs of its convolutions; "min" keeps the feature maps and the residual halves or the outputs of
             residual blocks only and computes the rest again; "auto" keeps what there is free memory for. A converted model can be
@@ -94,17 +94,17 @@ def convert(
     if left:
         _logger.info("left stock: %s", "; ".join(left))
     if skipped:
-        warnings.warn("resdense_ext.convert left alone " + "; ".join(skipped), stacklevel=2)
+        warnings.warn("resdense_ext.convert left alone " + "; ".join(map(_listed, skipped.items())), stacklevel=2)
     elif not blocks:
         message = f"resdense_ext.convert recognised no dense or residual block in {type(model).__name__}"
         warnings.warn("; ".join([message, *left]), stacklevel=2)
     return model
 
 
-def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[str], set[nn.Module]]:
-    """The paths of the dense, residual and dual path blocks that are on the engine now, what was left alone and why, and these
-    modules."""
-    blocks, skipped, refused = [], [], set()
+def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], dict[str, list[str]], set[nn.Module]]:
+    """The paths of the blocks that an adapter knows and that are on the engine now, by reason those of what was left alone, and
+    these modules."""
+    blocks, skipped, refused = [], {}, set()
     # What is inside comes first: a sequence is recognised by the dense blocks in it.
     for path, module in reversed(list(model.named_modules())):
         path = path or type(module).__name__
@@ -112,12 +112,13 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], list[s
             if not _put_on_engine(module, policy):
                 continue
         except Unsupported as unsupported:
-            skipped.insert(0, f"{path}: {unsupported.within(module)}")
+            reason = unsupported.within(module)
+            skipped[reason] = [path, *skipped.pop(reason, [])]
             refused.add(module)
             continue
         if any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "dual_path_modules")):
             blocks.insert(0, path)
-    return blocks, skipped, refused
+    return blocks, dict(reversed(skipped.items())), refused
 
 
 def _put_strangers_on_engine(
@@ -134,13 +135,19 @@ def _put_strangers_on_engine(
     return record.blocks(), left
 
 
+def _listed(reason_and_paths: tuple[str, list[str]]) -> str:
+    reason, paths = reason_and_paths
+    more = f" and {len(paths) - 3} more" if len(paths) > 4 else ""
+    return f"{', '.join(paths[:3] if more else paths)}{more}: {reason}"
+
+
 def _put_on_engine(module: nn.Module, policy: str) -> bool:
     """Whether the module is one that runs on the engine, which it does with this policy from here on."""
     if isinstance(module, OnEngine):
         module.policy = policy
         return True
     if not isinstance(module, Converted):
-        mixin = next(filter(None, (recognise(module) for recognise in _ADAPTERS)), None)
+        mixin = recognise(module)
         if mixin is None:
             return False
         module.__class__ = converted_class(mixin, type(module))

@@ -122,9 +122,9 @@ def _has_a_row(module: nn.Module) -> bool:
 
 
 def _layers(block: nn.Module) -> int:
-    if hasattr(block, "layer_modules"):
-        return len(block)
     try:
+        if hasattr(block, "layer_modules"):
+            return len(block.layer_modules())
         if hasattr(block, "residual_modules"):
             return len(block.residual_modules().units)
         return len(block.dual_path_modules().units) if hasattr(block, "dual_path_modules") else 0

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Optional, Protocol
+from typing import NamedTuple, Optional, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +26,7 @@ from resdense_ext.nn.read import (
     check_untouched,
     is_frozen_norm,
     is_wrapper,
+    own_activation,
     pool_kind,
     read_dual_path_block,
     read_layers,
@@ -65,7 +66,7 @@ Halves = tuple[Tensor, Tensor]
 
 Watch = Callable[[Optional[nn.Module], "Tensor | Halves | None"], None]
 
-_LIBRARIES = ("resdense_ext", "torch", "torchvision")
+_LIBRARIES = ("resdense_ext", "torch", "torchvision", "timm", "monai", "pytorchcv")
 
 
 class OnEngine:
@@ -79,9 +80,13 @@ class OnEngine:
 
 
 class Block(Protocol):
-    """What a dense block offers to run on the engine; ``engine_policy`` is None where it is not to."""
+    """What a dense block offers to run on the engine; ``engine_policy`` is None where it is not to.
+
+    ``front`` is the module that its forward calls before it comes to the layers; a block that has none may lack it.
+    """
 
     engine_policy: Optional[Policy]
+    front: Optional[nn.Module]
 
     def layer_modules(self) -> list[LayerModules]:
         """Raises Unsupported where a layer is not what the block's stock forward would find."""
@@ -239,17 +244,47 @@ def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
     return _run(block, x, read)
 
 
+class _Layers(NamedTuple):
+    """The layers of a block whose front is a link of its own."""
+
+    block: Block
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return run_dense_block(self.block, x)
+
+
+_Link = nn.Module | _Layers
+
+
 def run_chain(modules: Sequence[nn.Module], x: Tensor | Halves) -> Tensor | Halves:
     """Calls modules one after another; in one node run a dense block and the transition or head behind it, a norm, an activation
-    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks. A plain
-    sequence among them counts as what is in it."""
-    modules = [link for module in modules for link in (links_of(module) if type(module) is nn.Sequential else [module])]
+    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks. Chains and
+    plain sequences among the modules are a part of this one."""
+    links = [link for module in modules for link in _links(module)] if _takes(x) else modules
     at = 0
-    while at < len(modules):
-        run, used = _match(modules, at, isinstance(x, tuple)) if _takes(x) else (None, 1)
+    while at < len(links):
+        run, used = _match(links, at, isinstance(x, tuple)) if _takes(x) else (None, 1)
         y = run(x) if run is not None else None
-        x, at = (modules[at](x), at + 1) if y is None else (y, at + used)
+        x, at = (links[at](x), at + 1) if y is None else (y, at + used)
     return x
+
+
+def _links(module: nn.Module) -> list[_Link]:
+    """What a call of the module comes to: the links of a chain, a block's front and its layers, or the module itself."""
+    front = getattr(module, "front", None) if hasattr(module, "layer_modules") else None
+    plain = type(module) is nn.Sequential
+    if front is None and not plain and not hasattr(module, "chain_modules"):
+        return [module]
+    try:
+        check_untouched(module)
+        chain = [] if front is not None else list(module) if plain else module.chain_modules()
+    except Unsupported:
+        return [module]
+    if _has_any_global_hook():
+        return [module]
+    if front is not None:
+        return [*_links(front), _Layers(module)]
+    return [link for inner in chain for link in _links(inner)]
 
 
 _HEAD = {4: nn.AdaptiveAvgPool2d(1), 3: nn.AdaptiveAvgPool1d(1), 5: nn.AdaptiveAvgPool3d(1)}
@@ -270,34 +305,34 @@ def links_of(sequence: nn.Sequential) -> list[nn.Module]:
     return [sequence] if _has_any_global_hook() else list(sequence)
 
 
-def _match(modules: Sequence[nn.Module], at: int, halves: bool) -> tuple[Optional[_Run], int]:
-    """What runs the modules from ``at`` on in one node, and how many these are. It answers None where it turns out that it
-    cannot: each module by itself then says why."""
-    first = modules[at]
-    if hasattr(first, "dual_path_modules"):
-        return _match_dual_path(modules, at)
+def _match(links: Sequence[_Link], at: int, halves: bool) -> tuple[Optional[_Run], int]:
+    """What runs the links from ``at`` on in one node, and how many these are. It answers None where it turns out that it
+    cannot: each link by itself then says why."""
+    if hasattr(links[at], "dual_path_modules"):
+        return _match_dual_path(links, at)
     if halves:
-        return _match_joined(modules, at)
-    if not hasattr(first, "layer_modules"):
-        unit = _three(modules, at)
-        return (None, 1) if unit is None else (lambda x: _run_three(unit, x), 3)
-    if first.engine_policy is not None and at + 1 < len(modules):
-        transition = modules[at + 1]
+        return _match_joined(links, at)
+    block = _block(links[at])
+    if block is None:
+        unit, used = _pooled(links, at)
+        return (None, 1) if unit is None else (lambda x: _run_pooled(unit, x), used)
+    if block.engine_policy is not None and at + 1 < len(links):
+        transition = links[at + 1]
         if hasattr(transition, "pooled_modules"):
-            return (lambda x: _run_stage(first, transition, None, x)), 2
-        unit = _three(modules, at + 1)
+            return (lambda x: _run_stage(block, transition, None, x)), 2
+        unit, used = _pooled(links, at + 1)
         if unit is not None:
-            return (lambda x: _run_stage(first, None, unit, x)), 4
+            return (lambda x: _run_stage(block, None, unit, x)), 1 + used
     return None, 1
 
 
-def _match_dual_path(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[_Run], int]:
     """The dual path blocks from ``at`` on of which only the first has a projection, as far as the engine takes them."""
     blocks: list[DualPath] = []
     described: list[DualPathBlock] = []
     activations: set[Activation] = set()
     try:
-        for block in modules[at:]:
+        for block in links[at:]:
             if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
                 break
             check_untouched(block)
@@ -329,9 +364,9 @@ def _run_dual_path_blocks(
     return y
 
 
-def _match_joined(modules: Sequence[nn.Module], at: int) -> tuple[Optional[_Run], int]:
+def _match_joined(links: Sequence[_Link], at: int) -> tuple[Optional[_Run], int]:
     """A norm and an activation that read both halves of a dual path, and the pool behind them."""
-    norm, *behind = modules[at : at + 2]
+    norm, *behind = links[at : at + 2]
     if not hasattr(norm, "joined_modules") or not behind or pool_kind(behind[0]) is None:
         return None, 1
     return (lambda halves: _run_joined(norm, behind[0], halves)), 2
@@ -352,18 +387,27 @@ def _run_joined(joined: nn.Module, pool: nn.Module, halves: Halves) -> Optional[
     return torch.cat([_pooled_unit(half, unit._replace(norm=norm), activation) for half, norm in zip(halves, norms)], 1)
 
 
-def _three(modules: Sequence[nn.Module], at: int) -> Optional[PooledModules]:
-    """A norm, an activation and a pool in a row."""
-    three = modules[at : at + 3]
-    if len(three) < 3 or pool_kind(three[2]) is None:
-        return None
-    norm, activation, pool = three
+def _block(link: _Link) -> Optional[Block]:
+    """The dense block whose layers the link is, and nothing else."""
+    if isinstance(link, _Layers):
+        return link.block
+    return link if hasattr(link, "layer_modules") and getattr(link, "front", None) is None else None
+
+
+def _pooled(links: Sequence[_Link], at: int) -> tuple[Optional[PooledModules], int]:
+    """A norm, an activation and a pool in a row, and how many links these are: a norm may hold its activation."""
+    norm = links[at]
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) and not is_frozen_norm(norm):
-        return None
-    return PooledModules(norm, activation, None, pool)
+        return None, 1
+    held = own_activation(norm)
+    behind = links[at + 1 : at + 3] if held is None else [held, *links[at + 1 : at + 2]]
+    if len(behind) < 2 or pool_kind(behind[1]) is None:
+        return None, 1
+    activation, pool = behind
+    return PooledModules(norm, activation, None, pool), 3 if held is None else 2
 
 
-def _run_three(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
+def _run_pooled(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
     try:
         _check_plain(x)
         unit, activation = read_pooled_unit(modules)

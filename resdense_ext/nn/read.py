@@ -35,6 +35,7 @@ __all__ = [
     "check_untouched",
     "is_frozen_norm",
     "is_wrapper",
+    "own_activation",
     "pool_kind",
     "read_children",
     "read_dual_path_block",
@@ -80,7 +81,8 @@ class Unsupported(Exception):
 class LayerModules(NamedTuple):
     """The modules of one dense layer: ``(norm, activation, convolution)`` once or twice, and its dropout.
 
-    ``module`` is the layer itself: its ``training`` decides about the dropout and its hooks count.
+    ``module`` is the layer itself, or its dropout: its ``training`` decides about the dropout and its hooks count.
+    ``drop_rate`` is the dropout's probability, 0 for none, and ``drop_channels`` says that it drops whole feature maps.
     """
 
     module: nn.Module
@@ -148,7 +150,7 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
             read_conv = _read_conv(conv)
             _check_keeps_size(conv, read_conv)
             _check_alone(norm, norms)
-            units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
+            units.append(Unit(_read_norm(norm, _NORM_BESIDE[type(conv)], activation), read_conv))
             activations.add(_read_activation(activation))
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
@@ -171,7 +173,7 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
         conv, norm, activation = unit if post else (unit[2], *unit[:2])
         _check_alone(norm, seen)
         read_conv = _read_conv(conv)
-        units.append((_read_norm(norm, _NORM_BESIDE[type(conv)]), read_conv))
+        units.append((_read_norm(norm, _NORM_BESIDE[type(conv)], activation), read_conv))
         if activation is not None:
             activations.add(_read_activation(activation))
     if len(activations) > 1:
@@ -246,7 +248,7 @@ def read_pooled_unit(modules: PooledModules) -> tuple[PooledUnit, Activation]:
             raise Unsupported(f"has kernel {tuple(conv.weight.shape[2:])}", modules.conv)
         if pool.kind != "average" or any(pool.padding):
             raise Unsupported(f"does not commute with the convolution: {modules.pool}", modules.pool)
-    unit = PooledUnit(_read_norm(modules.norm, _NORMS[rank - 1]), pool, conv)
+    unit = PooledUnit(_read_norm(modules.norm, _NORMS[rank - 1], modules.activation), pool, conv)
     return unit, _read_activation(modules.activation)
 
 
@@ -291,12 +293,17 @@ def check_untouched(module: nn.Module) -> None:
         raise Unsupported("has a forward of its own", module)
 
 
-def _read_norm(norm: nn.Module, expected: type[nn.Module]) -> BatchNorm:
-    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise."""
+def _read_norm(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.Module] = None) -> BatchNorm:
+    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise.
+    ``activation`` stands behind."""
     if expected is nn.BatchNorm2d and is_frozen_norm(norm):
         check_untouched(norm)
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
-    if type(norm) not in (expected, nn.SyncBatchNorm):
+    held = own_activation(norm)
+    known = type(norm) in (expected, nn.SyncBatchNorm) or (
+        held is not None and held is activation and isinstance(norm, expected)
+    )
+    if not known:
         raise Unsupported(f"is {type(norm).__name__}", norm)
     check_untouched(norm)
     weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
@@ -331,6 +338,14 @@ def is_frozen_norm(norm: nn.Module) -> bool:
     """Whether it is torchvision's FrozenBatchNorm2d, a batch norm of buffers alone, which detection models have."""
     library = sys.modules.get("torchvision.ops.misc")
     return library is not None and type(norm) is library.FrozenBatchNorm2d
+
+
+def own_activation(norm: nn.Module) -> Optional[nn.Module]:
+    """The activation that timm's BatchNormAct2d, a batch norm, applies by itself; None for another norm, or one that drops."""
+    library = sys.modules.get("timm.layers.norm_act")
+    if library is None or type(norm) is not getattr(library, "BatchNormAct2d", None):
+        return None
+    return norm.act if type(norm.drop) is nn.Identity else None
 
 
 def _read_conv(conv: nn.Module) -> Conv:
