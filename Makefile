@@ -40,7 +40,7 @@ demo: $(VENV)/.demo $(VENV)/.built
 	$(PY) -m resdense_ext demo $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.built
-	$(PY) -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" $(ARGS)
 
 build: $(VENV)/.built
 

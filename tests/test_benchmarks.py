@@ -152,8 +152,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return answer
 
 
-@pytest.mark.parametrize("script", ["densenet", "dense_block"])
-@pytest.mark.parametrize("mode", ["train", "inference"])
+@pytest.mark.parametrize(("script", "mode"), [("densenet", "train"), ("dense_block", "inference")])
 def test_comparisons_write_their_rows_and_are_drawn(script, mode, tmp_path):
     inference = ["--inference"] if mode == "inference" else []
     size = ["--batch", "2", "--size", "64", "--repeats", "2"]
