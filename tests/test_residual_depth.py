@@ -31,8 +31,7 @@ def block_bytes(block, output, raw_maps=0.0):
 )
 def test_another_block_costs_its_output(kind, channels, raw_maps, policy):
     """To the byte, kept and at the peak; "fast" keeps what convolutions write for norms that no moments serve."""
-    x, saved, peaks = torch.randn(2, 3, 32, 32), [], []
-    depths = (2, 3, 5)
+    x, saved, peaks, depths = torch.randn(2, 3, 32, 32), [], [], (2, 3, 5)
     for depth in depths:
         net = one_stage(kind, depth, policy)
 

@@ -22,3 +22,17 @@ def test_saved_bytes(name, stock, fast, least, policy):
         assert rd.memory.saved_bytes(lambda: net(images)) / (MB * BATCH) == pytest.approx(stock, abs=0.1)
     rd.convert(net, policy)
     assert rd.memory.saved_bytes(lambda: net(images)) <= {"fast": fast, "min": least}[policy] * MB * BATCH
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("policy", ["fast", "min"])
+@pytest.mark.parametrize(("name", "fast", "least"), [("resnet18", 23.5, 17.5), ("resnet50", 51, 38.5)])
+def test_peak_bytes(name, fast, least, policy):
+    """Beside the parameters' gradients, which are there already: 27.4 and 87.8 in stock, with all that is no image's, such as the
+    weights that convolutions reorder."""
+    net = rd.convert(getattr(import_torchvision().models, name)(), policy).to(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    peak = rd.memory.peak_bytes(lambda: net(images).square().mean().backward(), warmup=0)
+    assert peak <= {"fast": fast, "min": least}[policy] * MB * BATCH

@@ -235,6 +235,7 @@ class ReferenceBackend:
                 if new is not None:
                     wide = new.to(accumulation_dtype(new.dtype))
                     total[i] = wide if total[i] is None else total[i].add_(wide)
+            del dx, weight, bias, sums, new, wide  # not beside the next part's
         weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
         return self._grads(x, fold, weight, bias, dy, into, *total[2:])
 

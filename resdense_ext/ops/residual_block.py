@@ -116,9 +116,8 @@ def _backward(
         source = Pointwise(maps[k], walk.fold(k), block.units[k].conv, backend)
         found = _through(source, walk, k + 1, upstream.pop(units) if last else pending, None if k else into, grads, k)
         pending = found.input
-        if k:
-            maps[k] = None
-        else:
+        maps[k + 1] = None  # the gradient went past it
+        if k == 0:
             into = pending
     if shortcut is not None:
         source = Pointwise(x, walk.fold(0) if shortcut.activated else None, shortcut.conv, backend)
