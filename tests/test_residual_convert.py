@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_nets import assert_same, engine, images, randomise, steps, ten_losses, torchvision_models  # noqa: F401
 from stock import import_torchvision
-from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
+from tolerance import assert_within_noise, assert_within_rule, module_run, one_ulp, rounding_noise, torch_runs, true_run
 from torch import nn
 
 import resdense_ext as rd
@@ -53,16 +53,41 @@ def test_same_as_stock(engine, policy, kind, channels_last):  # noqa: F811
 
 def assert_as_stock(model, stock, x):
     """A step of a whole network, within ten times its rounding noise."""
+    assert_all_as_stock([model], stock, x)
+
+
+def assert_all_as_stock(models, stock, x, changes=3):
     run, params = module_run(stock), stock.state_dict()
-    noise = rounding_noise(run, {"x": x}, params)
-    expected, ours = (each({"x": x.clone()}, copy.deepcopy(params)) for each in (run, module_run(model)))
-    assert_within_noise(ours, expected, noise)
+    noise = rounding_noise(run, {"x": x}, params, changes)
+    expected, *ours = (each({"x": x.clone()}, copy.deepcopy(params)) for each in (run, *map(module_run, models)))
+    for results in ours:
+        assert_within_noise(results, expected, noise)
 
 
-def test_within_the_rounding_noise(policy):
+def whole_network(name):
     torch.manual_seed(0)
-    stock = torchvision_models().resnet50(num_classes=10).double()
-    assert_as_stock(rd.convert(copy.deepcopy(stock), policy), stock, images(2, 3, 64, 64))
+    return randomise(getattr(torchvision_models(), name)(num_classes=10)).double()
+
+
+def under_every_policy(stock, x):
+    """What is kept: raw maps, block outputs alone, and of some blocks the one and of others the other."""
+    planned = rd.convert(copy.deepcopy(stock), memory_budget=0.45, example_input=x)
+    kept = {block.engine_policy for block in blocks_of(planned)}
+    assert kept == set(POLICIES)
+    return [planned, *(rd.convert(copy.deepcopy(stock), policy) for policy in POLICIES)]
+
+
+WHOLE = ("resnet18", "resnet50", "resnext50_32x4d")
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [*((name, True) for name in WHOLE), ("resnet50", False), *(pytest.param(n, False, marks=pytest.mark.slow) for n in WHOLE[::2])],
+)
+def test_within_the_rounding_noise(name, training):
+    """Outputs, gradients, and running statistics, which have counted one step."""
+    stock, x = whole_network(name).train(training), images(2, 3, 33, 36)
+    assert_all_as_stock(under_every_policy(stock, x), stock, x, changes=1)
 
 
 def test_eval_without_gradients_and_revert(engine, policy):  # noqa: F811
@@ -77,13 +102,29 @@ def test_eval_without_gradients_and_revert(engine, policy):  # noqa: F811
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
 
 
-def test_ten_steps_give_the_same_losses(policy):
-    stock, x, target = small_resnet(), images(4, 3, 40, 33), torch.tensor([0, 1, 2, 3])
-    expected, ours = (
-        ten_losses(net, x, target, 0.01) for net in (copy.deepcopy(stock), rd.convert(copy.deepcopy(stock), policy))
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "resnext"])
+def test_ten_steps_give_the_same_losses(kind):
+    stock, x, target = small_resnet(kind), images(4, 3, 24, 20), torch.tensor([0, 1, 2, 3])
+    models = [rd.convert(copy.deepcopy(stock), policy) for policy in POLICIES]
+    expected, *ours = (ten_losses(net, x, target, 0.01) for net in (stock, *models))
+    assert expected[0] > expected[-1]
+    assert all(losses == pytest.approx(expected, rel=1e-9) for losses in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_ten_steps_of_a_whole_network(name):
+    """Ten times as far from stock's losses at most as stock's own are after a change in the last place."""
+    stock, x, target = whole_network(name), images(2, 3, 40, 40), torch.tensor([0, 1])
+    changed = one_ulp({"x": x}, torch.Generator().manual_seed(0))["x"]
+    models = under_every_policy(stock, x)
+    expected, near, *ours = (
+        torch.tensor(ten_losses(copy.deepcopy(net), given, target, 1e-3))
+        for net, given in ((stock, x), (stock, changed), *((model, x) for model in models))
     )
     assert expected[0] > expected[-1]
-    assert ours == pytest.approx(expected, rel=1e-9)
+    noise = (near - expected).abs().cummax(0).values + 1e-15
+    assert all(((losses - expected).abs() <= 10 * noise).all() for losses in ours)
 
 
 class Maps(nn.Module):
