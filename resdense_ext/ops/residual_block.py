@@ -27,7 +27,7 @@ from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward, moments
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
-from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
     Maps,
@@ -45,7 +45,7 @@ __all__: list[str] = []
 
 def _forward(x: Tensor, tensors, config: ResidualBlockConfig) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The output; the statistics of all maps; the maps that are kept, and the activation's input where nothing else tells it."""
-    x = dense_map(x)
+    x = walkable_map(x)
     maps = Maps(x, config.block(tensors), config)
     keep = [how == "kept" for how in config.plan]
     maps.compute(keep)
@@ -85,7 +85,7 @@ def _backward(
     grad: Tensor, out: Optional[Tensor], x: Tensor, tensors, config: ResidualBlockConfig, stats, kept, needs
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for; empty tensors for the rest."""
-    x = dense_map(x)
+    x = walkable_map(x)
     grad = grad.contiguous(memory_format=memory_format_of(x))
     block, plan, kept = config.block(tensors), config.plan, iter(kept)
     walk = Maps(x, block, config, [Stats(*stats[i : i + 2]) for i in range(0, len(stats), 2)])
