@@ -150,6 +150,18 @@ class TestAgreement:
         grad = torch.randn(1).double().expand_as(y)
         assert_gradients(case.gradients(y, grad), case.gradients(case.truth(), grad))
 
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("projection", [False, True])
+    def test_slices(self, backend, keep, projection, channels_last):
+        case = Case(channels_last=channels_last, projection=projection)
+        for name in ("x", "identity"):
+            whole = torch.cat([case.leaves[name]] * 2, 1).detach()
+            case.leaves[name] = whole[:, : whole.shape[1] // 2].requires_grad_()
+        y, truth = case.ours(), case.truth()
+        grad = torch.randn_like(y)
+        assert_same({"output": y.detach()}, {"output": truth.detach()})
+        assert_gradients(case.gradients(y, grad), case.gradients(truth, grad))
+
     def test_chunks_of_samples(self, keep, monkeypatch):
         """What is activated at a time is what the backend says, and in several chunks comes the same."""
         seen, plain = [], backends.ReferenceBackend.bn_act
@@ -384,6 +396,21 @@ class TestMemory:
         x, identity = torch.randn(3, 16, 8, 8), torch.randn(3, 64, 8, 8)
         conv = Conv(torch.randn(64, 16, 1, 1))
         assert rd.memory.saved_bytes(lambda: functional.conv1x1_bn_add_act(x, conv, BatchNorm(), identity)) == 0
+
+    @pytest.mark.unpoisoned
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_slices_are_not_copied(self, channels_last):
+        formatted = dict(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        slices = [torch.randn(2, 2 * C, 24, 20).contiguous(**formatted)[:, :C].requires_grad_() for C in (16, 32)]
+        wholes = [t.detach().contiguous(**formatted).requires_grad_() for t in slices]
+        weight = torch.randn(32, 16, 1, 1, requires_grad=True)
+
+        def step(x, identity):
+            y = functional.conv1x1_bn_add_act(x, Conv(weight), BatchNorm(), identity, BatchNorm(), input_norm=BatchNorm())
+            torch.autograd.grad(y.square().sum(), (x, identity, weight))
+
+        ours, expected = (rd.memory.peak_bytes(lambda: step(*given), warmup=0) for given in (slices, wholes))
+        assert ours <= expected
 
     def test_choice(self):
         """Stage by stage of a ResNet-50 at a batch of 4 and 8, where z has four times as many channels as a."""

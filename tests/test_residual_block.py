@@ -220,11 +220,19 @@ class TestAgreement:
         ours = module_run(block)({"x": inputs["x"].clone()}, copy.deepcopy(params))
         assert_within_rule(ours, true_run(run, inputs, params), torch_runs(run, inputs, params), torch.float32)
 
-    def test_strided_input_and_expanded_gradient(self, policy, options):
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_strided_input_and_expanded_gradient(self, policy, options, channels_last):
         block = Block(**options, policy=policy).double()
-        wide = maps((3, 16, 14, 6)).double()
+        wide = maps((3, 16, 14, 6), channels_last).double()
         C = block.convs[0].in_channels
-        for view in (wide[:, :C, ::2], wide[:, 1 : C + 1, 7:].transpose(2, 3), wide[:1, :C].expand(3, C, 14, 6)):
+        for view in (
+            wide[:, 1 : C + 1],
+            wide[1:, :C, :3, :1],
+            wide[:, :C, ::2],
+            wide[:, 1 : C + 1, 7:].transpose(2, 3),
+            wide[:1, :C].expand(3, C, 14, 6),
+            wide[:, :1].expand(3, C, 14, 6),
+        ):
             results = []
             for net in (block, stock_of(block)):
                 x = view.detach().requires_grad_()
@@ -417,6 +425,21 @@ class TestMemory:
         for norm in [*block.norms, block.projection_norm]:
             norm.reset_running_stats()
         agree_in_float64(block, input_of(block))
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("name", ["basic down", "bottleneck", "pre activated"])
+    def test_a_slice_is_not_copied(self, name, channels_last):
+        """It takes as much memory as a tensor of its own, forward and backward."""
+        block = Block(**BLOCKS[name], policy="min").to(memory_format=_format(channels_last))
+        C = block.convs[0].in_channels
+        part = maps((2, 2 * C, 64, 60), channels_last)[:, :C].requires_grad_()
+        whole = part.detach().contiguous(memory_format=_format(channels_last)).requires_grad_()
+        inputs = [part, whole]
+        step = lambda x: torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])  # noqa: E731
+        with torch.no_grad():
+            forward = [rd.memory.peak_bytes(lambda: block(x), warmup=0) for x in inputs]
+        both = [rd.memory.peak_bytes(lambda: step(x), warmup=0) for x in inputs]
+        assert forward[0] <= forward[1] and both[0] <= both[1]
 
     def test_nothing_without_gradients(self, policy, options):
         block = Block(**options, policy=policy).requires_grad_(False)

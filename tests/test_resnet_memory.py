@@ -34,3 +34,17 @@ def test_saved_bytes_of_a_dual_path_network():
         kept[policy] = rd.memory.saved_bytes(lambda: net(images)) / (MB * 2)
     assert rd.memory.saved_bytes(lambda: rd.revert(net)(images)) / (MB * 2) == pytest.approx(90.8, abs=0.1)
     assert kept["fast"] <= 40 and kept["min"] <= 10
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("policy", ["fast", "min"])
+@pytest.mark.parametrize(("name", "fast", "least"), [("resnet18", 23.5, 17.5), ("resnet50", 51, 38.5)])
+def test_peak_bytes(name, fast, least, policy):
+    """Beside the parameters' gradients, which are there already: 27.4 and 87.8 in stock, with all that is no image's, such as the
+    weights that convolutions reorder."""
+    net = rd.convert(getattr(import_torchvision().models, name)(), policy).to(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    peak = rd.memory.peak_bytes(lambda: net(images).square().mean().backward(), warmup=0)
+    assert peak <= {"fast": fast, "min": least}[policy] * MB * BATCH

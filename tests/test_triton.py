@@ -18,6 +18,10 @@ INTERPRETED = {
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
     "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
+    "residual block": (
+        "test_residual_block.py",
+        "(test_lower_precision and (float32 and fast and basic or bfloat16 and min and activated)) or (test_forms and bottleneck and down)",
+    ),
     "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
     "dual path stage": ("test_dual_path.py", "test_kinds and fast and two and True"),
     "engine": ("triton_engine.py", ""),

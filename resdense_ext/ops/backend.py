@@ -7,7 +7,7 @@ better. An engine asks `choose` once in its forward and carries the answer's nam
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, Optional
@@ -231,10 +231,8 @@ class ReferenceBackend:
                 into.dy[part].add_(dx)
             else:
                 sums = self.bn_act_backward_accumulate(into.dy[part], dx, x[part], fold.affine, fold.mean)
-            for i, new in enumerate((weight, bias, *sums)):
-                if new is not None:
-                    wide = new.to(accumulation_dtype(new.dtype))
-                    total[i] = wide if total[i] is None else total[i].add_(wide)
+            _add_up(total, (weight, bias, *sums))
+            del dx, weight, bias  # not beside the next part's
         weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
         return self._grads(x, fold, weight, bias, dy, into, *total[2:])
 
@@ -344,6 +342,14 @@ def end_slope(activation: Activation) -> Optional[float]:
     """
     slope = {"relu": 0.0, "identity": 1.0, "leaky_relu": activation.slope}.get(activation.name)
     return None if slope is None or slope < 0 else slope
+
+
+def _add_up(total: list[Optional[Tensor]], parts: Sequence[Optional[Tensor]]) -> None:
+    """``total += parts``, one by one and in a wide dtype; a sum begins as None, and remains it where there is nothing to add."""
+    for i, new in enumerate(parts):
+        if new is not None:
+            wide = new.to(accumulation_dtype(new.dtype))
+            total[i] = wide if total[i] is None else total[i].add_(wide)
 
 
 def _affine(x: Tensor, affine: Affine) -> Tensor:

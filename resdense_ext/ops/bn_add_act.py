@@ -16,7 +16,7 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.add_act import fused_slope, kernels_of
 from resdense_ext.ops.backend import Affine, Fold
-from resdense_ext.ops.layout import dense_map, is_map, memory_format_of
+from resdense_ext.ops.layout import is_map, memory_format_of, walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
@@ -84,7 +84,7 @@ def bn_add_act(
     if slope is None:
         shortcut = identity if identity_norm is None else _batch_norm(identity, identity_norm)
         return reference.add_act(_batch_norm(z, norm), shortcut, activation)
-    z, identity = (t if is_map(t) else dense_map(t) for t in (z, identity))
+    z, identity = walkable_map(z), walkable_map(identity)
     folds = _fold(z, norm), None if identity_norm is None else _fold(identity, identity_norm)
     projection = (None, None) if identity_norm is None else identity_norm[:2]
     return BNAddActFunction.apply(z, *norm[:2], identity, *projection, (norm, identity_norm), folds, slope)

@@ -33,7 +33,13 @@ _HAS_GEMM = (_library.build_info() or {}).get("cpu_capability", "DEFAULT") != "D
 """Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
 
 
+_FILTERS = 2**21
+"""Values of transformed filters, 8 MB: more of them pay for themselves only in as many values of transformed maps. A ResNet's last
+stage has twice as many, each a convolution's whole scratch again, and with a few images its forward took twice the framework's."""
+
+
 def _suits_winograd(x: Tensor, conv: Conv) -> bool:
+    outputs, inputs = conv.weight.shape[:2]
     return (
         _HAS_GEMM
         and x.dtype != torch.float64
@@ -41,6 +47,7 @@ def _suits_winograd(x: Tensor, conv: Conv) -> bool:
         and conv.groups == 1
         and conv.weight.shape[2:] == (3, 3)
         and tuple(conv.padding) == tuple(conv.dilation) == conv.steps == (1, 1)
+        and 16 * inputs * outputs <= max(_FILTERS, 4 * (x.numel() // inputs) * (inputs + outputs))
     )
 
 

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ["dense_map", "empty_map", "is_map", "memory_format_of"]
+__all__ = ["dense_map", "empty_map", "is_map", "memory_format_of", "walkable_map"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -33,6 +33,11 @@ def is_map(x: Tensor) -> bool:
 def dense_map(x: Tensor) -> Tensor:
     """``x``, or a copy where it is not dense in its memory format."""
     return x.contiguous(memory_format=memory_format_of(x))
+
+
+def walkable_map(x: Tensor) -> Tensor:
+    """``x``, or a dense copy where the compiled kernels cannot walk it; see `is_map`."""
+    return x if is_map(x) else dense_map(x)
 
 
 def empty_map(like: Tensor, channels: int, dtype: torch.dtype, sizes: Optional[Sequence[int]] = None) -> Tensor:

@@ -28,7 +28,7 @@ from resdense_ext.ops.backend import ConvGrads, Pending
 from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward, moments
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
-from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
     Maps,
@@ -44,7 +44,7 @@ __all__: list[str] = []
 
 def _forward(x: Tensor, tensors, config: ResidualBlockConfig) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The output; the statistics of all maps; the maps that are kept, and the activation's input where nothing else tells it."""
-    x = dense_map(x)
+    x = walkable_map(x)
     maps = Maps(x, config.block(tensors), config)
     keep = [how == "kept" for how in config.plan]
     maps.compute(keep)
@@ -63,7 +63,7 @@ def _backward(
     grad: Tensor, out: Optional[Tensor], x: Tensor, tensors, config: ResidualBlockConfig, stats, kept, needs
 ) -> list[Tensor]:
     """The gradients that ``needs`` asks for; empty tensors for the rest."""
-    x = dense_map(x)
+    x = walkable_map(x)
     grad = grad.contiguous(memory_format=memory_format_of(x))
     block, plan, kept = config.block(tensors), config.plan, iter(kept)
     walk = Maps(x, block, config, stats)
@@ -94,9 +94,8 @@ def _backward(
         source = Pointwise(maps[k], walk.fold(k), block.units[k].conv, backend)
         found = _through(source, walk, k + 1, upstream.pop(units) if last else pending, None if k else into, grads, k)
         pending = found.input
-        if k:
-            maps[k] = None
-        else:
+        maps[k + 1] = None  # the gradient went past it
+        if k == 0:
             into = pending
     if shortcut is not None:
         source = Pointwise(x, walk.fold(0) if shortcut.activated else None, shortcut.conv, backend)
