@@ -20,7 +20,8 @@ INTERPRETED = {
     "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
     "residual block": (
         "test_residual_block.py",
-        "(test_lower_precision and (float32 and fast and basic or bfloat16 and min and activated)) or (test_forms and bottleneck and down)",
+        "test_forms and bottleneck and down or "
+        "test_lower_precision and (float32 and fast and basic or bfloat16 and min and activated)",
     ),
     "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
     "dual path stage": ("test_dual_path.py", "test_kinds and fast and two and True"),
