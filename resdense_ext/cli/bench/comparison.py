@@ -88,7 +88,7 @@ class Inference(Step):
 
 
 def check(op: str, steps: Mapping[str, Step], truth: Step) -> None:
-    """Raises CommandError unless the results are as close to float64's as twice stock's farther layout is.
+    """Raises CommandError unless the results are as close to float64's as twice stock's farther layout is, give or take a rounding.
 
     Args:
         op: what is measured, for the message.
@@ -112,8 +112,12 @@ def check(op: str, steps: Mapping[str, Step], truth: Step) -> None:
             "can be compared with them; a larger batch or size may help"
         )
     for name, error in errors.items():
-        if not error <= 2 * own:
-            raise CommandError(f"{op}, {name}: the results are off by {error:.3g}, and twice stock's own error is {2 * own:.3g}")
+        limit = 2 * own + torch.finfo(steps[name].dtype).eps * expected.norm().item()
+        if not error <= limit:
+            raise CommandError(
+                f"{op}, {name}: the results are off by {error:.3g}, with {limit:.3g} allowed, twice stock's own error (batch norms over "
+                "few values magnify rounding: a larger batch or size tells whether it is that)"
+            )
 
 
 def _result(step: Step) -> Tensor:

@@ -2,7 +2,7 @@
 
 A training step needs its parameters and buffers, the input, and its peak, which holds gradients and what is kept for backward: all
 of it grows by the same bytes with every image, so a line through two batches gives the largest one. A third batch must lie on that
-line, or the batches are doubled. Gradients are checked against float64 first.
+line, or the batches are doubled; what bends beyond them is not seen. Gradients are checked against float64 first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from resdense_ext import memory
 from resdense_ext.cli.bench.comparison import MIB, Step, check
@@ -59,10 +61,12 @@ def through(nbytes: Callable[[int], int], small: int, large: int) -> Line:
     return line
 
 
-def needed(step: Step) -> int:
-    """Bytes of parameters and buffers, the input, and the peak of the step with its gradients."""
-    tensors = (*step.module.parameters(), *step.module.buffers(), step.x)
-    return sum(t.nbytes for t in tensors) + memory.peak_bytes(step)
+def needed(step: Step, batch: int) -> int:
+    """Bytes of parameters and buffers, an input of so many images, and the peak of the step on it with its gradients."""
+    # Bytes do not depend on values; a concatenation has the layout of its parts.
+    at_batch = Step(step.module, torch.cat([step.x[:1]] * batch), step.of, step.dtype)
+    tensors = (*step.module.parameters(), *step.module.buffers(), at_batch.x)
+    return sum(t.nbytes for t in tensors) + memory.peak_bytes(at_batch, warmup=0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,32 +97,25 @@ def run(args: argparse.Namespace) -> None:
     # Stock is checked against too where it is not asked for.
     providers = [p for p in PROVIDERS if p == "stock" or p in args.providers]
 
-    def subject(batch: int) -> Subject:
-        return Subject(args.name, network, example(args.name, network, batch, args.size, device), DTYPES[args.dtype], args.layout)
-
-    first = subject(large)
-    sides = "x".join(map(str, first.x.shape[1:]))
+    example(args.name, network, small, args.size, device)
+    x = example(args.name, network, large, args.size, device)
+    subject = Subject(args.name, network, x, DTYPES[args.dtype], args.layout)
+    sides = "x".join(map(str, x.shape[1:]))
     print(f"{args.name}: the largest batch in {args.budget}, {sides}, {args.dtype}, {device}", flush=True)
-    by_provider = steps(first, providers)
-    check(args.name, by_provider, float64(first))
+    by_provider = steps(subject, providers)
+    check(args.name, by_provider, float64(subject))
     lines: dict[str, Line] = {}
     try:
         for provider, step in progress(by_provider.items(), "bytes"):
             if provider != "stock contiguous" or "stock" in args.providers:
-                lines[provider] = through(lambda batch: states + needed(_at(step, subject(batch).x)), small, large)  # noqa: B023
+                lines[provider] = through(lambda batch: states + needed(step, batch), small, large)  # noqa: B023
     except KeyboardInterrupt:
         if not lines:
             raise
-        _finish(args, lines, budget, first)
+        _finish(args, lines, budget, subject)
         raise KeyboardInterrupt(f"{len(lines)} of {len(by_provider)} providers are kept in {args.out / ROWS}") from None
-    _finish(args, lines, budget, first)
+    _finish(args, lines, budget, subject)
     print(f"\nRows: {args.out / ROWS}")
-
-
-def _at(step: Step, x) -> Step:
-    """The step with another input in the layout of its own."""
-    like = step.x.suggest_memory_format() if hasattr(step.x, "suggest_memory_format") else None
-    return Step(step.module, x if like is None else x.contiguous(memory_format=like), step.of, step.dtype)
 
 
 def _finish(args: argparse.Namespace, lines: dict[str, Line], budget: int, subject: Subject) -> None:
@@ -131,7 +128,7 @@ def _finish(args: argparse.Namespace, lines: dict[str, Line], budget: int, subje
         table.append((name, f"{line.constant / MIB:.1f}", f"{line.image / MIB:.2f}", batches_text, str(largest)))
         for metric, unit, value in (("constant", "B", line.constant), ("image", "B/image", line.image), ("largest batch", "1", largest)):
             rows.append(row(args.name, name, "train", metric, unit, [value], batches=batches, exact=line.exact, **setting))
-    append(rows, args.out / ROWS, args.device)
+    append(rows, args.out / ROWS, str(subject.x.device))
     print(format_table(table, "<>>>>"))
     if not all(line.exact for line in lines.values()):
         print("* the three do not lie on one line: an estimate, from the larger two")

@@ -36,8 +36,12 @@ def _torchvision(module: ModuleType, name: str) -> nn.Module:
 
 
 def _monai_networks(module: ModuleType) -> dict[str, Callable]:
-    found = {name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
-    return {name: value for name, value in found.items() if inspect.isfunction(value) or issubclass(value, nn.Module)}
+    """Its classes, and the functions that build ResNets; others, such as those that download, are no networks."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if (inspect.isclass(value) and issubclass(value, nn.Module)) or (inspect.isfunction(value) and name.startswith("resnet"))
+    }
 
 
 def _monai(module: ModuleType, name: str) -> nn.Module:
