@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _rows import append, read, row
+
+from resdense_ext.cli.bench.rows import append, read, row
 
 __all__ = ["Budget", "Results", "ceilings", "device_times", "require_gpu"]
 

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from _comparison import LAYOUTS, Floor, Inference, Step, compare, parser
+from _comparison import LAYOUTS, Floor, compare, parser
 from torch import Tensor, nn
 
 import resdense_ext as rd
+from resdense_ext.cli.bench.comparison import Inference, Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from stock import import_torchvision  # noqa: E402

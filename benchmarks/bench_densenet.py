@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _comparison import LAYOUTS, Floor, Inference, Step, compare, parser
+from _comparison import LAYOUTS, Floor, compare, parser
 
 import resdense_ext as rd
+from resdense_ext.cli.bench.comparison import Inference, Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from stock import import_torchvision  # noqa: E402

@@ -17,11 +17,11 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from _gpu import Budget, Results, ceilings, device_times, require_gpu
-from _rows import conditions, row
 from torch import Tensor
 from tqdm import tqdm
 
 import resdense_ext as rd
+from resdense_ext.cli.bench.rows import conditions, row
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.backend import Affine, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv

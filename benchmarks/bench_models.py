@@ -17,12 +17,12 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from _comparison import Step
 from _gpu import Budget, Results, ceilings, device_times, require_gpu
-from _rows import conditions, row
 from tqdm import tqdm
 
 import resdense_ext as rd
+from resdense_ext.cli.bench.comparison import Step
+from resdense_ext.cli.bench.rows import conditions, row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from stock import import_torchvision  # noqa: E402

@@ -8,44 +8,33 @@ out below 2, and ours should not be above stock's.
 
 from __future__ import annotations
 
-from math import log
 from statistics import median
 
 import torch
-from _comparison import LAYOUTS, Step, parser, times
-from _rows import append, row
+from _comparison import LAYOUTS, parser
 
-import resdense_ext as rd
+from resdense_ext.cli.bench.comparison import times
+from resdense_ext.cli.bench.depth import CHANNELS, PROVIDERS, exponent, step
+from resdense_ext.cli.bench.rows import append, row
 
 BATCHES, DEPTHS = (2, 4, 8, 16), (16, 32, 64, 128)
-CHANNELS, GROWTH, SIDE = 32, 12, 16
-PROVIDERS = {"stock": None, "fast": "fast", "min": "min"}
-
-
-def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
-    """The slope of a line through the logarithms."""
-    x, y = [log(n) for n in sizes], [log(s) for s in seconds]
-    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y)) / sum((a - x_mean) ** 2 for a in x)
+SIDE = 16
 
 
 def main() -> None:
     options = parser(__doc__.split("\n\n")[0]).parse_args()
-    dtype, layout = getattr(torch, options.dtype), LAYOUTS[options.layout]
-
-    def step(batch: int, depth: int, policy: str | None) -> Step:
-        torch.manual_seed(0)
-        block = rd.nn.DenseBlock(depth, CHANNELS, 4, GROWTH, policy=policy).to(options.device, memory_format=layout)
-        x = torch.randn(batch, CHANNELS, SIDE, SIDE, device=options.device).contiguous(memory_format=layout)
-        return Step(block, x, lambda y: y.float().square().mean(), dtype)
-
+    settings = (SIDE, getattr(torch, options.dtype), LAYOUTS[options.layout], options.device)
     rows = []
     for metric, sizes in (("batch", BATCHES), ("depth", DEPTHS)):
         fixed = (lambda n: (n, 32)) if metric == "batch" else (lambda n: (8, n))
-        runs = {(name, n): step(*fixed(n), policy) for name, policy in PROVIDERS.items() for n in sizes}
+        runs = {}
+        for name, policy in PROVIDERS.items():
+            for n in sizes:
+                batch, depth = fixed(n)
+                runs[name, n] = step("dense_block", depth, policy, batch, *settings)
         for run in runs.values():
             run()
-        found = times(runs, options.repeats, options.device)
+        found = times(runs, options.repeats, options.device, metric)
         print(f"{metric + ':':8}" + "".join(f"{n:10d}" for n in sizes) + f"{'exponent':>10}")
         for name in PROVIDERS:
             seconds = [median(found[name, n]) for n in sizes]

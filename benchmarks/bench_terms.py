@@ -34,10 +34,11 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from _comparison import LAYOUTS, Floor, Step, parser
+from _comparison import LAYOUTS, Floor, parser
 from torch.autograd.profiler import profile
 
 import resdense_ext as rd
+from resdense_ext.cli.bench.comparison import Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from stock import import_torchvision  # noqa: E402

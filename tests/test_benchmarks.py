@@ -15,13 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import _gpu  # noqa: E402
-import _plot  # noqa: E402
-import _rows  # noqa: E402
 import _tables  # noqa: E402
 import bench_kernels  # noqa: E402
 import bench_models  # noqa: E402
-from _rows import row  # noqa: E402
 
+from resdense_ext.cli.bench import picture  # noqa: E402
+from resdense_ext.cli.bench.rows import read, row  # noqa: E402
 from resdense_ext.ops import backend as backends  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -169,7 +168,7 @@ def test_comparisons_write_their_rows_and_are_drawn(script, mode, tmp_path):
     assert all(name in answer.stdout for name in providers)
     assert all(f"| {name} |" in _tables.densenet(rows) for name in ("the bare convolutions", '`"fast"`', '`"min"`'))
     if mode == "train":
-        _plot.draw(rows, tmp_path / "picture.png")
+        picture.draw(rows, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
@@ -179,5 +178,5 @@ def test_every_operations_benchmark_runs():
 
 
 def test_the_committed_tables_are_those_of_the_committed_rows():
-    text = _tables.densenet(_rows.read(ROOT / "benchmarks/results/densenet.jsonl"))
+    text = _tables.densenet(read(ROOT / "benchmarks/results/densenet.jsonl"))
     assert text in (ROOT / "README.md").read_text()

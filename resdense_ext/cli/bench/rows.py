@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -12,6 +13,9 @@ from statistics import quantiles
 import torch
 
 import resdense_ext
+
+CHECKOUT = Path(resdense_ext.__file__).resolve().parent.parent
+"""Where the package lies, in a checkout beside its benchmarks."""
 
 
 def _processor() -> str:
@@ -23,13 +27,16 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    # An installed package may lie in a checkout of something else.
+    if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
+        return "unknown"
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
 
 
 def conditions(device: str) -> dict:
     """Hardware, library versions, commit and date of a run."""
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{_processor()}, {torch.get_num_threads()} threads"
     build = resdense_ext.build_info() or {}
     versions = {
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,23 +12,16 @@ from resdense_ext.cli.progress import progress
 from resdense_ext.cli.table import format_table
 from resdense_ext.ops.triton import missing
 
-NAME = "bench"
-HELP = "measures the launch configurations of the GPU kernels on this machine's GPU"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tune", action="store_true", required=True, help="choose the fastest configuration of every kernel")
-    parser.add_argument("--out", type=Path, help="where the table goes; by default into the installed package")
-
-
-def run(args: argparse.Namespace) -> None:
+def tune(out: Path | None) -> None:
+    """Writes the table of the fastest configurations to `out`; None is the table in the installed package."""
     if missing():
         raise CommandError(f"--tune: {missing()}")
     if not torch.cuda.is_available():
         raise CommandError("--tune: needs a CUDA device, and torch.cuda.is_available() is False")
     from resdense_ext.kernels import configs, tune
 
-    path = args.out or configs.TABLE
+    path = out or configs.TABLE
     check_writable(path.parent, (path.name,), "--out")
     choices = tune.tune(progress=lambda entries: progress(entries, "tune"))
     rows = [("kernel", "taps", "product", "arch", "was", "us", "is", "us")]

@@ -1,0 +1,83 @@
+"""Training steps of networks, by what trains them: seconds, bytes kept for backward, peak.
+
+Providers: stock PyTorch in either layout, the network's own memory_efficient switch, torch.utils.checkpoint around every block,
+torch.compile, and ours by policy and by budget. All start from the same weights, and their gradients must be as close to float64's as
+twice stock's own are before anything is timed. Rounds are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from resdense_ext.cli.bench import picture
+from resdense_ext.cli.bench.comparison import compare, table
+from resdense_ext.cli.bench.options import DTYPES, add_shared, budget_of, check_shared
+from resdense_ext.cli.bench.providers import PROVIDERS, Subject, example, float64, steps, stock_network
+from resdense_ext.cli.bench.rows import append
+from resdense_ext.cli.device import usable_device
+from resdense_ext.cli.errors import CommandError
+from resdense_ext.cli.files import replacing
+
+NAME = "models"
+HELP = "training steps of networks: ours, stock, checkpoints, torch.compile; of this library and others"
+ROWS, PICTURE = "models.jsonl", "models.png"
+DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name != "compile")
+POLICIES = ("fast", "min")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "names",
+        metavar="NAME",
+        nargs="+",
+        help="a network of resdense_ext.models or else of torchvision; timm:NAME, monai:NAME, pytorchcv:NAME, torchvision:NAME",
+    )
+    add("--size", metavar="N", type=int, help="of a side (default: 224; volumes 64; 32 where the first convolution has stride 1)")
+    add("--providers", metavar="P", nargs="+", choices=PROVIDERS, default=DEFAULT_PROVIDERS,
+        help=f"of {', '.join(PROVIDERS)}; stock is always measured, compile (it takes minutes) only if named")  # fmt: skip
+    add("--policy", nargs="+", choices=POLICIES, default=POLICIES, help="of ours (default: both)")
+    add("--budget", metavar="B", help='of ours, too: "8GiB", or below 1 a share of what stock keeps')
+    add_shared(parser, repeats=7, batch=8)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_shared(args, (ROWS, PICTURE))
+    budget, device = budget_of(args.budget), usable_device(args.device)
+    providers = [p for p in PROVIDERS if p == "stock" or p in args.providers]
+    # What cannot be built or takes no such input is refused before the first network is measured.
+    for name in args.names if len(args.names) > 1 else ():
+        example(name, stock_network(name, device), args.batch, args.size, device)
+    measured: list[dict] = []
+    try:
+        for name in args.names:
+            network = stock_network(name, device)
+            x = example(name, network, args.batch, args.size, device)
+            subject = Subject(name, network, x, DTYPES[args.dtype], args.layout)
+            sides = "x".join(map(str, x.shape[1:]))
+            print(f"{name}: a training step, batch {args.batch}, {sides}, {args.dtype}, {device}", flush=True)
+            setting = {"shape": list(x.shape), "dtype": args.dtype, "layout": args.layout}
+            rows = compare(name, steps(subject, providers, args.policy, budget), float64(subject), args.repeats, setting)
+            append(rows, args.out / ROWS, str(device))
+            measured += rows
+            print(f"{table(rows)}\n", flush=True)
+            rounds = rows[0]["count"]
+            if rounds < args.repeats:
+                raise KeyboardInterrupt(f"{rounds} of {args.repeats} rounds of {name} are kept in {args.out / ROWS}")
+    except KeyboardInterrupt as interrupt:
+        done = len(dict.fromkeys(row["op"] for row in measured))
+        if interrupt.args or not done:
+            raise
+        raise KeyboardInterrupt(f"{done} of {len(args.names)} networks are kept in {args.out / ROWS}") from None
+    finally:
+        if measured:
+            _draw(measured, args)
+    print(f"Rows: {args.out / ROWS}\nPicture: {args.out / PICTURE}")
+
+
+def _draw(rows: list[dict], args: argparse.Namespace) -> None:
+    try:
+        with replacing(args.out / PICTURE) as path:
+            picture.draw(rows, path)
+    except OSError as error:
+        raise CommandError(f"--out: the picture could not be written to {args.out} ({error})") from None

@@ -1,0 +1,267 @@
+"""`resdense bench`: what it measures, writes, keeps and refuses, on networks that take milliseconds."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_nets import library
+from torch import nn
+
+import resdense_ext as rd
+from resdense_ext.cli import main
+from resdense_ext.cli.bench import comparison, depth, kernels, max_batch, providers, rows, sources
+from resdense_ext.cli.errors import CommandError
+from resdense_ext.models import registry
+
+CPU = torch.device("cpu")
+TINY = ("--size", 8, "--batch", 4, "--repeats", 2, "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Two networks in our registry: dense blocks of two layers, and residual blocks."""
+    dense = lambda **options: rd.models.DenseNet(4, (2, 2), 8, num_classes=3, small_inputs=True, **options)  # noqa: E731
+    monkeypatch.setitem(registry._NETWORKS, "tiny", dense)
+    residual = lambda policy: nn.Sequential(nn.Conv2d(3, 8, 3), rd.nn.Chain(  # noqa: E731
+        *[rd.nn.BasicBlock(8, 8, policy=policy) for _ in range(2)], policy=policy))  # fmt: skip
+    monkeypatch.setitem(registry._NETWORKS, "tiny_residual", residual)
+
+
+@pytest.fixture
+def bench(tmp_path, capsys):
+    """Runs `resdense bench`; its status, what it says, and its rows."""
+
+    def run(benchmark, *arguments, out=True):
+        folder = tmp_path / "out"
+        line = ["bench", benchmark, *arguments, *(("--out", folder) if out else ())]
+        status = main([str(argument) for argument in line])
+        files = list(folder.glob("*.jsonl"))
+        return status, capsys.readouterr(), [row for file in files for row in rows.read(file)]
+
+    return run
+
+
+def refusal(answer):
+    status, said, found = answer
+    assert status == 2 and said.out.count("\n") <= 1 and not found and "Traceback" not in said.err
+    return said.err
+
+
+def test_models(bench, tmp_path):
+    status, said, found = bench("models", "tiny", *TINY, "--budget", "0.6")
+    assert status == 0
+    expected = ["stock contiguous", "stock channels_last", "checkpoint", "fast", "min", "budget 0.6"]
+    assert list(dict.fromkeys(row["provider"] for row in found)) == expected
+    assert all(row["shape"] == [4, 3, 8, 8] and row["hardware"] and row["versions"] and row["median"] > 0 for row in found)
+    medians = {(row["provider"], row["metric"]): row["median"] for row in found}
+    stock = medians["stock contiguous", "saved"]
+    assert medians["min", "saved"] < medians["fast", "saved"] < stock
+    assert medians["checkpoint", "saved"] < stock and medians["budget 0.6", "saved"] <= 0.6 * stock
+    assert {row["count"] for row in found if row["metric"] == "step"} == {2}
+    assert "tiny: memory_efficient: the network has no such switch" in said.err
+    assert all(f"\n{provider} " in said.out for provider in expected)
+    assert (tmp_path / "out/models.png").stat().st_size > 10_000
+
+
+def test_providers_and_policies_are_chosen(bench):
+    _, _, found = bench("models", "tiny", *TINY, "--providers", "ours", "--policy", "min", "--layout", "contiguous")
+    assert list(dict.fromkeys(row["provider"] for row in found)) == ["stock contiguous", "min"]
+
+
+@pytest.mark.parametrize(("steps", "message", "counts"), [(3, "1 of 2 rounds of tiny are kept", {"tiny": 1}),
+                                                          (5, "1 of 2 networks are kept", {"tiny": 2})])  # fmt: skip
+def test_an_interrupted_run_keeps_its_complete_rounds(steps, message, counts, bench, monkeypatch, tmp_path):
+    seconds, left = comparison._seconds, iter(range(steps))
+
+    def interrupted(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return seconds(*arguments)
+
+    monkeypatch.setattr(comparison, "_seconds", interrupted)
+    status, said, found = bench("models", "tiny", "tiny_residual", *TINY, "--providers", "ours", "--policy", "min")
+    assert status == 130 and message in said.err
+    assert {row["op"]: row["count"] for row in found if row["metric"] == "step"} == counts
+    assert (tmp_path / "out/models.png").exists()
+
+
+def test_a_wrong_result_is_refused(bench, monkeypatch):
+    convert = rd.convert
+
+    def spoiled(network, *arguments, **options):
+        convert(network, *arguments, **options).classifier.weight.register_hook(lambda grad: 1.1 * grad)
+        return network
+
+    monkeypatch.setattr(providers.rd, "convert", spoiled)
+    said = refusal(bench("models", "tiny", *TINY))
+    assert "tiny, fast: the results are off by" in said
+
+
+def test_noise_is_no_measure():
+    """A step whose results are random in stock PyTorch itself."""
+
+    def step(dtype):
+        net = nn.Conv2d(3, 4, 1).to(dtype)
+        return comparison.Step(net, torch.randn(2, 3, 4, 4, dtype=dtype), comparison.squares, dtype)
+
+    with pytest.raises(CommandError, match="stock PyTorch's own results are off"):
+        comparison.check("noise", {"stock contiguous": step(torch.float32)}, step(torch.float64))
+
+
+@pytest.mark.parametrize(("name", "near"), [("densnet121", "densenet121"), ("resdense:resnet19", "resdense:resnet18"),
+                                            ("torchvision:resnxt50_32x4d", "torchvision:resnext50_32x4d")])  # fmt: skip
+def test_unknown_names_are_answered_with_near_ones(name, near, bench):
+    library("torchvision.models")
+    assert re.search(rf"no network of this name; did you mean .*{near}", refusal(bench("models", name, *TINY)))
+
+
+def test_unknown_libraries_and_blocks(bench):
+    assert "expected one of resdense, torchvision, timm, monai, pytorchcv" in refusal(bench("models", "keras:resnet50"))
+    assert "did you mean dense_block?" in refusal(bench("depth", "denseblock"))
+
+
+@pytest.mark.parametrize("name", ["timm", "monai", "pytorchcv", "torchvision"])
+def test_a_missing_library_names_what_to_install(name, bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, sources.LIBRARIES[name].module, None)
+    assert f"pip install {name}\n" in refusal(bench("models", f"{name}:densenet121"))
+    if name == "torchvision":
+        said = refusal(bench("models", "tinny"))
+        assert "did you mean tiny" in said and "pip install torchvision" in said
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18", "monai:resnet10", "monai:DenseNet121",
+                                  "pytorchcv:resnet20_cifar10"])  # fmt: skip
+def test_networks_of_other_libraries(name):
+    library(sources.LIBRARIES[name.partition(":")[0]].module)
+    network = providers.stock_network(name, CPU)
+    x = providers.example(name, network, 2, 32, CPU)
+    assert x.shape == ((2, network.conv1.in_channels if "resnet10" in name else 1, 32, 32, 32) if "monai" in name else (2, 3, 32, 32))
+    assert torch.equal(next(network.parameters()), next(providers.stock_network(name, CPU).parameters()))
+
+
+def test_memory_efficient_is_the_networks_own_switch():
+    densenet = library("torchvision.models").densenet
+    subject = providers.Subject("small", densenet.DenseNet(8, (2, 2), 16).train(), torch.randn(2, 3, 64, 64))
+    found = providers.steps(subject, ("stock", "memory_efficient", "checkpoint"))
+    comparison.check("small", found, providers.float64(subject))
+    kept = {name: rd.memory.saved_bytes(step.loss) for name, step in found.items()}
+    assert kept["memory_efficient"] < kept["stock contiguous"] and kept["checkpoint"] < kept["stock contiguous"]
+    assert not any(getattr(module, "memory_efficient", False) for module in subject.stock.modules())
+
+
+def test_a_refused_input_is_said_in_the_networks_words(bench, monkeypatch):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            raise ValueError("at least 99 pixels, please")
+
+    monkeypatch.setitem(registry._NETWORKS, "picky", lambda policy: Picky())
+    said = refusal(bench("models", "tiny", "picky", *TINY))
+    assert "picky: the network refuses an input of shape (4, 3, 8, 8): ValueError: at least 99 pixels, please" in said
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("models", "tiny", *TINY, "--budget", "1B"), "--budget: expected at least"),
+    (("models", "tiny", "--budget", "plenty"), "--budget: expected a string such as"),
+    (("models", "tiny", "--repeats", "0"), "--repeats: expected at least 1, got 0"),
+    (("max-batch", "tiny", "--budget", "0.5"), "--budget: expected bytes"),
+    (("max-batch", "tiny", "--budget", "1GiB", "--batches", "4", "4"), "--batches: expected two numbers"),
+    (("depth", "dense_block", "--depths", "4"), "--depths: expected two or more"),
+])  # fmt: skip
+def test_bad_settings(arguments, message, bench):
+    assert message in refusal(bench(*arguments))
+
+
+def test_what_goes_with_tuning(capsys):
+    for line in (["bench"], ["bench", "--tune", "models", "tiny"], ["bench", "--out", "x", "models", "tiny"]):
+        assert main(line) == 2
+    assert "expected either --tune or a benchmark, one of models, depth, max-batch, kernels" in capsys.readouterr().err
+
+
+def test_max_batch_is_what_is_measured(bench, layout="channels_last"):
+    """Of the largest batch the bytes are those of the line, and no more fits; also with Adam's two moments."""
+    budget = 3 * 2**20
+    arguments = ("--size", 16, "--device", "cpu", "--layout", layout, "--providers", "ours", "--states", 2, "--batches", 8, 12)
+    status, said, found = bench("max-batch", "tiny", "--budget", budget, *arguments)
+    assert status == 0 and "*" not in said.out
+    network = providers.stock_network("tiny", CPU)
+    subject = providers.Subject("tiny", network, providers.example("tiny", network, 2, 16, CPU), layout=layout)
+    states = 2 * sum(p.nbytes for p in network.parameters())
+    by_provider = providers.steps(subject, ("ours",))
+    assert list(dict.fromkeys(row["provider"] for row in found)) == list(by_provider)
+    values = {(row["provider"], row["metric"]): row["median"] for row in found}
+    for name, step in by_provider.items():
+        largest = int(values[name, "largest batch"])
+        assert largest > 16
+        measured = states + max_batch.needed(step, largest)
+        assert measured == values[name, "constant"] + largest * values[name, "image"]
+        assert measured <= budget < states + max_batch.needed(step, largest + 1)
+
+
+def test_a_bend_in_the_bytes_is_passed():
+    """Up to 4 images the largest are the gradients, not what images need."""
+    line = max_batch.through(lambda batch: max(100 + 10 * batch, 20 + 30 * batch), 2, 4)
+    assert line.exact and (line.constant, line.image) == (20, 30) and line.batches == (4, 8, 12)
+    assert line.largest(379) == 11 and line.largest(380) == 12 and line.largest(10) == 0
+    assert not max_batch.through(lambda batch: batch**2, 2, 4).exact
+
+
+def test_depth(bench, tmp_path):
+    status, said, found = bench("depth", "dense_block", "--depths", 2, 6, "--batch", 2, "--size", 4, "--repeats", 1)
+    assert status == 0 and (tmp_path / "out/depth.png").stat().st_size > 10_000
+    saved = {(row["provider"], row["size"]): row["median"] for row in found if row["metric"] == "saved"}
+    assert set(saved) == {(provider, size) for provider in ("stock", "fast", "min") for size in (2, 6)}
+    assert all(saved["min", n] < saved["fast", n] < saved["stock", n] for n in (2, 6))
+    assert said.out.count("saved, MB/image") == 3 and "exponent" in said.out
+
+
+@pytest.mark.parametrize("name", depth.BLOCKS)
+def test_every_block_has_its_depth(name):
+    found = {p: depth.step(name, 2, policy, 2, 4, torch.float32, torch.channels_last, CPU) for p, policy in depth.PROVIDERS.items()}
+    comparison.check(name, found, depth.float64(found["stock"]))
+    assert rd.memory.saved_bytes(found["min"].loss) < rd.memory.saved_bytes(found["stock"].loss)
+
+
+def test_exponent():
+    assert depth.exponent((1, 2, 8), (3, 12, 192)) == pytest.approx(2)
+
+
+def test_kernels_need_a_checkout(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "CHECKOUT", tmp_path)
+    assert "needs a checkout of resdense_ext" in refusal(bench("kernels"))
+
+
+def test_kernels_write_rows_of_what_pytest_benchmark_wrote(bench, monkeypatch):
+    pytest.importorskip("pytest_benchmark")
+
+    def ran(command, environment):
+        assert environment["RESDENSE_BENCH_BATCH"] == "2" and command[-2:] == ["-k", "block4"]
+        path = next(part.partition("=")[2] for part in command if part.startswith("--benchmark-json="))
+        name = "test_add_act[block4-torch.float32-True-ours]"
+        params = {"block": "block4", "dtype": "UNSERIALIZABLE[torch.float32]", "channels_last": True, "provider": "ours"}
+        one = {"name": name, "fullname": f"benchmarks/bench_add_act.py::{name}", "params": params, "stats": {"data": [1.0, 3.0, 2.0]}}
+        with open(path, "w") as file:
+            json.dump({"benchmarks": [one]}, file)
+        return status
+
+    monkeypatch.setattr(kernels, "_run", ran)
+    status = 0
+    code, _, found = bench("kernels", "--batch", 2, "--select", "block4")
+    assert code == 0 and [(row["op"], row["provider"], row["median"], row["block"]) for row in found] == [("add_act", "ours", 2.0, "block4")]
+    status = None
+    code, said, found = bench("kernels", "--batch", 2, "--select", "block4")
+    assert code == 130 and "1 benchmarks are kept" in said.err and len(found) == 2
+
+
+def test_other_libraries_are_not_imported_at_the_start():
+    """Nor matplotlib, nor Triton."""
+    others = "torchvision timm monai pytorchcv matplotlib triton"
+    program = f"import sys, resdense_ext.cli; print([name for name in '{others}'.split() if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
