@@ -13,7 +13,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
-    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and (wide or dilated or 5x3)"),
+    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and (wide or 5x3)"),
     "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and dilated"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution"),
@@ -23,7 +23,10 @@ INTERPRETED = {
         "test_forms and bottleneck and down or "
         "test_lower_precision and (float32 and fast and basic or bfloat16 and min and activated)",
     ),
-    "residual ends": ("test_residual_ends.py", "test_fused_bn_add_act or test_add_act"),
+    "residual ends": (
+        "test_residual_ends.py",
+        "(test_fused_bn_add_act and leaky_relu and True) or test_fused_bn_add_act_of_maps or test_add_act",
+    ),
     "dual path stage": ("test_dual_path.py", "test_kinds and fast and two and True"),
     "engine": ("triton_engine.py", ""),
     "operators": ("triton_kernels.py", "not pool"),
