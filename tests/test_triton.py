@@ -13,7 +13,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
-    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and (wide or 5x3)"),
+    "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and wide"),
     "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and dilated"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not bfloat16 and not float64"),
