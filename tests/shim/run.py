@@ -13,8 +13,9 @@ import cuda_pool_cases
 import cuda_residual_cases
 
 torch.set_num_threads(1)
-every_case = cuda_cases.cases
-cuda_cases.cases = lambda: islice(every_case(), 0, None, 11)  # of every size and dtype some layouts; all of them run on a GPU
+# Of every size and dtype some layouts; all of them run on a GPU. The steps are prime to the numbers of layouts and of dtypes.
+for module, step in ((cuda_cases, 11), (cuda_residual_cases, 5), (cuda_pool_cases, 3)):
+    module.cases = lambda cases=module.cases, step=step: islice(cases(), 0, None, step)
 torch.ops.load_library(sys.argv[1])
 for check in (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS):
     # A shuffled order, since a missing barrier may show in none of the sorted ones, and several blocks a channel.
