@@ -16,12 +16,12 @@ Measured at batch 8, float32, channels last, on AMD EPYC with AVX2, two threads,
     all else                      180.5            177.0
     all                1295.0    1310.9   1.01    1533.7   1.18
 
-- 1x1 forward: the products run at nine tenths of what the processor can; the rest is the activation's pass over the input, which the
-  memory's bandwidth bounds, and the statistics' two passes over the output. With "min" it is computed twice: that is the policy.
+- 1x1 forward: beside the product there is the activation's pass over the input, which no bare convolution has, and the
+  statistics' two over the output. With "min" it is computed twice: that is the policy.
 - 3x3: Winograd's algorithm takes 16 products where the framework's convolution takes 36.
 - Other convolutions: a transition pools first, so its convolution and the two gradients are a quarter of stock's.
-- All else: Python between the operators (some 20 in a forward without gradients), first touches of new memory, the gradients that
-  autograd accumulates, the classifier; while Python runs, the second core waits.
+- All else: Python between the operators, during which the second core waits, first touches of new memory, the gradients that
+  autograd accumulates, the classifier.
 """
 
 from __future__ import annotations

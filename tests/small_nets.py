@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -98,6 +99,22 @@ def assert_same(ours, stock, tolerance=1e-12):
     for name, t in stock.items():
         scale = t.double().norm() + 0.01 * largest * name.startswith("grad ")
         assert (ours[name] - t).double().norm() <= tolerance * scale, name
+
+
+POLICIES = ("fast", "min")
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return request.param
+
+
+@pytest.fixture
+def silent():
+    """No warning is given that users would see."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 @pytest.fixture

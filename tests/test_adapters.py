@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_nets import assert_same, engine, images, library, randomise, steps  # noqa: F401
+from small_nets import assert_same, engine, images, library, policy, randomise, steps  # noqa: F401
 from tolerance import module_run
 from torch import nn
 
 import resdense_ext as rd
 from resdense_ext.convert import registry
 
-POLICIES = ("fast", "min")
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request):
-    return request.param
 
 
 def timm_densenet(**options):

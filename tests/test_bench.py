@@ -238,7 +238,7 @@ def test_kernels_need_a_checkout(bench, monkeypatch, tmp_path):
 
 
 def test_kernels_write_rows_of_what_pytest_benchmark_wrote(bench, monkeypatch):
-    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("pytest_benchmark", reason="of the extra `test`, which is not installed")
 
     def ran(command, environment):
         assert environment["RESDENSE_BENCH_BATCH"] == "2" and command[-2:] == ["-k", "block4"]

@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import assert_same, engine, images, small_block, small_densenet, steps, torchvision_densenet  # noqa: F401
+from small_nets import (  # noqa: F401
+    assert_same,
+    engine,
+    images,
+    policy,
+    silent,
+    small_block,
+    small_densenet,
+    steps,
+    torchvision_densenet,
+)
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 from torch import nn
 from torch.autograd import forward_ad
@@ -29,20 +39,7 @@ import resdense_ext as rd
 from resdense_ext.nn.read import read_layers
 
 densenet = torchvision_densenet()
-POLICIES = ("fast", "min")
 BatchNorms = nn.modules.batchnorm._BatchNorm
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request):
-    return request.param
-
-
-@pytest.fixture
-def silent():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
 
 
 def converted(model, policy="fast"):

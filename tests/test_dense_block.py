@@ -272,7 +272,7 @@ class TestTorchvision:
             ten_losses(net, x, target, 0.1) for net in (copy.deepcopy(stock), rd.convert(copy.deepcopy(stock), policy))
         )
         assert expected[0] > expected[-1]
-        assert ours == pytest.approx(expected, rel=1e-9)
+        same(*([torch.tensor(losses, dtype=torch.float64)] for losses in (ours, expected)))
 
 
 class TestStatistics:

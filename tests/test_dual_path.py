@@ -434,6 +434,22 @@ class TestMemory:
         net = Joined(stage_of(**options), first).requires_grad_(False)
         assert rd.memory.saved_bytes(lambda: net(input_of(net.stage))) == 0
 
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_slices_are_not_copied(self, channels_last):
+        """The two halves as slices of one map, as a block called by itself returns them."""
+        formatted = dict(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        stage = stage_of(2, "min", projection=False, dtype=torch.float32)
+        x = images(2, R + 3 * GROWTH, 48, 40).float().contiguous(**formatted)
+        slices = [half.requires_grad_() for half in x.split([R, 3 * GROWTH], 1)]
+        wholes = [half.detach().contiguous(**formatted).requires_grad_() for half in slices]
+
+        def step(halves):
+            stage.zero_grad(set_to_none=True)
+            torch.autograd.grad(sum(half.square().sum() for half in stage(tuple(halves))), halves)
+
+        ours, expected = (rd.memory.peak_bytes(lambda: step(halves), warmup=1) for halves in (slices, wholes))
+        assert ours <= expected
+
     def test_inference_lets_go_of_every_block(self):
         """The peak grows by the buffer, and by the tile of it that is in the cache."""
         x, peaks = images(4, INPUTS, 64, 64).float(), []

@@ -6,18 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import assert_same, engine, images, randomise, small_block, steps, torchvision_densenet  # noqa: F401
+from small_nets import assert_same, engine, images, policy, randomise, small_block, steps, torchvision_densenet  # noqa: F401
 from torch import nn
 
 import resdense_ext as rd
 
-POLICIES = ("fast", "min")
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "silu": nn.SiLU, "identity": nn.Identity}
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request):
-    return request.param
 
 
 def block(layers=3, channels=6, bn_size=2, growth=4, **options):

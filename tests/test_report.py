@@ -5,19 +5,13 @@ import warnings
 
 import pytest
 import torch
-from small_nets import images, small_block, small_densenet
+from small_nets import images, policy, small_block, small_densenet  # noqa: F401
 from torch import nn
 
 import resdense_ext as rd
 from resdense_ext.convert.report import Row
 
-POLICIES = ("fast", "min")
 FLOAT = 8
-
-
-@pytest.fixture(params=POLICIES)
-def policy(request):
-    return request.param
 
 
 def state(model):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DualPathStage
 from resdense_ext.nn.dual_path import EPS, side_by_side
-from resdense_ext.nn.engine import Halves, OnEngine, links_of, run_chain
+from resdense_ext.nn.engine import Halves, OnEngine, run_chain
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
 
 __all__ = ["DPN", "dpn68", "dpn92", "dpn98"]
@@ -97,7 +97,7 @@ class DPN(OnEngine, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.policy is None:
             return self.classifier(self.pool(self.features(x))).flatten(1)
-        return self.classifier(run_chain([*links_of(self.features), self.pool], x)).flatten(1)
+        return self.classifier(run_chain([self.features, self.pool], x)).flatten(1)
 
 
 class _JoinedNorm(nn.Module):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from resdense_ext.nn.engine import OnEngine, Policy, run_chain, run_dense_block, run_transition
 from resdense_ext.nn.parts import AVG_POOLS, CONVS, NORMS, activation_module, check_policy, check_spatial_dims
-from resdense_ext.nn.read import LayerModules, PooledModules, check_forward, read_children
+from resdense_ext.nn.read import LayerModules, PooledModules, Unsupported, check_forward, read_children
 
 __all__ = ["Chain", "DenseBlock", "DenseLayer", "Transition"]
+
 
 class DenseLayer(nn.Module):
     """One pre-activation dense layer: ``norm1, relu1, conv1, norm2, relu2, conv2``, or without the second three.
@@ -193,3 +194,10 @@ class Chain(OnEngine, nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.policy is None else run_chain(list(self), x)
+
+    def chain_modules(self) -> list[nn.Module]:
+        """The modules that it calls, for a chain around it; raises Unsupported where its own forward has to do that."""
+        check_forward(self, Chain)
+        if self.policy is None:
+            raise Unsupported("runs in plain PyTorch", self)
+        return list(self)

@@ -45,7 +45,6 @@ __all__ = [
     "Residual",
     "Transition",
     "is_transformed",
-    "links_of",
     "run_chain",
     "run_dense_block",
     "run_dual_path_block",
@@ -293,16 +292,7 @@ _RELU = nn.ReLU(inplace=True)
 
 def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
     """``global_average_pool(relu(features(x)))``, flat: how a DenseNet goes on behind its features, as a chain with them."""
-    return run_chain([*links_of(features), _RELU, _HEAD[x.dim()]], x).flatten(1)
-
-
-def links_of(sequence: nn.Sequential) -> list[nn.Module]:
-    """What is in a sequence that only calls it in a row; of any other the sequence itself."""
-    try:
-        check_untouched(sequence)
-    except Unsupported:
-        return [sequence]
-    return [sequence] if _has_any_global_hook() else list(sequence)
+    return run_chain([features, _RELU, _HEAD[x.dim()]], x).flatten(1)
 
 
 def _match(links: Sequence[_Link], at: int, halves: bool) -> tuple[Optional[_Run], int]:

@@ -162,18 +162,6 @@ def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
         result.addmm_(left, right.T)
 
 
-def _add_gram(total: Tensor, a: Tensor) -> None:
-    """``total += a a^T`` in every group, up to the diagonal and to the end of the diagonal's blocks."""
-    block = max(a.shape[1] // 4, _LEAST_BLOCK)
-    for first in range(0, a.shape[1], block):
-        end = first + block
-        _add_products(total[:, first:end, :end], a[:, first:end], a[:, :end])
-
-
-_LEAST_BLOCK = 64
-"""Rows below which a product is slower by more than what the other half of a symmetric matrix costs."""
-
-
 class Moments(NamedTuple):
     """Of what a convolution reads: the mean ``[C]`` in float64 and R, the sums of products of deviations from it, ``[groups, C /
     groups, C / groups]``. Where there is no R the mean is only near."""
@@ -193,9 +181,9 @@ def moments(source: Pointwise, batch_stats: bool = True) -> Moments:
     for part in source.backend.chunks(source.x):
         b = source.deviations(part, center)
         sums += b.sum(-1).flatten()
-        _add_gram(products, b)
+        _add_products(products, b, b)
     rest = (sums / source.count).view(groups, inputs, 1)
-    products.copy_((products.tril() + products.tril(-1).mT).double() - source.count * rest * rest.mT)
+    products.copy_(products.double() - source.count * rest * rest.mT)
     return Moments(center + rest.flatten(), products)
 
 

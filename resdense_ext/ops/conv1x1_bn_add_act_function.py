@@ -16,7 +16,7 @@ from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Carried, Moments, Pointwise
-from resdense_ext.ops.layout import dense_map, empty_map, is_map, memory_format_of, walkable_map
+from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats
@@ -111,15 +111,10 @@ def _statistics(x: Tensor, norm: Optional[BatchNorm], backend: ReferenceBackend)
     return Stats(*backend.channel_stats(x)) if norm is not None and norm.batch_stats else new_stats(x, None)
 
 
-def _in_layout_of(x: Tensor, identity: Tensor) -> Tensor:
-    same = is_map(identity) and memory_format_of(identity) == memory_format_of(x)
-    return identity if same else identity.contiguous(memory_format=memory_format_of(x))
-
-
 def _conv1x1_bn_add_act(x: Tensor, identity: Tensor, tensors, *numbers):
     config = Conv1x1BNAddActConfig(*numbers)
     x = walkable_map(x)
-    identity = _in_layout_of(x, identity)
+    identity = map_beside(x, identity)
     backend, norms = backends.get(config.backend), config.norms(tensors)
     of_identity = _statistics(identity, norms[2], backend)
     stats = [*_statistics(x, norms[0], backend), *new_stats(identity, None), *of_identity]
@@ -170,7 +165,7 @@ def _conv1x1_bn_add_act_backward(
             results[0] = backend.pending_grad_(found.input) if source.fold is not None else found.input.dy
     results[1] = g
     if identity_fold is not None and any((needs[1], *needs[10:12])):
-        identity = _in_layout_of(x, identity)
+        identity = map_beside(x, identity)
         shortcut = engine.norm_gradients(g.to(identity.dtype), identity, identity_fold, backend)
         record(2, shortcut.norm_weight, shortcut.norm_bias)
         if needs[1]:

@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 from resdense_ext.ops import _library
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Stats, register
 from resdense_ext.ops.compiled import CompiledBackend, slope_of
-from resdense_ext.ops.layout import memory_format_of
+from resdense_ext.ops.layout import map_beside, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
@@ -59,19 +59,14 @@ class _Ends:
         return getattr(torch.ops.resdense, name)
 
     def bn_add_act(self, z: Tensor, scale: Tensor, shift: Tensor, identity: Tensor, *rest) -> Tensor:
-        return torch.ops.resdense.bn_add_act(z, scale, shift, _beside(z, identity), *rest)
+        return torch.ops.resdense.bn_add_act(z, scale, shift, map_beside(z, identity), *rest)
 
     def bn_add_act_backward(self, grad: Tensor, out: Tensor, z: Tensor, center: Tensor, identity: Optional[Tensor], *rest):
-        grad, out, identity = (t if t is None else _beside(z, t) for t in (grad, out, identity))
+        grad, out, identity = (t if t is None else map_beside(z, t) for t in (grad, out, identity))
         return torch.ops.resdense.bn_add_act_backward(grad, out, z, center, identity, *rest)
 
     def pending_grad(self, dy: Tensor, z: Tensor, *vectors: Tensor) -> None:
-        torch.ops.resdense.pending_grad(dy, _beside(dy, z), *vectors)
-
-
-def _beside(like: Tensor, x: Tensor) -> Tensor:
-    """``x``, or where it has another layout than ``like`` a copy."""
-    return x if memory_format_of(x) == memory_format_of(like) else x.contiguous(memory_format=memory_format_of(like))
+        torch.ops.resdense.pending_grad(dy, map_beside(dy, z), *vectors)
 
 
 class CpuBackend(CompiledBackend):

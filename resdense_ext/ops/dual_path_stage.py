@@ -31,7 +31,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
-from resdense_ext.ops.layout import empty_map, memory_format_of
+from resdense_ext.ops.layout import empty_map, map_beside
 from resdense_ext.ops.split_unit import Source, SplitUnit
 from resdense_ext.ops.units import GRADS, UNIT, Gradients, geometry_of, new_stats, units_from
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
@@ -134,9 +134,8 @@ class _Stage:
     """What forward and backward share: the blocks, their places, and the shape of the halves."""
 
     def __init__(self, xs: Sequence[Tensor], tensors, config: DualPathStageConfig) -> None:
-        # One layout for all maps, which kernels walk together.
-        layout = memory_format_of(xs[0])
-        self.inputs = [x.contiguous(memory_format=layout) for x in saved_inputs(xs, config.projected)]
+        # All maps are walked together.
+        self.inputs = [map_beside(xs[0], x) for x in saved_inputs(xs, config.projected)]
         self.blocks = config.blocks(tensors)
         self.backend, self.activation = backends.get(config.backend), Activation(config.activation, config.slope)
         self.projection, self.residual_channels = self.blocks[0].projection, config.residual_channels

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ["dense_map", "empty_map", "is_map", "memory_format_of", "walkable_map"]
+__all__ = ["dense_map", "empty_map", "is_map", "map_beside", "memory_format_of", "walkable_map"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -38,6 +38,12 @@ def dense_map(x: Tensor) -> Tensor:
 def walkable_map(x: Tensor) -> Tensor:
     """``x``, or a dense copy where the compiled kernels cannot walk it; see `is_map`."""
     return x if is_map(x) else dense_map(x)
+
+
+def map_beside(like: Tensor, x: Tensor) -> Tensor:
+    """``x``, or a dense copy in the memory format of ``like`` where the compiled kernels cannot walk the two together."""
+    together = is_map(x) and memory_format_of(x) == memory_format_of(like)
+    return x if together else x.contiguous(memory_format=memory_format_of(like))
 
 
 def empty_map(like: Tensor, channels: int, dtype: torch.dtype, sizes: Optional[Sequence[int]] = None) -> Tensor:
