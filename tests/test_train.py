@@ -275,7 +275,20 @@ def test_segmentation_learns(data, tmp_path, capsys):
 
 def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     code = """
+from pathlib import Path
+import torch.distributed as dist
 from resdense_ext.cli import main
+
+def destroy(destroy=dist.destroy_process_group):
+    alive = gloo_threads()
+    destroy()
+    # The gradients' group keeps its own; any others could abort the process while it ends.
+    assert gloo_threads() == alive // 2, (alive, gloo_threads())
+
+def gloo_threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")].count("pt_gloo_runloop")
+
+dist.destroy_process_group = destroy
 sys.exit(main(sys.argv[1:]))
 """
     with socket.socket() as free:

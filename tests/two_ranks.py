@@ -1,6 +1,7 @@
 """What two processes do together over gloo, for `test_distributed`: every case once, its results in a file a rank."""
 
 import copy
+import gc
 import os
 
 import pytest
@@ -84,7 +85,8 @@ def synchronised(network, policy, order):
 
 def parallel(network, policy, norms):
     """Under DistributedDataParallel, whose gradients are means over ranks; the first micro-batch is not yet reduced."""
-    model = DistributedDataParallel(frozen(rd.convert(NETWORKS[network](), policy)))
+    # A group of its own, which the reducer keeps with gloo's threads: those of the others are joined before the process ends.
+    model = DistributedDataParallel(frozen(rd.convert(NETWORKS[network](), policy)), process_group=dist.new_group())
     if norms == "synchronised":
         # Only now: for a CPU DistributedDataParallel refuses networks that have such norms already.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
@@ -170,6 +172,7 @@ def work(rank, folder, cases):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {name_of(case): copy.deepcopy(case[0](*case[1:])) for case in cases}
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
+    gc.collect()
     dist.destroy_process_group()
 
 

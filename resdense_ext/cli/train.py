@@ -66,17 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     budget = _check(args)
     with joined(args.device) as processes:
-        _check_for(args, processes)
-        data = processes.from_first(lambda: _data(args))
-        settings = _settings(args, data, budget, processes)
-        trainer = _trainer(args, data, settings, processes)
-        state = checkpoint.load(args.out, args.resume) if args.resume else None
-        if state:
-            trainer.restore(state)
-        try:
-            _train(args, trainer, state)
-        except OSError as error:
-            raise CommandError(f"--out: the results could not be written to {args.out} ({error})") from None
+        _run(args, budget, processes)
+
+
+def _run(args: argparse.Namespace, budget: int | float | None, processes: Processes) -> None:
+    _check_for(args, processes)
+    data = processes.from_first(lambda: _data(args))
+    settings = _settings(args, data, budget, processes)
+    trainer = _trainer(args, data, settings, processes)
+    state = checkpoint.load(args.out, args.resume) if args.resume else None
+    if state:
+        trainer.restore(state)
+    try:
+        _train(args, trainer, state)
+    except OSError as error:
+        raise CommandError(f"--out: the results could not be written to {args.out} ({error})") from None
 
 
 def _check(args: argparse.Namespace) -> int | float | None:

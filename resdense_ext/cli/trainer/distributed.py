@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,10 @@ class Processes:
         """The model, with gradients averaged over all processes. Batch statistics are each process's own."""
         if self.count == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        if self.device.type == "cuda":
+            return DistributedDataParallel(model, device_ids=[self.device])
+        # A group of its own, since the reducer keeps it, and with it gloo's threads, until the process ends (see `joined`).
+        return DistributedDataParallel(model, process_group=dist.new_group())
 
     def same_buffers(self, model: nn.Module) -> None:
         """Gives every process the first one's running statistics."""
@@ -80,4 +84,7 @@ def joined(device: str) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
+        # Joins gloo's threads. One that lived on could give up the last tensor of a collective, whose Python object it needs the
+        # interpreter for, when that is gone already: this would abort the process.
+        gc.collect()
         dist.destroy_process_group()
