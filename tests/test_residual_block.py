@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 import resdense_ext as rd
 from resdense_ext import functional, reference
-from resdense_ext.functional import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
+from resdense_ext.functional import Activation, BatchNorm, Conv, Pool, ResidualBlock, Shortcut, Unit
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import residual_maps as op
 from resdense_ext.ops.units import flat_tensors
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 ACTIVATIONS = {
     "relu": nn.ReLU(),
     "leaky_relu": nn.LeakyReLU(0.2),
@@ -33,12 +34,12 @@ class Block(nn.Module):
     """A residual block of any form: by the functional call where it has a ``policy``, else in plain PyTorch.
 
     ``widths`` are the channels from the input to the output, ``kernels`` a convolution's each; the first one that is no 1x1 has
-    the stride, the dilation and the groups.
+    the stride, the dilation and the groups. ``pool``, the options of an average, stands in front of the projection.
     """
 
     def __init__(
         self, widths, kernels, *, pre=False, projection=None, stride=1, dilation=1, groups=1, bias=False, rank=2,
-        activation="relu", final=None, policy=None,
+        activation="relu", final=None, policy=None, pool=None,
     ):  # fmt: skip
         super().__init__()
         torch.manual_seed(0)
@@ -50,7 +51,8 @@ class Block(nn.Module):
             padding = (kernel - 1) // 2 * options.get("dilation", 1)
             self.convs.append(conv(widths[i], widths[i + 1], kernel, padding=padding, bias=bias, **options))
             self.norms.append(norm(widths[i if pre else i + 1]))
-        self.projection = projection and conv(widths[0], widths[-1], 1, stride=stride, bias=bias)
+        self.pool = pool and POOLS[rank - 1](**pool)
+        self.projection = projection and conv(widths[0], widths[-1], 1, stride=1 if pool else stride, bias=bias)
         self.projection_norm = norm(widths[-1]) if projection == "normed" else None
         self.pre, self.activated, self.policy = pre, projection == "activated", policy
         self.activation = activation
@@ -71,7 +73,8 @@ class Block(nn.Module):
                 y = conv(first if y is x else act(norm(y)))
             else:
                 y = norm(conv(y if y is x else act(y)))
-        shortcut = x if self.projection is None else self.projection(first if self.activated else x)
+        pooled = x if self.pool is None else self.pool(x)
+        shortcut = x if self.projection is None else self.projection(first if self.activated else pooled)
         shortcut = shortcut if self.projection_norm is None else self.projection_norm(shortcut)
         return ACTIVATIONS[self.final](y + shortcut)
 
@@ -83,7 +86,13 @@ class Block(nn.Module):
         if self.projection is None:
             return ResidualBlock(units, end)
         norm = None if self.projection_norm is None else described_norm(self.projection_norm)
-        return ResidualBlock(units, end, Shortcut(described_conv(self.projection), norm, self.activated))
+        pool = None if self.pool is None else described_pool(self.pool, self.projection.weight.dim() - 2)
+        return ResidualBlock(units, end, Shortcut(described_conv(self.projection), norm, self.activated, pool))
+
+
+def described_pool(m, rank):
+    sizes = (n if isinstance(n, tuple) else (n,) * rank for n in (m.kernel_size, m.stride, m.padding))
+    return Pool("average", *sizes, m.ceil_mode)
 
 
 def described_norm(m):
@@ -96,6 +105,7 @@ def described_conv(m):
     return Conv(m.weight, m.bias, m.padding, m.dilation, m.groups, m.stride)
 
 
+CEILED = dict(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
 BLOCKS = {
     "basic": dict(widths=(6, 6, 6), kernels=(3, 3)),
     "basic down": dict(widths=(6, 8, 8), kernels=(3, 3), stride=2, projection="normed"),
@@ -104,6 +114,7 @@ BLOCKS = {
     "grouped": dict(widths=(8, 6, 6, 8), kernels=(1, 3, 1), groups=3, dilation=2),
     "stride first": dict(widths=(6, 4, 8), kernels=(1, 1), stride=2, projection="normed", bias=True),
     "projection alone": dict(widths=(6, 4, 8), kernels=(3, 1), projection="plain", bias=True),
+    "pooled": dict(widths=(6, 8, 8), kernels=(3, 3), stride=2, projection="normed", pool=CEILED),
     "one convolution": dict(widths=(6, 6), kernels=(3,)),
     "pre": dict(widths=(6, 6, 6), kernels=(3, 3), pre=True),
     "pre bottleneck": dict(widths=(8, 3, 4, 8), kernels=(1, 3, 1), pre=True, bias=True),
