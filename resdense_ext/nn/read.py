@@ -196,7 +196,7 @@ def _read_shortcut(modules: Sequence[nn.Module], activated: bool, seen: set[nn.M
     pooled = len(modules) > 2 or pool_kind(modules[0]) is not None
     conv, *norm = modules[1:] if pooled else modules
     if pooled and pool_kind(modules[0]) != "average":
-        raise Unsupported(f"is {type(modules[0]).__name__}, and no average pool", modules[0])
+        raise Unsupported(f"is {type(modules[0]).__name__}, and not torch's average pool", modules[0])
     read_conv, read_norm, pool = _read_conv(conv), None, None
     for of_projection in norm:
         _check_alone(of_projection, seen)
