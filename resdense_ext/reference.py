@@ -200,10 +200,11 @@ class Pool(NamedTuple):
         return tuple(self._output(*window) for window in zip(sizes, *self.windows))
 
     def _output(self, size: int, kernel: int, stride: int, padding: int) -> int:
-        whole, rest = divmod(size + 2 * padding - kernel, stride)
-        # The window of the rest begins before the padding behind the map does.
-        more = self.ceil_mode and rest > 0 and (whole + 1) * stride < size + padding
-        return whole + 1 + more
+        span = size + 2 * padding - kernel
+        whole = span // stride + 1
+        # A window of the rest begins in the map, or in front of it.
+        rest = self.ceil_mode and span % stride != 0 and whole * stride < size + padding
+        return whole + 1 if rest else whole
 
 
 class PooledUnit(NamedTuple):

@@ -132,12 +132,13 @@ BIG = {
     "timm": (lambda: library("timm.models.densenet").densenet121(), (2, 3, 224, 224), 0.1),
     "pytorchcv": (lambda: library("pytorchcv.models.densenet").densenet121(), (2, 3, 224, 224), 0.1),
     "monai": (lambda: library("monai.networks.nets.densenet").DenseNet121(3, 1, 2), (1, 1, 64, 64, 64), 1 / 6),
+    "timm resnet50d": (lambda: library("timm.models.resnet").resnet50d(), (2, 3, 224, 224), 0.37),
 }
 
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", BIG)
-def test_saved_bytes_of_densenet121(name):
+def test_saved_bytes_of_whole_networks(name):
     make, shape, share = BIG[name]
     net, x = make(), torch.randn(shape)
     stock = rd.memory.saved_bytes(lambda: net(x))
@@ -285,7 +286,7 @@ def test_hooks_are_called(engine, name, path, blocks):  # noqa: F811
     assert_same(*results)
 
 
-@pytest.mark.parametrize("name", ["timm densenet", "pytorchcv densenet", "pytorchcv preresnet"])
+@pytest.mark.parametrize("name", ["timm densenet", "timm resnet d", "pytorchcv densenet", "pytorchcv preresnet"])
 def test_around_a_converted_model(engine, name):  # noqa: F811
     make, shape, blocks, _ = SERVED[name]
     stock, x = made(make()).eval(), images(*shape)

@@ -152,7 +152,8 @@ def test_saves_what_the_librarys_own_block_saves(kind, policy):
 
 @pytest.mark.usefixtures("silent")
 def test_a_pool_in_the_shortcut(policy, engine):
-    stock, x = S.stranger(S.PostActivation, channels=8, planes=12, stride=2, pool=nn.AvgPool2d(2, ceil_mode=True)), images(2, 8, 9, 7)
+    pool, x = nn.AvgPool2d(2, ceil_mode=True), images(2, 8, 9, 7)
+    stock = S.stranger(S.PostActivation, channels=8, planes=12, stride=2, pool=pool)
     model = rd.convert(copy.deepcopy(stock), policy)
     assert_same(steps(model, x), steps(stock, x))
     assert engine == [policy]

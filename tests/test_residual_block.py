@@ -545,7 +545,7 @@ class TestErrors:
             (dict(stride=(2,)), "block.shortcut.pool: expected an average with 2 numbers of each kind, got Pool"),
             (dict(stride=(0, 2)), "block.shortcut.pool: expected windows and strides of 1 or more"),
             (dict(padding=(2, 0)), "block.shortcut.pool: .* padding of at most half a window"),
-            (dict(kernel_size=(8, 2), ceil_mode=False), r"block.shortcut.pool: expected windows within the padded x of shape \(3, 6, 7, 6"),
+            (dict(kernel_size=(8, 2), ceil_mode=False), "block.shortcut.pool: expected windows within the padded x of shape"),
             (dict(ceil_mode=False), r"block.shortcut.conv: expected an output of shape \(3, 8, 4, 3\), .* got \(3, 8, 3, 3\)"),
         ],
         ids=str,

@@ -48,7 +48,7 @@ class DenseMatch(NamedTuple):
 
 
 class ResidualMatch(NamedTuple):
-    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool in front of both.
+    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both.
 
     ``bypassed`` are `torch.nn.Identity` modules that the shortcut passes.
     """

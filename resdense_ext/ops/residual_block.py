@@ -100,14 +100,14 @@ def _backward(
         if k == 0:
             into = pending
     if shortcut is not None:
-        source = walk.projected(walk.fold(0))
-        onto = into if needs[0] else None
-        if shortcut.pool is not None and needs[0]:
-            onto = Pending.of(torch.zeros_like(source.x), source.x)
-        found = _through(source, walk, units + 1, upstream.pop(units + 1), onto, grads, units + 1)
+        source, pool = walk.projected(walk.fold(0)), shortcut.pool
+        target = into if pool is None else Pending.of(torch.zeros_like(source.x), source.x)
+        found = _through(
+            source, walk, units + 1, upstream.pop(units + 1), target if needs[0] else None, grads, units + 1
+        )
         grads.record(0, found.norm_weight, found.norm_bias)
-        if shortcut.pool is not None and needs[0]:
-            backend.avg_pool_backward_accumulate(into.dy, onto.dy, x, shortcut.pool)
+        if pool is not None and needs[0]:
+            backend.avg_pool_backward_accumulate(into.dy, target.dy, x, pool)
     if needs[0]:
         grads.found[0] = backend.pending_grad_(walk.share_(0, into)) if takes_stats(walk.norms[0]) else into.dy
     return _wanted(grads.found, x, tensors)

@@ -45,8 +45,8 @@ class ResidualBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
     The norms' lists have a value for every unit, for the end and for the shortcut; ``geometry`` has the numbers of every
-    convolution. ``activated`` and ``pool`` are the shortcut's: of an average its windows, and whether it has ceil_mode. ``plan`` says how backward comes by the maps 1 to n + 1, see `plan_of`, and
-    ``group`` which ranks share the batch's statistics.
+    convolution. ``activated`` and ``pool`` are the shortcut's, the latter its windows and its ``ceil_mode`` or nothing. ``plan``
+    says how backward comes by the maps 1 to n + 1, see `plan_of`, and ``group`` which ranks share the batch's statistics.
     """
 
     normed: list[bool]
