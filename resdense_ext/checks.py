@@ -139,23 +139,40 @@ def pool_of(
 def check_pooled_unit(where: str, unit: PooledUnit, channels: int, x: Tensor) -> None:
     """Of a unit that reads a map of ``channels`` channels in the sizes of ``x``; ``where`` is empty or ends with a dot."""
     check_norm(f"{where}norm", unit.norm, channels, x)
-    _, kernel_size, stride, padding = unit.pool
-    for size, window, step, around in zip(x.shape[2:], kernel_size, stride, padding):
-        if window < 1 or step < 1 or not 0 <= around <= window // 2:
-            raise ValueError(
-                f"{where}pool: expected windows and strides of 1 or more and padding of at most half a window, "
-                f"got kernel_size {kernel_size}, stride {stride}, padding {padding}"
-            )
-        if size + 2 * around < window and x.numel():
-            raise ValueError(
-                f"{where}pool: expected windows within the padded x of shape {tuple(x.shape)}, "
-                f"got kernel_size {kernel_size}, padding {padding}"
-            )
+    if unit.pool.ceil_mode:
+        raise ValueError(f"{where}pool.ceil_mode: expected False behind a norm, got True")
+    _check_windows(f"{where}pool", unit.pool, x)
     if unit.conv is not None:
         if any(size != 1 for size in unit.conv.weight.shape[2:]):
             raise ValueError(f"{where}conv.weight: expected a kernel of size 1, got shape {tuple(unit.conv.weight.shape)}")
         _check_conv(f"{where}conv", unit.conv, channels, x, None if autocasts(x.device.type) else x.dtype)
         _check_keeps_size(f"{where}conv", unit.conv)
+
+
+def _check_windows(where: str, pool: Pool, x: Tensor) -> None:
+    kernel_size, stride, padding = pool.windows
+    for window, step, around in zip(*pool.windows):
+        if window < 1 or step < 1 or not 0 <= around <= window // 2:
+            raise ValueError(
+                f"{where}: expected windows and strides of 1 or more and padding of at most half a window, "
+                f"got kernel_size {kernel_size}, stride {stride}, padding {padding}"
+            )
+    if any(size < 1 for size in pool.outputs(x.shape[2:])) and x.numel():
+        raise ValueError(
+            f"{where}: expected windows within the padded x of shape {tuple(x.shape)}, "
+            f"got kernel_size {kernel_size}, padding {padding}"
+        )
+
+
+def _check_shortcut_pool(pool: Pool, activated: bool, x: Tensor) -> tuple[int, ...]:
+    """The shape of what it makes of x."""
+    where, rank = "block.shortcut.pool", x.dim() - 2
+    if activated:
+        raise ValueError(f"{where}: expected None in a shortcut that is activated, got {pool}")
+    if pool.kind != "average" or any(len(sizes) != rank for sizes in pool.windows):
+        raise ValueError(f"{where}: expected an average with {rank} numbers of each kind, got {pool}")
+    _check_windows(where, pool, x)
+    return (*x.shape[:2], *pool.outputs(x.shape[2:]))
 
 
 def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
@@ -171,7 +188,9 @@ def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
         check_norm("block.norm", block.norm, shape[1], x, shape)
     added, where = tuple(x.shape), "block.shortcut"
     if block.shortcut is not None:
-        conv, norm, _ = block.shortcut
+        conv, norm, activated, pool = block.shortcut
+        if pool is not None:
+            added = _check_shortcut_pool(pool, activated, x)
         added, where = _check_unit(where, Unit(None, conv), added, x, dtype), "block.shortcut.conv"
         if norm is not None:
             check_norm("block.shortcut.norm", norm, added[1], x, added)

@@ -164,8 +164,9 @@ def residual_block(
         y = y if block.norm is None else batch_norm(y, block.norm)
         return final_act(y + shortcut)          # x, or the projection: a convolution of x, with or without batch norm
 
-    A projection that is ``activated`` reads what the first unit's convolution reads. In training mode running statistics are
-    updated once, as `torch.nn.functional.batch_norm` does it, and ``num_batches_tracked`` is increased by one.
+    A projection that is ``activated`` reads what the first unit's convolution reads, one with a ``pool`` that average pool of x, of
+    which nothing is kept. In training mode running statistics are updated once, as `torch.nn.functional.batch_norm` does it, and
+    ``num_batches_tracked`` is increased by one.
 
     Args:
         x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.

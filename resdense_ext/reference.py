@@ -122,12 +122,19 @@ class Shortcut(NamedTuple):
     """A residual block's projection, with or without a norm behind it.
 
     ``activated`` says that it reads what the block's first convolution reads: the input behind the first unit's norm and
-    activation (He et al., Identity Mappings in Deep Residual Networks, 2016), not the input.
+    activation (He et al., Identity Mappings in Deep Residual Networks, 2016), not the input. ``pool``, an average, stands in
+    front of the convolution, which then needs no stride (ResNet-D: He et al., Bag of Tricks, 2018, arXiv 1812.01187); of what
+    is activated there is none.
     """
 
     conv: Conv
     norm: Optional[BatchNorm] = None
     activated: bool = False
+    pool: Optional[Pool] = None
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the new map."""
+        return self.conv.outputs(sizes if self.pool is None else self.pool.outputs(sizes))
 
 
 class ResidualBlock(NamedTuple):
@@ -169,19 +176,35 @@ class DualPathBlock(NamedTuple):
 
 class Pool(NamedTuple):
     """A pooling layer: ``kind`` is average (padding counts as zeros), maximum, or global (the mean over all positions, where
-    the sizes stay empty). One size a spatial dimension; padding is at most half of a window."""
+    the sizes stay empty). One size a spatial dimension; padding is at most half of a window.
+
+    Positions behind the last whole window are dropped; with ``ceil_mode`` they are a window of their own, which a residual
+    block's shortcut alone takes. Nothing counts that is behind the padding.
+    """
 
     kind: str
     kernel_size: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
+    ceil_mode: bool = False
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Kernel sizes, strides and padding."""
+        return self.kernel_size, self.stride, self.padding
 
     def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The spatial sizes of the pooled map. Positions behind the last whole window are dropped."""
+        """The spatial sizes of the pooled map."""
         if self.kind == "global":
             return (1,) * len(sizes)
-        windows = zip(sizes, self.kernel_size, self.stride, self.padding)
-        return tuple((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in windows)
+        return tuple(self._output(*window) for window in zip(sizes, *self.windows))
+
+    def _output(self, size: int, kernel: int, stride: int, padding: int) -> int:
+        span = size + 2 * padding - kernel
+        whole = span // stride + 1
+        # A window of the rest begins in the map, or in front of it.
+        rest = self.ceil_mode and span % stride != 0 and whole * stride < size + padding
+        return whole + 1 if rest else whole
 
 
 class PooledUnit(NamedTuple):
@@ -368,8 +391,9 @@ def residual_block(
         y = bn_act_conv(y, unit, activation)
     identity, identity_norm = x, None
     if block.shortcut is not None:
-        conv, identity_norm, activated = block.shortcut
-        identity = bn_act_conv(x, Unit(block.units[0].norm if activated else None, conv), activation)
+        conv, identity_norm, activated, before = block.shortcut
+        pooled = x if before is None else pool(x, before)
+        identity = bn_act_conv(pooled, Unit(block.units[0].norm if activated else None, conv), activation)
     if block.norm is not None:
         return bn_add_act(y, block.norm, identity, identity_norm, last)
     if identity_norm is not None:
@@ -403,7 +427,7 @@ def pool(y: Tensor, pool: Pool) -> Tensor:
     }
     # On a CPU torch has no average of volumes in half precision.
     wide = y.float() if pool.kind == "average" and rank == 3 and y.is_cpu and y.element_size() == 2 else y
-    return functions[pool.kind][rank - 1](wide, pool.kernel_size, pool.stride, pool.padding).to(y.dtype)
+    return functions[pool.kind][rank - 1](wide, *pool.windows, ceil_mode=pool.ceil_mode).to(y.dtype)
 
 
 def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation = Activation()) -> Tensor:

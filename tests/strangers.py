@@ -160,14 +160,15 @@ class NewMapsOnly(nn.Module):
 class PostActivation(nn.Module):
     """A residual block with a projection where it is needed."""
 
-    def __init__(self, channels, planes, stride=1):
+    def __init__(self, channels, planes, stride=1, pool=None):
         super().__init__()
         self.c1 = nn.Conv2d(channels, planes, 3, stride, 1, bias=False)
         self.c2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.b1, self.b2 = nn.BatchNorm2d(planes), nn.BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+            projection = nn.Conv2d(channels, planes, 1, stride if pool is None else 1, bias=False), nn.BatchNorm2d(planes)
+            self.shortcut = nn.Sequential(*projection) if pool is None else nn.Sequential(pool, *projection)
 
     def forward(self, x):
         out = F.relu(self.b1(self.c1(x)))

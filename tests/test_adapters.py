@@ -61,6 +61,12 @@ SERVED = {
     "timm densenet, memory efficient": (lambda: timm_densenet(memory_efficient=True), (2, 3, 64, 64), 2, None),
     "timm basic": (lambda: timm_resnet("BasicBlock"), (2, 3, 64, 64), 5, 0.6),
     "timm resnext": (lambda: timm_resnet("Bottleneck", cardinality=2, base_width=32, drop_rate=0.2), (2, 3, 64, 64), 5, None),
+    "timm resnet d": (
+        lambda: timm_resnet("Bottleneck", avg_down=True, stem_type="deep", stem_width=8), (2, 3, 70, 66), 5, 0.6
+    ),
+    "timm resnet d, tiered": (
+        lambda: timm_resnet("BasicBlock", avg_down=True, stem_type="deep_tiered", replace_stem_pool=True), (2, 3, 64, 64), 5, None
+    ),
     "timm dilated": (lambda: timm_resnet("Bottleneck", output_stride=8, act_layer="silu"), (2, 3, 64, 64), 5, None),
     "monai densenet 1d": (lambda: monai_densenet(1, dropout_prob=0.2), (3, 3, 64), 2, None),
     "monai densenet 2d": (lambda: monai_densenet(2, dropout_prob=0.2, act=("leakyrelu", {"negative_slope": 0.2})), IMAGE, 2, 0.5),
@@ -126,12 +132,13 @@ BIG = {
     "timm": (lambda: library("timm.models.densenet").densenet121(), (2, 3, 224, 224), 0.1),
     "pytorchcv": (lambda: library("pytorchcv.models.densenet").densenet121(), (2, 3, 224, 224), 0.1),
     "monai": (lambda: library("monai.networks.nets.densenet").DenseNet121(3, 1, 2), (1, 1, 64, 64, 64), 1 / 6),
+    "timm resnet50d": (lambda: library("timm.models.resnet").resnet50d(), (2, 3, 224, 224), 0.37),
 }
 
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", BIG)
-def test_saved_bytes_of_densenet121(name):
+def test_saved_bytes_of_whole_networks(name):
     make, shape, share = BIG[name]
     net, x = make(), torch.randn(shape)
     stock = rd.memory.saved_bytes(lambda: net(x))
@@ -146,7 +153,7 @@ def blur_pool():
 # What makes the network, an input's shape, why and where it stays stock, and the blocks that are on the engine all the same.
 LEFT_ALONE = {
     "squeeze and excitation": (
-        lambda: timm_resnet("BasicBlock", block_args=dict(attn_layer="se")),
+        lambda: timm_resnet("BasicBlock", block_args=dict(attn_layer="se"), avg_down=True),
         (2, 3, 64, 64),
         r"left alone layer1.0, layer1.1, layer2.0 and 2 more: se is SEModule",
         0,
@@ -164,16 +171,16 @@ LEFT_ALONE = {
         3,
     ),
     "blur pool": (
-        lambda: timm_resnet("BasicBlock", aa_layer=blur_pool()),
+        lambda: timm_resnet("BasicBlock", aa_layer=blur_pool(), avg_down=True),
         (2, 3, 64, 64),
         "left alone layer2.0, layer3.0, layer4.0: aa is BlurPool2d",
         2,
     ),
-    "pool in the shortcut": (
-        lambda: timm_resnet("Bottleneck", avg_down=True, stem_type="deep", stem_width=8),
+    "a pool that pads one side in the shortcut": (
+        lambda: timm_resnet("Bottleneck", avg_down=True, output_stride=8),
         (2, 3, 64, 64),
-        "left alone layer2.0, layer3.0, layer4.0: downsample holds 0, 1, 2, and not 0, 1",
-        2,
+        "a Bottleneck runs its stock path: downsample.0 is AvgPool2dSame, and not torch's average pool",
+        3,
     ),
     "group norm": (
         lambda: timm_densenet(norm_layer="groupnorm1"),
@@ -279,7 +286,7 @@ def test_hooks_are_called(engine, name, path, blocks):  # noqa: F811
     assert_same(*results)
 
 
-@pytest.mark.parametrize("name", ["timm densenet", "pytorchcv densenet", "pytorchcv preresnet"])
+@pytest.mark.parametrize("name", ["timm densenet", "timm resnet d", "pytorchcv densenet", "pytorchcv preresnet"])
 def test_around_a_converted_model(engine, name):  # noqa: F811
     make, shape, blocks, _ = SERVED[name]
     stock, x = made(make()).eval(), images(*shape)

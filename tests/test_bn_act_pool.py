@@ -313,6 +313,8 @@ NORM, X = BatchNorm(torch.ones(3), torch.zeros(3)), torch.zeros(2, 3, 4, 6)
         (TypeError, "unit.conv.weight: expected dtype torch.float32", lambda: functional.transition(X, Unit(NORM, Conv(torch.zeros(2, 3, 1, 1).double())))),
         (ValueError, "behind.pool: expected average or global, got maximum",
          lambda: functional.dense_block(X, [], behind=PooledUnit(NORM, Pool("maximum", (2, 2), (2, 2), (0, 0))))),
+        (ValueError, "behind.pool.ceil_mode: expected False behind a norm, got True",
+         lambda: functional.dense_block(X, [], behind=PooledUnit(NORM, Pool("average", (2, 2), (2, 2), (0, 0), True)))),
     ],
 )  # fmt: skip
 def test_errors(error, message, call):

@@ -23,10 +23,12 @@ def dense():
 
 
 def residual():
+    """A projection with a stride, and one with a pool."""
     resnet = torchvision_models().resnet
     torch.manual_seed(0)
-    projection = nn.Sequential(nn.Conv2d(3, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
-    return randomise(resnet.Bottleneck(3, 4, 2, projection)).double()
+    strided = nn.Sequential(nn.Conv2d(3, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    pooled = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+    return randomise(nn.Sequential(resnet.Bottleneck(3, 4, 2, strided), resnet.Bottleneck(16, 4, 2, pooled))).double()
 
 
 def found(model, call, x):

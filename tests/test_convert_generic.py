@@ -150,6 +150,20 @@ def test_saves_what_the_librarys_own_block_saves(kind, policy):
     assert kept["stranger"] - kept["converted"] >= 0.8 * (stocks_own - kept["own"]) > 0
 
 
+@pytest.mark.usefixtures("silent")
+def test_a_pool_in_the_shortcut(policy, engine):
+    pool, x = nn.AvgPool2d(2, ceil_mode=True), images(2, 8, 9, 7)
+    stock = S.stranger(S.PostActivation, channels=8, planes=12, stride=2, pool=pool)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    assert_same(steps(model, x), steps(stock, x))
+    assert engine == [policy]
+
+
+def test_a_pool_of_maxima_in_the_shortcut_is_named():
+    with pytest.warns(UserWarning, match="shortcut.0 is MaxPool2d, and not torch's average pool"):
+        rd.convert(S.stranger(S.PostActivation, channels=8, planes=12, stride=2, pool=nn.MaxPool2d(2)))
+
+
 def test_several_inputs_and_one_that_is_left_out(engine):
     class Scaled(S.GrowingList):
         def forward(self, x, y, scale=None):

@@ -1,9 +1,11 @@
 """The residual block: agreement with plain PyTorch, memory, statistics, and the rules that keep autograd honest."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stock import import_torchvision
 from small_nets import assert_same
 from test_dense_block import BACKENDS, POLICIES, _format, backend, maps, policy, same, state  # noqa: F401
@@ -13,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 import resdense_ext as rd
 from resdense_ext import functional, reference
-from resdense_ext.functional import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
+from resdense_ext.functional import Activation, BatchNorm, Conv, Pool, ResidualBlock, Shortcut, Unit
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import residual_maps as op
 from resdense_ext.ops.units import flat_tensors
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 ACTIVATIONS = {
     "relu": nn.ReLU(),
     "leaky_relu": nn.LeakyReLU(0.2),
@@ -33,12 +36,12 @@ class Block(nn.Module):
     """A residual block of any form: by the functional call where it has a ``policy``, else in plain PyTorch.
 
     ``widths`` are the channels from the input to the output, ``kernels`` a convolution's each; the first one that is no 1x1 has
-    the stride, the dilation and the groups.
+    the stride, the dilation and the groups. ``pool``, the options of an average, stands in front of the projection.
     """
 
     def __init__(
         self, widths, kernels, *, pre=False, projection=None, stride=1, dilation=1, groups=1, bias=False, rank=2,
-        activation="relu", final=None, policy=None,
+        activation="relu", final=None, policy=None, pool=None,
     ):  # fmt: skip
         super().__init__()
         torch.manual_seed(0)
@@ -50,7 +53,8 @@ class Block(nn.Module):
             padding = (kernel - 1) // 2 * options.get("dilation", 1)
             self.convs.append(conv(widths[i], widths[i + 1], kernel, padding=padding, bias=bias, **options))
             self.norms.append(norm(widths[i if pre else i + 1]))
-        self.projection = projection and conv(widths[0], widths[-1], 1, stride=stride, bias=bias)
+        self.pool = pool and POOLS[rank - 1](**pool)
+        self.projection = projection and conv(widths[0], widths[-1], 1, stride=1 if pool else stride, bias=bias)
         self.projection_norm = norm(widths[-1]) if projection == "normed" else None
         self.pre, self.activated, self.policy = pre, projection == "activated", policy
         self.activation = activation
@@ -71,7 +75,8 @@ class Block(nn.Module):
                 y = conv(first if y is x else act(norm(y)))
             else:
                 y = norm(conv(y if y is x else act(y)))
-        shortcut = x if self.projection is None else self.projection(first if self.activated else x)
+        pooled = x if self.pool is None else self.pool(x)
+        shortcut = x if self.projection is None else self.projection(first if self.activated else pooled)
         shortcut = shortcut if self.projection_norm is None else self.projection_norm(shortcut)
         return ACTIVATIONS[self.final](y + shortcut)
 
@@ -83,7 +88,13 @@ class Block(nn.Module):
         if self.projection is None:
             return ResidualBlock(units, end)
         norm = None if self.projection_norm is None else described_norm(self.projection_norm)
-        return ResidualBlock(units, end, Shortcut(described_conv(self.projection), norm, self.activated))
+        pool = None if self.pool is None else described_pool(self.pool, self.projection.weight.dim() - 2)
+        return ResidualBlock(units, end, Shortcut(described_conv(self.projection), norm, self.activated, pool))
+
+
+def described_pool(m, rank):
+    sizes = (n if isinstance(n, tuple) else (n,) * rank for n in (m.kernel_size, m.stride, m.padding))
+    return Pool("average", *sizes, m.ceil_mode)
 
 
 def described_norm(m):
@@ -96,6 +107,7 @@ def described_conv(m):
     return Conv(m.weight, m.bias, m.padding, m.dilation, m.groups, m.stride)
 
 
+CEILED = dict(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
 BLOCKS = {
     "basic": dict(widths=(6, 6, 6), kernels=(3, 3)),
     "basic down": dict(widths=(6, 8, 8), kernels=(3, 3), stride=2, projection="normed"),
@@ -104,6 +116,7 @@ BLOCKS = {
     "grouped": dict(widths=(8, 6, 6, 8), kernels=(1, 3, 1), groups=3, dilation=2),
     "stride first": dict(widths=(6, 4, 8), kernels=(1, 1), stride=2, projection="normed", bias=True),
     "projection alone": dict(widths=(6, 4, 8), kernels=(3, 1), projection="plain", bias=True),
+    "pooled": dict(widths=(6, 8, 8), kernels=(3, 3), stride=2, projection="normed", pool=CEILED),
     "one convolution": dict(widths=(6, 6), kernels=(3,)),
     "pre": dict(widths=(6, 6, 6), kernels=(3, 3), pre=True),
     "pre bottleneck": dict(widths=(8, 3, 4, 8), kernels=(1, 3, 1), pre=True, bias=True),
@@ -144,16 +157,39 @@ class TestAgreement:
         agree_in_float64(block, input_of(block, channels_last=channels_last))
 
     @pytest.mark.parametrize("sizes", [(1, 1), (1, 6), (9, 5)], ids=str)
-    @pytest.mark.parametrize("name", ["bottleneck down", "pre activated"])
+    @pytest.mark.parametrize("name", ["bottleneck down", "pre activated", "pooled"])
     def test_odd_sizes(self, backend, policy, name, sizes):
         block = Block(**BLOCKS[name], policy=policy)
         agree_in_float64(block, input_of(block, sizes, True))
 
     @pytest.mark.parametrize("rank", [1, 3])
-    @pytest.mark.parametrize("name", ["bottleneck down", "pre"])
+    @pytest.mark.parametrize("name", ["bottleneck down", "pre", "pooled"])
     def test_other_dimensions(self, backend, policy, name, rank):
         block = Block(**BLOCKS[name], rank=rank, policy=policy)
         agree_in_float64(block, input_of(block, (5, 4, 3)[:rank]))
+
+    @pytest.mark.parametrize(
+        "pool",
+        [
+            dict(kernel_size=2),
+            dict(kernel_size=(2, 3), stride=2, padding=(0, 1)),
+            dict(kernel_size=3, stride=2, padding=1, ceil_mode=True),
+            dict(kernel_size=(1, 2), stride=2, ceil_mode=True),
+        ],
+        ids=str,
+    )
+    def test_other_pools(self, backend, policy, pool):
+        """Of whole windows, of those that overlap and pad, and of one that reaches behind the map."""
+        block = Block(**BLOCKS["bottleneck down"] | dict(pool=pool), policy=policy)
+        sizes = (8, 6) if pool == dict(kernel_size=2) else (8, 7) if isinstance(pool["kernel_size"], tuple) else (7, 9)
+        agree_in_float64(block, input_of(block, sizes))
+
+    def test_a_pool_without_a_norm_behind_a_norm_and_in_front_of_a_stride(self, backend, policy):
+        """None of them in a network that we know; the operator takes them all."""
+        pool = dict(kernel_size=3, stride=1, padding=1)
+        block = Block((6, 8, 8), (3, 3), pre=True, stride=2, projection="plain", pool=pool, policy=policy)
+        block.projection.stride = (2, 2)
+        agree_in_float64(block, input_of(block))
 
     @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre"])
     @pytest.mark.parametrize("activation", ["leaky_relu", "elu", "silu", "identity"])
@@ -174,7 +210,7 @@ class TestAgreement:
                 module.eval()
         agree_in_float64(block, input_of(block))
 
-    @pytest.mark.parametrize("name", ["bottleneck down", "pre activated"])
+    @pytest.mark.parametrize("name", ["bottleneck down", "pre activated", "pooled"])
     @pytest.mark.parametrize("which", ["weight", "convs.0", "norms.1", "convs.1", "projection", "nothing"])
     @pytest.mark.parametrize("input_grad", [True, False])
     def test_only_some_gradients(self, policy, name, which, input_grad):
@@ -192,7 +228,7 @@ class TestAgreement:
             same(*results)
 
     @pytest.mark.parametrize("channels_last", [False, True])
-    @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre activated"])
+    @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre activated", "pooled"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_lower_precision(self, backend, policy, name, dtype, channels_last):
         block = Block(**BLOCKS[name], policy=policy)
@@ -202,7 +238,7 @@ class TestAgreement:
         ours = module_run(block)({"x": inputs["x"].contiguous(memory_format=_format(channels_last))}, copy.deepcopy(params))
         assert_within_rule(ours, true_run(run, inputs, params), torch_runs(run, inputs, params), dtype)
 
-    @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre"])
+    @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre", "pooled"])
     def test_autocast(self, policy, name):
         block = Block(**BLOCKS[name], policy=policy)
         params, inputs = state(block), {"x": input_of(block, (9, 7)).bfloat16()}
@@ -402,9 +438,10 @@ class TestMemory:
             expected += out  # the output itself, or what it was activated of
         assert kept == expected
 
-    @pytest.mark.parametrize(("name", "maps_kept"), [("basic down", 8 + 8), ("bottleneck down", 4 * 4 + 4)])
+    @pytest.mark.parametrize(("name", "maps_kept"), [("basic down", 8 + 8), ("bottleneck down", 4 * 4 + 4), ("pooled", 8 + 8)])
     def test_of_a_projection_nothing(self, policy, name, maps_kept):
-        """It is a 1x1 convolution in front of a norm, as a bottleneck's last: the moments of what these read are enough."""
+        """It is a 1x1 convolution in front of a norm, as a bottleneck's last: the moments of what these read are enough. What a
+        pool makes of the input is made again."""
         kept, out = self.kept(Block(**BLOCKS[name], policy=policy))
         assert kept == out + (maps_kept * 2 * 10 * 9 * 4 if policy == "fast" else 0)
 
@@ -413,6 +450,10 @@ class TestMemory:
         x = maps((2, 32, 3, 3)).requires_grad_()
         saved = rd.memory.saved_bytes(lambda: block(x))
         assert saved == 4 * (18 * (32 + 24 + 40 + 40 + 40) + 2 * (24 + 40 + 40))
+        agree_in_float64(block, x.detach())
+        block = Block((32, 24, 40), (3, 1), stride=2, projection="normed", pool=CEILED, policy="fast")
+        saved = rd.memory.saved_bytes(lambda: block(x))
+        assert saved == 4 * (18 * 32 + 8 * (24 + 40 + 40 + 40) + 2 * (24 + 40 + 40))
         agree_in_float64(block, x.detach())
 
     def test_frozen_norms_need_only_what_convolutions_read(self):
@@ -427,7 +468,7 @@ class TestMemory:
         agree_in_float64(block, input_of(block))
 
     @pytest.mark.parametrize("channels_last", [False, True])
-    @pytest.mark.parametrize("name", ["basic down", "bottleneck", "pre activated"])
+    @pytest.mark.parametrize("name", ["basic down", "bottleneck", "pre activated", "pooled"])
     def test_a_slice_is_not_copied(self, name, channels_last):
         """It takes as much memory as a tensor of its own, forward and backward."""
         block = Block(**BLOCKS[name], policy="min").to(memory_format=_format(channels_last))
@@ -495,6 +536,42 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             functional.residual_block(input_of(block), described, **names)
         assert block.norms[0].num_batches_tracked == 0
+
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(kind="maximum"), "block.shortcut.pool: expected an average with 2 numbers of each kind, got Pool"),
+            (dict(stride=(2,)), "block.shortcut.pool: expected an average with 2 numbers of each kind, got Pool"),
+            (dict(stride=(0, 2)), "block.shortcut.pool: expected windows and strides of 1 or more"),
+            (dict(padding=(2, 0)), "block.shortcut.pool: .* padding of at most half a window"),
+            (dict(kernel_size=(8, 2), ceil_mode=False), "block.shortcut.pool: expected windows within the padded x of shape"),
+            (dict(ceil_mode=False), r"block.shortcut.conv: expected an output of shape \(3, 8, 4, 3\), .* got \(3, 8, 3, 3\)"),
+        ],
+        ids=str,
+    )
+    def test_pools(self, change, message):
+        block = Block(**BLOCKS["pooled"], policy="fast")
+        described = block.described()
+        shortcut = described.shortcut
+        with pytest.raises(ValueError, match=message):
+            pooled = shortcut._replace(pool=shortcut.pool._replace(**change))
+            functional.residual_block(input_of(block), described._replace(shortcut=pooled))
+        activated = described._replace(shortcut=shortcut._replace(activated=True))
+        with pytest.raises(ValueError, match="block.shortcut.pool: expected None in a shortcut that is activated, got Pool"):
+            functional.residual_block(input_of(block), activated)
+        assert block.norms[0].num_batches_tracked == 0
+
+
+def test_a_pools_sizes_are_torchs():
+    for size, kernel, stride, ceil_mode in itertools.product(range(1, 9), range(1, 5), range(1, 5), (False, True)):
+        for padding in range(kernel // 2 + 1):
+            try:
+                expected = F.avg_pool1d(torch.empty(1, 1, size, device="meta"), kernel, stride, padding, ceil_mode).shape[2:]
+            except RuntimeError:
+                expected = (0,)  # no window fits
+            found = Pool("average", (kernel,), (stride,), (padding,), ceil_mode).outputs((size,))
+            assert max(found, (0,)) == expected, (size, kernel, stride, padding, ceil_mode)
 
 
 def test_deterministic_mode_repeats_bitwise(backend, policy):

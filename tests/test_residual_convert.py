@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -241,11 +242,11 @@ def test_another_shortcut_runs_its_stock_path(engine, downsample):  # noqa: F811
     stock = small_resnet()
     block = stock.layer2[0]
     if downsample == "pool":
-        block.downsample = nn.Sequential(nn.AvgPool2d(1), *block.downsample)
+        block.downsample = nn.Sequential(nn.MaxPool2d(1), *block.downsample)
     elif downsample == "hooked":
         block.downsample.register_forward_hook(lambda *args: None)
     else:
-        block.downsample = nn.Sequential(*[nn.Identity(), *block.downsample])
+        block.downsample = nn.Sequential(OrderedDict(zip(("conv", "norm"), block.downsample)))
     x = images(2, 3, 40, 33)
     with pytest.warns(UserWarning, match="downsample"):
         model = rd.convert(copy.deepcopy(stock))
@@ -277,9 +278,16 @@ def test_report():
     assert all(row.saved_bytes < row.stock_saved_bytes for row in report.rows)
 
 
+def pooled(inplanes, outplanes):
+    """A ResNet-D's shortcut."""
+    pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, nn.Conv2d(inplanes, outplanes, 1, bias=False), nn.BatchNorm2d(outplanes))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_budget(share):
     x, stock = images(2, 3, 64, 64), small_resnet("basic")
+    stock.layer2[0].downsample = pooled(64, 128).double()
     least, most = (rd.memory.saved_bytes(lambda: rd.convert(copy.deepcopy(stock), p)(x)) for p in ("min", "fast"))
     budget = int(least + share * (most - least))
     model = rd.convert(copy.deepcopy(stock), memory_budget=budget, example_input=x)
@@ -293,6 +301,7 @@ def test_budget(share):
 OWN = {
     "BasicBlock": lambda n, **o: n.BasicBlock(6, 6, **o),
     "Bottleneck": lambda n, **o: n.Bottleneck(8, 4, 2, nn.Sequential(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16)), **o),
+    "pooled BasicBlock": lambda n, **o: n.BasicBlock(6, 8, 2, pooled(6, 8), **o),
     "PreActBlock": lambda n, **o: n.PreActBlock(6, 8, 2, **o),
     "PreActBottleneck": lambda n, **o: n.PreActBottleneck(8, 2, **o),
 }
@@ -307,6 +316,16 @@ def test_own_blocks(engine, policy, name, activation):  # noqa: F811
     x = images(2, channels, 7, 6)
     assert_same(steps(block, x), steps(rd.revert(copy.deepcopy(block)), x))
     assert engine == [policy]
+
+
+def test_a_shortcut_that_broadcasts_runs_its_stock_path(engine):  # noqa: F811
+    """Of three positions a pool of whole windows leaves one, and the convolutions two."""
+    block = rd.nn.BasicBlock(6, 8, 2, pooled(6, 8)).double()
+    block.downsample[0].ceil_mode = False
+    x = images(2, 6, 3, 3)
+    assert_same(steps(block, x), steps(rd.revert(copy.deepcopy(block)), x))
+    assert not engine
+    assert block(images(2, 6, 4, 4)).shape == (2, 8, 2, 2) and engine == ["fast"]
 
 
 def test_one_norm_for_two_runs_its_stock_path(engine):  # noqa: F811

@@ -1,6 +1,7 @@
 """Residual, dual path and segmentation networks and their blocks: torchvision's and timm's names, and what the papers say."""
 
 import hashlib
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn as torch_nn
 
 from resdense_ext import models, nn, reference
 from resdense_ext.models.parts import crop_like
+from resdense_ext.nn.engine import why_stock
 from resdense_ext.nn.read import Unsupported
 
 RESNETS = [
@@ -313,9 +315,17 @@ def test_an_unknown_shortcut_is_named_and_runs(kind):
     assert block(torch.randn(2, 8, 6, 6)).shape == (2, 8, 3, 3)
     with pytest.raises(Unsupported, match="AvgPool2d"):
         block.residual_modules()
-    block.downsample = torch_nn.Sequential(torch_nn.AvgPool2d(2), torch_nn.Conv2d(8, 8, 1), torch_nn.BatchNorm2d(8))
-    with pytest.raises(Unsupported, match="holds 0, 1, 2"):
+    projection = torch_nn.Conv2d(8, 8, 1), torch_nn.BatchNorm2d(8)
+    block.downsample = torch_nn.Sequential(*projection, torch_nn.Identity(), torch_nn.Identity())
+    with pytest.raises(Unsupported, match="holds 0, 1, 2, 3, and not 0, 1, 2"):
         block.residual_modules()
+    for front, reason in (
+        (torch_nn.MaxPool2d(2), "downsample.0 is MaxPool2d, and not torch's average pool"),
+        (torch_nn.AvgPool2d(3, 2, 1, count_include_pad=False), r"downsample.0 is AvgPool2d\(kernel_size=3"),
+        (torch_nn.AvgPool1d(2), r"downsample.0 is AvgPool1d\(kernel_size"),
+    ):
+        block.downsample = torch_nn.Sequential(front, *projection)
+        assert re.match(reason, why_stock(block))
 
 
 @pytest.mark.parametrize("stride", [1, 2])

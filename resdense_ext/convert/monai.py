@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout, projection
+from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout
 from resdense_ext.convert.registry import check_class
 from resdense_ext.nn.read import (
     LayerModules,
@@ -16,6 +16,7 @@ from resdense_ext.nn.read import (
     check_forward,
     check_untouched,
     read_children,
+    read_projection,
 )
 
 __all__ = ["BLOCKS", "CHAINS"]
@@ -64,7 +65,7 @@ def _bottleneck(block: nn.Module) -> ResidualModules:
 def _projection(downsample: Any) -> tuple[nn.Module, ...]:
     if downsample is not None and not isinstance(downsample, nn.Module):
         raise Unsupported("has a shortcut that pads with zeros (type A), and no projection")
-    return projection(downsample)
+    return read_projection(downsample)
 
 
 def _resnet(net: nn.Module) -> list[nn.Module]:

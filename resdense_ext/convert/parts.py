@@ -7,9 +7,9 @@ from typing import NoReturn, Optional
 from torch import nn
 
 from resdense_ext.convert.registry import Reader
-from resdense_ext.nn.read import LayerModules, Unsupported, check_forward, check_untouched, read_children
+from resdense_ext.nn.read import LayerModules, Unsupported, check_untouched
 
-__all__ = ["FLATTEN", "check_rest", "is_nothing", "layer_with_dropout", "left_alone", "projection"]
+__all__ = ["FLATTEN", "check_rest", "is_nothing", "layer_with_dropout", "left_alone"]
 
 FLATTEN = nn.Flatten(1)
 """What many a forward does without a module."""
@@ -42,15 +42,6 @@ def left_alone(reason: str) -> Reader:
         raise Unsupported(reason)
 
     return read
-
-
-def projection(downsample: Optional[nn.Module]) -> tuple[nn.Module, ...]:
-    """The convolution and the norm of a projection shortcut; nothing for the identity."""
-    if downsample is None:
-        return ()
-    check_forward(downsample, nn.Sequential)
-    check_untouched(downsample)
-    return tuple(read_children(downsample, "0", "1"))
 
 
 def layer_with_dropout(

@@ -48,7 +48,7 @@ class DenseMatch(NamedTuple):
 
 
 class ResidualMatch(NamedTuple):
-    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm.
+    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both.
 
     ``bypassed`` are `torch.nn.Identity` modules that the shortcut passes.
     """
@@ -320,6 +320,8 @@ class _Reader:
         if self.inner(shortcut, "norm", end) and self.inner(shortcut.args[0], "conv", shortcut):
             conv = shortcut.args[0]
             yield conv.args[0], (conv, shortcut), bypassed
+            if self.inner(conv.args[0], "pool", conv):
+                yield conv.args[0].args[0], (conv.args[0], conv, shortcut), bypassed
 
     def _post_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
         for start, projection, bypassed in self._shortcuts(add, shortcut):
@@ -343,7 +345,7 @@ class _Reader:
 
     def _pre_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
         for start, projection, bypassed in self._shortcuts(add, shortcut):
-            if len(projection) == 2:
+            if len(projection) > 1:
                 continue
             units: list[Unit] = []
             conv, end = main, add

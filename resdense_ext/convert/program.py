@@ -100,7 +100,7 @@ class TracedResidualBlock(Part):
         """Whether both sides of the addition have as many channels, as far as the modules say."""
         form, units, shortcut, _ = self._block
         convs = [unit[0] if form == "post" else unit[2] for unit in units]
-        added = shortcut[0].out_channels if shortcut else convs[0].in_channels
+        added = next((m.out_channels for m in shortcut if hasattr(m, "out_channels")), convs[0].in_channels)
         return added == convs[-1].out_channels
 
     def residual_modules(self) -> ResidualModules:

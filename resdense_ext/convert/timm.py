@@ -1,26 +1,24 @@
 """timm's DenseNet, whose batch norms activate, and its ResNet with everything of that name; and subclasses.
 
 What the engine does not know stays stock and is named: attention (SE and its like), stochastic depth, DropBlock, blur pools,
-shortcuts with a pool.
+shortcuts with a pool that pads.
 """
 
 from __future__ import annotations
 
-from typing import Optional
-
 from torch import nn
 
-from resdense_ext.convert.parts import check_rest, is_nothing, left_alone, projection
+from resdense_ext.convert.parts import check_rest, left_alone
 from resdense_ext.convert.registry import check_class
 from resdense_ext.nn.read import (
     LayerModules,
     PooledModules,
     ResidualModules,
     Unsupported,
-    check_forward,
     check_untouched,
     own_activation,
     read_children,
+    read_projection,
 )
 
 __all__ = ["BLOCKS", "CHAINS"]
@@ -70,22 +68,13 @@ def _global_pool(pool: nn.Module) -> list[nn.Module]:
 def _basic_block(block: nn.Module) -> ResidualModules:
     check_rest(block, "conv1", "bn1", "act1", "conv2", "bn2", "act2", "downsample")
     units = (block.conv1, block.bn1, block.act1), (block.conv2, block.bn2, None)
-    return ResidualModules("post", units, _projection(block.downsample), block.act2)
+    return ResidualModules("post", units, read_projection(block.downsample), block.act2)
 
 
 def _bottleneck(block: nn.Module) -> ResidualModules:
     check_rest(block, "conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3", "downsample")
     units = (block.conv1, block.bn1, block.act1), (block.conv2, block.bn2, block.act2), (block.conv3, block.bn3, None)
-    return ResidualModules("post", units, _projection(block.downsample), block.act3)
-
-
-def _projection(downsample: Optional[nn.Module]) -> tuple[nn.Module, ...]:
-    """A convolution and a norm, behind a pool that is none where the shortcut has no stride."""
-    if isinstance(downsample, nn.Sequential) and len(downsample) == 3 and is_nothing(downsample[0]):
-        check_forward(downsample, nn.Sequential)
-        check_untouched(downsample)
-        return tuple(downsample[1:])
-    return projection(downsample)
+    return ResidualModules("post", units, read_projection(block.downsample), block.act3)
 
 
 def _resnet(net: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from typing import Optional
 from torch import Tensor, nn
 
 from resdense_ext.convert.classes import Converted
-from resdense_ext.convert.parts import FLATTEN, projection
+from resdense_ext.convert.parts import FLATTEN
 from resdense_ext.convert.registry import check_class
 from resdense_ext.nn.engine import is_transformed, run_chain
 from resdense_ext.nn.read import (
@@ -19,6 +19,7 @@ from resdense_ext.nn.read import (
     Unsupported,
     check_forward,
     read_children,
+    read_projection,
 )
 
 __all__ = ["BLOCKS", "CHAINS", "TorchvisionLayerGetter", "recognise"]
@@ -49,12 +50,12 @@ def _densenet(net: nn.Module) -> list[nn.Module]:
 
 def _basic_block(block: nn.Module) -> ResidualModules:
     units = (block.conv1, block.bn1, block.relu), (block.conv2, block.bn2, None)
-    return ResidualModules("post", units, projection(block.downsample), block.relu)
+    return ResidualModules("post", units, read_projection(block.downsample), block.relu)
 
 
 def _bottleneck(block: nn.Module) -> ResidualModules:
     units = (block.conv1, block.bn1, block.relu), (block.conv2, block.bn2, block.relu), (block.conv3, block.bn3, None)
-    return ResidualModules("post", units, projection(block.downsample), block.relu)
+    return ResidualModules("post", units, read_projection(block.downsample), block.relu)
 
 
 def _resnet(net: nn.Module) -> list[nn.Module]:

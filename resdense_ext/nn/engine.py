@@ -33,6 +33,7 @@ from resdense_ext.nn.read import (
     read_pooled_unit,
     read_residual_block,
 )
+from resdense_ext.ops.residual_maps import sizes_of
 from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import Activation, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
 
@@ -223,8 +224,12 @@ def run_residual_block(block: Residual, x: Tensor) -> Tensor:
     def read() -> _Run:
         modules = block.residual_modules()
         described, activation, last = read_residual_block(modules)
+        shortcut = described.shortcut
 
-        def run(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Optional[Tensor]:
+            sizes = x.shape[2:]
+            if shortcut is not None and shortcut.pool is not None and shortcut.outputs(sizes) != sizes_of(x, described)[-1]:
+                return None  # of a pool that drops positions one may be left, which stock broadcasts
             y = _residual_block(x, described, activation, last, block.engine_policy)
             return _widened(y, modules.units[-1][1]) if modules.form == "post" else y
 
@@ -454,7 +459,7 @@ def _pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
     options = {"activation": activation.name, "negative_slope": activation.slope}
     if unit.conv is not None:
         return functional.transition(x, functional.Unit(unit.norm, unit.conv), *unit.pool[1:3], **options)
-    return functional.bn_act_pool(x, unit.norm, *unit.pool, **options)
+    return functional.bn_act_pool(x, unit.norm, unit.pool.kind, *unit.pool.windows, **options)
 
 
 def _residual_block(

@@ -41,6 +41,7 @@ __all__ = [
     "read_dual_path_block",
     "read_layers",
     "read_pooled_unit",
+    "read_projection",
     "read_residual_block",
 ]
 
@@ -51,7 +52,7 @@ _POOLS = {
     "maximum": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
     "global": (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
 }
-_ORDINARY = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None, "dilation": 1, "return_indices": False}
+_ORDINARY = {"divisor_override": None, "dilation": 1, "return_indices": False}
 """The pools' options that the engine knows, by the one value that it knows."""
 _PARAMETERS = "weight", "bias"
 _BUFFERS = "running_mean", "running_var", "num_batches_tracked"
@@ -109,7 +110,8 @@ class ResidualModules(NamedTuple):
     """The modules of one residual block, in one of two forms.
 
     "post": the units are ``(convolution, norm, activation)``, the last without an activation (None);
-    ``activation(units(x) + shortcut(x))``, and the shortcut ``(convolution, norm)`` or, for x itself, empty.
+    ``activation(units(x) + shortcut(x))``, and the shortcut ``(convolution, norm)``, with an average pool in front or without
+    one, or, for x itself, empty.
     "pre": the units are ``(norm, activation, convolution)``; ``units(x) + shortcut``, and the shortcut ``(convolution,)`` of
     what the first unit has activated or, for x itself, empty. There is no activation behind the addition.
     """
@@ -180,14 +182,7 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
         raise Unsupported(f"the units' activations differ: {sorted(a.name for a in activations)}")
     norms, convs = map(list, zip(*units))
     end = norms[-1] if post else None
-    shortcut = None
-    if modules.shortcut:
-        conv, *norm = modules.shortcut
-        read_conv, read_norm = _read_conv(conv), None
-        for of_projection in norm:
-            _check_alone(of_projection, seen)
-            read_norm = _read_norm(of_projection, _NORM_BESIDE[type(conv)])
-        shortcut = Shortcut(read_conv, read_norm, activated=not post)
+    shortcut = _read_shortcut(modules.shortcut, not post, seen) if modules.shortcut else None
     check_one_group([*norms, None if shortcut is None else shortcut.norm])
     block = ResidualBlock(tuple(map(Unit, [None, *norms[:-1]] if post else norms, convs)), end, shortcut)
     activation = activations.pop() if activations else Activation()
@@ -195,6 +190,22 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
     if activation.name == last.name and activation != last:
         raise Unsupported(f"has slope {last.slope}, and the units' activation {activation.slope}", modules.activation)
     return block, activation, last
+
+
+def _read_shortcut(modules: Sequence[nn.Module], activated: bool, seen: set[nn.Module]) -> Shortcut:
+    pooled = len(modules) > 2 or pool_kind(modules[0]) is not None
+    conv, *norm = modules[1:] if pooled else modules
+    if pooled and pool_kind(modules[0]) != "average":
+        raise Unsupported(f"is {type(modules[0]).__name__}, and not torch's average pool", modules[0])
+    read_conv, read_norm, pool = _read_conv(conv), None, None
+    for of_projection in norm:
+        _check_alone(of_projection, seen)
+        read_norm = _read_norm(of_projection, _NORM_BESIDE[type(conv)])
+    if pooled:
+        pool, rank = _read_pool(modules[0])
+        if activated or rank != read_conv.weight.dim() - 2:
+            raise Unsupported(f"is {modules[0]}", modules[0])
+    return Shortcut(read_conv, read_norm, activated, pool)
 
 
 def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activation]:
@@ -240,6 +251,8 @@ def read_pooled_unit(modules: PooledModules) -> tuple[PooledUnit, Activation]:
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
     pool, rank = _read_pool(modules.pool)
+    if pool.ceil_mode:
+        raise Unsupported(f"is {modules.pool}", modules.pool)
     conv = None
     if modules.conv is not None:
         conv = _read_conv(modules.conv)
@@ -266,6 +279,19 @@ def read_children(module: nn.Sequential, *names: str) -> list[nn.Module]:
     if tuple(module._modules) != names:
         raise Unsupported(f"holds {', '.join(module._modules)}, and not {', '.join(names)}", module)
     return list(module)
+
+
+def read_projection(downsample: Optional[nn.Module]) -> tuple[nn.Module, ...]:
+    """The convolution and the norm of a projection shortcut, with a pool in front or without one; nothing for the identity."""
+    if downsample is None:
+        return ()
+    check_forward(downsample, nn.Sequential)
+    check_untouched(downsample)
+    modules = read_children(downsample, *"012"[: max(len(downsample), 2)])
+    if len(modules) < 3 or type(modules[0]) is not nn.Identity:
+        return tuple(modules)
+    check_untouched(modules[0])
+    return tuple(modules[1:])
 
 
 def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: tuple[str, ...]) -> tuple[Optional[Tensor], ...]:
@@ -388,10 +414,12 @@ def _read_pool(pool: nn.Module) -> tuple[Pool, int]:
         if any(size != 1 for size in _sizes(pool.output_size, rank)):
             raise Unsupported(f"is {pool}", pool)
         return Pool(kind), rank
-    for name, value in _ORDINARY.items():
-        if getattr(pool, name, value) not in (value, (value,) * rank):
-            raise Unsupported(f"is {pool}", pool)
-    return Pool(kind, *(_sizes(size, rank) for size in (pool.kernel_size, pool.stride, pool.padding))), rank
+    windows = (_sizes(size, rank) for size in (pool.kernel_size, pool.stride, pool.padding))
+    read = Pool(kind, *windows, pool.ceil_mode)
+    known = all(getattr(pool, name, value) in (value, (value,) * rank) for name, value in _ORDINARY.items())
+    if not known or (any(read.padding) and not getattr(pool, "count_include_pad", True)):
+        raise Unsupported(f"is {pool}", pool)
+    return read, rank
 
 
 def _sizes(value: int | Sequence[int], rank: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resdense_ext.nn.engine import OnEngine, Policy, run_residual_block
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
-from resdense_ext.nn.read import ResidualModules, check_forward, check_untouched, read_children
+from resdense_ext.nn.read import ResidualModules, read_projection
 
 __all__ = ["BasicBlock", "Bottleneck", "PreActBlock", "PreActBottleneck"]
 
@@ -65,13 +65,8 @@ class _PostActivation(_ResidualBlock):
         self.downsample, self.stride = downsample, stride
 
     def residual_modules(self) -> ResidualModules:
-        """Raises Unsupported where the shortcut is something else than a convolution and a norm."""
-        shortcut = ()
-        if self.downsample is not None:
-            check_forward(self.downsample, nn.Sequential)
-            check_untouched(self.downsample)
-            shortcut = tuple(read_children(self.downsample, "0", "1"))
-        return ResidualModules("post", self.units, shortcut, self.relu)
+        """Raises Unsupported where the shortcut is something else than a convolution and a norm, or a pool in front of them."""
+        return ResidualModules("post", self.units, read_projection(self.downsample), self.relu)
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """The block in plain PyTorch."""
@@ -95,7 +90,8 @@ class BasicBlock(_PostActivation):
         inplanes: channels of the input.
         planes: channels of the output.
         stride: of ``conv1``.
-        downsample: the shortcut where input and output differ in shape, as a rule ``Sequential(conv 1x1, norm)``; else None.
+        downsample: the shortcut where input and output differ in shape, as a rule ``Sequential(conv 1x1, norm)``, in a ResNet-D
+            with an average pool in front of these (He et al., 2018, arXiv 1812.01187); else None.
         groups, base_width: 1 and 64: that torchvision's arguments fit.
         dilation: of both convolutions.
         spatial_dims: 1, 2 or 3.
@@ -154,7 +150,8 @@ class Bottleneck(_PostActivation):
         inplanes: channels of the input.
         planes: a quarter of the output's channels (``expansion`` is 4).
         stride: of ``conv2``.
-        downsample: the shortcut where input and output differ in shape, as a rule ``Sequential(conv 1x1, norm)``; else None.
+        downsample: the shortcut where input and output differ in shape, as a rule ``Sequential(conv 1x1, norm)``, in a ResNet-D
+            with an average pool in front of these (He et al., 2018, arXiv 1812.01187); else None.
         groups: of ``conv2`` (ResNeXt: Xie et al., 2017, arXiv 1611.05431).
         base_width: channels of ``conv2`` a group, for every 64 planes: 64 is a ResNet, 128 a wide one (Zagoruyko and
             Komodakis, 2016, arXiv 1605.07146).

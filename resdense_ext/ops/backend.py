@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops.layout import dense_map, memory_format_of
+from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
 __all__ = [
@@ -295,6 +295,18 @@ class ReferenceBackend:
             sums = self.bn_act_backward_accumulate(into.dy, dy, x, fold.affine, fold.mean)
         return self._grads(x, fold, None, None, dy, into, *sums)
 
+    def avg_pool(self, x: Tensor, pool: Pool) -> Tensor:
+        """``pool(x)``, a new dense tensor in the layout of ``x``, of which a slice of channels is never copied as a whole."""
+        out = empty_map(x, x.shape[1], x.dtype, pool.outputs(x.shape[2:]))
+        for part in self.chunks(x):
+            out[part] = reference.pool(x[part], pool)
+        return out
+
+    def avg_pool_backward_accumulate(self, out: Tensor, grad: Tensor, x: Tensor, pool: Pool) -> None:
+        """Adds to ``out`` the gradient of ``x`` from that of what `avg_pool` returned."""
+        for part in self.chunks(x):
+            out[part].add_(_unpool(grad[part], x[part], pool))
+
     def _grads(
         self,
         x: Tensor,
@@ -358,16 +370,19 @@ def _affine(x: Tensor, affine: Affine) -> Tensor:
 
 
 def _unpool(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
-    """The gradient of `reference.pool` of ``y``, by the framework's kernels for three spatial dimensions."""
+    """The gradient of `reference.pool` of ``y``, by the framework's kernels for more spatial dimensions where it has none for
+    so few."""
     if pool.kind == "global":
         return (grad / y[0, 0].numel()).expand(y.shape)
-    missing = 5 - y.dim()
+    rank = max(y.dim() - 2, 2 if pool.kind == "average" else 3)
+    missing = rank + 2 - y.dim()
     wide = accumulation_dtype(y.dtype)  # in 16 bits these add up in 16 bits
     grad, deep = (t.reshape(*t.shape[:2], *[1] * missing, *t.shape[2:]).to(wide) for t in (grad, y))
     fill = ((1,) * missing, (1,) * missing, (0,) * missing)
-    windows = [[*of, *sizes] for of, sizes in zip(fill, pool[1:])]
+    windows = [[*of, *sizes] for of, sizes in zip(fill, pool.windows)]
     if pool.kind == "average":
-        result = torch.ops.aten.avg_pool3d_backward(grad, deep, *windows, False, True, None)
+        backward = torch.ops.aten.avg_pool2d_backward if rank == 2 else torch.ops.aten.avg_pool3d_backward
+        result = backward(grad, deep, *windows, pool.ceil_mode, True, None)
     else:
         _, places = torch.ops.aten.max_pool3d_with_indices(deep, *windows)
         result = torch.ops.aten.max_pool3d_with_indices_backward(grad, deep, *windows, [1, 1, 1], False, places)

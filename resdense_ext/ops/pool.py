@@ -26,7 +26,7 @@ def run_pool(
     affine = (x, scale, shift, activation)
     if pool.kind == "global":
         return kernels.bn_act_global_pool(*affine), None
-    kind, *windows = pool
+    kind, windows = pool.kind, pool.windows
     out = empty_map(x, x.shape[1], x.dtype, pool.outputs(x.shape[2:]))
     if kind == "average":
         kernels.bn_act_avg_pool(*affine, *windows, out)
@@ -52,7 +52,7 @@ def run_pool_backward(
     dy = torch.empty_like(x) if into is None else into.dy
     increment_version(dy)
     operands, target = (x, *vectors), (dy, into is not None)
-    kind, *windows = pool
+    kind, windows = pool.kind, pool.windows
     if kind == "global":
         return dy, kernels.bn_act_global_pool_backward(grad, *operands, *target)
     if kind == "average":

@@ -51,7 +51,7 @@ class PooledUnitConfig(NamedTuple):
 
     @staticmethod
     def of(unit: PooledUnit, activation: Activation, backend: str) -> PooledUnitConfig:
-        kind, *windows = unit.pool
+        kind, windows = unit.pool.kind, unit.pool.windows
         norm, groups = unit.norm, 1 if unit.conv is None else unit.conv.groups
         sizes = [n for sizes in windows for n in sizes]
         return PooledUnitConfig(norm.eps, norm.batch_stats, kind, sizes, groups, *activation, backend, group_of([norm]))

@@ -6,6 +6,8 @@ that of its projection, ``map_{n+1}``. Norm i reads map i::
     map_{i+1} = conv_{i+1}(act(norm_i(map_i)))       of map_i as it is where there is no such norm
     out       = last(norm_n(map_n) + shortcut)       the shortcut is x, or norm_{n+1}(map_{n+1})
 
+The projection reads x, x as unit 1 activates it, or an average pool of x.
+
 Backward begins with ``g = grad * last'``, which is the identity's gradient, and in which the gradient of x is added up; it goes
 through the convolutions from the last to the first. Kept are x, the output where it tells ``last'``, and the maps that backward
 reads ("fast") or none of them ("min"): then they are computed again, with the statistics that are known. The maps that only a
@@ -98,9 +100,14 @@ def _backward(
         if k == 0:
             into = pending
     if shortcut is not None:
-        source = Pointwise(x, walk.fold(0) if shortcut.activated else None, shortcut.conv, backend)
-        found = _through(source, walk, units + 1, upstream.pop(units + 1), into if needs[0] else None, grads, units + 1)
+        source, pool = walk.projected(walk.fold(0)), shortcut.pool
+        target = into if pool is None else Pending.of(torch.zeros_like(source.x), source.x)
+        found = _through(
+            source, walk, units + 1, upstream.pop(units + 1), target if needs[0] else None, grads, units + 1
+        )
         grads.record(0, found.norm_weight, found.norm_bias)
+        if pool is not None and needs[0]:
+            backend.avg_pool_backward_accumulate(into.dy, target.dy, x, pool)
     if needs[0]:
         grads.found[0] = backend.pending_grad_(walk.share_(0, into)) if takes_stats(walk.norms[0]) else into.dy
     return _wanted(grads.found, x, tensors)

@@ -14,12 +14,12 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
-from resdense_ext.ops.conv1x1_bn_add_act import kept_for_backward
+from resdense_ext.ops.conv1x1_bn_add_act import Pointwise, kept_for_backward
 from resdense_ext.ops.convolve import convolve
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of, new_stats
-from resdense_ext.reference import Activation, BatchNorm, Conv, ResidualBlock, Shortcut, Unit
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, ResidualBlock, Shortcut, Unit
 
 __all__ = [
     "SCHEMA",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 SCHEMA = (
-    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, "
+    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, int[] pool, "
     "str activation, float slope, str last, float last_slope, str[] plan, str backend, str group"
 )
 
@@ -45,8 +45,8 @@ class ResidualBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
     The norms' lists have a value for every unit, for the end and for the shortcut; ``geometry`` has the numbers of every
-    convolution. ``activated`` is the shortcut's. ``plan`` says how backward comes by the maps 1 to n + 1, see `plan_of`, and
-    ``group`` which ranks share the batch's statistics.
+    convolution. ``activated`` and ``pool`` are the shortcut's, the latter its windows and its ``ceil_mode`` or nothing. ``plan``
+    says how backward comes by the maps 1 to n + 1, see `plan_of`, and ``group`` which ranks share the batch's statistics.
     """
 
     normed: list[bool]
@@ -54,6 +54,7 @@ class ResidualBlockConfig(NamedTuple):
     batch_stats: list[bool]
     geometry: list[int]
     activated: bool
+    pool: list[int]
     activation: str
     slope: float
     last: str
@@ -66,13 +67,14 @@ class ResidualBlockConfig(NamedTuple):
     def of(
         block: ResidualBlock, activation: Activation, last: Activation, plan: list[str], backend: str
     ) -> ResidualBlockConfig:
-        norms = norms_of(block)
+        norms, pool = norms_of(block), None if block.shortcut is None else block.shortcut.pool
         return ResidualBlockConfig(
             [norm is not None for norm in norms],
             [0.0 if norm is None else norm.eps for norm in norms],
             [takes_stats(norm) for norm in norms],
             [n for _, conv in units_of(block) if conv is not None for n in geometry_of(conv)],
             block.shortcut is not None and block.shortcut.activated,
+            [] if pool is None else [*(n for sizes in pool.windows for n in sizes), int(pool.ceil_mode)],
             *activation,
             *last,
             plan,
@@ -83,7 +85,15 @@ class ResidualBlockConfig(NamedTuple):
     def block(self, tensors: Sequence[Optional[Tensor]]) -> ResidualBlock:
         """The block as it was given, around other tensors."""
         *units, (end, _), (norm, conv) = (self._unit(i, tensors[UNIT * i : UNIT * (i + 1)]) for i in range(len(self.eps)))
-        return ResidualBlock(tuple(units), end, None if conv is None else Shortcut(conv, norm, self.activated))
+        shortcut = None if conv is None else Shortcut(conv, norm, self.activated, self._pool())
+        return ResidualBlock(tuple(units), end, shortcut)
+
+    def _pool(self) -> Optional[Pool]:
+        if not self.pool:
+            return None
+        *windows, ceil_mode = self.pool
+        rank = len(windows) // 3
+        return Pool("average", *(tuple(windows[i * rank : (i + 1) * rank]) for i in range(3)), bool(ceil_mode))
 
     def _unit(self, i: int, tensors: Sequence[Optional[Tensor]]) -> Unit:
         norm, conv = None, None
@@ -229,8 +239,16 @@ class Maps:
             if i and not keep[i - 1]:
                 self.maps[i] = None
         if self.block.shortcut is not None and not skip[self.units]:
-            conv, _, activated = self.block.shortcut
-            self._write(self.units + 1, x, first if activated else None, conv)
+            self._write(self.units + 1, *self.projected(first)[:3])
+
+    def projected(self, first: Optional[Fold]) -> Pointwise:
+        """The shortcut's convolution and what it reads; ``first`` is the fold of the first unit's norm.
+
+        A pooled input is made wherever it is read: to keep it would take a quarter of x, which is kept anyhow.
+        """
+        conv, _, activated, pool = self.block.shortcut
+        x = self.maps[0] if pool is None else self.backend.avg_pool(self.maps[0], pool)
+        return Pointwise(x, first if activated else None, conv, self.backend)
 
     def _write(self, i: int, source: Tensor, fold: Optional[Fold], conv: Conv) -> None:
         self.maps[i], stats = _convolve(self.backend, source, fold, conv, None if self.known else self.norms[i])
