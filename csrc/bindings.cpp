@@ -27,7 +27,7 @@
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
-  m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> Tensor");
+  m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
       "Tensor(b!) delta) -> Tensor dgamma");

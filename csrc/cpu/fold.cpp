@@ -2,6 +2,7 @@
 // are short; as strings of framework operations they would cost more than the passes over small maps.
 
 #include <cmath>
+#include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
@@ -21,26 +22,29 @@ template <class A> const A* optional_vector(const std::optional<Tensor>& v, cons
 
 }  // namespace
 
-// Rows scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations.
-Tensor bn_fold(const Tensor& mean, const Tensor& m2, double count, double eps, const std::optional<Tensor>& weight,
-               const std::optional<Tensor>& bias) {
+// Scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations.
+std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2, double count, double eps,
+                                           const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
   const int64_t C = mean.size(0);
-  const Tensor out = torch::stable::empty({3, C}, mean.scalar_type());
+  const auto vector = [&] { return torch::stable::empty({C}, mean.scalar_type()); };
+  const Tensor scale = vector(), shift = vector(), rstd = vector();
   by_type(mean, [&](auto type) {
     using A = decltype(type);
     const A* m = static_cast<const A*>(coefficients(mean, "mean", C, mean));
     const A* squares = static_cast<const A*>(coefficients(m2, "m2", C, mean));
     const A* gamma = optional_vector<A>(weight, "weight", mean);
     const A* beta = optional_vector<A>(bias, "bias", mean);
-    A* scale = static_cast<A*>(out.mutable_data_ptr());
+    A* s = static_cast<A*>(scale.mutable_data_ptr());
+    A* t = static_cast<A*>(shift.mutable_data_ptr());
+    A* r = static_cast<A*>(rstd.mutable_data_ptr());
     for (int64_t c = 0; c < C; ++c) {
-      const double rstd = 1 / std::sqrt(squares[c] / count + eps), s = gamma ? gamma[c] * rstd : rstd;
-      scale[c] = static_cast<A>(s);
-      scale[C + c] = static_cast<A>((beta ? beta[c] : A(0)) - m[c] * static_cast<double>(scale[c]));
-      scale[2 * C + c] = static_cast<A>(rstd);
+      const double inverse = 1 / std::sqrt(squares[c] / count + eps);
+      s[c] = static_cast<A>(gamma ? gamma[c] * inverse : inverse);
+      t[c] = static_cast<A>((beta ? beta[c] : A(0)) - m[c] * static_cast<double>(s[c]));
+      r[c] = static_cast<A>(inverse);
     }
   });
-  return out;
+  return {scale, shift, rstd};
 }
 
 // From the sums of dy and of dy * (x - mean): returns dgamma, and adds to beta and delta the norm's correction of the gradient

@@ -188,8 +188,10 @@ class ReferenceBackend:
             to.copy_(value)
         if reader is None:
             return None
-        none = out.new_empty(0, dtype=accumulation_dtype(out.dtype))
-        return self.fold(reader, stats or Stats(none, none), out.numel() // out.shape[1], activation)
+        if stats is None:
+            none = out.new_empty(0, dtype=accumulation_dtype(out.dtype))
+            stats = Stats(none, none)
+        return self.fold(reader, stats, out.numel() // out.shape[1], activation)
 
     def bn_act_conv_backward(
         self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool

@@ -90,14 +90,14 @@ class CpuBackend(CompiledBackend):
         return [slice(n, n + size) for n in range(0, x.shape[0], size)]
 
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
-        mean, dtype = stats.mean, stats.mean.dtype
-        m2 = stats.m2
-        if not norm.batch_stats:
-            mean, m2 = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-        weight, bias = (None if v is None else v.detach().to(dtype) for v in (norm.weight, norm.bias))
-        divisor = count if norm.batch_stats else 1
-        scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, divisor, norm.eps, weight, bias).unbind()
-        return Fold(Affine(scale, shift, activation), mean, rstd, count if norm.batch_stats else None)
+        dtype, batch_stats = stats.mean.dtype, norm.batch_stats
+        mean, m2 = stats if batch_stats else (norm.running_mean, norm.running_var)
+        # One of the right dtype, which almost all are, is not touched: a call costs as much as the fold.
+        mean, m2, weight, bias = (
+            v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in (mean, m2, norm.weight, norm.bias)
+        )
+        scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, count if batch_stats else 1, norm.eps, weight, bias)
+        return Fold(Affine(scale, shift, activation), mean, rstd, count if batch_stats else None)
 
     def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
         if fold.count is None:

@@ -20,7 +20,7 @@ def _channel_stats(x):
 
 
 def _bn_fold(mean, m2, count, eps, weight, bias):
-    return mean.new_empty((3, mean.shape[0]))
+    return tuple(torch.empty_like(mean) for _ in range(3))
 
 
 def _bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, count, beta, delta):
