@@ -52,6 +52,18 @@ def cv_preresnet(bottleneck, conv1_stride):
     return lambda: net([[8, 8], [12, 12]], 8, bottleneck=bottleneck, conv1_stride=conv1_stride, num_classes=5)
 
 
+def timm_dpn(**options):
+    net = library("timm.models.dpn").DPN
+    return lambda: net((2, 3, 1, 1), (3, 4, 2, 5), 4, 2, num_classes=5, small=True, num_init_features=6, **options)
+
+
+def cv_dpn(b_case, test_time_pool=False):
+    """Two stages, of two units and of one."""
+    net = library("pytorchcv.models.dpn").DPN
+    options = dict(rs=[4, 8], bws=[8, 12], incs=[3, 4], groups=2, b_case=b_case, num_classes=5)
+    return lambda: net([[17, 20], [24]], 6, 3, 1, for_training=False, test_time_pool=test_time_pool, **options)
+
+
 IMAGE, VOLUME = (2, 3, 56, 56), (2, 1, 20, 20, 20)
 # What makes the network, an input's shape, its blocks, and of some the largest share of stock's bytes that it keeps.
 SERVED = {
@@ -77,8 +89,16 @@ SERVED = {
     "pytorchcv densenet cifar": (lambda: cv_cifar_densenet(False), (2, 3, 32, 32), 3, 0.3),
     "pytorchcv densenet cifar bottleneck": (lambda: cv_cifar_densenet(True), (2, 3, 32, 32), 3, None),
     "pytorchcv preresnet": (lambda: cv_preresnet(False, False), IMAGE, 4, None),
+    "timm dpn": (lambda: timm_dpn(drop_rate=0.2), (2, 3, 64, 64), 4, 0.5),
+    "timm dpn b": (lambda: timm_dpn(b=True, global_pool="avgmax"), (2, 3, 64, 64), 4, 0.5),
+    "pytorchcv dpn": (lambda: cv_dpn(False), IMAGE, 2, 0.5),
+    "pytorchcv dpn b": (lambda: cv_dpn(True, test_time_pool=True), IMAGE, 2, 0.5),
     "pytorchcv preresnet bottleneck": (lambda: cv_preresnet(True, True), IMAGE, 4, 0.65),
 }
+
+
+# Of a dual path network, whose blocks say each for itself what is kept, how many of them are in a node.
+STAGES = {name: (2, 3, 1, 1) if "timm" in name else (2, 1) for name in SERVED if "dpn" in name}
 
 
 def made(make):
@@ -106,7 +126,7 @@ def test_same_as_stock(engine, policy, name, training):  # noqa: F811
         warnings.simplefilter("error", UserWarning)
         rd.convert(model, policy)
         ours = steps(model, x, call=seeded)
-    assert engine == [policy] * blocks
+    assert engine == ([[policy == "fast"] * stage for stage in STAGES[name]] if name in STAGES else [policy] * blocks)
     expected = steps(stock, x, call=seeded)
     if "memory efficient" in name:
         # Its second forward counts and averages the first norms' statistics again.
@@ -188,12 +208,6 @@ LEFT_ALONE = {
         "a DenseTransition runs its stock path: pool is BlurPool2d",
         2,
     ),
-    "timm dpn": (
-        lambda: lambda: library("timm.models.dpn").DPN((1, 1, 1, 1), (4, 4, 4, 4), 8, 4, num_classes=5, small=True),
-        (2, 3, 64, 64),
-        "left alone .*: is a dual path block",
-        0,
-    ),
     "instance norm": (
         lambda: monai_densenet(2, norm="instance"),
         IMAGE,
@@ -210,7 +224,7 @@ LEFT_ALONE = {
     "peleenet": (
         lambda: lambda: library("pytorchcv.models.peleenet").PeleeNet([[16], [24, 32]], 8, [1, 2], 0.0, num_classes=5),
         IMAGE,
-        "left alone features.stage1.unit1, .*: activates behind its convolutions",
+        "left alone features.stage1.unit1, .*: has two branches of convolution, batch norm and activation, in this order",
         0,
     ),
 }

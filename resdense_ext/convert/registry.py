@@ -10,12 +10,12 @@ from typing import Any, Optional
 
 from torch import nn
 
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
+from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
 
 __all__ = ["Reader", "adapter_of", "check_class", "read", "register_adapter", "register_library"]
 
-Reader = Callable[[Any], list[LayerModules] | PooledModules | ResidualModules | list[nn.Module]]
-"""What a dense block, a transition or a residual block is made of; of a chain, the modules that it calls in turn."""
+Reader = Callable[[Any], list[LayerModules] | PooledModules | ResidualModules | DualPathModules | list[nn.Module]]
+"""What a dense block, a transition, a residual or a dual path block is made of; of a chain, the modules that it calls in turn."""
 
 _blocks: dict[str | type[nn.Module], Reader] = {}
 _chains: dict[str, Reader] = {}
