@@ -56,7 +56,7 @@ def _kind(cls: type[nn.Module], modules: Any) -> type[Converted]:
         return _KINDS[type(modules)]
     if isinstance(modules, list) and all(isinstance(layer, LayerModules) for layer in modules):
         return ConvertedDenseBlock
-    wanted = "a list of LayerModules, PooledModules or ResidualModules"
+    wanted = "a list of LayerModules, PooledModules, ResidualModules or DualPathModules"
     raise TypeError(f"the adapter of {cls.__name__}: expected {wanted}, got {modules!r}")
 
 

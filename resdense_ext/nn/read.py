@@ -371,7 +371,8 @@ def _read_conv(conv: nn.Module) -> Conv:
 
 
 def _read_pair(first: nn.Module, second: nn.Module, channels: int) -> Conv:
-    """Two convolutions of one map as the one that writes what they write, side by side; of the first ``channels`` channels."""
+    """Two convolutions of one map as the one that writes what they write, side by side; of the first ``channels`` channels. Its
+    weight is a copy, which autograd keeps."""
     convs = _read_conv(first), _read_conv(second)
     weights, biases, *geometry = zip(*convs)
     if any(a != b for a, b in geometry) or weights[0].shape[2:] != weights[1].shape[2:] or (biases[0] is None) != (biases[1] is None):
