@@ -375,7 +375,8 @@ def _read_pair(first: nn.Module, second: nn.Module, channels: int) -> Conv:
     weight is a copy, which autograd keeps."""
     convs = _read_conv(first), _read_conv(second)
     weights, biases, *geometry = zip(*convs)
-    if any(a != b for a, b in geometry) or weights[0].shape[2:] != weights[1].shape[2:] or (biases[0] is None) != (biases[1] is None):
+    like = [(weight.shape[2:], bias is None) for weight, bias in zip(weights, biases)]
+    if any(a != b for a, b in (like, *geometry)):
         raise Unsupported(f"is not of the kind of the convolution beside it: {second}", second)
     if weights[0].shape[0] != channels:
         raise Unsupported(f"has {weights[0].shape[0]} outputs, and the residual half {channels} channels", first)
