@@ -9,10 +9,12 @@ import pytest
 import torch
 from small_nets import library
 from torch import nn
+from torch._functorch import config as functorch
 
 import resdense_ext as rd
 from resdense_ext.cli import main
 from resdense_ext.cli.bench import comparison, depth, kernels, max_batch, providers, rows, sources
+from resdense_ext.cli.bench.compiled import compile_within
 from resdense_ext.cli.errors import CommandError
 from resdense_ext.models import registry
 
@@ -71,6 +73,52 @@ def test_providers_and_policies_are_chosen(bench):
     assert list(dict.fromkeys(row["provider"] for row in found)) == ["stock contiguous", "min"]
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The activation budgets under which graphs are compiled, by something quicker than the compiler."""
+    budgets = []
+
+    def compile_fx(graph, inputs, **_):
+        budgets.append(functorch.activation_memory_budget)
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    torch.compiler.reset()
+    yield budgets
+    torch.compiler.reset()
+
+
+def test_compiled_providers(bench, compiled):
+    status, said, found = bench(
+        "models", "tiny_residual", *TINY, "--providers", "compile", "compile_budget", "inplace_abn", "--activation-budget", "0.25"
+    )
+    assert status == 0
+    expected = ["stock contiguous", "compile channels_last", "compile budget 0.25"]
+    assert list(dict.fromkeys(row["provider"] for row in found)) == expected
+    measured = {(row["provider"], row["metric"]) for row in found}
+    assert all((provider, metric) in measured for provider in expected for metric in ("step", "saved", "peak"))
+    assert "tiny_residual: inplace_abn: not offered" in said.err
+
+
+def test_an_activation_budget_is_one_networks(compiled):
+    """Others of its class are compiled by themselves, without it."""
+    within = compile_within(nn.Conv2d(3, 4, 1), 0.25), compile_within(nn.Conv2d(3, 4, 1), 0.75)
+    for network in (*within, torch.compile(nn.Conv2d(3, 4, 1)), within[0]):
+        network(torch.randn(2, 3, 4, 4))
+    assert compiled == [0.25, 0.75, 1] and functorch.activation_memory_budget == 1
+
+
+@pytest.mark.slow
+def test_an_activation_budget_is_kept():
+    torch.compiler.reset()
+    network = providers.stock_network("tiny", CPU)
+    subject = providers.Subject("tiny", network, providers.example("tiny", network, 4, 16, CPU), activation_budget=0.3)
+    found = providers.steps(subject, ("stock", "compile", "compile_budget"))
+    comparison.check("tiny", found, providers.float64(subject))
+    kept = {name: rd.memory.saved_bytes(step.loss) for name, step in found.items()}
+    assert kept["compile budget 0.3"] < 0.5 * kept["compile channels_last"] <= 0.5 * kept["stock contiguous"]
+
+
 @pytest.mark.parametrize(("steps", "message", "counts"), [(3, "1 of 2 rounds of tiny are kept", {"tiny": 1}),
                                                           (5, "1 of 2 networks are kept", {"tiny": 2})])  # fmt: skip
 def test_an_interrupted_run_keeps_its_complete_rounds(steps, message, counts, bench, monkeypatch, tmp_path):
@@ -98,6 +146,16 @@ def test_a_wrong_result_is_refused(bench, monkeypatch):
     monkeypatch.setattr(providers.rd, "convert", spoiled)
     said = refusal(bench("models", "tiny", *TINY))
     assert "tiny, fast: the results are off by" in said
+
+
+def test_neighbours_are_one_unit_in_the_last_place_away():
+    """Which the check takes for stock's own error, too; zeros stay."""
+    net, x = nn.Conv2d(3, 4, 1), torch.tensor([0.0, 1.0, -3.0]).reshape(1, 3, 1, 1)
+    for step in comparison._neighbours(comparison.Step(net, x, comparison.squares, torch.float32)):
+        for moved, before in ((step.x, x), (step.module.weight, net.weight)):
+            away = [torch.nextafter(before, torch.full_like(before, end)) for end in (-torch.inf, torch.inf)]
+            assert torch.equal(moved == before, before == 0)
+            assert ((moved == away[0]) | (moved == away[1]) | (before == 0)).all()
 
 
 def test_noise_is_no_measure():
@@ -170,6 +228,7 @@ def test_a_refused_input_is_said_in_the_networks_words(bench, monkeypatch):
     (("models", "tiny", *TINY, "--budget", "1B"), "--budget: expected at least"),
     (("models", "tiny", "--budget", "plenty"), "--budget: expected a string such as"),
     (("models", "tiny", "--repeats", "0"), "--repeats: expected at least 1, got 0"),
+    (("models", "tiny", "--activation-budget", "2"), "--activation-budget: expected a share from 0 to 1, got 2.0"),
     (("max-batch", "tiny", "--budget", "0.5"), "--budget: expected bytes"),
     (("max-batch", "tiny", "--budget", "1GiB", "--batches", "4", "4"), "--batches: expected two numbers"),
     (("depth", "dense_block", "--depths", "4"), "--depths: expected two or more"),

@@ -13,13 +13,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.convert.registry import read
-from resdense_ext.nn.engine import Policy, is_transformed, run_chain, run_dense_block, run_residual_block, run_transition
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported
+from resdense_ext.nn.engine import (
+    Halves,
+    Policy,
+    is_transformed,
+    run_chain,
+    run_dense_block,
+    run_dual_path_block,
+    run_residual_block,
+    run_transition,
+)
+from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported
 
 __all__ = [
     "Converted",
     "ConvertedChain",
     "ConvertedDenseBlock",
+    "ConvertedDualPathBlock",
     "ConvertedResidualBlock",
     "ConvertedSequential",
     "ConvertedTransition",
@@ -48,6 +58,13 @@ class Converted:
         return _new, (*type(self).__bases__, *arguments), *rest
 
 
+class _WithHalves(Converted):
+    """The halves of a dual path are two arguments of the stock forward, where they are not side by side in one."""
+
+    def stock_forward(self, x: Tensor | Halves) -> Tensor | Halves:
+        return self.stock_class.forward(self, *(x if isinstance(x, tuple) else (x,)))
+
+
 class ConvertedDenseBlock(Converted):
     """A dense block."""
 
@@ -72,6 +89,17 @@ class ConvertedResidualBlock(Converted):
         return run_residual_block(self, x)
 
 
+class ConvertedDualPathBlock(_WithHalves):
+    """A dual path block."""
+
+    def dual_path_modules(self) -> DualPathModules:
+        """What `resdense_ext.nn.engine.DualPath` asks for."""
+        return read(self, self.stock_class)
+
+    def forward(self, x: Tensor | Halves, dense: Optional[Tensor] = None) -> Tensor | Halves:
+        return run_dual_path_block(self, x if dense is None else (x, dense))
+
+
 class ConvertedTransition(Converted):
     """A transition."""
 
@@ -83,14 +111,15 @@ class ConvertedTransition(Converted):
         return run_transition(self, x)
 
 
-class ConvertedChain(Converted):
+class ConvertedChain(_WithHalves):
     """A module that calls others one after another, such as a whole network."""
 
     def chain_modules(self) -> list[nn.Module]:
         """The modules that it calls, in their order."""
         return read(self, self.stock_class, chain=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Halves, dense: Optional[Tensor] = None) -> Tensor | Halves:
+        x = x if dense is None else (x, dense)
         # Global hooks see every module, also those that are no link of their own.
         if is_transformed(x) or _has_any_global_hook():
             return self.stock_forward(x)
@@ -102,7 +131,7 @@ class ConvertedChain(Converted):
 
 
 class ConvertedSequential(ConvertedChain):
-    """A `torch.nn.Sequential` that holds dense blocks."""
+    """A `torch.nn.Sequential` that holds dense or dual path blocks."""
 
     def chain_modules(self) -> list[nn.Module]:
         return list(self)

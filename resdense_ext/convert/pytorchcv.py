@@ -1,25 +1,34 @@
-"""pytorchcv's DenseNet and PreResNet, those of small images too, and subclasses that keep their forward.
+"""pytorchcv's DenseNet, PreResNet and DPN, those of small images too, and subclasses that keep their forward.
 
 A stage of its DenseNet is a plain Sequential of a transition, where it is not the first, and dense units, each of which
-concatenates its input and its feature map.
+concatenates its input and its feature map. A DPN's halves are two arguments and two results of its units, and of the sequences
+that these stand in.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from torch import Tensor, nn
 
 from resdense_ext.convert.classes import Converted, ConvertedDenseBlock
 from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout, left_alone
 from resdense_ext.convert.registry import check_class
-from resdense_ext.nn.engine import is_transformed
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_untouched
+from resdense_ext.nn.engine import Halves, is_transformed
+from resdense_ext.nn.read import (
+    DualPathModules,
+    LayerModules,
+    PooledModules,
+    ResidualModules,
+    Unsupported,
+    check_untouched,
+)
 
 __all__ = ["BLOCKS", "CHAINS", "PytorchcvStage", "recognise"]
 
 _DENSENET = "pytorchcv.models.densenet"
 _PRERESNET = "pytorchcv.models.preresnet"
+_DPN = "pytorchcv.models.dpn"
 _UNITS = {f"{_DENSENET}.DenseUnit": ("conv1", "conv2"), "pytorchcv.models.densenet_cifar.DenseSimpleUnit": ("conv",)}
 
 
@@ -111,6 +120,69 @@ def _body(body: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
     return tuple(_conv(block) for block in body.children())
 
 
+def _dual_path_unit(unit: nn.Module) -> DualPathModules:
+    """The last two convolutions of a "b" unit read one activated map."""
+    names = ("conv1", "conv2", "preactiv", "conv3a", "conv3b") if unit.b_case else ("conv1", "conv2", "conv3")
+    check_rest(unit, "conv_proj", *names)
+    if unit.b_case:
+        last = *_pre_activation(unit.preactiv), (unit.conv3a, unit.conv3b)
+    else:
+        last = _dual_path_conv(unit.conv3)
+    units = _dual_path_conv(unit.conv1), _dual_path_conv(unit.conv2), last
+    return DualPathModules(units, _dual_path_conv(unit.conv_proj) if unit.has_proj else None, unit.bw)
+
+
+def _dual_path_conv(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    check_class(block, f"{_DPN}.DPNConv")
+    check_untouched(block)
+    return block.bn, block.activ, block.conv
+
+
+def _pre_activation(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    check_class(block, f"{_DPN}.PreActivation")
+    check_untouched(block)
+    return block.bn, block.activ
+
+
+class _End(NamedTuple):
+    """A DPNFinalBlock: it reads both halves side by side, and gives one tensor."""
+
+    block: nn.Module
+
+    def joined_modules(self) -> tuple[nn.Module, nn.Module]:
+        """What the engine runs together with the pool behind it, on either half."""
+        return _pre_activation(self.block.activ)
+
+    def __call__(self, halves: Halves) -> Tensor:
+        return self.block(*halves)[0]
+
+
+def _dual_path_sequence(sequence: nn.Module) -> list[nn.Module | _End]:
+    """A stage, or the stages behind a stem and in front of what joins the halves.
+
+    None of its modules has hooks, which would see the halves as one argument.
+    """
+    defaults = type(sequence).__init__.__defaults__
+    schemes = sequence.dual_path_scheme, sequence.dual_path_scheme_ordinal
+    if sequence.last_ordinals or any(scheme not in defaults for scheme in schemes):
+        raise Unsupported("calls its modules in a way of its own", sequence)
+    modules = list(sequence)
+    for module in modules:
+        check_untouched(module)
+    stem, rest = modules[: sequence.first_ordinals], modules[sequence.first_ordinals :]
+    if not rest:
+        raise Unsupported("holds no dual path unit", sequence)
+    if not sequence.return_two:
+        check_class(rest[-1], f"{_DPN}.DPNFinalBlock")
+        rest[-1] = _End(rest[-1])
+    for module in rest if sequence.return_two else rest[:-1]:
+        if hasattr(module, "chain_modules"):
+            module.chain_modules()
+        elif not hasattr(module, "dual_path_modules"):
+            raise Unsupported(f"is {type(module).__name__}", module)
+    return [*stem, *rest]
+
+
 def _stem(block: nn.Module) -> list[nn.Module]:
     return [block.conv, block.bn, block.activ, block.pool]
 
@@ -123,12 +195,25 @@ def _net(net: nn.Module) -> list[nn.Module]:
     return [net.features, FLATTEN, net.output]
 
 
+def _dual_path_net(net: nn.Module) -> list[nn.Module]:
+    return [net.features, net.output, FLATTEN]
+
+
 BLOCKS = {
     f"{_DENSENET}.TransitionBlock": _transition,
     f"{_PRERESNET}.PreResUnit": _residual_unit,
-    "pytorchcv.models.dpn.DPNUnit": left_alone("is a dual path unit, for which there is no adapter"),
-    "pytorchcv.models.peleenet.DenseBlock": left_alone("activates behind its convolutions, the engine in front of them"),
+    f"{_DPN}.DPNUnit": _dual_path_unit,
+    "pytorchcv.models.peleenet.DenseBlock": left_alone(
+        "has two branches of convolution, batch norm and activation, in this order, and the engine's dense layers are one branch "
+        "of batch norm, activation and convolution"
+    ),
+}
+CHAINS = {
+    f"{_PRERESNET}.PreResInitBlock": _stem,
+    f"{_PRERESNET}.PreResActivation": _activation,
+    f"{_DPN}.DPNInitBlock": _stem,
+    f"{_DPN}.DPN": _dual_path_net,
+    "pytorchcv.models.common.arch.DualPathSequential": _dual_path_sequence,
 }
 _NETS = "densenet.DenseNet", "densenet_cifar.CIFARDenseNet", "preresnet.PreResNet", "preresnet_cifar.CIFARPreResNet"
-CHAINS = {f"{_PRERESNET}.PreResInitBlock": _stem, f"{_PRERESNET}.PreResActivation": _activation}
 CHAINS |= {f"pytorchcv.models.{net}": _net for net in _NETS}

@@ -11,11 +11,12 @@ from resdense_ext.convert.classes import (
     Converted,
     ConvertedChain,
     ConvertedDenseBlock,
+    ConvertedDualPathBlock,
     ConvertedResidualBlock,
     ConvertedTransition,
 )
 from resdense_ext.convert.registry import adapter_of, read, register_library
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
+from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
 
 __all__ = ["recognise"]
 
@@ -43,14 +44,19 @@ def _block(module: nn.Module) -> Optional[type[Converted]]:
     return _kind(found[0], read(module, cls))
 
 
+_KINDS = {
+    ResidualModules: ConvertedResidualBlock,
+    DualPathModules: ConvertedDualPathBlock,
+    PooledModules: ConvertedTransition,
+}
+
+
 def _kind(cls: type[nn.Module], modules: Any) -> type[Converted]:
-    if isinstance(modules, ResidualModules):
-        return ConvertedResidualBlock
-    if isinstance(modules, PooledModules):
-        return ConvertedTransition
+    if type(modules) in _KINDS:
+        return _KINDS[type(modules)]
     if isinstance(modules, list) and all(isinstance(layer, LayerModules) for layer in modules):
         return ConvertedDenseBlock
-    wanted = "a list of LayerModules, PooledModules or ResidualModules"
+    wanted = "a list of LayerModules, PooledModules, ResidualModules or DualPathModules"
     raise TypeError(f"the adapter of {cls.__name__}: expected {wanted}, got {modules!r}")
 
 

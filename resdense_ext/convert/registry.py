@@ -10,12 +10,12 @@ from typing import Any, Optional
 
 from torch import nn
 
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
+from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
 
 __all__ = ["Reader", "adapter_of", "check_class", "read", "register_adapter", "register_library"]
 
-Reader = Callable[[Any], list[LayerModules] | PooledModules | ResidualModules | list[nn.Module]]
-"""What a dense block, a transition or a residual block is made of; of a chain, the modules that it calls in turn."""
+Reader = Callable[[Any], list[LayerModules] | PooledModules | ResidualModules | DualPathModules | list[nn.Module]]
+"""What a dense block, a transition, a residual or a dual path block is made of; of a chain, the modules that it calls in turn."""
 
 _blocks: dict[str | type[nn.Module], Reader] = {}
 _chains: dict[str, Reader] = {}
@@ -28,7 +28,9 @@ def register_adapter(cls: type[nn.Module], read: Reader) -> None:
 
     - for a dense block, ``x = cat([x, layer(x)], 1)`` layer by layer: a list of `resdense_ext.nn.LayerModules`;
     - for a transition, ``pool(conv(activation(norm(x))))``: `resdense_ext.nn.PooledModules`;
-    - for a residual block: `resdense_ext.nn.ResidualModules`.
+    - for a residual block: `resdense_ext.nn.ResidualModules`;
+    - for a dual path block, whose halves are two arguments and two results or lie side by side in one:
+      `resdense_ext.nn.DualPathModules`.
 
     Where the forward calls ``F.relu`` or the like, `read` gives a module that does the same. Modules that the engine does not
     know make a block run its own forward, and say so. That `read` tells what the forward does is yours to see to: compare an

@@ -125,6 +125,10 @@ def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Modul
     return Record({path: m for path, m in model.named_modules() if path in walk.owners}, walk.left)
 
 
+_READ = ("layer_modules", "residual_modules", "dual_path_modules", "pooled_modules")
+"""By what a module shows that an engine reads the modules in it."""
+
+
 class _Walk:
     def __init__(self, policy: str, refused: Container[nn.Module]) -> None:
         self.policy, self.refused = policy, refused
@@ -142,7 +146,7 @@ class _Walk:
             return
         if is_own(module):
             # Inside of a block an adapter's engine reads.
-            if not any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "pooled_modules")):
+            if not any(hasattr(module, kind) for kind in _READ):
                 self._visit_children(module, path)
             return
         if type(module).forward is nn.Module.forward:

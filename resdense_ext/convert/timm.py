@@ -1,4 +1,4 @@
-"""timm's DenseNet, whose batch norms activate, and its ResNet with everything of that name; and subclasses.
+"""timm's DenseNet and DPN, whose batch norms activate, and its ResNet with everything of that name; and subclasses.
 
 What the engine does not know stays stock and is named: attention (SE and its like), stochastic depth, DropBlock, blur pools,
 shortcuts with a pool that pads.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from resdense_ext.convert.parts import check_rest, left_alone
+from resdense_ext.convert.parts import check_rest
 from resdense_ext.convert.registry import check_class
 from resdense_ext.nn.read import (
+    DualPathModules,
     LayerModules,
     PooledModules,
     ResidualModules,
@@ -25,6 +26,7 @@ __all__ = ["BLOCKS", "CHAINS"]
 
 _DENSENET = "timm.models.densenet"
 _RESNET = "timm.models.resnet"
+_DPN = "timm.models.dpn"
 _POOL = "timm.layers.adaptive_avgmax_pool.SelectAdaptivePool2d"
 
 
@@ -86,11 +88,58 @@ def _resnet(net: nn.Module) -> list[nn.Module]:
     return [net.conv1, net.bn1, net.act1, net.maxpool, *layers, *_global_pool(net.global_pool), *dropout, net.fc]
 
 
+def _dual_path_block(block: nn.Module) -> DualPathModules:
+    """The names of a projection and of what a "b" block activates for its last two convolutions are theirs."""
+    check_rest(block, "c1x1_w_s1", "c1x1_w_s2", "c1x1_a", "c3x3_b", "c1x1_c", "c1x1_c1", "c1x1_c2")
+    projection = block.c1x1_w_s2 if block.c1x1_w_s1 is None else block.c1x1_w_s1
+    if block.c1x1_c1 is not None and block.c1x1_c2 is not None:
+        last = *_bn_act(block.c1x1_c), (block.c1x1_c1, block.c1x1_c2)
+    else:
+        last = _bn_act_conv(block.c1x1_c)
+    units = _bn_act_conv(block.c1x1_a), _bn_act_conv(block.c3x3_b), last
+    return DualPathModules(units, None if projection is None else _bn_act_conv(projection), block.num_1x1_c, side_by_side=True)
+
+
+def _bn_act(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    check_class(module, f"{_DPN}.BnAct")
+    check_untouched(module)
+    return _norm(module.bn)
+
+
+def _bn_act_conv(module: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    check_class(module, f"{_DPN}.BnActConv2d")
+    check_untouched(module)
+    return *_norm(module.bn), module.conv
+
+
+def _dpn(net: nn.Module) -> list[nn.Module]:
+    check_class(net, f"{_DPN}.DPN", "forward_features", "forward_head")
+    if net.grad_checkpointing:
+        raise Unsupported("checkpoints its blocks", net)
+    dropout = [nn.Dropout(net.drop_rate).train(net.training)] if net.drop_rate > 0 else []
+    return [*_dpn_features(net.features), *_global_pool(net.global_pool), *dropout, net.classifier, net.flatten]
+
+
+def _dpn_features(features: nn.Module) -> list[nn.Module]:
+    """Opened up at both ends, where norms are that may share a node with the pools behind them."""
+    try:
+        check_untouched(features)
+        stem, *blocks, end = features
+        check_class(stem, "timm.layers.conv_bn_act.ConvNormAct")
+        check_rest(stem, "conv", "bn")
+        check_class(end, f"{_DPN}.BnAct")
+        check_untouched(stem)
+        check_untouched(end)
+    except Unsupported:
+        return [features]
+    return [stem.conv, stem.bn, *blocks, end.bn]
+
+
 BLOCKS = {
     f"{_DENSENET}.DenseBlock": _dense_block,
     f"{_DENSENET}.DenseTransition": _transition,
     f"{_RESNET}.BasicBlock": _basic_block,
     f"{_RESNET}.Bottleneck": _bottleneck,
-    "timm.models.dpn.DualPathBlock": left_alone("is a dual path block, for which there is no adapter"),
+    f"{_DPN}.DualPathBlock": _dual_path_block,
 }
-CHAINS = {f"{_DENSENET}.DenseNet": _densenet, f"{_RESNET}.ResNet": _resnet}
+CHAINS = {f"{_DENSENET}.DenseNet": _densenet, f"{_RESNET}.ResNet": _resnet, f"{_DPN}.DPN": _dpn}

@@ -13,6 +13,7 @@ from resdense_ext.nn import Chain, DualPathStage
 from resdense_ext.nn.dual_path import EPS, side_by_side
 from resdense_ext.nn.engine import Halves, OnEngine, run_chain
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
+from resdense_ext.nn.read import check_untouched
 
 __all__ = ["DPN", "dpn68", "dpn92", "dpn98"]
 
@@ -109,7 +110,8 @@ class _JoinedNorm(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def joined_modules(self) -> tuple[nn.Module, nn.Module]:
-        """What the engine runs together with the pool behind it, on either half."""
+        """What the engine runs together with the pool behind it, on either half; raises Unsupported where it carries hooks."""
+        check_untouched(self)
         return self.bn, self.relu
 
     def forward(self, x: Tensor | Halves) -> Tensor:

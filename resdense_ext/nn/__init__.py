@@ -2,7 +2,7 @@
 
 from resdense_ext.nn.dense import Chain, DenseBlock, DenseLayer, Transition
 from resdense_ext.nn.dual_path import DualPathBlock, DualPathStage
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules
+from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules
 from resdense_ext.nn.residual import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "DualPathBlock",
+    "DualPathModules",
     "DualPathStage",
     "LayerModules",
     "PooledModules",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import NamedTuple, Optional, Protocol
 from weakref import WeakKeyDictionary
@@ -44,6 +44,7 @@ __all__ = [
     "OnEngine",
     "Policy",
     "Residual",
+    "SideBySide",
     "Transition",
     "is_transformed",
     "run_chain",
@@ -55,6 +56,7 @@ __all__ = [
     "say",
     "stock_path",
     "watching",
+    "whole",
     "why_stock",
 ]
 
@@ -63,6 +65,14 @@ Policy = str | tuple[bool, ...]
 
 Halves = tuple[Tensor, Tensor]
 """The residual half, ``[N, R, *spatial]``, and the dense half, ``[N, D, *spatial]``, of a dual path."""
+
+
+class SideBySide(NamedTuple):
+    """The halves of what its network has as one tensor, which is made of them where a module is to be called with it."""
+
+    residual: Tensor
+    dense: Tensor
+
 
 Watch = Callable[[Optional[nn.Module], "Tensor | Halves | None"], None]
 
@@ -108,7 +118,7 @@ class Residual(Protocol):
 
 
 class DualPath(Protocol):
-    """What a dual path block offers."""
+    """What a dual path block offers. One whose modules are ``side_by_side`` takes and gives one tensor."""
 
     engine_policy: Optional[Policy]
 
@@ -242,8 +252,9 @@ def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
     """The block's forward, see `_run`."""
 
     def read() -> _Run:
-        described, activation = read_dual_path_block(block.dual_path_modules())
-        return lambda x: _dual_path_stage(x, [described], activation, [block.engine_policy])
+        modules = block.dual_path_modules()
+        described, activation = read_dual_path_block(modules)
+        return lambda x: whole(_dual_path_stage(x, [described], activation, [block.engine_policy], modules.side_by_side))
 
     return _run(block, x, read)
 
@@ -267,10 +278,15 @@ def run_chain(modules: Sequence[nn.Module], x: Tensor | Halves) -> Tensor | Halv
     links = [link for module in modules for link in _links(module)] if _takes(x) else modules
     at = 0
     while at < len(links):
-        run, used = _match(links, at, isinstance(x, tuple)) if _takes(x) else (None, 1)
+        run, used = _match(links, at, x) if _takes(x) else (None, 1)
         y = run(x) if run is not None else None
-        x, at = (links[at](x), at + 1) if y is None else (y, at + used)
-    return x
+        x, at = (links[at](whole(x)), at + 1) if y is None else (y, at + used)
+    return whole(x)
+
+
+def whole(x: Tensor | Halves | SideBySide) -> Tensor | Halves:
+    """What modules are called with and give: of halves that lie side by side one tensor."""
+    return torch.cat(x, 1) if isinstance(x, SideBySide) else x
 
 
 def _links(module: nn.Module) -> list[_Link]:
@@ -300,13 +316,13 @@ def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
     return run_chain([features, _RELU, _HEAD[x.dim()]], x).flatten(1)
 
 
-def _match(links: Sequence[_Link], at: int, halves: bool) -> tuple[Optional[_Run], int]:
-    """What runs the links from ``at`` on in one node, and how many these are. It answers None where it turns out that it
-    cannot: each link by itself then says why."""
+def _match(links: Sequence[_Link], at: int, x: Tensor | Halves) -> tuple[Optional[_Run], int]:
+    """What runs the links from ``at`` on, with ``x`` to begin with, in one node, and how many these are. It answers None where it
+    turns out that it cannot: each link by itself then says why."""
     if hasattr(links[at], "dual_path_modules"):
         return _match_dual_path(links, at)
-    if halves:
-        return _match_joined(links, at)
+    if isinstance(x, tuple):
+        return _match_joined(links, at, x)
     block = _block(links[at])
     if block is None:
         unit, used = _pooled(links, at)
@@ -325,54 +341,62 @@ def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[_Run], i
     """The dual path blocks from ``at`` on of which only the first has a projection, as far as the engine takes them."""
     blocks: list[DualPath] = []
     described: list[DualPathBlock] = []
-    activations: set[Activation] = set()
+    kinds: set[tuple[Activation, bool]] = set()
     try:
         for block in links[at:]:
             if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
                 break
             check_untouched(block)
-            read, activation = read_dual_path_block(block.dual_path_modules())
-            if blocks and (read.projection is not None or activation not in activations):
+            modules = block.dual_path_modules()
+            read, activation = read_dual_path_block(modules)
+            kind = activation, modules.side_by_side
+            if blocks and (read.projection is not None or kind not in kinds):
                 break
             blocks.append(block)
             described.append(read)
-            activations.add(activation)
+            kinds.add(kind)
     except Unsupported:
         pass  # called by itself, the block says why
-    if len(blocks) < 2:
+    if not blocks:
         return None, 1
-    return (lambda x: _run_dual_path_blocks(blocks, described, activations.pop(), x)), len(blocks)
+    return (lambda x: _run_dual_path_blocks(blocks, described, *kinds.pop(), x)), len(blocks)
 
 
 def _run_dual_path_blocks(
-    blocks: Sequence[DualPath], described: Sequence[DualPathBlock], activation: Activation, x: Tensor | Halves
+    blocks: Sequence[DualPath],
+    described: Sequence[DualPathBlock],
+    activation: Activation,
+    side_by_side: bool,
+    x: Tensor | Halves,
 ) -> Optional[Halves]:
     try:
         _check_plain(x)
     except Unsupported:
         return None
     with _running(blocks[0], x):
-        y = _dual_path_stage(x, described, activation, [block.engine_policy for block in blocks])
+        y = _dual_path_stage(x, described, activation, [block.engine_policy for block in blocks], side_by_side)
     for block in blocks[1:]:
         with _running(block, y):
             pass
     return y
 
 
-def _match_joined(links: Sequence[_Link], at: int) -> tuple[Optional[_Run], int]:
+def _match_joined(links: Sequence[_Link], at: int, halves: Halves) -> tuple[Optional[_Run], int]:
     """A norm and an activation that read both halves of a dual path, and the pool behind them."""
-    norm, *behind = links[at : at + 2]
-    if not hasattr(norm, "joined_modules") or not behind or pool_kind(behind[0]) is None:
-        return None, 1
-    return (lambda halves: _run_joined(norm, behind[0], halves)), 2
+    joined, *behind = links[at : at + 2]
+    modules, used = None, 1
+    if isinstance(halves, SideBySide):
+        modules, used = _pooled(links, at)
+    elif hasattr(joined, "joined_modules") and behind and pool_kind(behind[0]) is not None:
+        with suppress(Unsupported):
+            modules, used = PooledModules(*joined.joined_modules(), None, behind[0]), 2
+    return (None, 1) if modules is None else ((lambda halves: _run_joined(modules, halves)), used)
 
 
-def _run_joined(joined: nn.Module, pool: nn.Module, halves: Halves) -> Optional[Tensor]:
+def _run_joined(modules: PooledModules, halves: Halves) -> Optional[Tensor]:
     """All of it works channel by channel: each half is pooled by itself, and the results are small."""
     try:
         _check_plain(halves)
-        check_untouched(joined)
-        modules = PooledModules(*joined.joined_modules(), None, pool)
         unit, activation = read_pooled_unit(modules)
     except Unsupported:
         return None
@@ -472,11 +496,18 @@ def _residual_block(
 
 
 def _dual_path_stage(
-    x: Tensor | Halves, blocks: Sequence[DualPathBlock], activation: Activation, policies: Sequence[Policy]
+    x: Tensor | Halves,
+    blocks: Sequence[DualPathBlock],
+    activation: Activation,
+    policies: Sequence[Policy],
+    side_by_side: bool,
 ) -> Halves:
     keep = [keep for policy in policies for keep in checks.kept_layers(policy, 1)]
     name, slope = activation
-    return functional.dual_path_stage(x, blocks, activation=name, negative_slope=slope, policy=keep)
+    if side_by_side and blocks[0].projection is None and isinstance(x, Tensor):
+        x = tuple(x.tensor_split([blocks[0].residual_channels], 1))
+    y = functional.dual_path_stage(x, blocks, activation=name, negative_slope=slope, policy=keep)
+    return SideBySide(*y) if side_by_side else y
 
 
 def _widened(y: Tensor, norm: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -126,13 +127,16 @@ class DualPathModules(NamedTuple):
     """The modules of one dual path layer, whose input is ``(residual, dense)``, the channels of the two side by side.
 
     The units are ``(norm, activation, convolution)``. The last one's first ``residual_channels`` channels are added to the
-    residual half, the others are appended to the dense half; where there is a projection (a unit as well), the two halves are
-    its output, split likewise.
+    residual half, the others are appended to the dense half, and it may have a pair of convolutions, one for either; where there
+    is a projection (a unit as well), the two halves are its output, split likewise.
+
+    ``side_by_side`` says that between modules the two halves are one tensor, which they are concatenated to.
     """
 
-    units: tuple[tuple[nn.Module, nn.Module, nn.Module], ...]
+    units: tuple[tuple[nn.Module, nn.Module, nn.Module | tuple[nn.Module, nn.Module]], ...]
     projection: Optional[tuple[nn.Module, nn.Module, nn.Module]]
     residual_channels: int
+    side_by_side: bool = False
 
 
 def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:
@@ -219,9 +223,10 @@ def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activ
     named = [*modules.units, *([] if modules.projection is None else [modules.projection])]
     units, activations, seen = [], set(), set()
     for norm, activation, conv in named:
-        read_conv = _read_conv(conv)
+        pair = conv if isinstance(conv, tuple) else ()
+        read_conv = _read_pair(*pair, modules.residual_channels) if pair else _read_conv(conv)
         _check_alone(norm, seen)
-        read_norm = _read_norm(norm, _NORM_BESIDE[type(conv)])
+        read_norm = _read_norm(norm, _NORM_BESIDE[type(pair[0] if pair else conv)], activation)
         if read_norm.batch_stats and read_norm.group:
             raise Unsupported("takes statistics over several ranks", norm)
         units.append(Unit(read_norm, read_conv))
@@ -389,6 +394,20 @@ def _read_conv(conv: nn.Module) -> Conv:
     if any(padding) and conv.padding_mode != "zeros":
         raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
     return Conv(weight, bias, padding, dilation, conv.groups, stride)
+
+
+def _read_pair(first: nn.Module, second: nn.Module, channels: int) -> Conv:
+    """Two convolutions of one map as the one that writes what they write, side by side; of the first ``channels`` channels. Its
+    weight is a copy, which autograd keeps."""
+    convs = _read_conv(first), _read_conv(second)
+    weights, biases, *geometry = zip(*convs)
+    like = [(weight.shape[2:], bias is None) for weight, bias in zip(weights, biases)]
+    if any(a != b for a, b in (like, *geometry)):
+        raise Unsupported(f"is not of the kind of the convolution beside it: {second}", second)
+    if weights[0].shape[0] != channels:
+        raise Unsupported(f"has {weights[0].shape[0]} outputs, and the residual half {channels} channels", first)
+    bias = None if biases[0] is None else torch.cat(biases)
+    return convs[0]._replace(weight=torch.cat(weights), bias=bias)
 
 
 def _check_keeps_size(module: nn.Module, conv: Conv) -> None:

@@ -1,7 +1,7 @@
 """Training steps of networks, by what trains them: seconds, bytes kept for backward, peak.
 
 Providers: stock PyTorch in either layout, the network's own memory_efficient switch, torch.utils.checkpoint around every block,
-torch.compile, and ours by policy and by budget. All start from the same weights, and their gradients must be as close to float64's as
+torch.compile, also with an activation memory budget, and ours by policy and by budget. All start from the same weights, and their gradients must be as close to float64's as
 twice stock's own are before anything is timed. Rounds are interleaved.
 """
 
@@ -12,7 +12,16 @@ import argparse
 from resdense_ext.cli.bench import picture
 from resdense_ext.cli.bench.comparison import compare, table
 from resdense_ext.cli.bench.options import DTYPES, add_shared, budget_of, check_shared
-from resdense_ext.cli.bench.providers import PROVIDERS, Subject, example, float64, steps, stock_network
+from resdense_ext.cli.bench.providers import (
+    COMPILED,
+    NOT_OFFERED,
+    PROVIDERS,
+    Subject,
+    example,
+    float64,
+    steps,
+    stock_network,
+)
 from resdense_ext.cli.bench.rows import append
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError
@@ -21,7 +30,7 @@ from resdense_ext.cli.files import replacing
 NAME = "models"
 HELP = "training steps of networks: ours, stock, checkpoints, torch.compile; of this library and others"
 ROWS, PICTURE = "models.jsonl", "models.png"
-DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name != "compile")
+DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in (*COMPILED, *NOT_OFFERED))
 POLICIES = ("fast", "min")
 
 
@@ -35,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--size", metavar="N", type=int, help="of a side (default: 224; volumes 64; 32 where the first convolution has stride 1)")
     add("--providers", metavar="P", nargs="+", choices=PROVIDERS, default=DEFAULT_PROVIDERS,
-        help=f"of {', '.join(PROVIDERS)}; stock is always measured, compile (it takes minutes) only if named")  # fmt: skip
+        help=f"of {', '.join(PROVIDERS)}; stock is always measured, compile and compile_budget (they take minutes) only if named")  # fmt: skip
+    add("--activation-budget", metavar="A", type=float, default=0.5,
+        help="of compile_budget: the share of what torch.compile keeps by itself (default: %(default)s)")  # fmt: skip
     add("--policy", nargs="+", choices=POLICIES, default=POLICIES, help="of ours (default: both)")
     add("--budget", metavar="B", help='of ours, too: "8GiB", or below 1 a share of what stock keeps')
     add_shared(parser, repeats=7, batch=8)
@@ -43,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_shared(args, (ROWS, PICTURE))
+    if not 0 <= args.activation_budget <= 1:
+        raise CommandError(f"--activation-budget: expected a share from 0 to 1, got {args.activation_budget}")
     budget, device = budget_of(args.budget), usable_device(args.device)
     providers = [p for p in PROVIDERS if p == "stock" or p in args.providers]
     # What cannot be built or takes no such input is refused before the first network is measured.
@@ -53,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         for name in args.names:
             network = stock_network(name, device)
             x = example(name, network, args.batch, args.size, device)
-            subject = Subject(name, network, x, DTYPES[args.dtype], args.layout)
+            subject = Subject(name, network, x, DTYPES[args.dtype], args.layout, args.activation_budget)
             sides = "x".join(map(str, x.shape[1:]))
             print(f"{name}: a training step, batch {args.batch}, {sides}, {args.dtype}, {device}", flush=True)
             setting = {"shape": list(x.shape), "dtype": args.dtype, "layout": args.layout}

@@ -15,12 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 import resdense_ext as rd
 from resdense_ext.cli.bench.comparison import Step, squares
+from resdense_ext.cli.bench.compiled import compile_within
 from resdense_ext.cli.bench.sources import build
 from resdense_ext.cli.errors import CommandError
 
-__all__ = ["PROVIDERS", "Subject", "example", "float64", "steps", "stock_network"]
+__all__ = ["COMPILED", "NOT_OFFERED", "PROVIDERS", "Subject", "example", "float64", "steps", "stock_network"]
 
-PROVIDERS = ("stock", "channels_last", "memory_efficient", "checkpoint", "compile", "ours")
+PROVIDERS = ("stock", "channels_last", "memory_efficient", "checkpoint", "compile", "compile_budget", "inplace_abn", "ours")
+COMPILED = ("compile", "compile_budget")
+NOT_OFFERED = {
+    "inplace_abn": "not offered: the package inplace_abn is built with CUDA from its sources, and it takes back its activations in "
+    "backward, which needs leaky_relu, elu or none, and weights taken as absolute; a network with ReLU would have to be another one"
+}
 LAYOUTS = ("channels_last", "contiguous")
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 SIZES = {1: 1024, 2: 224, 3: 64}
@@ -32,7 +38,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Subject:
     """A network in plain PyTorch, an input of it, and how they are computed.
 
-    `dtype` bfloat16 means autocast; `layout` is that of what is neither "stock" nor "channels_last".
+    `dtype` bfloat16 means autocast; `layout` is that of what is neither "stock" nor "channels_last" nor compiled, and
+    `activation_budget` the share of what torch.compile keeps by itself that "compile_budget" may keep.
     """
 
     name: str
@@ -40,15 +47,18 @@ class Subject:
     x: Tensor
     dtype: torch.dtype = torch.float32
     layout: str = "channels_last"
+    activation_budget: float = 0.5
 
     def layout_of(self, provider: str) -> torch.memory_format:
-        layout = {"stock": "contiguous", "channels_last": "channels_last", "compile": "channels_last"}.get(provider, self.layout)
+        layout = {"stock": "contiguous", **dict.fromkeys(("channels_last", *COMPILED), "channels_last")}.get(provider, self.layout)
         return CHANNELS_LAST.get(self.x.dim() - 2, torch.contiguous_format) if layout == "channels_last" else torch.contiguous_format
 
     def step(self, provider: str, network: nn.Module) -> Step:
         layout = self.layout_of(provider)
         network.to(memory_format=layout)
-        run = torch.compile(network) if provider == "compile" else None
+        run = None
+        if provider in COMPILED:
+            run = torch.compile(network) if provider == "compile" else compile_within(network, self.activation_budget)
         return Step(network, self.x.contiguous(memory_format=layout), squares, self.dtype, run)
 
 
@@ -112,8 +122,11 @@ def _theirs(subject: Subject, provider: str) -> Iterator[tuple[str, nn.Module]]:
         yield "stock contiguous", network
     elif provider == "channels_last" and flat:
         _note(subject, "channels_last: there is no such layout in one dimension")
-    elif provider in ("channels_last", "compile"):
-        yield {"channels_last": "stock channels_last", "compile": "compile channels_last"}[provider], network
+    elif provider in ("channels_last", *COMPILED):
+        titles = {"channels_last": "stock channels_last", "compile": "compile channels_last"}
+        yield titles.get(provider, f"compile budget {subject.activation_budget:g}"), network
+    elif provider in NOT_OFFERED:
+        _note(subject, f"{provider}: {NOT_OFFERED[provider]}")
     elif provider == "memory_efficient":
         having = [m for m in network.modules() if hasattr(m, "memory_efficient")]
         for module in having:
