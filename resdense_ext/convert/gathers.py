@@ -67,10 +67,9 @@ def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[G
     read = {source for group in groups for source in group.sources}
     for group in groups:
         nodes = group.nodes()
-        # What another graph reads may be a piece of a concatenation that is inside of this one.
-        outputs = [node for node in reader.nodes if node in nodes and (node in read or set(node.users) - nodes)]
-        if outputs:
-            yield GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs))), nodes, outputs
+        # What another graph reads may be a piece of a concatenation inside of this one; a norm that nobody reads changes, too.
+        outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
+        yield GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs))), nodes, outputs
 
 
 class _Group:

@@ -295,7 +295,8 @@ def _steps(owner: nn.Module, traced: Traced, matches: list[Match], parts: dict[N
     for node in traced.graph.nodes:
         match = inside.get(node)
         if match is None:
-            if node.users and node.op not in ("placeholder", "output"):
+            # A layer that nobody reads may change its running statistics.
+            if node.op == "call_module" or (node.users and node.op not in ("placeholder", "output")):
                 yield _Call(node, _function(weakref.ref(owner), traced.modules, node))
         elif node is match.last and node not in joined:
             pooled = _only_reader(match, behind)
