@@ -9,7 +9,18 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, DenseLayer, DualPathBlock, Pool, PooledUnit, ResidualBlock, Unit
+from resdense_ext.reference import (
+    Activation,
+    BatchNorm,
+    Conv,
+    ConvGraph,
+    DenseLayer,
+    DualPathBlock,
+    Pool,
+    PooledUnit,
+    ResidualBlock,
+    Unit,
+)
 
 __all__ = [
     "POLICIES",

@@ -155,7 +155,8 @@ class _Finder:
         if not self.is_a(node, "cat"):
             return (self.piece(node, convs),), frozenset()
         parts = [self.pieces(operand, convs) for operand in self.reader.operands(node)]
-        return tuple(piece for pieces, _ in parts for piece in pieces), frozenset({node}).union(*(cats for _, cats in parts))
+        cats = frozenset({node}).union(*(cats for _, cats in parts))
+        return tuple(piece for pieces, _ in parts for piece in pieces), cats
 
     def before(self, conv: Node, convs: Container[Node]) -> Gather:
         """What a convolution reads, in terms of what these make."""
