@@ -9,7 +9,18 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, DenseLayer, DualPathBlock, Pool, PooledUnit, ResidualBlock, Unit
+from resdense_ext.reference import (
+    Activation,
+    BatchNorm,
+    Conv,
+    ConvGraph,
+    DenseLayer,
+    DualPathBlock,
+    Pool,
+    PooledUnit,
+    ResidualBlock,
+    Unit,
+)
 
 __all__ = [
     "POLICIES",
@@ -17,6 +28,7 @@ __all__ = [
     "autocasts",
     "check_alone",
     "check_conv1x1_bn_add_act",
+    "check_conv_graph",
     "check_dense_block",
     "check_dual_path_stage",
     "check_input",
@@ -304,6 +316,30 @@ def check_conv1x1_bn_add_act(
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, shape[1], x, shape)
     check_alone(input_norm=input_norm, norm=norm, identity_norm=identity_norm)
+
+
+def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
+    """Raises ValueError or TypeError for what the engine of these graphs does not take."""
+    first = sources[0]
+    dtype = None if autocasts(first.device.type) else first.dtype
+    for i, x in enumerate(sources):
+        check_input(x, f"sources[{i}]")
+        _check_device(f"sources[{i}]", x, first)
+        if dtype not in (None, x.dtype):
+            raise TypeError(f"sources[{i}]: expected dtype {dtype}, that of sources[0], got {x.dtype}")
+    shapes = [tuple(x.shape) for x in sources]
+    for i, pieces in enumerate((*graph.reads, *graph.outputs)):
+        where, (like, *others) = f"reads[{i}]", [shapes[piece.map] for piece in pieces]
+        if any(shape[:1] + shape[2:] != like[:1] + like[2:] for shape in others):
+            raise ValueError(f"{where}: expected maps of the same samples and sizes, got shapes {[like, *others]}")
+        for piece in pieces:
+            if piece.norm is not None:
+                check_norm(f"norms[{piece.norm}]", graph.norms[piece.norm], shapes[piece.map][1], first, shapes[piece.map])
+        if i < len(graph.convs):
+            shape = (like[0], like[1] + sum(other[1] for other in others), *like[2:])
+            shapes.append(_check_unit(where, Unit(None, graph.convs[i]), shape, first, dtype))
+    if len({conv.weight.dtype for conv in graph.convs}) > 1:
+        raise TypeError("convs: expected weights of one dtype")
 
 
 def check_alone(**norms: Optional[BatchNorm]) -> None:

@@ -21,8 +21,10 @@ __all__ = [
     "Activation",
     "BatchNorm",
     "Conv",
+    "ConvGraph",
     "DenseLayer",
     "DualPathBlock",
+    "Piece",
     "Pool",
     "PooledUnit",
     "ResidualBlock",
@@ -38,6 +40,7 @@ __all__ = [
     "bn_add_act",
     "channel_stats",
     "conv1x1_bn_add_act",
+    "conv_graph",
     "convolution",
     "dense_block",
     "dense_layer",
@@ -172,6 +175,28 @@ class DualPathBlock(NamedTuple):
     units: tuple[Unit, ...]
     residual_channels: int
     projection: Optional[Unit] = None
+
+
+class Piece(NamedTuple):
+    """What a reader makes of a map, ``act(batch_norm(map))``: the numbers of the map and of the norm, None for no norm."""
+
+    map: int
+    norm: Optional[int] = None
+    activation: Activation = Activation("identity")
+
+
+class ConvGraph(NamedTuple):
+    """Convolutions of concatenations.
+
+    Its maps are its sources, and behind these what the convolutions make, in their order. Every convolution reads the pieces that
+    ``reads`` has for it side by side, all of maps before its own; every output is a concatenation of such pieces. A norm
+    normalises one map, for whoever reads it so.
+    """
+
+    convs: tuple[Conv, ...]
+    reads: tuple[tuple[Piece, ...], ...]
+    norms: tuple[BatchNorm, ...]
+    outputs: tuple[tuple[Piece, ...], ...]
 
 
 class Pool(NamedTuple):
@@ -359,6 +384,26 @@ def dual_path_stage(
     for block in blocks:
         x = dual_path_block(x, block, activation)
     return x
+
+
+def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...]:
+    """The outputs of a graph of convolutions; see `ConvGraph`."""
+    maps = list(sources)
+
+    def gather(pieces: Sequence[Piece]) -> Tensor:
+        return torch.cat([_piece(maps[piece.map], piece, graph.norms) for piece in pieces], 1)
+
+    for conv, pieces in zip(graph.convs, graph.reads):
+        maps.append(convolution(gather(pieces).to(conv.weight.dtype), conv))
+    return tuple(gather(pieces) for pieces in graph.outputs)
+
+
+def _piece(x: Tensor, piece: Piece, norms: Sequence[BatchNorm]) -> Tensor:
+    if piece.norm is None:
+        return activate(x, piece.activation)
+    norm = norms[piece.norm]
+    scale, shift, _ = fold_batch_norm(norm, *_statistics(x, norm))
+    return apply_pending(x, scale, shift, piece.activation)
 
 
 def add_act(x: Tensor, identity: Tensor, activation: Activation = Activation()) -> Tensor:

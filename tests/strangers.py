@@ -157,6 +157,128 @@ class NewMapsOnly(nn.Module):
         return torch.cat(made, 1)
 
 
+class ResidualDense(nn.Module):
+    """A residual dense block of super resolution (RDN): every layer returns its input beside what it made of it; no norms."""
+
+    class Layer(nn.Module):
+        def __init__(self, channels, growth):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(channels, growth, 3, padding=1), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return torch.cat([x, self.relu(self.conv(x))], 1)
+
+    def __init__(self, channels=8, growth=4, depth=5):
+        super().__init__()
+        self.layers = nn.Sequential(*[self.Layer(channels + i * growth, growth) for i in range(depth)])
+        self.lff = nn.Conv2d(channels + depth * growth, channels, 1)
+
+    def forward(self, x):
+        return x + self.lff(self.layers(x))
+
+
+class ResidualInResidualDense(nn.Module):
+    """Of ESRGAN (RRDB): three such blocks written out, leaky, scaled residuals."""
+
+    class Block(nn.Module):
+        def __init__(self, channels, growth):
+            super().__init__()
+            widths = [*(growth for _ in range(4)), channels]
+            for i, width in enumerate(widths):
+                setattr(self, f"conv{i + 1}", nn.Conv2d(channels + i * growth, width, 3, 1, 1))
+            self.lrelu = nn.LeakyReLU(negative_slope=0.2, inplace=True)
+
+        def forward(self, x):
+            x1 = self.lrelu(self.conv1(x))
+            x2 = self.lrelu(self.conv2(torch.cat((x, x1), 1)))
+            x3 = self.lrelu(self.conv3(torch.cat((x, x1, x2), 1)))
+            x4 = self.lrelu(self.conv4(torch.cat((x, x1, x2, x3), 1)))
+            x5 = self.conv5(torch.cat((x, x1, x2, x3, x4), 1))
+            return x5 * 0.2 + x
+
+    def __init__(self, channels=8, growth=4):
+        super().__init__()
+        self.rdb1, self.rdb2, self.rdb3 = (self.Block(channels, growth) for _ in range(3))
+
+    def forward(self, x):
+        return self.rdb3(self.rdb2(self.rdb1(x))) * 0.2 + x
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, norm, activation."""
+
+    def __init__(self, channels, outputs, kernel=3):
+        super().__init__()
+        self.add_module("conv", nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, bias=False))
+        self.add_module("norm", nn.BatchNorm2d(outputs))
+        self.add_module("relu", nn.ReLU(inplace=True))
+
+
+class Harmonic(nn.Module):
+    """A block of HarDNet: layer i reads layers i - 1, i - 2, i - 4, ... as far as the power of two divides i."""
+
+    def __init__(self, channels=8, growth=4, depth=8):
+        super().__init__()
+        self.links = [[i - 2**k for k in range(4) if i % 2**k == 0 and i >= 2**k] for i in range(1, depth + 1)]
+        widths = [channels] + [growth * (1 + (i % 2 == 0)) for i in range(1, depth + 1)]
+        self.layers = nn.ModuleList(ConvNorm(sum(widths[j] for j in link), w) for link, w in zip(self.links, widths[1:]))
+
+    def forward(self, x):
+        layers = [x]
+        for link, layer in zip(self.links, self.layers):
+            inputs = [layers[j] for j in link]
+            layers.append(layer(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]))
+        return torch.cat([y for i, y in enumerate(layers) if i == len(layers) - 1 or i % 2 == 1], 1)
+
+
+class OneShot(nn.Module):
+    """VoVNet's aggregation: a chain of convolutions, and all of it concatenated at the end; two in a row."""
+
+    class Block(nn.Module):
+        def __init__(self, channels, width, outputs, depth):
+            super().__init__()
+            self.layers = nn.ModuleList(ConvNorm(width if i else channels, width) for i in range(depth))
+            self.concat = ConvNorm(channels + depth * width, outputs, 1)
+
+        def forward(self, x):
+            output = [x]
+            for layer in self.layers:
+                x = layer(x)
+                output.append(x)
+            return self.concat(torch.cat(output, dim=1))
+
+    def __init__(self, channels=8, width=6, depth=4):
+        super().__init__()
+        self.block1 = self.Block(channels, width, 10, depth)
+        self.block2 = self.Block(10, width, 12, depth)
+
+    def forward(self, x):
+        return self.block2(self.block1(x))
+
+
+class MapsInFront(nn.Module):
+    """A dense block whose new maps are put in front, with bottlenecks."""
+
+    def __init__(self, channels=8, growth=4, depth=4):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(channels + i * growth),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(channels + i * growth, 2 * growth, 1),
+                nn.BatchNorm2d(2 * growth),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(2 * growth, growth, 3, padding=1, bias=False),
+            )
+            for i in range(depth)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([layer(x), x], 1)
+        return x
+
+
 class PostActivation(nn.Module):
     """A residual block with a projection where it is needed."""
 

@@ -10,6 +10,7 @@ import strangers as S
 import torch
 import torch.nn.functional as F
 from small_nets import assert_same, engine, images, policy, silent, steps  # noqa: F401
+from tolerance import assert_within_noise, module_run, rounding_noise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -257,14 +258,12 @@ class Refused:
 
 REASONS = {
     "shared_norm": "serves twice",
-    "in_front": "concatenates the new map in front",
     "by_value": "depends on values",
     "by_chance": "draws random numbers",
     "counts": "sets attributes",
     "without_gradient": "changes a mode of autograd",
     "asks_for_gradients": "recognised no dense or residual block",
     "checkpointed": "does not trace|depends on values|changes a mode",
-    "changed_in_place": "its output is changed in place",
     "input_changed_in_place": "changes a value in place that may be read elsewhere",
     "half_a_layer": "concatenates what is not made of all before it",
 }
@@ -393,6 +392,190 @@ class TestHooks:
         finally:
             handle.remove()
         assert calls == stocks and not engine
+
+
+GRAPHS = {
+    S.ResidualDense: 8 + 5 * 4,
+    S.ResidualInResidualDense: 3 * (8 + 4 * 4),
+    S.Harmonic: 8 + 4 * (4 + 8),
+    S.OneShot: (8 + 4 * 6 + 10) + (10 + 4 * 6 + 12),
+    # The last layer's new map is read by nobody but whoever reads the output.
+    S.MapsInFront: 8 + 4 * 8 + 3 * 4,
+}
+"""The channels that they keep: inputs, and what convolutions write."""
+NORMED = {S.Harmonic: 48, S.OneShot: 4 * 6 + 10 + 4 * 6 + 12, S.MapsInFront: GRAPHS[S.MapsInFront]}
+"""Those of them that have two statistics each."""
+
+
+@pytest.fixture(params=GRAPHS, ids=lambda kind: kind.__name__)
+def graph(request):
+    return request.param
+
+
+@pytest.mark.usefixtures("silent")
+class TestConcatenations:
+    def test_numbers(self, graph):
+        stock, x = S.stranger(graph), images(2, 8, 9, 7)
+        model = rd.convert(copy.deepcopy(stock), example_input=x)
+        for training in (True, False):
+            stock.train(training), model.train(training)
+            run, state = module_run(stock), stock.state_dict()
+            ours = module_run(model)({"x": x.clone()}, state)
+            assert_within_noise(ours, run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state))
+            again = copy.deepcopy(model)
+            again.load_state_dict(state)
+            with torch.no_grad():
+                assert torch.equal(again(x), ours["output"])
+
+    def test_keeps_every_map_once_and_no_concatenation(self, graph):
+        stock, x = S.stranger(graph), images(2, 8, 9, 7).requires_grad_()
+        concatenated = []
+        hooks = [
+            m.register_forward_pre_hook(lambda m, args: concatenated.append(args[0].nbytes * (m.in_channels not in (8, 10))))
+            for m in stock.modules()
+            if isinstance(m, nn.Conv2d)
+        ]
+        before = rd.memory.saved_bytes(lambda: stock(x))
+        for hook in hooks:
+            hook.remove()
+        after = rd.memory.saved_bytes(lambda: rd.convert(stock)(x))
+        assert after == 8 * (GRAPHS[graph] * 2 * 9 * 7 + 2 * NORMED.get(graph, 0))
+        assert before - after >= 0.8 * sum(concatenated) > 0
+
+    def test_stays_the_same_model_and_comes_back(self, graph):
+        stock, x = S.stranger(graph), images(2, 8, 9, 7)
+        model = copy.deepcopy(stock)
+        tensors, classes = list(model.state_dict(keep_vars=True).values()), list(map(type, model.modules()))
+        rd.convert(model)
+        assert list(model.state_dict()) == list(stock.state_dict()) and repr(model) == repr(stock)
+        assert all(a is b for a, b in zip(model.state_dict(keep_vars=True).values(), tensors, strict=True))
+        assert any(isinstance(m, Stranger) for m in model.modules())
+        again = pickle.loads(pickle.dumps(model))
+        assert_same(steps(again, x), steps(model, x), tolerance=0)
+        rd.revert(model)
+        assert list(map(type, model.modules())) == classes
+        assert_same(steps(model, x), steps(stock, x), tolerance=0)
+
+    def test_memory_format_and_autocast(self, graph):
+        stock, x = S.stranger(graph).float(), images(2, 8, 9, 7).float()
+        for channels_last in (False, True):
+            if channels_last:
+                stock, x = stock.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+            model = rd.convert(copy.deepcopy(stock))
+            for enabled in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    ours, theirs = model(x), stock(x)
+                assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+                assert (ours - theirs).norm() <= 2.0 ** (-6 if enabled else -20) * theirs.norm()
+
+    def test_report(self, graph):
+        model, x = rd.convert(S.stranger(graph)), images(2, 8, 9, 7)
+        report = rd.report(model, x)
+        assert sum(row.layers for row in report.rows) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+        assert report.rows[-1].saved_bytes == 0 and not report.left
+
+    def test_a_hook_inside(self, graph):
+        stock, x, calls = S.stranger(graph), images(2, 8, 9, 7), []
+        model = rd.convert(copy.deepcopy(stock))
+        conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        handle = conv.register_forward_hook(lambda *_: calls.append(1))
+        with pytest.warns(UserWarning, match="runs its stock path: .* carries hooks"):
+            assert_same({"output": model(x)}, {"output": stock(x)})
+        assert calls == [1]
+        handle.remove()
+        model.load_state_dict(stock.state_dict())
+        assert_same(steps(model, x), steps(stock, x))
+
+
+class Concatenates(nn.Module):
+    """Units of every kind; what a case concatenates, it says itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = S.ConvNorm(8, 4), S.ConvNorm(12, 4), S.ConvNorm(16, 4)
+        self.pre = nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 3, padding=1))
+        self.gate, self.strided = nn.Conv2d(4, 4, 1), nn.Conv2d(12, 4, 1, stride=2)
+        self.late = nn.Conv2d(8, 4, 1, padding_mode="reflect", padding=1)
+
+
+class Concatenated:
+    def attention_between(self, x):
+        y = self.a(x)
+        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        z = self.b(torch.cat([y, x], 1))
+        return self.c(torch.cat([x, z, y], 1))
+
+    def unknown_activation(self, x):
+        y = torch.tanh(self.a[1](self.a[0](x)))
+        return torch.tanh(self.b[1](self.b[0](torch.cat([x, y], 1))))
+
+    def norm_behind_activated_maps(self, x):
+        z = self.pre(torch.cat([self.a(x), x], 1))
+        return self.b(torch.cat([x, z], 1))
+
+    def raw_and_activated(self, x):
+        raw = self.a[0](x)
+        return self.b(torch.cat([raw.relu(), raw, self.a[1](raw)], 1)) * raw.mean()
+
+    def one_map_twice(self, x):
+        y = self.a(x)
+        return self.b(torch.cat([y, y, y], 1)) + self.gate(y)
+
+    def read_on_the_way(self, x):
+        y = self.a(x)
+        z = torch.cat([x, y], 1)
+        first = self.b(z)
+        scale = F.adaptive_avg_pool2d(z, 1).mean()
+        return self.c(torch.cat([z, first], 1)) * scale + z.mean()
+
+    def cut_within_a_concatenation(self, x):
+        y = self.a(x)
+        z = self.b(torch.cat([x, y], 1))
+        w = torch.tanh(z)
+        return self.c(torch.cat([torch.cat([x, y], 1), w], 1))
+
+    def strided(self, x):
+        y = self.a(x)
+        return torch.cat([self.strided(torch.cat([y, x], 1)), self.gate(y)[:, :, ::2, ::2]], 1)
+
+    def padded_by_reflection(self, x):
+        y = self.a(x)
+        return self.late(torch.cat([y, self.b(torch.cat([y, x], 1))], 1))
+
+    def shared(self, x):
+        y = self.gate(self.gate(self.a(x)))
+        return self.b(torch.cat([x, y], 1))
+
+    def nobody_reads_it(self, x):
+        y = self.a(x)
+        self.b(torch.cat([x, y], 1))
+        return y
+
+    def changed_afterwards(self, x):
+        y = self.a(x)
+        return self.gate(self.b(torch.cat([x, y], 1))).mul_(2)
+
+    def slices(self, x):
+        first, second = x.chunk(2, 1)
+        y = self.gate(second)
+        return self.b(torch.cat([first, second, y], 1))
+
+
+@pytest.mark.filterwarnings("ignore:resdense_ext.convert recognised")
+@pytest.mark.parametrize("name", [name for name in vars(Concatenated) if name[0] != "_"])
+def test_concatenations_of_every_kind(name):
+    torch.manual_seed(0)
+    cls = type("Own", (Concatenates,), {"forward": getattr(Concatenated, name)})
+    stock, x = S.randomise(cls()).double(), images(2, 8, 6, 4)
+    model = rd.convert(copy.deepcopy(stock))
+    assert isinstance(model, Stranger)
+    for training in (True, False):
+        assert_same(steps(model.train(training), x, 2), steps(stock.train(training), x, 2))
+        with torch.no_grad():
+            assert_same({"output": model(x)}, {"output": stock(x)})
+    kept = [rd.memory.saved_bytes(lambda: m.train()(x.requires_grad_())) for m in (model, stock)]
+    # What nobody reads dies with stock's graph of it, and ours lives on with the rest.
+    assert kept[0] < kept[1] or name == "nobody_reads_it"
 
 
 class TestExampleInput:

@@ -1,4 +1,5 @@
-"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, and pools of batch norm and activation.
+"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, pools of batch norm and activation, and
+whatever else convolves concatenations.
 
 A concatenation is flattened to its *pieces*, the values that are no concatenations themselves, so that ``x = cat([x, f(x)])``
 and a list that is concatenated at every layer are the same: a layer reads some pieces, and the next one reads these and what
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Optional
 
 import torch
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
 from resdense_ext.nn.read import is_frozen_norm, pool_kind
 
-__all__ = ["DenseMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "find", "layer_of"]
+__all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "find", "layer_of"]
 
 
 class Unit(NamedTuple):
@@ -68,14 +70,15 @@ class PooledMatch(NamedTuple):
 
 
 class Match(NamedTuple):
-    """``nodes`` that one engine call stands in for: it reads ``source`` and runs where ``last`` stood.
+    """``nodes`` that one engine call stands in for: it reads ``sources`` and runs where ``last`` stood.
 
-    ``outputs`` are those of its values that are read elsewhere: the whole output (None) or, of a dense block, a slice of
+    ``outputs`` are those of its values that are read elsewhere: a whole output (None) or, of a dense block, a slice of
     its buffer, ``(first, last)`` in the order in which it grew: 0 is the source, 1 the first layer's map, last not included.
+    Only a graph of convolutions has more than one source.
     """
 
-    parts: DenseMatch | ResidualMatch | PooledMatch
-    source: Node
+    parts: DenseMatch | ResidualMatch | PooledMatch | GraphMatch
+    sources: tuple[Node, ...]
     last: Node
     nodes: set[Node]
     outputs: dict[Node, Optional[tuple[int, int]]]
@@ -135,7 +138,8 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
             return [], {node: "changes a value in place that may be read elsewhere"}
     matches: list[Match] = []
     taken: set[Node] = set()
-    for match in (*reader.dense_blocks(), *reader.residual_blocks(), *reader.pooled_units()):
+    finders = (reader.dense_blocks, reader.residual_blocks, reader.pooled_units, lambda: reader.conv_graphs(taken))
+    for match in (match for finder in finders for match in finder()):
         if taken.isdisjoint(match.nodes):
             reason = reader.why_not(match)
             if reason is not None:
@@ -145,7 +149,7 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
             taken |= match.nodes
     for node in traced.graph.nodes:
         if node not in taken and node not in reader.reasons:
-            reason = reader.near_miss(node)
+            reason = reader.near_miss(node, taken)
             if reason is not None:
                 reader.reasons[node] = reason
     return matches, {node: reason for node, reason in reader.reasons.items() if node not in taken}
@@ -171,7 +175,7 @@ class _Reader:
     def _kind(self, node: Node) -> Optional[str]:
         layer = self._layers[node]
         if layer is None:
-            is_cat = _calls_one_of(node, _CATS) and self._operands(node)
+            is_cat = _calls_one_of(node, _CATS) and self.operands(node)
             return "cat" if is_cat else "sum" if self._is_sum(node) else None
         if pool_kind(layer) is not None:
             return "pool"
@@ -183,7 +187,7 @@ class _Reader:
         of_two = len(node.args) == 2 and all(isinstance(operand, Node) for operand in node.args)
         return _calls_one_of(node, _SUMS) and of_two and not node.kwargs
 
-    def _operands(self, cat: Node) -> tuple[Node, ...]:
+    def operands(self, cat: Node) -> tuple[Node, ...]:
         """What a concatenation of channels puts side by side; nothing where it is another."""
         options = {**dict(zip(("tensors", "dim"), cat.args)), **cat.kwargs}
         operands = options.pop("tensors", None)
@@ -200,7 +204,7 @@ class _Reader:
 
     def pieces(self, node: Node) -> tuple[Node, ...]:
         if node not in self._pieces:
-            parts = [self.pieces(operand) for operand in self._operands(node)] if self.is_a(node, "cat") else [(node,)]
+            parts = [self.pieces(operand) for operand in self.operands(node)] if self.is_a(node, "cat") else [(node,)]
             self._pieces[node] = tuple(piece for part in parts for piece in part)
         return self._pieces[node]
 
@@ -295,7 +299,7 @@ class _Reader:
         if not any(part in (whole, (1, 1 + len(maps))) and self.is_a(node, "cat") for node, part in outputs.items()):
             return None
         outputs = {node: None if part == whole else part for node, part in outputs.items()}
-        return Match(DenseMatch(layers), layers[0].source, layers[-1].out, nodes, outputs)
+        return Match(DenseMatch(layers), (layers[0].source,), layers[-1].out, nodes, outputs)
 
     def residual_blocks(self) -> Iterator[Match]:
         for add in self.nodes:
@@ -368,7 +372,7 @@ class _Reader:
     def _residual(self, parts: ResidualMatch, source: Node, output: Node, add: Node) -> Match:
         nodes = {node for unit in parts.units for node in unit if node is not None}
         nodes |= {add, output, *parts.shortcut, *parts.bypassed}
-        return Match(parts, source, output, nodes, {output: None})
+        return Match(parts, (source,), output, nodes, {output: None})
 
     def pooled_units(self) -> Iterator[Match]:
         for pool in self.nodes:
@@ -380,7 +384,11 @@ class _Reader:
             if self.inner(before, "activation", end) and self.inner(before.args[0], "norm", before):
                 norm = before.args[0]
                 parts = PooledMatch(norm, before, conv, pool)
-                yield Match(parts, norm.args[0], pool, set(parts) - {None}, {pool: None})
+                yield Match(parts, (norm.args[0],), pool, set(parts) - {None}, {pool: None})
+
+    def conv_graphs(self, taken: set[Node]) -> Iterator[Match]:
+        for parts, nodes, outputs in find_conv_graphs(self, taken):
+            yield Match(parts, parts.sources, list(parts.convs)[-1], nodes, dict.fromkeys(outputs))
 
     def why_not(self, match: Match) -> Optional[str]:
         """Why the engine must not stand in for a match, whatever its modules are."""
@@ -393,7 +401,7 @@ class _Reader:
         at = self.order[match.last]
         if any(self.order[user] < at for node in match.outputs for user in set(node.users) - match.nodes):
             return "what it makes is read before it has ended"
-        if not isinstance(match.parts, PooledMatch) and any(map(self.changed_later, match.outputs)):
+        if isinstance(match.parts, (DenseMatch, ResidualMatch)) and any(map(self.changed_later, match.outputs)):
             return "its output is changed in place"
         if any(self._kinds[node] == "dropout" for node in match.nodes):
             first = min(self.order[node] for node in match.nodes)
@@ -402,20 +410,19 @@ class _Reader:
                 return "other random numbers may be drawn between those of its dropouts"
         return None
 
-    def near_miss(self, node: Node) -> Optional[str]:
+    def near_miss(self, node: Node, taken: set[Node]) -> Optional[str]:
         """What a concatenation or an addition of layers' outputs lacks."""
-        if self.is_a(node, "cat"):
-            pieces = self.pieces(node)
-            for piece in pieces:
-                if piece in self._dense:
-                    rest = set(pieces) - {piece}
-                    if piece is not pieces[-1] and rest == set(self.pieces(self._dense[piece].source)):
-                        return "concatenates the new map in front of what it was made of"
-            if any(self._kinds[piece] in ("conv", "norm", "activation", "dropout") for piece in pieces):
-                return "concatenates what is not made of all before it by batch norm, activation and convolution"
-        if self.is_a(node, "sum") and any(self._kinds[operand] in ("conv", "norm", "dropout") for operand in node.args):
+        if self.is_a(node, "cat") and self._has_one(self.pieces(node), ("conv", "norm", "activation", "dropout")):
+            return (
+                "concatenates what is not made of all before it by batch norm, activation and convolution, "
+                "and no convolution reads it"
+            )
+        if self.is_a(node, "sum") and self._has_one(set(node.args) - taken, ("conv", "norm", "dropout")):
             return "adds what is not made by convolutions, batch norms and activations of the other operand alone"
         return None
+
+    def _has_one(self, nodes: Iterable[Node], kinds: tuple[str, ...]) -> bool:
+        return any(self._kinds[node] in kinds for node in nodes)
 
 
 _IN_PLACE_OPERATORS = {name for name in dir(operator) if name[0] == "i" and hasattr(operator, f"__{name}__")} - {

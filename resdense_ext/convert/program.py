@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,30 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from resdense_ext.checks import autocasts
+from resdense_ext.convert.gathers import Gather, GraphMatch
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, layer_of
 from resdense_ext.convert.trace import Traced, is_hooked
-from resdense_ext.nn.engine import Policy, run_chain, run_dense_block, run_residual_block, run_transition, why_stock
-from resdense_ext.nn.read import LayerModules, PooledModules, ResidualModules, Unsupported, check_untouched
+from resdense_ext.nn.engine import (
+    Policy,
+    run_chain,
+    run_conv_graph,
+    run_dense_block,
+    run_residual_block,
+    run_transition,
+    why_stock,
+)
+from resdense_ext.nn.read import (
+    GraphModules,
+    LayerModules,
+    PieceModules,
+    PooledModules,
+    ReadModules,
+    ResidualModules,
+    Unsupported,
+    check_untouched,
+)
 
-__all__ = ["Part", "Program", "TracedDenseBlock", "TracedPooledUnit", "TracedResidualBlock"]
+__all__ = ["Part", "Program", "TracedConvGraph", "TracedDenseBlock", "TracedPooledUnit", "TracedResidualBlock"]
 
 
 class Part(nn.Module):
@@ -150,17 +168,59 @@ class _Call(NamedTuple):
     node: Node
     function: Callable[..., Any]
 
+    @property
+    def reads(self) -> list[Node]:
+        return self.node.all_input_nodes
+
+    @property
+    def outputs(self) -> list[Node]:
+        return [self.node]
+
     def run(self, values: dict[Node, Any]) -> None:
         args, kwargs = map_arg((self.node.args, self.node.kwargs), values.__getitem__)
         values[self.node] = self.function(*args, **kwargs)
 
 
+class TracedConvGraph(Part):
+    """Its stock path runs the nodes of its match as they stand in the trace; see `GraphMatch` for ``sources`` and ``outputs``."""
+
+    def __init__(
+        self, owner: nn.Module, name: str, modules: GraphModules, sources: tuple[Node, ...], steps: list, outputs: list[Node]
+    ) -> None:
+        super().__init__(owner, name)
+        self._graph, self._sources, self._steps, self._outputs = modules, sources, steps, tuple(outputs)
+
+    def graph_modules(self) -> GraphModules:
+        return self._graph
+
+    def forward(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return run_conv_graph(self, sources)
+
+    def stock_forward(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _run_steps(self._steps, dict(zip(self._sources, sources)), self._outputs)
+
+
+class _GraphCall(NamedTuple):
+    """A step that runs a graph of convolutions."""
+
+    part: TracedConvGraph
+    reads: tuple[Node, ...]
+    outputs: list[Node]
+
+    def run(self, values: dict[Node, Any]) -> None:
+        values.update(zip(self.outputs, self.part(tuple(map(values.__getitem__, self.reads)))))
+
+
 class _EngineCall(NamedTuple):
-    """A step that runs a match, or a dense block and the pooled unit behind it; ``outputs`` as in `Match`."""
+    """A step that runs another match, or a dense block and the pooled unit behind it; ``outputs`` as in `Match`."""
 
     parts: list[Part]
     source: Node
     outputs: dict[Node, tuple[int, int] | None]
+
+    @property
+    def reads(self) -> list[Node]:
+        return [self.source]
 
     def run(self, values: dict[Node, Any]) -> None:
         x = values[self.source]
@@ -175,6 +235,9 @@ class _EngineCall(NamedTuple):
         part = torch.cat([y[:, sum(widths[:first]) : sum(widths[:last])]], 1)
         casts = first > 0 and autocasts(y.device.type) and weights[0].dtype != torch.float64
         return part.to(torch.get_autocast_dtype(y.device.type)) if casts else part
+
+
+_Step = _Call | _EngineCall | _GraphCall
 
 
 class Program:
@@ -205,11 +268,15 @@ class Program:
     def run(self, args: tuple) -> Any:
         values: dict[Node, Any] = dict(zip(self._inputs, args))
         del args
-        for step, ends in self._steps:
-            step.run(values)
-            for node in ends:
-                values.pop(node, None)
-        return map_arg(self._output, values.__getitem__)
+        return _run_steps(self._steps, values, self._output)
+
+
+def _run_steps(steps: list[tuple[_Step, list[Node]]], values: dict[Node, Any], output: Any) -> Any:
+    for step, ends in steps:
+        step.run(values)
+        for node in ends:
+            values.pop(node, None)
+    return map_arg(output, values.__getitem__)
 
 
 def _why_left(match: Match, part: Part, modules: dict[str, nn.Module]) -> str | None:
@@ -221,22 +288,25 @@ def _why_left(match: Match, part: Part, modules: dict[str, nn.Module]) -> str | 
     return why_stock(part)
 
 
-def _steps(owner: nn.Module, traced: Traced, matches: list[Match], parts: dict[Node, Part]) -> Iterator[_Call | _EngineCall]:
+def _steps(owner: nn.Module, traced: Traced, matches: list[Match], parts: dict[Node, Part]) -> Iterator[_Step]:
     inside = {node: match for match in matches for node in match.nodes}
-    behind = {match.source: match for match in matches if isinstance(match.parts, PooledMatch)}
+    behind = {match.sources[0]: match for match in matches if isinstance(match.parts, PooledMatch)}
     joined = set()
     for node in traced.graph.nodes:
         match = inside.get(node)
         if match is None:
-            if node.users and node.op not in ("placeholder", "output"):
+            # A layer that nobody reads may change its running statistics.
+            if node.op == "call_module" or (node.users and node.op not in ("placeholder", "output")):
                 yield _Call(node, _function(weakref.ref(owner), traced.modules, node))
         elif node is match.last and node not in joined:
             pooled = _only_reader(match, behind)
-            if pooled is None:
-                yield _EngineCall([parts[node]], match.source, match.outputs)
+            if isinstance(match.parts, GraphMatch):
+                yield _GraphCall(parts[node], match.sources, list(match.outputs))
+            elif pooled is None:
+                yield _EngineCall([parts[node]], match.sources[0], match.outputs)
             else:
                 joined.add(pooled.last)
-                yield _EngineCall([parts[node], parts[pooled.last]], match.source, pooled.outputs)
+                yield _EngineCall([parts[node], parts[pooled.last]], match.sources[0], pooled.outputs)
 
 
 def _only_reader(match: Match, behind: dict[Node, Match]) -> Match | None:
@@ -248,14 +318,13 @@ def _only_reader(match: Match, behind: dict[Node, Match]) -> Match | None:
     return pooled if pooled is not None and set(output.users) - match.nodes == {pooled.parts.norm} else None
 
 
-def _with_ends(steps: Iterator, output: Any) -> list[tuple[_Call | _EngineCall, list[Node]]]:
+def _with_ends(steps: Iterable[_Step], output: Any) -> list[tuple[_Step, list[Node]]]:
     """Every step with the values that nothing reads behind it."""
     steps, needed, result = list(steps), set(), []
     map_arg(output, needed.add)
     for step in reversed(steps):
-        reads = set(step.node.all_input_nodes) if isinstance(step, _Call) else {step.source}
-        result.append((step, list(reads - needed)))
-        needed |= reads
+        result.append((step, list({*step.reads, *step.outputs} - needed)))
+        needed |= set(step.reads)
     return result[::-1]
 
 
@@ -273,6 +342,8 @@ def _function(owner: weakref.ref, modules: dict[str, nn.Module], node: Node) -> 
 
 def _name(match: Match) -> str:
     """The path of the first layer of the match, which no other has."""
+    if isinstance(match.parts, GraphMatch):
+        return next(iter(match.parts.convs)).target
     layers = match.parts.layers[0].units[0] if isinstance(match.parts, DenseMatch) else match.parts
     if isinstance(match.parts, ResidualMatch):
         layers = match.parts.units[0]
@@ -284,11 +355,30 @@ def _layer(of: Layer, modules: dict[str, nn.Module]) -> _TracedLayer:
     return _TracedLayer(units, None if of.dropout is None else layer_of(of.dropout, modules))
 
 
+def _graph(owner: nn.Module, name: str, modules: dict[str, nn.Module], match: Match) -> TracedConvGraph:
+    numbers = {node: i for i, node in enumerate((*match.sources, *match.parts.convs))}
+
+    def layer(node: Node | None) -> nn.Module | None:
+        return None if node is None else layer_of(node, modules)
+
+    def read(gather: Gather) -> ReadModules:
+        pieces = tuple(PieceModules(numbers[of.map], layer(of.norm), layer(of.activation)) for of in gather.pieces)
+        return ReadModules(pieces, layer(gather.norm), layer(gather.activation))
+
+    convs = tuple((modules[conv.target], read(gather)) for conv, gather in match.parts.convs.items())
+    inside = (node for node in match.last.graph.nodes if node in match.nodes)
+    outputs = list(match.outputs)
+    steps = _with_ends((_Call(node, _function(weakref.ref(owner), modules, node)) for node in inside), outputs)
+    return TracedConvGraph(owner, name, GraphModules(convs, tuple(map(read, match.parts.outputs))), match.sources, steps, outputs)
+
+
 def _part(owner: nn.Module, modules: dict[str, nn.Module], match: Match) -> Part:
     def layer(node: Node | None) -> nn.Module | None:
         return None if node is None else layer_of(node, modules)
 
     parts, name = match.parts, _name(match)
+    if isinstance(parts, GraphMatch):
+        return _graph(owner, name, modules, match)
     if isinstance(parts, DenseMatch):
         return TracedDenseBlock(owner, name, [_layer(of, modules) for of in parts.layers])
     if isinstance(parts, PooledMatch):

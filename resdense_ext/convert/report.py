@@ -24,7 +24,7 @@ _REST = "(everything else)"
 class Row(NamedTuple):
     """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs.
 
-    ``layers`` counts a dense block's layers or the convolutions of a residual or dual path block. A dense block's bytes are those
+    ``layers`` counts a dense block's layers or the convolutions of a residual or dual path block or of a graph of them. A dense block's bytes are those
     of the transition or head behind it, too, and a dual path block's those of the blocks behind it, where they run in one node.
     """
 
@@ -125,6 +125,8 @@ def _layers(block: nn.Module) -> int:
     try:
         if hasattr(block, "layer_modules"):
             return len(block.layer_modules())
+        if hasattr(block, "graph_modules"):
+            return len(block.graph_modules().convs)
         if hasattr(block, "residual_modules"):
             return len(block.residual_modules().units)
         return len(block.dual_path_modules().units) if hasattr(block, "dual_path_modules") else 0

@@ -138,7 +138,7 @@ class _Walk:
 
     def visit(self, module: nn.Module, path: str) -> None:
         """Converts what a module's trace holds, and goes on with what the trace did not look into."""
-        if module in self._seen or module in self.refused or not _has_norms(module):
+        if module in self._seen or module in self.refused or not _has_layers(module):
             return
         self._seen.add(module)
         if is_layer(module):
@@ -169,7 +169,7 @@ class _Walk:
         for within in sorted({_within(match) for match in program.matches}, key=len, reverse=True):
             self._convert(module, path, within)
         for inner, reason in traced.left.items():
-            if _has_norms(traced.modules[inner]):
+            if _has_layers(traced.modules[inner]):
                 self._leave(_joined(path, inner), module, reason)
         for node in traced.graph.nodes:
             if node.op == "call_module":
@@ -224,8 +224,10 @@ def _within(match: Match) -> tuple[str, ...]:
     return tuple(common)
 
 
-def _has_norms(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) or is_frozen_norm(m) for m in module.modules())
+def _has_layers(module: nn.Module) -> bool:
+    """Whether there is a norm or a convolution in it, without which the engines have nothing to do."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
+    return any(isinstance(m, kinds) or is_frozen_norm(m) for m in module.modules())
 
 
 _left: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from resdense_ext import checks, functional
 from resdense_ext.nn.read import (
     DualPathModules,
+    GraphModules,
     LayerModules,
     PooledModules,
     ResidualModules,
@@ -28,18 +29,22 @@ from resdense_ext.nn.read import (
     is_wrapper,
     own_activation,
     pool_kind,
+    read_conv_graph,
     read_dual_path_block,
     read_layers,
     read_pooled_unit,
     read_residual_block,
 )
+from resdense_ext.ops.cast import cast_conv_graph
+from resdense_ext.ops.conv_graph_function import conv_graph
 from resdense_ext.ops.residual_maps import sizes_of
 from resdense_ext.ops.split_unit import split_norm
-from resdense_ext.reference import Activation, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
+from resdense_ext.reference import Activation, ConvGraph, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
 
 __all__ = [
     "Block",
     "DualPath",
+    "Graph",
     "Halves",
     "OnEngine",
     "Policy",
@@ -48,6 +53,7 @@ __all__ = [
     "Transition",
     "is_transformed",
     "run_chain",
+    "run_conv_graph",
     "run_dense_block",
     "run_dual_path_block",
     "run_features",
@@ -129,6 +135,18 @@ class DualPath(Protocol):
         """The forward that the engine stands in for."""
 
 
+class Graph(Protocol):
+    """What a graph of convolutions offers."""
+
+    engine_policy: Optional[Policy]
+
+    def graph_modules(self) -> GraphModules:
+        """Raises Unsupported where the modules are not what the stock forward would find."""
+
+    def stock_forward(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The forward that the engine stands in for."""
+
+
 class Transition(Protocol):
     """What a transition offers."""
 
@@ -185,14 +203,15 @@ def _running(module: nn.Module, x: Tensor | Halves) -> Iterator[None]:
 _Run = Callable[[Tensor], Optional[Tensor]]
 
 
-def _run(module: Block | Transition | Residual | DualPath, x: Tensor, read: Callable[[], _Run]) -> Tensor:
+def _run(module: Block | Transition | Residual | DualPath | Graph, x: Tensor, read: Callable[[], _Run]) -> Tensor:
     """The module's forward on the engine, or on its stock path where the engine cannot; the latter is said once a module.
 
     ``read`` looks at the modules inside and gives what runs them, which answers None for an input that it does not take.
     """
     if is_transformed(x):
         return module.stock_forward(x)
-    _check_is_tensor(x, hasattr(module, "dual_path_modules"))
+    if not hasattr(module, "graph_modules"):
+        _check_is_tensor(x, hasattr(module, "dual_path_modules"))
     with _running(module, x):
         run = None
         if module.engine_policy is not None and _takes(x):
@@ -257,6 +276,25 @@ def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
         return lambda x: whole(_dual_path_stage(x, [described], activation, [block.engine_policy], modules.side_by_side))
 
     return _run(block, x, read)
+
+
+def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The graph's forward, see `_run`; what does not fit together is left to the stock path, and to its errors."""
+
+    def read() -> _Run:
+        make = read_conv_graph(graph.graph_modules())
+
+        def run(sources: tuple[Tensor, ...]) -> Optional[tuple[Tensor, ...]]:
+            try:
+                described = make([x.shape[1] for x in sources])
+                checks.check_conv_graph(sources, described)
+            except (ValueError, TypeError):
+                return None
+            return _conv_graph(sources, described)
+
+        return run
+
+    return _run(graph, sources, read)
 
 
 class _Layers(NamedTuple):
@@ -510,12 +548,19 @@ def _dual_path_stage(
     return SideBySide(*y) if side_by_side else y
 
 
+def _conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...]:
+    device = sources[0].device.type
+    if checks.autocasts(device):
+        graph = cast_conv_graph(graph, torch.get_autocast_dtype(device))
+    return conv_graph(sources, graph)
+
+
 def _widened(y: Tensor, norm: nn.Module) -> Tensor:
     """In the dtype that stock has: torchvision's frozen norm is plain arithmetic, which widens what autocast has narrowed."""
     return y.to(torch.promote_types(y.dtype, norm.weight.dtype)) if is_frozen_norm(norm) else y
 
 
-def why_stock(module: Block | Transition | Residual | DualPath) -> Optional[str]:
+def why_stock(module: Block | Transition | Residual | DualPath | Graph) -> Optional[str]:
     """Why the modules in it, as they are now, make it run its stock path; None where they do not."""
     try:
         if hasattr(module, "layer_modules"):
@@ -524,6 +569,8 @@ def why_stock(module: Block | Transition | Residual | DualPath) -> Optional[str]
             read_residual_block(module.residual_modules())
         elif hasattr(module, "dual_path_modules"):
             read_dual_path_block(module.dual_path_modules())
+        elif hasattr(module, "graph_modules"):
+            read_conv_graph(module.graph_modules())
         else:
             read_pooled_unit(module.pooled_modules())
     except Unsupported as unsupported:

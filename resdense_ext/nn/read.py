@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Optional
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import (
     Activation,
     BatchNorm,
     Conv,
+    ConvGraph,
     DenseLayer,
     DualPathBlock,
+    Piece,
     Pool,
     PooledUnit,
     ResidualBlock,
@@ -27,8 +30,11 @@ from resdense_ext.reference import (
 
 __all__ = [
     "DualPathModules",
+    "GraphModules",
     "LayerModules",
+    "PieceModules",
     "PooledModules",
+    "ReadModules",
     "ResidualModules",
     "Unsupported",
     "check_forward",
@@ -39,6 +45,7 @@ __all__ = [
     "own_activation",
     "pool_kind",
     "read_children",
+    "read_conv_graph",
     "read_dual_path_block",
     "read_layers",
     "read_pooled_unit",
@@ -137,6 +144,29 @@ class DualPathModules(NamedTuple):
     projection: Optional[tuple[nn.Module, nn.Module, nn.Module]]
     residual_channels: int
     side_by_side: bool = False
+
+
+class PieceModules(NamedTuple):
+    """``activation(norm(map))``, either of them or none: the number of the map as in `resdense_ext.reference.ConvGraph`."""
+
+    map: int
+    norm: Optional[nn.Module] = None
+    activation: Optional[nn.Module] = None
+
+
+class ReadModules(NamedTuple):
+    """``activation(norm(cat(pieces)))``; where there is a norm or an activation, the pieces have none."""
+
+    pieces: tuple[PieceModules, ...]
+    norm: Optional[nn.Module] = None
+    activation: Optional[nn.Module] = None
+
+
+class GraphModules(NamedTuple):
+    """Convolutions in their order with what each reads, and the concatenations that are read elsewhere."""
+
+    convs: tuple[tuple[nn.Module, ReadModules], ...]
+    outputs: tuple[ReadModules, ...]
 
 
 def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:
@@ -239,6 +269,51 @@ def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activ
         raise Unsupported(f"the units' activations differ: {sorted(a.name for a in activations)}")
     projection = None if modules.projection is None else units.pop()
     return DualPathBlock(tuple(units), modules.residual_channels, projection), activations.pop()
+
+
+def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGraph]:
+    """What makes the graph, as the functional call takes it, for sources of given numbers of channels.
+
+    Raises:
+        Unsupported: an inner module that the engine cannot stand in for, or one with hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    convs = tuple(_read_conv(conv) for conv, _ in modules.convs)
+    beside = _NORM_BESIDE[type(modules.convs[0][0])]
+    reads = [*(read for _, read in modules.convs), *modules.outputs]
+    pairs = [(of.norm, of.activation) for read in reads for of in (read, *read.pieces)]
+    activations = {activation: _read_activation(activation) for _, activation in pairs if activation is not None}
+    activations[None] = Activation("identity")
+    norms = {norm: _read_norm(norm, beside, activation) for norm, activation in pairs if norm is not None}
+    for module, norm in norms.items():
+        if norm.batch_stats and norm.group:
+            raise Unsupported("takes statistics over several ranks", module)
+
+    def graph(widths: Sequence[int]) -> ConvGraph:
+        widths = [*widths, *(conv.weight.shape[0] for conv in convs)]
+        split: list[BatchNorm] = []
+        shared: dict[nn.Module, int] = {}
+
+        def pieces(read: ReadModules) -> tuple[Piece, ...]:
+            if read.norm is not None:
+                first, activation = len(split), activations[read.activation]
+                split.extend(split_norm(norms[read.norm], [widths[piece.map] for piece in read.pieces]))
+                return tuple(Piece(piece.map, at, activation) for at, piece in enumerate(read.pieces, first))
+            return tuple(
+                Piece(piece.map, number(piece.norm), activations[piece.activation or read.activation]) for piece in read.pieces
+            )
+
+        def number(norm: Optional[nn.Module]) -> Optional[int]:
+            if norm is not None and norm not in shared:
+                shared[norm] = len(split)
+                split.append(norms[norm])
+            return shared.get(norm)
+
+        found = tuple(map(pieces, reads))
+        return ConvGraph(convs, found[: len(convs)], tuple(split), found[len(convs) :])
+
+    return graph
 
 
 def _check_alone(norm: nn.Module, seen: set[nn.Module]) -> None:

@@ -126,9 +126,10 @@ class ReferenceBackend:
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return reference.channel_stats(x)
 
-    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
-        """``act(scale * x + shift)``, a new dense tensor in the layout of ``x``."""
-        return reference.apply_pending(x, *affine)
+    def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
+        """``act(scale * x + shift)``, a new dense tensor in the layout of ``x``, or written into ``out``, which has that layout."""
+        y = reference.apply_pending(x, *affine)
+        return y if out is None else out.copy_(y)
 
     def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
         """Multiplies ``grad`` by the activation's slope, in place; returns the sums of dy and of dy * (x - center)."""
@@ -291,6 +292,10 @@ class ReferenceBackend:
     ) -> ConvGrads:
         """As `bn_act_conv_backward`, from the gradient of what `bn_act_pool` returned, which is dense."""
         dy = _unpool(grad, self.bn_act(x, fold.affine), pool).contiguous(memory_format=memory_format_of(x))
+        return self.norm_act_backward(dy, x, fold, into)
+
+    def norm_act_backward(self, dy: Tensor, x: Tensor, fold: Fold, into: Optional[Pending]) -> ConvGrads:
+        """As `bn_act_conv_backward`, from the gradient of the activation's output, which is changed where there is no ``into``."""
         if into is None:
             sums = self.bn_act_backward(dy, x, fold.affine, fold.mean)
         else:

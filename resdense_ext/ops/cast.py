@@ -9,9 +9,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Conv, DenseLayer, DualPathBlock, ResidualBlock, Unit
+from resdense_ext.reference import Conv, ConvGraph, DenseLayer, DualPathBlock, ResidualBlock, Unit
 
 __all__ = [
+    "cast_conv_graph",
     "cast_convolution",
     "cast_convolutions",
     "cast_dual_path_blocks",
@@ -74,6 +75,11 @@ def cast_dual_path_blocks(blocks: Sequence[DualPathBlock], dtype: torch.dtype) -
     convs = _cast_convs([None if unit is None else unit.conv for unit in units], dtype)
     cast = iter([None if unit is None else unit._replace(conv=conv) for unit, conv in zip(units, convs)])
     return [block._replace(projection=next(cast), units=tuple(next(cast) for _ in block.units)) for block in blocks]
+
+
+def cast_conv_graph(graph: ConvGraph, dtype: torch.dtype) -> ConvGraph:
+    """The graph with convolutions as `cast_convolution` gives them."""
+    return graph._replace(convs=tuple(_cast_convs(graph.convs, dtype)))
 
 
 def _cast_convs(convs: Sequence[Optional[Conv]], dtype: torch.dtype) -> list[Optional[Conv]]:

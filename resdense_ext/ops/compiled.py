@@ -42,8 +42,9 @@ class CompiledBackend(ReferenceBackend):
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.resdense.channel_stats(x)
 
-    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
-        out = torch.empty_like(x)
+    def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
+        out = torch.empty_like(x) if out is None else out
+        increment_version(out)
         torch.ops.resdense.bn_act(x, affine.scale, affine.shift, slope_of(affine.activation), out)
         return out
 

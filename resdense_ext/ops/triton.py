@@ -68,10 +68,11 @@ class TritonBackend(ReferenceBackend):
 
         return channel_stats(x)
 
-    def bn_act(self, x: Tensor, affine: Affine) -> Tensor:
+    def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
         from resdense_ext.kernels.bn_act import bn_act
 
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
+        increment_version(out)
         bn_act(x, *affine, out)
         return out
 

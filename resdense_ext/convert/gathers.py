@@ -1,0 +1,212 @@
+"""Where a traced graph convolves concatenations: of all maps before, of some, in any order, behind norms and activations or not.
+
+What takes part belongs together by its home, the innermost container in which such concatenations are made and read. In it, every
+convolution joins, with the norms and activations behind it, until something else reads what they have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import NamedTuple, Optional, Protocol
+
+from torch import nn
+from torch.fx import Node
+
+__all__ = ["Gather", "GraphMatch", "PieceMatch", "find_conv_graphs"]
+
+
+class PieceMatch(NamedTuple):
+    """``activation(norm(map))``; the map is what a convolution makes, or a value from elsewhere."""
+
+    map: Node
+    norm: Optional[Node] = None
+    activation: Optional[Node] = None
+
+
+class Gather(NamedTuple):
+    """``activation(norm(cat(pieces)))``: what a convolution reads. In front of a norm pieces are maps as they are."""
+
+    pieces: tuple[PieceMatch, ...]
+    norm: Optional[Node] = None
+    activation: Optional[Node] = None
+    cats: frozenset[Node] = frozenset()
+
+    @property
+    def nodes(self) -> set[Node]:
+        found = {node for piece in self.pieces for node in piece[1:]} | {self.norm, self.activation} | self.cats
+        return found - {None}
+
+
+class GraphMatch(NamedTuple):
+    """``outputs`` are in the order of the match's."""
+
+    sources: tuple[Node, ...]
+    convs: dict[Node, Gather]
+    outputs: tuple[Gather, ...]
+
+
+class Reader(Protocol):
+    """What a traced graph's reader tells of its nodes."""
+
+    nodes: list[Node]
+    modules: dict[str, nn.Module]
+
+    def is_a(self, node: object, kind: str) -> bool: ...
+
+    def operands(self, cat: Node) -> tuple[Node, ...]: ...
+
+
+def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[GraphMatch, set[Node], list[Node]]]:
+    """The graphs with a concatenation that a convolution reads, the nodes that each stands for, and those of its outputs.
+
+    Args:
+        taken: nodes that something else stands for.
+    """
+    groups = list(_Finder(reader, taken).groups())
+    groups = [group for group in groups if any(len(gather.pieces) > 1 for gather in group.convs.values())]
+    read = {source for group in groups for source in group.sources}
+    for group in groups:
+        nodes = group.nodes()
+        # What another graph reads may be a piece of a concatenation inside of this one; a norm that nobody reads changes, too.
+        outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
+        yield GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs))), nodes, outputs
+
+
+class _Group:
+    """Convolutions that have joined so far, what they read from elsewhere, and all values of theirs."""
+
+    def __init__(self, finder: _Finder) -> None:
+        self.finder = finder
+        self.convs: dict[Node, Gather] = {}
+        self.sources: dict[Node, None] = {}
+        self.values: set[Node] = set()
+
+    def add(self, conv: Node) -> None:
+        gather = self.finder.before(conv, self.convs)
+        self.sources.update(dict.fromkeys(piece.map for piece in gather.pieces if piece.map not in self.convs))
+        self.convs[conv] = gather
+        self.values |= {conv, *gather.nodes}
+
+    def gather(self, node: Node) -> Gather:
+        """What a value of the group is made of."""
+        pieces, cats = self.finder.pieces(node, self.convs)
+        return Gather(pieces, cats=cats)
+
+    def holds(self, node: Node) -> bool:
+        """Whether a value is nothing but maps of the group side by side."""
+        return all(piece.map in self.convs or piece.map in self.sources for piece in self.gather(node).pieces)
+
+    def nodes(self) -> set[Node]:
+        nodes = {node for gather in self.convs.values() for node in gather.nodes} | set(self.convs)
+        for node in self.values - nodes:
+            gather = self.gather(node)
+            if node not in self.finder.read_by and not (gather.cats and not self.holds(node)):
+                nodes |= gather.nodes
+        return nodes
+
+
+_Within = tuple[str, ...]
+
+
+class _Finder:
+    def __init__(self, reader: Reader, taken: Container[Node]) -> None:
+        self.reader, self.taken = reader, taken
+        self.candidates = {node for node in reader.nodes if self._is_candidate(node)}
+        self.fronts = {conv: self._front(conv) for conv in self.candidates}
+        self.homes = self._homes()
+        self.read_by: dict[Node, Node] = {}
+        """The last of the convolutions in whose reading a concatenation, or a norm or activation behind one, stands."""
+        for conv in self.homes:
+            gather = self.before(conv, self.candidates)
+            self.read_by |= dict.fromkeys({gather.norm, gather.activation, *gather.cats} - {None}, conv)
+
+    def is_a(self, node: object, kind: str) -> bool:
+        return self.reader.is_a(node, kind) and node not in self.taken
+
+    def _is_candidate(self, node: Node) -> bool:
+        return self.is_a(node, "conv") and self.reader.modules[node.target].padding_mode == "zeros"
+
+    def _homes(self) -> dict[Node, _Within]:
+        homes: dict[Node, _Within] = {}
+        for conv in self.candidates:
+            pieces, _, _, cats = self.before(conv, self.candidates)
+            home = _common(conv, *cats)
+            for node in (conv, *(piece.map for piece in pieces)) if len(pieces) > 1 else ():
+                if node in self.candidates and _lies_in(node, home):
+                    homes[node] = min(homes.get(node, home), home, key=len)
+        inside = sorted(set(homes.values()), key=len)
+        for conv in self.candidates - homes.keys():
+            around = [home for home in inside if _lies_in(conv, home)]
+            if around:
+                homes[conv] = around[-1]
+        return homes
+
+    def piece(self, node: Node, convs: Container[Node]) -> PieceMatch:
+        """A value by what one of these convolutions makes; itself where it is none."""
+        before, norm, activation = node, None, None
+        if self.is_a(before, "activation"):
+            before, activation = before.args[0], before
+        if self.is_a(before, "norm"):
+            before, norm = before.args[0], before
+        return PieceMatch(before, norm, activation) if before in convs else PieceMatch(node)
+
+    def pieces(self, node: Node, convs: Container[Node]) -> tuple[tuple[PieceMatch, ...], frozenset[Node]]:
+        """Those of a concatenation, and the concatenations of which it is made."""
+        if not self.is_a(node, "cat"):
+            return (self.piece(node, convs),), frozenset()
+        parts = [self.pieces(operand, convs) for operand in self.reader.operands(node)]
+        cats = frozenset({node}).union(*(cats for _, cats in parts))
+        return tuple(piece for pieces, _ in parts for piece in pieces), cats
+
+    def before(self, conv: Node, convs: Container[Node]) -> Gather:
+        """What a convolution reads, in terms of what these make."""
+        begin, norm, activation = self.fronts[conv]
+        pieces, cats = self.pieces(begin, convs)
+        return Gather(pieces, norm, activation, cats)
+
+    def _front(self, conv: Node) -> tuple[Node, Optional[Node], Optional[Node]]:
+        """Where what a convolution reads begins, and the norm and the activation behind that which it alone reads; those behind
+        a single convolution are of that one's piece, and such pieces have no other norm or activation behind them."""
+        before, norm, activation = conv.args[0], None, None
+        if self._alone(before, "activation", conv):
+            before, activation = before.args[0], before
+        if self._alone(before, "norm", activation or conv):
+            before, norm = before.args[0], before
+        pieces, _ = self.pieces(before, self.candidates)
+        plain = before not in self.candidates and all(piece.norm is piece.activation is None for piece in pieces)
+        return (before, norm, activation) if plain else (conv.args[0], None, None)
+
+    def _alone(self, node: object, kind: str, reader: Node) -> bool:
+        return self.is_a(node, kind) and set(node.users) == {reader}
+
+    def groups(self) -> Iterator[_Group]:
+        opened: dict[_Within, _Group] = {}
+        for node in self.reader.nodes:
+            own = self.homes.get(self.read_by.get(node, node))
+            if node in self.homes:
+                opened.setdefault(own, _Group(self)).add(node)
+            elif node not in self.read_by:
+                own = next((home for home, group in opened.items() if self._goes_with(node, group)), None)
+            for home, group in list(opened.items()):
+                if home == own:
+                    group.values.add(node)
+                elif not group.values.isdisjoint(node.all_input_nodes):
+                    yield opened.pop(home)
+        yield from opened.values()
+
+    def _goes_with(self, node: Node, group: _Group) -> bool:
+        """Whether it is a norm or an activation behind a convolution of a group, or concatenates nothing but what is the group's."""
+        if self.is_a(node, "cat"):
+            return not group.values.isdisjoint(node.all_input_nodes) and group.holds(node)
+        return node not in group.convs and self.piece(node, group.convs).map in group.convs
+
+
+def _common(*nodes: Node) -> _Within:
+    """The containers that all of them lie in, from the outermost on."""
+    first, *others = (node.meta["within"] for node in nodes)
+    size = next((i for i in range(len(first)) if any(other[i : i + 1] != first[i : i + 1] for other in others)), len(first))
+    return first[:size]
+
+
+def _lies_in(node: Node, home: _Within) -> bool:
+    return node.meta["within"][: len(home)] == home

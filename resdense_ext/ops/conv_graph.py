@@ -1,0 +1,241 @@
+"""Convolutions of concatenations that nobody keeps: every map is kept once, as its convolution wrote it.
+
+A convolution reads *pieces* side by side, ``piece = act(norm(map))`` of any maps before it::
+
+    map_i = conv_i([piece, piece, ...])         output = [piece, piece, ...]
+
+Stock PyTorch keeps every concatenation, and of every normalised and activated map its input and its output. Here the pieces are
+gathered into a passing tensor when a convolution reads them, forward and again in backward; the statistics of a map are taken once,
+by the convolution that writes it. Backward goes through the convolutions from the last to the first; what a piece's reader asks of
+it is added to the one gradient of its map, with the norm's correction deferred as in a dense block.
+
+Sources of the architectures: Zhang et al., Residual Dense Network for Image Super-Resolution (2018); Chao et al., HarDNet (2019);
+Lee et al., VoVNet (2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.convolve import convolve, convolve_backward, sampling
+from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
+from resdense_ext.ops.units import GRADS, Gradients, new_stats
+from resdense_ext.reference import Conv, ConvGraph, Piece
+
+__all__ = ["backward", "forward", "kept_maps", "map_of_norm"]
+
+
+def map_of_norm(graph: ConvGraph) -> dict[int, int]:
+    """The map that every norm reads."""
+    return {piece.norm: piece.map for piece in _pieces(graph) if piece.norm is not None}
+
+
+def kept_maps(graph: ConvGraph) -> set[int]:
+    """Those that backward reads: what convolutions read, and what outputs read through a norm or an activation."""
+    read = {piece.map for pieces in graph.reads for piece in pieces}
+    return read | {piece.map for pieces in graph.outputs for piece in pieces if not _is_plain(piece)}
+
+
+def forward(
+    sources: Sequence[Tensor], graph: ConvGraph, backend: ReferenceBackend, keep: Container[int]
+) -> tuple[list[Tensor], list[Optional[Tensor]], list[Stats], list[int]]:
+    """The outputs; the maps, perhaps without some that were not to ``keep``; every map's statistics, empty where no norm asks for
+    them, and its number of positions."""
+    norms = {of: graph.norms[norm] for norm, of in map_of_norm(graph).items() if graph.norms[norm].batch_stats}
+    stats = [new_stats(x, None) for x in sources]
+    for of, x in enumerate(sources):
+        if of in norms:
+            stats[of] = Stats(*backend.channel_stats(x))
+    walk = _Maps(graph, backend, list(sources), stats)
+    counts = [x.numel() // x.shape[1] for x in sources]
+    last_reader = {piece.map: i for i, pieces in enumerate((*graph.reads, *graph.outputs)) for piece in pieces}
+    for i, (conv, pieces) in enumerate(zip(graph.convs, graph.reads)):
+        x, fold = walk.read(pieces, conv)
+        z, of = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:])), len(walk.maps)
+        stats.append(new_stats(z, norms.get(of)))
+        convolve(backend, x, fold, conv, z, stats[of] if of in norms else None)
+        walk.maps.append(z)
+        counts.append(z.numel() // z.shape[1])
+        del x, z
+        for piece in pieces:
+            if last_reader[piece.map] == i and piece.map not in keep:
+                walk.maps[piece.map] = None
+    return [walk.gather(pieces) for pieces in graph.outputs], walk.maps, stats, counts
+
+
+def backward(
+    upstream: Sequence[Optional[Tensor]],
+    maps: list[Optional[Tensor]],
+    graph: ConvGraph,
+    backend: ReferenceBackend,
+    stats: Sequence[Stats],
+    needs: Sequence[bool],
+) -> list[Optional[Tensor]]:
+    """The gradients that ``needs`` asks for, of the sources and of `GRADS` of every convolution and, behind these, every norm."""
+    walk = _Backward(graph, backend, maps, stats, needs)
+    for pieces, grad in zip(graph.outputs, upstream):
+        if grad is not None:
+            walk.spread(pieces, grad)
+    for i in reversed(range(len(graph.convs))):
+        walk.through(i)
+    return walk.finish()
+
+
+class _Maps:
+    def __init__(
+        self, graph: ConvGraph, backend: ReferenceBackend, maps: list[Optional[Tensor]], stats: Sequence[Stats]
+    ) -> None:
+        self.graph, self.backend, self.maps, self.stats = graph, backend, maps, stats
+        self._folds: dict[Piece, Optional[Fold]] = {}
+
+    def fold(self, piece: Piece) -> Optional[Fold]:
+        """What makes the piece of its map; None where it is the map."""
+        if piece not in self._folds:
+            self._folds[piece] = None if _is_plain(piece) else self._fold(piece)
+        return self._folds[piece]
+
+    def _fold(self, piece: Piece) -> Fold:
+        x = self.maps[piece.map]
+        if piece.norm is None:
+            linear = Fold.linear(x)
+            return linear._replace(affine=linear.affine._replace(activation=piece.activation))
+        count = x.numel() // x.shape[1]
+        return self.backend.fold(self.graph.norms[piece.norm], self.stats[piece.map], count, piece.activation)
+
+    def gather(self, pieces: Sequence[Piece], dtype: Optional[torch.dtype] = None) -> Tensor:
+        """The pieces side by side: a tensor of its own, or the map itself where it is one map as it is."""
+        maps = [self.maps[piece.map] for piece in pieces]
+        if len(pieces) == 1 and dtype in (None, maps[0].dtype):
+            fold = self.fold(pieces[0])
+            return maps[0] if fold is None else self.backend.bn_act(maps[0], fold.affine)
+        if dtype is None:
+            dtype = _widest([x.dtype for x in maps])
+        # As a concatenation's: channels-last where all of them are.
+        like = next((x for x in maps if memory_format_of(x) == torch.contiguous_format), maps[0])
+        out = empty_map(like, sum(x.shape[1] for x in maps), dtype)
+        for piece, x, part in zip(pieces, maps, out.split([x.shape[1] for x in maps], 1)):
+            fold = self.fold(piece)
+            if fold is None:
+                part.copy_(x)
+            elif x.dtype == dtype:
+                self.backend.bn_act(map_beside(part, x), fold.affine, part)
+            else:
+                part.copy_(self.backend.bn_act(x, fold.affine))
+        return out
+
+    def reads_one_map(self, pieces: Sequence[Piece], conv: Conv) -> bool:
+        """Whether the convolution can apply the norm and the activation itself."""
+        return len(pieces) == 1 and self.maps[pieces[0].map].dtype == conv.weight.dtype
+
+    def read(self, pieces: Sequence[Piece], conv: Conv) -> tuple[Tensor, Optional[Fold]]:
+        if self.reads_one_map(pieces, conv):
+            return self.maps[pieces[0].map], self.fold(pieces[0])
+        return self.gather(pieces, conv.weight.dtype), None
+
+
+class _Backward(_Maps):
+    """``grads`` are those of the maps, pending; of a map with several readers it is added up."""
+
+    def __init__(self, graph, backend, maps, stats, needs: Sequence[bool]) -> None:
+        super().__init__(graph, backend, maps, stats)
+        self.sources = len(maps) - len(graph.convs)
+        self.found = Gradients(needs, self.sources)
+        self.grads: list[Optional[Pending]] = [None] * len(maps)
+        self.widths = [None if x is None else x.shape[1] for x in maps[: self.sources]]
+        self.widths += [conv.weight.shape[0] for conv in graph.convs]
+        self.normed = set(map_of_norm(graph).values())
+        self.readers = [0] * len(maps)
+        for piece in _pieces(graph):
+            self.readers[piece.map] += 1
+        self.wanted = list(needs[: self.sources])
+        for i, pieces in enumerate(graph.reads):
+            self.wanted.append(self.found.wants_weight(i) or any(map(self._wants, pieces)))
+
+    def _wants(self, piece: Piece) -> bool:
+        """Whether anything asks for the gradient of a piece."""
+        return self.wanted[piece.map] or (piece.norm is not None and self._wants_norm(piece.norm))
+
+    def _wants_norm(self, norm: int) -> bool:
+        first = self.sources + len(GRADS) * (len(self.graph.convs) + norm)
+        return any(self.found.needs[first : first + 2])
+
+    def spread(self, pieces: Sequence[Piece], grad: Tensor) -> None:
+        """Takes the gradient of what was gathered to the maps; it is only read."""
+        for piece, part in zip(pieces, grad.split([self.widths[piece.map] for piece in pieces], 1)):
+            if self._wants(piece):
+                self._add(piece, part)
+
+    def _add(self, piece: Piece, grad: Tensor) -> None:
+        fold, into = self.fold(piece), self._into(piece.map)
+        x = grad if self.maps[piece.map] is None else self.maps[piece.map]
+        if into is None:
+            grad = torch.empty_like(x).copy_(grad)
+            into = Pending.of(grad, x) if fold is None else self._through(piece, grad, x, fold, None)
+        elif fold is None:
+            into.dy.add_(grad)
+        else:
+            self._through(piece, map_beside(x, grad.to(x.dtype)), x, fold, into)
+        self.grads[piece.map] = into
+
+    def _through(self, piece: Piece, grad: Tensor, x: Tensor, fold: Fold, into: Optional[Pending]) -> Pending:
+        found = self.backend.norm_act_backward(grad, x, fold, into)
+        self._record_norm(piece, found.norm_weight, found.norm_bias)
+        return found.input
+
+    def _record_norm(self, piece: Piece, weight: Optional[Tensor], bias: Optional[Tensor]) -> None:
+        if piece.norm is not None:
+            self.found.record(len(self.graph.convs) + piece.norm, weight, bias)
+
+    def _into(self, of: int, always: bool = False) -> Optional[Pending]:
+        """What a map's readers add to; None for one that has a single reader, unless ``always``."""
+        x = self.maps[of]
+        if self.grads[of] is None and x is not None and (always or self.readers[of] > 1):
+            self.grads[of] = Pending.of(torch.zeros_like(x), x)
+        return self.grads[of]
+
+    def through(self, i: int) -> None:
+        """Takes the gradient of what convolution i wrote to its weight and to the maps that it read."""
+        pending, conv, pieces = self._taken(self.sources + i), self.graph.convs[i], self.graph.reads[i]
+        if pending is None:
+            return
+        x, fold = self.read(pieces, conv)
+        sampled, one = sampling(conv) is not None, self.reads_one_map(pieces, conv)
+        into = self._into(pieces[0].map, sampled) if one else Pending.of(torch.zeros_like(x), x) if sampled else None
+        found = convolve_backward(self.backend, x, fold, conv, pending, into, self.found.wants_weight(i))
+        self.found.record(i, None, None, found.weight, found.bias)
+        if one:
+            self._record_norm(pieces[0], found.norm_weight, found.norm_bias)
+            self.grads[pieces[0].map] = found.input
+        else:
+            self.spread(pieces, found.input.dy)
+
+    def _taken(self, of: int) -> Pending | Tensor | None:
+        """The gradient of a map, which nobody adds to any more; finished already where no norm reads the map."""
+        pending, self.grads[of] = self.grads[of], None
+        return pending if pending is None or of in self.normed else pending.dy
+
+    def finish(self) -> list[Optional[Tensor]]:
+        for of in range(self.sources):
+            grad = self._taken(of) if self.wanted[of] else None
+            self.found.found[of] = self.backend.pending_grad_(grad) if isinstance(grad, Pending) else grad
+        return self.found.found
+
+
+def _pieces(graph: ConvGraph) -> Iterator[Piece]:
+    return (piece for pieces in (*graph.reads, *graph.outputs) for piece in pieces)
+
+
+def _is_plain(piece: Piece) -> bool:
+    return piece.norm is None and piece.activation.name == "identity"
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest

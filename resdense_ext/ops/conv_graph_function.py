@@ -1,0 +1,123 @@
+"""A graph of convolutions as autograd sees it: one node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops.backend import ReferenceBackend, Stats
+from resdense_ext.ops.cast import without_autocast
+from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm
+from resdense_ext.ops.layout import walkable_map
+from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.saved import saved_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.reference import ConvGraph
+
+__all__ = ["conv_graph"]
+
+
+class ConvGraphFunction(torch.autograd.Function):
+    """Keeps the sources, and every map that backward reads, as its convolution wrote it; the statistics of those with norms."""
+
+    @staticmethod
+    def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, keep: bool, count: int, *tensors):
+        sources = [walkable_map(x) for x in tensors[:count]]
+        kept = kept_maps(graph) if keep else set()
+        with without_autocast(sources[0].device):
+            outputs, maps, stats, counts = forward(sources, graph, backend, kept)
+        # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
+        of = map_of_norm(graph)
+        reads = [of[norm] for norm in range(len(graph.norms))]
+        update_running_statistics(graph.norms, [stats[i] for i in reads], [counts[i] for i in reads])
+        ctx.set_materialize_grads(False)
+        ctx.graph, ctx.backend, ctx.count = _around(graph, [None] * (len(tensors) - count)), backend, count
+        maps = [x if i < count or i in kept else None for i, x in enumerate(maps)]
+        ctx.save_for_backward(*tensors[count:], *maps, *(vector for of_map in stats for vector in of_map))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *upstream: Optional[Tensor]):
+        why = "what a convolution of it reads is computed again from its inputs"
+        saved = iter(saved_tensors(ctx, "conv_graph", why))
+        convs, norms = len(ctx.graph.convs), len(ctx.graph.norms)
+        tensors = list(islice(saved, UNIT * (convs + norms)))
+        maps, vectors = list(islice(saved, ctx.count + convs)), list(saved)
+        needs = list(ctx.needs_input_grad[4 : 4 + ctx.count])
+        for at in range(0, len(tensors), UNIT):
+            needs += [ctx.needs_input_grad[4 + ctx.count + at + position] for position in GRADS]
+        graph = _around(ctx.graph, tensors)
+        if all(grad is None for grad in upstream):
+            found = [None] * len(needs)
+        elif torch.is_grad_enabled():
+            found = _differentiable_backward(upstream, maps[: ctx.count], tensors, ctx.graph, needs)
+        else:
+            stats = list(map(Stats, vectors[::2], vectors[1::2]))
+            with without_autocast(maps[0].device):
+                found = backward(upstream, maps, graph, ctx.backend, stats, needs)
+        targets = _targets(maps[: ctx.count], tensors)
+        wanted = [
+            value.to(target.dtype) if need and value is not None else None
+            for need, value, target in zip(needs, found, targets)
+        ]
+        result = wanted[: ctx.count]
+        for at in range(ctx.count, len(wanted), len(GRADS)):
+            weight, bias, conv_weight, conv_bias = wanted[at : at + len(GRADS)]
+            result += [weight, bias, None, None, conv_weight, conv_bias]
+        return None, None, None, None, *result
+
+
+def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
+    """The graph around other tensors; what is left behind are the counters of batches."""
+    units = [tensors[at : at + UNIT] for at in range(0, len(tensors), UNIT)]
+    convs = [conv._replace(weight=unit[4], bias=unit[5]) for conv, unit in zip(graph.convs, units)]
+    vectors = ("weight", "bias", "running_mean", "running_var")
+    norms = [
+        norm._replace(**dict(zip(vectors, unit)), num_batches_tracked=None)
+        for norm, unit in zip(graph.norms, units[len(convs) :])
+    ]
+    return graph._replace(convs=tuple(convs), norms=tuple(norms))
+
+
+def _targets(sources: Sequence[Tensor], tensors: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
+    """What gradients are of: the sources, and `GRADS` of every convolution and norm."""
+    return [*sources, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
+
+
+def _differentiable_backward(upstream, sources, tensors, graph, needs) -> list[Optional[Tensor]]:
+    """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    sources = [x.view_as(x) for x in sources]
+    tensors = [t if t is None else t.view_as(t) for t in tensors]
+    wanted = [value for value, need in zip(_targets(sources, tensors), needs) if need]
+    outputs = reference.conv_graph(sources, _around(graph, tensors))
+    outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, upstream) if grad is not None))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...]:
+    """The graph's outputs, `resdense_ext.reference.conv_graph`, in one node; running statistics are updated once.
+
+    Args:
+        sources: maps ``[N, C, *spatial]``, not empty; whatever a convolution reads together has the same samples and sizes.
+        graph: convolution weights of one dtype, in which all of them compute; statistics of this process alone. A map's norms
+            normalise it whole.
+
+    Returns:
+        A map an output, in the memory format of its first piece. An output that is one convolution's map as it is, and that is
+        read otherwise, too, is kept for backward: changing it in place makes that raise.
+    """
+    dtype = graph.convs[0].weight.dtype
+    probe = sources[0].new_empty(sources[0].dim() * (1,), dtype=dtype)
+    activations = {piece.activation for pieces in (*graph.reads, *graph.outputs) for piece in pieces}
+    chosen = {backends.choose(probe, dtype, activation).name for activation in activations}
+    backend = backends.get(chosen.pop() if len(chosen) == 1 else "reference")
+    tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in graph.norms)])
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
+    return ConvGraphFunction.apply(graph, backend, keep, len(sources), *sources, *tensors)

@@ -1,0 +1,171 @@
+"""The engine of convolutions of concatenations, against the reference: every backend, both memory formats, mixed readers."""
+
+import pytest
+import torch
+from tolerance import assert_within_noise, assert_within_rule, rounding_noise, torch_runs, true_run
+from torch.autograd import gradgradcheck
+
+import resdense_ext as rd
+from resdense_ext import reference
+from resdense_ext.ops._library import CPU_LIBRARY
+from resdense_ext.ops.conv_graph_function import conv_graph
+from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, Piece
+
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(CPU_LIBRARY is not None, reason=str(CPU_LIBRARY)))]
+RELU, LINEAR = Activation(), Activation("identity")
+
+# Maps 0 and 1 are sources of 3 and 2 channels. The norms are of maps 2, 3, 0 (not trained), 2, and 4 (frozen).
+READS = (
+    (Piece(0), Piece(1)),
+    (Piece(2, 0, RELU), Piece(0)),
+    (Piece(3, 1), Piece(1, None, RELU), Piece(2, 0, RELU), Piece(0, 2, RELU)),
+    (Piece(2, 3, RELU),),
+    (Piece(4, 4, RELU), Piece(4), Piece(2)),
+)
+OUTPUTS = ((Piece(6),), (Piece(4, 4, RELU), Piece(0), Piece(2, 0, RELU)), (Piece(3, 1, RELU),), (Piece(5),))
+WIDTHS = (3, 2, 4, 3, 2, 4, 3)
+NORMED = (2, 3, 0, 2, 4)
+KERNELS = ((3, 1), (1, 1), (3, 1), (1, 2), (3, 2))
+"""Of the five convolutions, with their strides."""
+
+
+def state(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"a": normal(2, 3, 5, 4), "b": normal(2, 2, 5, 4)}
+    params = {}
+    for i, ((kernel, _), pieces) in enumerate(zip(KERNELS, READS)):
+        inner = sum(WIDTHS[piece.map] for piece in pieces)
+        params[f"weight {i}"] = normal(WIDTHS[2 + i], inner, kernel, kernel) * inner**-0.5
+        if i % 2:
+            params[f"bias {i}"] = normal(WIDTHS[2 + i])
+    for i, of in enumerate(NORMED):
+        if i != 2:
+            params[f"gamma {i}"], params[f"beta {i}"] = 1 + 0.3 * normal(WIDTHS[of]), normal(WIDTHS[of])
+        params[f"mean {i}"], params[f"var {i}"] = normal(WIDTHS[of]), 1 + normal(WIDTHS[of]) ** 2
+    return inputs, params
+
+
+def graph_of(params, activation=RELU):
+    convs = [
+        Conv(params[f"weight {i}"], params.get(f"bias {i}"), (kernel // 2,) * 2, stride=(step,) * 2)
+        for i, (kernel, step) in enumerate(KERNELS)
+    ]
+    norms = [
+        BatchNorm(params.get(f"gamma {i}"), params.get(f"beta {i}"), params[f"mean {i}"], params[f"var {i}"], i != 4, 0.1)
+        for i in range(len(NORMED))
+    ]
+    reads, outputs = (
+        tuple(tuple(p._replace(activation=activation) if p.activation == RELU else p for p in pieces) for pieces in of)
+        for of in (READS, OUTPUTS)
+    )
+    return ConvGraph(tuple(convs), reads, tuple(norms), outputs)
+
+
+def run_of(call, activation=RELU, used=range(len(OUTPUTS)), without=()):
+    def run(inputs, params):
+        wanted = {
+            name: t.requires_grad_()
+            for name, t in (inputs | params).items()
+            if name.split()[0] not in ("mean", "var") and name not in without
+        }
+        outputs = call(list(inputs.values()), graph_of(params, activation))
+        weights = torch.Generator().manual_seed(1)
+        loss = sum((outputs[i] * torch.randn(outputs[i].shape, generator=weights).to(outputs[i].dtype)).sum() for i in used)
+        loss.backward()
+        grads = {f"grad {name}": t.grad for name, t in wanted.items() if t.grad is not None}
+        return {f"output {i}": y.detach() for i, y in enumerate(outputs)} | grads
+
+    return run
+
+
+def layout(inputs, channels_last):
+    return {k: t.contiguous(memory_format=torch.channels_last) if channels_last else t for k, t in inputs.items()}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestNumbers:
+    @pytest.mark.parametrize("used, without", [((0, 1, 2, 3), ()), ((2,), ("a",)), ((0, 3), ("a", "b", "gamma 0", "weight 0"))])
+    def test_in_float64(self, backend, channels_last, used, without):
+        inputs, params = state()
+        stock = run_of(reference.conv_graph, used=used, without=without)
+        noise = rounding_noise(stock, inputs, params)
+        with rd.use_backend(backend):
+            inputs = layout(inputs, channels_last)
+            ours = run_of(conv_graph, used=used, without=without)({k: t.clone() for k, t in inputs.items()}, state()[1])
+        assert_within_noise(ours, stock(*state()), noise)
+        assert all(ours[f"output {i}"].is_contiguous(memory_format=layout_of(channels_last)) for i in range(len(OUTPUTS)))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_in_working_precision(self, backend, channels_last, dtype):
+        # Norms are float32 in both, as they are beside a lower precision.
+        inputs, params = state()
+        inputs = {name: t.to(dtype) for name, t in inputs.items()}
+        params = {name: t.to(dtype if name.split()[0] in ("weight", "bias") else torch.float32) for name, t in params.items()}
+        stock = run_of(reference.conv_graph)
+        runs, truth = torch_runs(stock, inputs, params), true_run(stock, inputs, params)
+        with rd.use_backend(backend):
+            ours = run_of(conv_graph)(layout({k: t.clone() for k, t in inputs.items()}, channels_last), params)
+        assert_within_rule(ours, truth, runs, dtype)
+
+
+def layout_of(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@pytest.mark.parametrize("activation", [Activation("leaky_relu", 0.2), Activation("elu"), Activation("silu")], ids=lambda a: a.name)
+def test_activations(activation):
+    stock = run_of(reference.conv_graph, activation)
+    assert_within_noise(run_of(conv_graph, activation)(*state()), stock(*state()), rounding_noise(stock, *state()))
+
+
+def test_running_statistics_are_those_of_a_batch_norm_and_change_once():
+    inputs, params = state()
+    graph, norm = graph_of(params), torch.nn.BatchNorm2d(4).double()
+    norm.running_mean.copy_(params["mean 0"])
+    norm.running_var.copy_(params["var 0"])
+    norm(reference.convolution(torch.cat(list(inputs.values()), 1), graph.convs[0]))
+    conv_graph(list(inputs.values()), graph)
+    torch.testing.assert_close(params["mean 0"], norm.running_mean)
+    torch.testing.assert_close(params["var 0"], norm.running_var)
+    assert torch.equal(params["mean 4"], state()[1]["mean 4"]), "a frozen norm's are only read"
+
+
+def test_keeps_its_maps_and_nothing_else():
+    inputs, params = state()
+    for t in (*inputs.values(), *params.values()):
+        t.requires_grad_(False)
+    inputs["a"].requires_grad_()
+    positions = inputs["a"][:, :1].numel()
+    kept = rd.memory.saved_bytes(lambda: conv_graph(list(inputs.values()), graph_of(params)))
+    # Map 5 is strided, and like map 6 read by nobody; maps 2, 3 and 0 have statistics of the batch.
+    maps, statistics = sum(WIDTHS[:5]) * positions, 2 * sum(WIDTHS[of] for of in (2, 3, 0))
+    tensors = sum(t.numel() for name, t in params.items() if name.split()[0] not in ("mean", "var"))
+    frozen = 2 * WIDTHS[4]
+    assert kept == 8 * (maps + statistics + tensors + frozen)
+
+
+def test_second_derivatives():
+    inputs, params = state()
+    names = [name for name in (inputs | params) if name.split()[0] in ("a", "weight", "gamma")]
+    tensors = [(inputs | params)[name].requires_grad_() for name in names]
+
+    def call(*values):
+        given = dict(zip(names, values))
+        graph = graph_of({**params, **given}, Activation("silu"))
+        return conv_graph([given["a"], inputs["b"]], graph)
+
+    assert gradgradcheck(call, tensors, fast_mode=True)
+
+
+def test_a_source_that_is_changed_afterwards_is_noticed():
+    inputs, params = state()
+    a = inputs["a"].requires_grad_() * 1
+    outputs = conv_graph([a, inputs["b"]], graph_of(params))
+    a.add_(1)
+    with pytest.raises(RuntimeError, match="conv_graph: .* was changed in place"):
+        outputs[0].sum().backward()
