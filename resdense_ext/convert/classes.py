@@ -7,6 +7,7 @@ need no care. It is not an attribute of any module, so pickling names the class 
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from typing import Optional
 
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ __all__ = [
     "ConvertedSequential",
     "ConvertedTransition",
     "converted_class",
+    "mixin_for",
 ]
 
 
@@ -56,13 +58,6 @@ class Converted:
     def __reduce_ex__(self, protocol):
         _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
         return _new, (*type(self).__bases__, *arguments), *rest
-
-
-class _WithHalves(Converted):
-    """The halves of a dual path are two arguments of the stock forward, where they are not side by side in one."""
-
-    def stock_forward(self, x: Tensor | Halves) -> Tensor | Halves:
-        return self.stock_class.forward(self, *(x if isinstance(x, tuple) else (x,)))
 
 
 class ConvertedDenseBlock(Converted):
@@ -89,15 +84,15 @@ class ConvertedResidualBlock(Converted):
         return run_residual_block(self, x)
 
 
-class ConvertedDualPathBlock(_WithHalves):
+class ConvertedDualPathBlock(Converted):
     """A dual path block."""
 
     def dual_path_modules(self) -> DualPathModules:
         """What `resdense_ext.nn.engine.DualPath` asks for."""
         return read(self, self.stock_class)
 
-    def forward(self, x: Tensor | Halves, dense: Optional[Tensor] = None) -> Tensor | Halves:
-        return run_dual_path_block(self, x if dense is None else (x, dense))
+    def forward(self, x: Tensor | Halves) -> Tensor | Halves:
+        return run_dual_path_block(self, x)
 
 
 class ConvertedTransition(Converted):
@@ -111,15 +106,14 @@ class ConvertedTransition(Converted):
         return run_transition(self, x)
 
 
-class ConvertedChain(_WithHalves):
+class ConvertedChain(Converted):
     """A module that calls others one after another, such as a whole network."""
 
     def chain_modules(self) -> list[nn.Module]:
         """The modules that it calls, in their order."""
         return read(self, self.stock_class, chain=True)
 
-    def forward(self, x: Tensor | Halves, dense: Optional[Tensor] = None) -> Tensor | Halves:
-        x = x if dense is None else (x, dense)
+    def forward(self, x: Tensor | Halves) -> Tensor | Halves:
         # Global hooks see every module, also those that are no link of their own.
         if is_transformed(x) or _has_any_global_hook():
             return self.stock_forward(x)
@@ -135,6 +129,33 @@ class ConvertedSequential(ConvertedChain):
 
     def chain_modules(self) -> list[nn.Module]:
         return list(self)
+
+
+class _TwoArguments:
+    """Mixed in before one whose stock forward takes the halves of a dual path as two arguments."""
+
+    def stock_forward(self, x: Tensor | Halves) -> Tensor | Halves:
+        return self.stock_class.forward(self, *(x if isinstance(x, tuple) else (x,)))
+
+    def forward(self, x: Tensor, dense: Optional[Tensor] = None) -> Tensor | Halves:
+        return super().forward(x if dense is None else (x, dense))
+
+
+class _TwoArgumentBlock(_TwoArguments, ConvertedDualPathBlock):
+    pass
+
+
+class _TwoArgumentChain(_TwoArguments, ConvertedChain):
+    pass
+
+
+_TWO_ARGUMENTS = {ConvertedDualPathBlock: _TwoArgumentBlock, ConvertedChain: _TwoArgumentChain}
+
+
+def mixin_for(stock: type[nn.Module], mixin: type[Converted]) -> type[Converted]:
+    """The mixin for a class of this kind, by what its forward takes."""
+    halves = mixin in _TWO_ARGUMENTS and len(signature(stock.forward).parameters) == 3
+    return _TWO_ARGUMENTS[mixin] if halves else mixin
 
 
 @cache

@@ -14,6 +14,7 @@ from resdense_ext.convert.classes import (
     ConvertedDualPathBlock,
     ConvertedResidualBlock,
     ConvertedTransition,
+    mixin_for,
 )
 from resdense_ext.convert.registry import adapter_of, read, register_library
 from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
@@ -53,7 +54,7 @@ _KINDS = {
 
 def _kind(cls: type[nn.Module], modules: Any) -> type[Converted]:
     if type(modules) in _KINDS:
-        return _KINDS[type(modules)]
+        return mixin_for(cls, _KINDS[type(modules)])
     if isinstance(modules, list) and all(isinstance(layer, LayerModules) for layer in modules):
         return ConvertedDenseBlock
     wanted = "a list of LayerModules, PooledModules, ResidualModules or DualPathModules"
@@ -71,4 +72,4 @@ def _chain(module: nn.Module) -> Optional[type[Converted]]:
         read(module, cls, chain=True)
     except Unsupported:
         return None
-    return ConvertedChain
+    return mixin_for(cls, ConvertedChain)
