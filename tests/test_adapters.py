@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_nets import assert_same, engine, images, library, policy, randomise, steps  # noqa: F401
-from tolerance import module_run
+from tolerance import assert_within_noise, module_run, rounding_noise
 from torch import nn
 
 import resdense_ext as rd
@@ -228,13 +228,21 @@ LEFT_ALONE = {
         r"left alone layer2.0, layer3.0, layer4.0: has a shortcut that pads with zeros \(type A\)",
         2,
     ),
-    "peleenet": (
-        lambda: lambda: library("pytorchcv.models.peleenet").PeleeNet([[16], [24, 32]], 8, [1, 2], 0.0, num_classes=5),
-        IMAGE,
-        "left alone features.stage1.unit1, .*: has two branches of convolution, batch norm and activation, in this order",
-        0,
-    ),
 }
+
+
+def test_what_is_traced(policy):
+    """PeleeNet's dense layers, of two branches that activate behind their convolutions, are no adapter's."""
+    net = library("pytorchcv.models.peleenet").PeleeNet
+    stock, x = made(lambda: net([[16], [24, 32]], 8, [1, 2], 0.0, num_classes=5)), images(*IMAGE)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    report = rd.report(model, x)
+    stages = [row for row in report.rows if row.module.startswith("features.stage") and row.layers]
+    assert len(stages) == 2 and not report.left
+    assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in stages)
+    run, state = module_run(stock), stock.state_dict()
+    ours, expected = (each({"x": x.clone()}, copy.deepcopy(state)) for each in (module_run(model), run))
+    assert_within_noise(ours, expected, rounding_noise(run, {"x": x}, state))
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, Optional
+from typing import Optional
 
 from torch import nn
 
-from resdense_ext.convert.registry import Reader
 from resdense_ext.nn.read import LayerModules, Unsupported, check_untouched
 
-__all__ = ["FLATTEN", "check_rest", "is_nothing", "layer_with_dropout", "left_alone"]
+__all__ = ["FLATTEN", "check_rest", "is_nothing", "layer_with_dropout"]
 
 FLATTEN = nn.Flatten(1)
 """What many a forward does without a module."""
@@ -33,15 +32,6 @@ def check_rest(module: nn.Module, *known: str) -> None:
     for name, inner in module._modules.items():
         if name not in known and not is_nothing(inner):
             raise Unsupported(f"is {type(inner).__name__}, which the engine does not know", inner)
-
-
-def left_alone(reason: str) -> Reader:
-    """The adapter of blocks that stay stock, by this reason."""
-
-    def read(block: nn.Module) -> NoReturn:
-        raise Unsupported(reason)
-
-    return read
 
 
 def layer_with_dropout(

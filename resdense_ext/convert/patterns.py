@@ -412,7 +412,8 @@ class _Reader:
 
     def near_miss(self, node: Node, taken: set[Node]) -> Optional[str]:
         """What a concatenation or an addition of layers' outputs lacks."""
-        if self.is_a(node, "cat") and self._has_one(self.pieces(node), ("conv", "norm", "activation", "dropout")):
+        makes = ("conv", "norm", "activation", "dropout")
+        if self.is_a(node, "cat") and self._has_one(self.pieces(node), makes) and not self._gathered(node, taken):
             return (
                 "concatenates what is not made of all before it by batch norm, activation and convolution, "
                 "and no convolution reads it"
@@ -420,6 +421,10 @@ class _Reader:
         if self.is_a(node, "sum") and self._has_one(set(node.args) - taken, ("conv", "norm", "dropout")):
             return "adds what is not made by convolutions, batch norms and activations of the other operand alone"
         return None
+
+    def _gathered(self, cat: Node, taken: set[Node]) -> bool:
+        """Whether all that reads it is matched, also by way of other concatenations: nobody makes it any more."""
+        return all(user in taken or self.is_a(user, "cat") and self._gathered(user, taken) for user in cat.users)
 
     def _has_one(self, nodes: Iterable[Node], kinds: tuple[str, ...]) -> bool:
         return any(self._kinds[node] in kinds for node in nodes)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 from torch import Tensor, nn
 
 from resdense_ext.convert.classes import Converted, ConvertedDenseBlock
-from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout, left_alone
+from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout
 from resdense_ext.convert.registry import check_class
 from resdense_ext.nn.engine import Halves, is_transformed
 from resdense_ext.nn.read import (
@@ -203,10 +203,6 @@ BLOCKS = {
     f"{_DENSENET}.TransitionBlock": _transition,
     f"{_PRERESNET}.PreResUnit": _residual_unit,
     f"{_DPN}.DPNUnit": _dual_path_unit,
-    "pytorchcv.models.peleenet.DenseBlock": left_alone(
-        "has two branches of convolution, batch norm and activation, in this order, and the engine's dense layers are one branch "
-        "of batch norm, activation and convolution"
-    ),
 }
 CHAINS = {
     f"{_PRERESNET}.PreResInitBlock": _stem,
