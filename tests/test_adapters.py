@@ -237,7 +237,7 @@ def test_what_is_traced(policy):
     stock, x = made(lambda: net([[16], [24, 32]], 8, [1, 2], 0.0, num_classes=5)), images(*IMAGE)
     model = rd.convert(copy.deepcopy(stock), policy)
     report = rd.report(model, x)
-    stages = [row for row in report.rows if row.module.startswith("features.stage") and row.layers]
+    stages = [row for row in report.rows if row.path.startswith("features.stage") and row.layers]
     assert len(stages) == 2 and not report.left
     assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in stages)
     run, state = module_run(stock), stock.state_dict()
