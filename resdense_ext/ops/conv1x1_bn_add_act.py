@@ -289,41 +289,41 @@ def backward(
     """
     source, fold = branch
     conv, groups, wide = source.conv, source.conv.groups, fold.mean.dtype
-    weight, mean = source.weights(torch.float64), of_input.mean.view(groups, 1, -1)
-    column = lambda vector: vector.double().view(groups, -1, 1)  # noqa: E731
+    weight, mean = source.weights(wide), of_input.mean.view(groups, 1, -1)
+    column = lambda vector: vector.view(groups, -1, 1)  # noqa: E731
 
     dbeta, G = _gradient_products(source, of_input, g, wide)
-    dgamma = fold.rstd * (weight * G).sum(-1).flatten()
+    dgamma = fold.rstd * (weight * G).sum(-1, dtype=torch.float64).flatten()
     s, r = column(fold.affine.scale), column(fold.rstd)
     dW = db = None
     if fold.count is None:
         P = Q = None
         bias = 0 if conv.bias is None else conv.bias.detach()
-        dgamma = dgamma + fold.rstd * dbeta * (_image(weight, of_input.mean) + bias - fold.mean)
+        dgamma = dgamma + fold.rstd * dbeta * (_image(weight.double(), of_input.mean) + bias - fold.mean)
         if need_weight:
             dW = s * (G + column(dbeta) * mean)
             db = fold.affine.scale * dbeta
     else:
         P, Q = s * column(dbeta) / fold.count, s * r * column(dgamma) / fold.count
         if need_weight:
-            dW = s * G - Q * (weight @ of_input.products.double())
+            dW = s * G - Q.to(wide) * (weight @ of_input.products)
             db = torch.zeros_like(dbeta)
     norm_grads = dgamma.to(wide), dbeta.to(wide)
     dW = None if dW is None else dW.to(conv.weight.dtype).view_as(conv.weight)
     db = None if db is None or conv.bias is None else db.to(conv.bias.dtype)
     if not need_input:
         return Gradients(ConvGrads(None, dW, db, None, None), *norm_grads)
-    terms = _Terms((s * weight).mT.to(wide), None, None, of_input.mean.to(wide))
+    terms = _Terms((s * weight).mT, None, None, of_input.mean.to(wide))
     if Q is not None:
-        products = weight.mT.to(wide) @ (Q * weight).to(wide)
+        products = weight.mT @ (Q.to(wide) * weight)
         # The deviations are taken from the mean as it is rounded.
-        offset = products.double() @ (mean - column(terms.center).mT).mT - weight.mT @ P
+        offset = products @ (mean - column(terms.center).mT).mT.to(wide) - weight.mT @ P.to(wide)
         terms = terms._replace(products=products, offset=offset.to(wide))
     return Gradients(_through_prologue(source, terms, g, into)._replace(weight=dW, bias=db), *norm_grads)
 
 
 def _gradient_products(source: Pointwise, of_input: Moments, g: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``1^T g``, and ``G = g^T (a - mean)`` of every group; in float64."""
+    """``1^T g`` in float64, and ``G = g^T (a - mean)`` of every group."""
     groups, inputs = source.conv.groups, source.conv.weight.shape[1]
     center = of_input.mean.to(wide)
     products = center.new_zeros((groups, g.shape[1] // groups, inputs))
@@ -333,7 +333,7 @@ def _gradient_products(source: Pointwise, of_input: Moments, g: Tensor, wide: to
         sums += dy.sum(-1).flatten()
         _add_products(products, dy, source.deviations(part, center))
     rest = (of_input.mean - center).view(groups, 1, inputs)
-    return sums, products.double() - sums.view(groups, -1, 1) * rest
+    return sums, products.sub_((sums.view(groups, -1, 1) * rest).to(wide))
 
 
 class _Terms(NamedTuple):
