@@ -372,9 +372,7 @@ def check_norm(
     shape = x.shape if shape is None else shape
     if norm.eps < 0 or (norm.batch_stats and norm.eps == 0):
         raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
-    vectors = norm._asdict()
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        vector: Optional[Tensor] = vectors[name]
+    for name, vector in zip(("weight", "bias", "running_mean", "running_var"), norm):
         if vector is None:
             continue
         if vector.shape != (channels,):
@@ -390,7 +388,7 @@ def check_norm(
         if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError(f"{where}: expected running_mean and running_var both or neither, got one of them")
         for name in ("running_mean", "running_var", "num_batches_tracked"):
-            buffer = vectors[name]
+            buffer = getattr(norm, name)
             if buffer is not None and norm.momentum is not None:
                 _check_writable(f"{where}.{name}", buffer)
     elif norm.running_mean is None or norm.running_var is None:

@@ -102,8 +102,10 @@ class Conv(NamedTuple):
     @property
     def keeps_size(self) -> bool:
         """Whether every position stays in its place."""
-        windows = zip(self.weight.shape[2:], self.padding, self.dilation, self.steps)
-        return all(step == 1 and 2 * padding == dilation * (kernel - 1) for kernel, padding, dilation, step in windows)
+        for kernel, padding, dilation, step in zip(self.weight.shape[2:], self.padding, self.dilation, self.steps):
+            if step != 1 or 2 * padding != dilation * (kernel - 1):
+                return False
+        return True
 
     def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The spatial sizes of the new map."""

@@ -461,11 +461,13 @@ def _read_conv(conv: nn.Module) -> Conv:
     weight, bias = _registered(conv, conv._parameters, _PARAMETERS)
     rank = weight.dim() - 2
     stride, dilation = _sizes(conv.stride, rank), _sizes(conv.dilation, rank)
-    extent = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
-    if conv.padding == "same" and any(e % 2 for e in extent):
-        raise Unsupported(f"pads one side more than the other: {conv}", conv)
-    same = tuple(e // 2 for e in extent)
-    padding = _sizes({"same": same, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else conv.padding, rank)
+    padding = conv.padding
+    if padding == "same":
+        extent = tuple(d * (k - 1) for d, k in zip(dilation, weight.shape[2:]))
+        if any(e % 2 for e in extent):
+            raise Unsupported(f"pads one side more than the other: {conv}", conv)
+        padding = tuple(e // 2 for e in extent)
+    padding = _sizes(0 if padding == "valid" else padding, rank)
     if any(padding) and conv.padding_mode != "zeros":
         raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
     return Conv(weight, bias, padding, dilation, conv.groups, stride)

@@ -26,7 +26,8 @@ _CACHED = 2**18
 
 
 def _is_matrix_product(conv: Conv) -> bool:
-    return conv.groups == 1 and conv.keeps_size and all(size == 1 for size in conv.weight.shape[2:])
+    outputs, inputs = conv.weight.shape[:2]
+    return conv.groups == 1 and conv.weight.numel() == outputs * inputs and conv.keeps_size
 
 
 _HAS_GEMM = (_library.build_info() or {}).get("cpu_capability", "DEFAULT") != "DEFAULT"

@@ -138,9 +138,9 @@ def forward(
             to.copy_(found)
         ranks.merge_(first)
     for index, layer, C, end in walk:
-        source, target = buffer[:, :C], buffer[:, C:end]
+        source, target = buffer.narrow(1, 0, C), buffer.narrow(1, C, end - C)
         norm, conv = layer.units[0]
-        fold = backend.fold(norm, _channels(stats, 0, C), count, activation)
+        fold = backend.fold(norm, _channels(stats, 0, C) if norm.batch_stats else stats, count, activation)
         if len(layer.units) == 2:
             width = conv.weight.shape[0]
             z = empty_map(x, width, compute) if spare is None or spare.shape[1] != width else spare
@@ -166,7 +166,7 @@ def forward(
 
 
 def _channels(stats: Stats, begin: int, end: int) -> Stats:
-    return Stats(stats.mean[begin:end], stats.m2[begin:end])
+    return Stats(stats.mean.narrow(0, begin, end - begin), stats.m2.narrow(0, begin, end - begin))
 
 
 class BufferGradient(NamedTuple):
