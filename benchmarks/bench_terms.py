@@ -5,16 +5,16 @@
 Measured at batch 8, float32, channels last, on AMD EPYC with AVX2, two threads, torch 2.13.0 (medians of 3; milliseconds):
 
                         floor   fast ms  ratio    min ms  ratio
-    1x1 forward         144.9     176.1   1.22     364.3   2.51
-    1x1 backward        354.1     382.6   1.08     395.5   1.12
-    3x3 forward         134.6     123.7   0.92     139.5   1.04
-    3x3 backward        475.3     292.4   0.62     293.9   0.62
-    other convolutions  186.1      83.3   0.45      90.2   0.48
-    pools                          57.8             59.0
-    statistics                     10.3              9.9
-    gradients finished              4.3              4.4
-    all else                      180.5            177.0
-    all                1295.0    1310.9   1.01    1533.7   1.18
+    1x1 forward         149.0     168.5   1.13     278.1   1.87
+    1x1 backward        345.2     340.5   0.99     318.9   0.92
+    3x3 forward         137.3     123.0   0.90     111.1   0.81
+    3x3 backward        478.4     299.2   0.63     242.9   0.51
+    other convolutions  168.9      89.1   0.53      84.7   0.50
+    pools                          62.3             56.5
+    statistics                      9.5              8.4
+    gradients finished              5.4              5.0
+    all else                      179.3            135.7
+    all                1278.8    1276.8   1.00    1241.4   0.97
 
 - 1x1 forward: beside the product there is the activation's pass over the input, which no bare convolution has, and the
   statistics' two over the output. With "min" it is computed twice: that is the policy.
