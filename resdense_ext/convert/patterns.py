@@ -424,7 +424,13 @@ class _Reader:
 
     def _gathered(self, cat: Node, taken: set[Node]) -> bool:
         """Whether all that reads it is matched, also by way of other concatenations: nobody makes it any more."""
-        return all(user in taken or self.is_a(user, "cat") and self._gathered(user, taken) for user in cat.users)
+        cats = [cat]
+        for each in cats:
+            users = [user for user in each.users if user not in taken and user not in cats]
+            if not all(self.is_a(user, "cat") for user in users):
+                return False
+            cats += users
+        return True
 
     def _has_one(self, nodes: Iterable[Node], kinds: tuple[str, ...]) -> bool:
         return any(self._kinds[node] in kinds for node in nodes)

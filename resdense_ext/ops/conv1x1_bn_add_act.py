@@ -304,9 +304,9 @@ def backward(
             dW = s * (G + column(dbeta) * mean)
             db = fold.affine.scale * dbeta
     else:
-        P, Q = s * column(dbeta) / fold.count, s * r * column(dgamma) / fold.count
+        P, Q = (v.to(wide) for v in (s * column(dbeta) / fold.count, s * r * column(dgamma) / fold.count))
         if need_weight:
-            dW = s * G - Q.to(wide) * (weight @ of_input.products)
+            dW = s * G - Q * (weight @ of_input.products)
             db = torch.zeros_like(dbeta)
     norm_grads = dgamma.to(wide), dbeta.to(wide)
     dW = None if dW is None else dW.to(conv.weight.dtype).view_as(conv.weight)
@@ -315,9 +315,9 @@ def backward(
         return Gradients(ConvGrads(None, dW, db, None, None), *norm_grads)
     terms = _Terms((s * weight).mT, None, None, of_input.mean.to(wide))
     if Q is not None:
-        products = weight.mT @ (Q.to(wide) * weight)
+        products = weight.mT @ (Q * weight)
         # The deviations are taken from the mean as it is rounded.
-        offset = products @ (mean - column(terms.center).mT).mT.to(wide) - weight.mT @ P.to(wide)
+        offset = products @ (mean - column(terms.center).mT).mT.to(wide) - weight.mT @ P
         terms = terms._replace(products=products, offset=offset.to(wide))
     return Gradients(_through_prologue(source, terms, g, into)._replace(weight=dW, bias=db), *norm_grads)
 
