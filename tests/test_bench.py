@@ -1,5 +1,6 @@
 """`resdense bench`: what it measures, writes, keeps and refuses, on networks that take milliseconds."""
 
+import copy
 import json
 import re
 import subprocess
@@ -151,7 +152,7 @@ def test_a_wrong_result_is_refused(bench, monkeypatch):
 def test_neighbours_are_one_unit_in_the_last_place_away():
     """Which the check takes for stock's own error, too; zeros stay."""
     net, x = nn.Conv2d(3, 4, 1), torch.tensor([0.0, 1.0, -3.0]).reshape(1, 3, 1, 1)
-    for step in comparison._neighbours(comparison.Step(net, x, comparison.squares, torch.float32)):
+    for _, step in comparison._neighbours("stock", comparison.Step(net, x, comparison.squares, torch.float32)):
         for moved, before in ((step.x, x), (step.module.weight, net.weight)):
             away = [torch.nextafter(before, torch.full_like(before, end)) for end in (-torch.inf, torch.inf)]
             assert torch.equal(moved == before, before == 0)
@@ -167,6 +168,21 @@ def test_noise_is_no_measure():
 
     with pytest.raises(CommandError, match="stock PyTorch's own results are off"):
         comparison.check("noise", {"stock contiguous": step(torch.float32)}, step(torch.float64))
+
+
+def test_where_16_bits_are_noise_float32_is_checked():
+    """The spread of values around 1000, of which bfloat16 keeps nothing."""
+    net, x = nn.Linear(4, 1, bias=False), 1000 + torch.randn(64, 4)
+
+    def step(dtype, scale=1.0):
+        spread = lambda y: scale * y.to(torch.promote_types(y.dtype, torch.float32)).std()  # noqa: E731
+        module = net if dtype != torch.float64 else copy.deepcopy(net).double()
+        return comparison.Step(module, x.to(torch.promote_types(dtype, torch.float32)), spread, dtype)
+
+    steps = {"stock contiguous": step(torch.bfloat16), "ours": step(torch.bfloat16)}
+    assert comparison.check("noise", steps, step(torch.float64)) == torch.float32
+    with pytest.raises(CommandError, match="noise, ours: the results are off by"):
+        comparison.check("noise", {**steps, "ours": step(torch.bfloat16, 2.0)}, step(torch.float64))
 
 
 @pytest.mark.parametrize(("name", "near"), [("densnet121", "densenet121"), ("resdense:resnet19", "resdense:resnet18"),

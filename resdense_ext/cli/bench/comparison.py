@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from itertools import chain
+from math import inf, isfinite
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -67,6 +69,12 @@ class Step:
         loss.backward()
         return loss
 
+    def in_float32(self) -> Step:
+        """The same without autocast."""
+        step = copy.copy(self)
+        step.dtype = torch.float32
+        return step
+
     def result(self) -> Tensor:
         """What is checked: the gradients of all parameters that have one."""
         self()
@@ -90,45 +98,70 @@ class Inference(Step):
         return torch.cat([y.flatten().double() for y in tensors(self())])
 
 
-def check(op: str, steps: Mapping[str, Step], truth: Step) -> None:
+def check(op: str, steps: Mapping[str, Step], truth: Step) -> torch.dtype:
     """Raises CommandError unless the results are as close to float64's as twice stock's farthest are, give or take a rounding.
 
     Stock's are also those of its neighbours, in either layout, with parameters and input changed by one unit in the last place:
-    one run by itself may be close by chance.
+    one run by itself may be close by chance. Where stock's own results in 16 bits say nothing, as those of a deep network may,
+    the same steps are checked in float32.
 
     Args:
         op: what is measured, for the message.
-        steps: by provider; at least one whose name begins with "stock".
+        steps: by provider, all of one dtype; at least one whose name begins with "stock".
         truth: the same step in float64.
+
+    Returns:
+        The dtype of the results that were compared.
     """
     expected = _result(truth)
-    errors = {}
-    for name, step in progress(steps.items(), f"{op}: check"):
-        try:
-            result = _result(step)
-        except Exception as error:  # a missing compiler, too little memory: whatever it is, it is this provider's
-            reason = str(error).strip().partition("\n")[0]
-            raise CommandError(f"{op}, {name}: {type(error).__name__}: {reason}") from error
-        same = result.shape == expected.shape
-        errors[name] = (result - expected).norm().item() if same else float("inf")
-    stocks = [name for name in steps if name.startswith("stock")]
-    neighbours = map(_result, _neighbours(steps[stocks[0]]))
-    own = max(*(errors[name] for name in stocks), *((result - expected).norm().item() for result in neighbours))
-    if not own <= NOISE * expected.norm().item():
+    size = expected.norm().item()
+    own = _stock_error(op, steps, expected)
+    if own > NOISE * size and next(iter(steps.values())).dtype.itemsize == 2:
+        steps = {name: step.in_float32() for name, step in steps.items()}
+        own = _stock_error(op, steps, expected)
+    if own > NOISE * size:
         raise CommandError(
-            f"{op}: stock PyTorch's own results are off from float64's by {own:.3g} of {expected.norm().item():.3g}, so that nothing "
-            "can be compared with them; a larger batch or size may help"
+            f"{op}: stock PyTorch's own results are off from float64's by {own:.3g} of {size:.3g}, so that nothing can be compared "
+            "with them; a larger batch or size may help"
         )
-    for name, error in errors.items():
-        limit = 2 * own + torch.finfo(steps[name].dtype).eps * expected.norm().item()
-        if not error <= limit:
+    for name, step in progress(steps.items(), f"{op}: check"):
+        limit = 2 * own + torch.finfo(step.dtype).eps * size
+        error = 0.0 if _is_stock(name) else _error(op, name, step, expected)
+        if error > limit:
             raise CommandError(
                 f"{op}, {name}: the results are off by {error:.3g}, with {limit:.3g} allowed, twice stock's own error (batch norms over "
                 "few values magnify rounding: a larger batch or size tells whether it is that)"
             )
+    return step.dtype
 
 
-def _neighbours(step: Step) -> Iterator[Step]:
+def _is_stock(name: str) -> bool:
+    return name.startswith("stock")
+
+
+def _stock_error(op: str, steps: Mapping[str, Step], expected: Tensor) -> float:
+    """How far stock's results and its neighbours' are off at most; from `NOISE` on it is not looked for larger ones."""
+    stocks = [(name, step) for name, step in steps.items() if _is_stock(name)]
+    own = 0.0
+    for name, step in progress(chain(stocks, _neighbours(*stocks[0])), f"{op}: stock's own error"):
+        own = max(own, _error(op, name, step, expected))
+        if own > NOISE * expected.norm().item():
+            break
+    return own
+
+
+def _error(op: str, name: str, step: Step, expected: Tensor) -> float:
+    """Infinity where the results are not even of one size, or not numbers."""
+    try:
+        result = _result(step)
+    except Exception as error:  # a missing compiler, too little memory: whatever it is, it is this provider's
+        reason = str(error).strip().partition("\n")[0]
+        raise CommandError(f"{op}, {name}: {type(error).__name__}: {reason}") from error
+    error = (result - expected).norm().item() if result.shape == expected.shape else inf
+    return error if isfinite(error) else inf
+
+
+def _neighbours(name: str, step: Step) -> Iterator[tuple[str, Step]]:
     """The step of copies whose parameters and input are moved to neighbouring numbers, up or down at random; in every layout."""
     layouts = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
     for layout in layouts.get(next(tensors(step.x)).dim(), (torch.contiguous_format,)):
@@ -139,7 +172,7 @@ def _neighbours(step: Step) -> Iterator[Step]:
                 for parameter in module.parameters():
                     parameter.copy_(_moved(parameter, generator))
             x = tree_map(lambda t: _moved(t, generator).contiguous(memory_format=layout), step.x)
-            yield type(step)(module, x, step.of, step.dtype)
+            yield f"a neighbour of {name}", type(step)(module, x, step.of, step.dtype)
 
 
 def _moved(t: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,13 +237,13 @@ def compare(
 
     Returns:
         Rows of every provider's seconds a step, its ratio to the best stock variant's of the same round, and bytes an image:
-        the peak and, in training, what is saved for backward.
+        the peak and, in training, what is saved for backward. "checked" is the dtype in which results were compared.
 
     Raises:
         CommandError: a result is wrong; nothing has been measured then.
         KeyboardInterrupt: interrupted before the first round was complete.
     """
-    check(op, steps, truth)
+    setting = {**setting, "checked": str(check(op, steps, truth)).removeprefix("torch.")}
     images, mode, device = setting["shape"][0], truth.MODE, truth.device.type
     nbytes: dict[str, dict[str, float]] = {}
     for name, step in progress(steps.items(), f"{op}: memory"):
