@@ -396,6 +396,8 @@ class TestOperators:
             "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
             "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True, True),
+            "conv1x1_moments": (x, a, b, 0.1, c, z),
+            "conv1x1_moments_backward": (x, a, b, c, 0.1, z, w, torch.randn(6, 6), a, b, x.clone(), True),
             "bn_act_winograd": (last_format(x), a, b, 0.0, torch.randn(3, 6, 3, 3), p, last_format(z.clone()), True),
             "bn_act_winograd_backward": (
                 *(last_format(x), a, b, c, 0.0, torch.randn(3, 6, 3, 3), last_format(z.clone()), last_format(z)),
@@ -425,6 +427,8 @@ class TestOperators:
             "copy_map",
             "bn_act_conv1x1",
             "bn_act_conv1x1_backward",
+            "conv1x1_moments",
+            "conv1x1_moments_backward",
             "bn_act_winograd",
             "bn_act_winograd_backward",
             "bn_act_avg_pool",
@@ -473,6 +477,72 @@ class TestOperators:
             torch.ops.resdense.bn_act(**{**arguments, **change})
 
 
+# A long sum in float64 is no truth for one in float64: those are of few positions.
+OF_MOMENTS = [(shape, torch.float32) for shape in (*SHAPES, (2, 48, (9, 15)), (0, 3, (2, 2)))]
+OF_MOMENTS += [(shape, torch.float64) for shape in SHAPES[:5]]
+
+
+@built
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), OF_MOMENTS, ids=str)
+class TestMoments:
+    """What is known of a 1x1 convolution without its output: `resdense_ext.ops.conv1x1_bn_add_act`."""
+
+    def maps(self, shape, dtype, channels_last, outputs=32):
+        n, channels, sizes = shape
+        x, g = (torch.randn(n, c, *sizes, dtype=dtype) for c in (channels, outputs))
+        return x, g, buffer_slice(x, channels_last)[0], buffer_slice(g, channels_last, *((0, 0) if channels_last else (2, 1)))[0]
+
+    def test_moments(self, shape, dtype, channels_last, activation):
+        x, g, source, grad = self.maps(shape, dtype, channels_last)
+        scale, shift = vectors(x.shape[1], dtype, 2)
+        a = reference.apply_pending(x, scale, shift, activation).transpose(0, 1).flatten(1)
+        near = a.mean(1) + 0.3 * a.std(1).nan_to_num()
+
+        def plain(t):
+            a = reference.apply_pending(t["x"], t["scale"], t["shift"], activation).transpose(0, 1).flatten(1)
+            g = t["g"].transpose(0, 1).flatten(1)
+            b = a - a.mean(1, keepdim=True)
+            return a.mean(1), b @ b.T, g.sum(1), g @ b.T
+
+        mean, products, sums, of_grad = backends.get("cpu").moments(source, Affine(scale, shift, activation), near, grad)
+        assert mean.dtype == sums.dtype == torch.float64
+        if not shape[0]:
+            assert mean.isnan().all() and not sums.any()
+            return
+        assert torch.equal(products, products.T)
+        inputs = {"x": x, "g": g, "scale": scale, "shift": shift}
+        close([mean.to(dtype), products, sums.to(dtype), of_grad], plain, inputs, dtype)
+
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_moments_backward(self, shape, dtype, channels_last, activation, accumulate):
+        x, g, source, grad = self.maps(shape, dtype, channels_last)
+        channels = x.shape[1]
+        d = torch.randn_like(x)
+        out, untouched = buffer_slice(d, channels_last)
+        names = ("scale", "shift", "center", "mean", "offset")
+        params = dict(zip(names, vectors(channels, dtype, 5)))
+        params.update(weight=torch.randn(32, channels, dtype=dtype), products=torch.randn(channels, channels, dtype=dtype))
+
+        def plain(t):
+            after = reference.apply_pending(t["x"], t["scale"], t["shift"], Activation("identity"))
+            per = lambda name: reference.per_channel(t[name], t["x"])  # noqa: E731
+            b = reference.activate(after, activation) - per("mean")
+            da = torch.einsum("nk...,kc->nc...", t["g"], t["weight"]) + torch.einsum("nk...,kc->nc...", b, t["products"])
+            dy = (da + per("offset")) * reference.activation_slope(after, activation)
+            sums = [v.sum([i for i in range(v.dim()) if i != 1]) for v in (dy, dy * (t["x"] - per("center")))]
+            return [t["d"] + per("scale") * dy if accumulate else dy, *sums]
+
+        fold = Fold(Affine(params["scale"], params["shift"], activation), params["center"], None, 1)
+        matrices = params["weight"], params["products"], params["mean"], params["offset"]
+        version = out._version
+        sums = backends.get("cpu").moments_backward(source, fold, grad, *matrices, out, accumulate)
+        untouched()
+        assert out._version > version
+        close([out, *sums], plain, {"x": x, "g": g, "d": d, **params}, dtype)
+
+
 @built
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_narrower_instruction_sets(capability):
@@ -484,7 +554,7 @@ def test_narrower_instruction_sets(capability):
     if chosen == rd.build_info()["cpu_capability"]:
         pytest.skip(f"this processor has {chosen}, which every other test runs on")
     assert chosen == capability.upper()
-    wanted = "cpu and (TestElementwise or 1x1 or winograd) and not narrower"
+    wanted = "cpu and (TestElementwise or 1x1 or winograd) or TestMoments and not narrower"
     answer = run([sys.executable, "-m", "pytest", "-q", __file__, "-k", wanted])
     assert answer.returncode == 0, answer.stdout[-4000:]
 

@@ -39,9 +39,11 @@ void widen_and_add(float* sum, const void* product, int64_t count, ScalarType dt
 // The chunks' weight gradients, added up in order.
 template <class A> void total_weight(const Scratch& partial, int64_t chunks, int64_t count, void* out) {
   A* sum = static_cast<A*>(out);
-  std::fill_n(sum, count, A(0));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t i = 0; i < count; ++i) sum[i] += partial.of<A>(chunk)[i];
+  torch::stable::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
+    std::fill(sum + begin, sum + end, A(0));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = begin; i < end; ++i) sum[i] += partial.of<A>(chunk)[i];
+  });
 }
 
 }  // namespace

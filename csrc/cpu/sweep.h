@@ -23,6 +23,7 @@ struct Operand {
 
 enum class Pass {
   act,              // out = act(scale * x + shift)                    in: x          coef: scale, shift
+  deviate,          // out = act(scale * x + shift) - center           in: x          coef: scale, shift, center
   pending,          // out = alpha * dy + beta * z + delta             in: dy, z      coef: alpha, beta, delta
   mask,             // out = dy = g * act'(scale * x + shift)          in: g, x       coef: scale, shift, center
   mask_accumulate,  // out = d + scale * dy                            in: g, x, d    coef: scale, shift, center

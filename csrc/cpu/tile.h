@@ -131,13 +131,15 @@ class Sums {
   int count() const { return count_; }
   double* of(int64_t chunk, int which) { return values_.data() + (chunk * count_ + which) * channels_; }
 
-  Tensor total(int which, const Map& like) {
-    double* first = of(0, which);
+  std::vector<double> added(int which) {
+    std::vector<double> first(of(0, which), of(0, which) + channels_);
     const int64_t chunks = static_cast<int64_t>(values_.size()) / (count_ * std::max<int64_t>(channels_, 1));
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t c = 0; c < channels_; ++c) first[c] += of(chunk, which)[c];
-    return vector_from(first, channels_, like);
+    return first;
   }
+
+  Tensor total(int which, const Map& like) { return vector_from(added(which).data(), channels_, like); }
 
  private:
   int64_t channels_;

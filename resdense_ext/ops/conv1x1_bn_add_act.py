@@ -31,6 +31,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.convolve import sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, Conv, accumulation_dtype, per_channel
 
@@ -107,6 +108,16 @@ class Pointwise(NamedTuple):
         before = [-(-padding // step) for padding, step in zip(self.conv.padding, self.conv.steps)]
         read = [len(range(size)[place]) for size, place in zip(self.x.shape[2:], self.places)]
         return [(b, size - b - r) for b, r, size in zip(before, read, self.sizes)]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the backend has kernels for what moments tell of it."""
+        return not any(self.conv.padding) and self.backend.fuses_moments(self.x, self.conv)
+
+    def dense(self) -> Pointwise:
+        """The same of stride 1, of the positions alone that are read."""
+        at = sampling(self.conv)
+        return self if at is None else self._replace(x=dense_map(self.x[at]), conv=self.conv._replace(stride=()))
 
     def read(self, part: slice) -> Tensor:
         """Some samples' raw values at the positions that are read."""
@@ -276,7 +287,7 @@ class Gradients(NamedTuple):
 
 def backward(
     branch: Branch,
-    of_input: Moments,
+    of_input: Optional[Moments],
     g: Tensor,
     into: Optional[Pending] = None,
     need_input: bool = True,
@@ -285,14 +296,18 @@ def backward(
     """From ``g``, the gradient of the sum that the activation reads, in the layout of x; it stays as it is.
 
     The gradient of x is pending as in `ReferenceBackend.bn_act_conv_backward`: a new one, or added to ``into`` (of alpha 1).
-    Where it is not needed, neither are those of the norm before the convolution.
+    Where it is not needed, neither are those of the norm before the convolution. Moments that nobody kept are added up again.
     """
     source, fold = branch
     conv, groups, wide = source.conv, source.conv.groups, fold.mean.dtype
-    weight, mean = source.weights(wide), of_input.mean.view(groups, 1, -1)
     column = lambda vector: vector.view(groups, -1, 1)  # noqa: E731
 
-    dbeta, G = _gradient_products(source, of_input, g, wide)
+    if of_input is None and fold.count is not None and source.fuses:
+        of_input, dbeta, G = _moments_and_gradient_products(source, g)
+    else:
+        of_input = of_input or moments(source, fold.count is not None)
+        dbeta, G = _gradient_products(source, of_input, g, wide)
+    weight, mean = source.weights(wide), of_input.mean.view(groups, 1, -1)
     dgamma = fold.rstd * (weight * G).sum(-1, dtype=torch.float64).flatten()
     s, r = column(fold.affine.scale), column(fold.rstd)
     dW = db = None
@@ -315,11 +330,19 @@ def backward(
         return Gradients(ConvGrads(None, dW, db, None, None), *norm_grads)
     terms = _Terms((s * weight).mT, None, None, of_input.mean.to(wide))
     if Q is not None:
-        products = weight.mT @ (Q * weight)
+        products = weight.mT @ (-Q * weight)
         # The deviations are taken from the mean as it is rounded.
-        offset = products @ (mean - column(terms.center).mT).mT.to(wide) - weight.mT @ P
+        offset = products @ (column(terms.center).mT - mean).mT.to(wide) - weight.mT @ P
         terms = terms._replace(products=products, offset=offset.to(wide))
-    return Gradients(_through_prologue(source, terms, g, into)._replace(weight=dW, bias=db), *norm_grads)
+    through = _through_kernel if Q is not None and source.fuses else _through_prologue
+    return Gradients(through(source, terms, g, into)._replace(weight=dW, bias=db), *norm_grads)
+
+
+def _moments_and_gradient_products(source: Pointwise, g: Tensor) -> tuple[Moments, Tensor, Tensor]:
+    """`moments` and `_gradient_products` in one walk."""
+    near, prologue = _near_mean(source), source.fold or Fold.linear(source.x)
+    mean, products, dbeta, G = source.backend.moments(source.dense().x, prologue.affine, near, g)
+    return Moments(mean, products[None]), dbeta, G[None]
 
 
 def _gradient_products(source: Pointwise, of_input: Moments, g: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -337,7 +360,7 @@ def _gradient_products(source: Pointwise, of_input: Moments, g: Tensor, wide: to
 
 
 class _Terms(NamedTuple):
-    """Of the gradient of a: ``weight^T dy - products (a - center) + offset``, by groups; the last two only with statistics of
+    """Of the gradient of a: ``weight dy + products (a - center) + offset``, by groups; the last two only with statistics of
     the batch."""
 
     weight: Tensor
@@ -354,7 +377,7 @@ class _Terms(NamedTuple):
             if self.products is None:
                 torch.mm(self.weight[i], dy[i], out=da)
             else:
-                torch.addmm(self.offset[i], self.weight[i], dy[i], out=da).addmm_(self.products[i], b[i], alpha=-1)
+                torch.addmm(self.offset[i], self.weight[i], dy[i], out=da).addmm_(self.products[i], b[i])
         return result
 
 
@@ -378,6 +401,20 @@ def _through_prologue(source: Pointwise, terms: _Terms, g: Tensor, into: Optiona
         else:
             target.add_(da if fold is None else per_channel(fold.affine.scale, da) * da)
     return backend._grads(x, fold, None, None, dy, into, *(sums or (None, None)))
+
+
+def _through_kernel(source: Pointwise, terms: _Terms, g: Tensor, into: Optional[Pending]) -> ConvGrads:
+    """As `_through_prologue`, in one walk."""
+    x, fold, conv, backend = source
+    read, at = source.dense().x, sampling(conv)
+    target = torch.empty_like(read) if into is None else into.dy if at is None else dense_map(into.dy[at])
+    matrices = terms.weight[0].mT, terms.products[0].mT, terms.center, terms.offset.flatten()
+    sums = backend.moments_backward(read, fold or Fold.linear(x), g, *matrices, target, into is not None)
+    dy = target
+    if at is not None:
+        dy = torch.zeros_like(x) if into is None else into.dy
+        dy[at].copy_(target)
+    return backend._grads(x, fold, None, None, dy, into, *sums)
 
 
 def norm_gradients(g: Tensor, z: Tensor, fold: Fold, backend: ReferenceBackend) -> ConvGrads:

@@ -157,7 +157,7 @@ def _conv1x1_bn_add_act_backward(
             found = backend.bn_act_conv_backward(x, source.fold, source.conv, norm.input, None, need_weight)
             norm_grads = norm.norm_weight, norm.norm_bias
         else:
-            moments = Moments(*kept) if kept else engine.moments(source, fold.count is not None)
+            moments = Moments(*kept) if kept else None
             found, *norm_grads = engine.backward(Branch(source, fold), moments, g, None, need_input, need_weight)
         record(0, found.norm_weight, found.norm_bias, found.weight, found.bias)
         record(1, *norm_grads)

@@ -155,5 +155,33 @@ class CpuBackend(CompiledBackend):
         increment_version(dy)
         return self._grads(x, fold, weight, None, dy, into, *sums)
 
+    def fuses_moments(self, x: Tensor, conv: Conv) -> bool:
+        return conv.groups == 1 and x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.float64)
+
+    def moments(self, x: Tensor, affine: Affine, near: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of what a convolution reads, and with the gradient of what it writes: the mean ``[C]`` in float64, R, ``1^T g`` in
+        float64 and ``G``; ``near`` is a point near the mean."""
+        return torch.ops.resdense.conv1x1_moments(x, *affine[:2], slope_of(affine.activation), near, g)
+
+    def moments_backward(
+        self,
+        x: Tensor,
+        fold: Fold,
+        g: Tensor,
+        weight: Tensor,
+        products: Tensor,
+        mean: Tensor,
+        offset: Tensor,
+        out: Tensor,
+        accumulate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """``da = g weight + (a - mean) products + offset``, then `bn_act_backward` of it, or with ``accumulate``
+        `bn_act_backward_accumulate`, into ``out``."""
+        scale, shift, activation = fold.affine
+        increment_version(out)
+        return torch.ops.resdense.conv1x1_moments_backward(
+            x, scale, shift, fold.mean, slope_of(activation), g, weight, products, mean, offset, out, accumulate
+        )
+
 
 register(CpuBackend())

@@ -59,6 +59,18 @@ def _bn_act_conv1x1_backward(
     return dweight, *_vectors(x, inputs)
 
 
+def _conv1x1_moments(x, scale, shift, negative_slope, near, grad):
+    inputs, outputs = x.shape[1], grad.shape[1]
+    mean, sum_grad = (x.new_empty(channels, dtype=torch.float64) for channels in (inputs, outputs))
+    return mean, x.new_empty((inputs, inputs)), sum_grad, x.new_empty((outputs, inputs))
+
+
+def _conv1x1_moments_backward(
+    x, scale, shift, center, negative_slope, grad, weight, products, mean, offset, out, accumulate
+):
+    return _vectors(x, x.shape[1])
+
+
 def _bn_act_winograd(x, scale, shift, negative_slope, weight, bias, out, stats):
     return _vectors(out, out.shape[1] if stats else 0)
 
@@ -123,6 +135,8 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _copy_map,
         _bn_act_conv1x1,
         _bn_act_conv1x1_backward,
+        _conv1x1_moments,
+        _conv1x1_moments_backward,
         _bn_act_winograd,
         _bn_act_winograd_backward,
         _bn_act_conv3x3,

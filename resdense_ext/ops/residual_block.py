@@ -27,7 +27,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import ConvGrads, Pending
-from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward, moments
+from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Pointwise, activation_backward
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
@@ -152,7 +152,7 @@ def _through(
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
         found, *of_norm = moments_backward(
-            Branch(source, walk.fold(k)), moments(source), grad, into, wants_input, grads.wants_weight(unit)
+            Branch(source, walk.fold(k)), None, grad, into, wants_input, grads.wants_weight(unit)
         )
         grads.record(k, *of_norm)
     if inside:

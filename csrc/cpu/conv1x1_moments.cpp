@@ -1,0 +1,186 @@
+// A 1x1 convolution behind which stands a batch norm, without its output: what ops/conv1x1_bn_add_act.py asks of the convolution's
+// input a = act(scale * x + shift), a cache-sized tile at a time. float32 and float64.
+
+#include <torch/csrc/stable/library.h>
+
+#include "matmul.h"
+
+namespace resdense::cpu {
+namespace {
+
+void check_products(const Map& x, const Map& grad) {
+  RESDENSE_CHECK(x.dtype == ScalarType::Float || x.dtype == ScalarType::Double, "x: expected dtype float32 or float64, got ",
+                 dtype_name(x.dtype));
+  RESDENSE_CHECK(grad.N == x.N && grad.S == x.S, "grad: expected ", x.N, " samples of ", x.S, " positions, as x, got ", grad.N,
+                 " of ", grad.S);
+}
+
+Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t cols, ScalarType dtype) {
+  RESDENSE_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape (", rows, ", ", cols, "), got ",
+                 shape_string(t));
+  check_dtype(t, name, dtype);
+  return {const_cast<void*>(t.const_data_ptr()), rows, cols, t.stride(0), t.stride(1)};
+}
+
+// A tile of a map as the matrix channels x positions: where it lies, if it may and is one, or copied into scratch.
+struct Reader {
+  const Map& map;
+  const bool direct;
+  const std::vector<double> zeros;  // as float32, too
+
+  Reader(const Map& m, bool in_place)
+      : map(m), direct(in_place && m.channels_last && (m.N <= 1 || m.uniform_rows())), zeros(direct ? 0 : m.C, 0.0) {}
+
+  int64_t bytes_a_position() const { return direct ? 0 : map.C * element_size(map.dtype); }
+
+  Matrix read(const Tiling& tiling, int64_t tile, const std::vector<Segment>& segments, void* copy) const {
+    const int64_t positions = tiling.rows_of(tile), bytes = element_size(map.dtype);
+    if (direct) return {static_cast<char*>(map.data) + tiling.first_row(tile) * map.ss * bytes, map.C, positions, 1, map.ss};
+    Sweep s{Pass::bias, map.dtype, map.channels_last, segments.data(), static_cast<int64_t>(segments.size()), map.C};
+    s.in[0] = operand(map), s.out = scratch(copy, map.channels_last, map.C, tiling.size), s.coef[0] = zeros.data();
+    kernels.sweep(s);
+    return channels_by_positions(copy, map.channels_last, map.C, positions, tiling.size);
+  }
+};
+
+// out = a b, or out += a b
+void product(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
+  accumulate ? matmul_accumulate(out, a, b, dtype) : matmul(out, a, b, dtype);
+}
+
+// The same of a a^T, of which our own product leaves out most of what is below the diagonal.
+void square(const Matrix& out, const Matrix& a, ScalarType dtype, bool accumulate) {
+  constexpr int64_t WIDTH = 32;
+  if (!by_gemm(dtype, out.cols) || a.row_stride != 1) return product(out, a, a.t(), dtype, accumulate);
+  float* values = static_cast<float*>(a.data);
+  for (int64_t c = 0; c < out.cols; c += WIDTH) {
+    const int64_t width = std::min(WIDTH, out.cols - c), rows = c + width;
+    product({static_cast<float*>(out.data) + c, rows, width, out.row_stride, 1}, {values, rows, a.cols, 1, a.col_stride},
+            {values + c, a.cols, width, a.col_stride, 1}, dtype, accumulate);
+  }
+}
+
+// The chunks' sums of products in order, less count left right^T. Of a square the upper triangle is there.
+template <class A>
+void total_products(const Scratch& partial, int64_t chunks, const Matrix& out, bool square, double count, const double* left,
+                    const double* right) {
+  torch::stable::parallel_for(0, out.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < out.cols; ++j) {
+        const int64_t at = square && j < i ? j * out.cols + i : i * out.cols + j;
+        double sum = -count * (left[i] * right[j]);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial.of<A>(chunk)[at];
+        static_cast<A*>(out.data)[i * out.cols + j] = static_cast<A>(sum);
+      }
+  });
+}
+
+Tensor doubles(const double* values, int64_t size) {
+  const Tensor out = torch::stable::empty({size}, ScalarType::Double);
+  std::copy_n(values, size, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+}  // namespace
+
+// Of the M positions: the mean of a; R = (a - mean)^T (a - mean); and with the gradient g of the convolution's output 1^T g and
+// G = g^T (a - mean). The products are added up around `near`, a point some deviations from the mean.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                                           double negative_slope, const Tensor& near, const Tensor& grad) {
+  Map from = map_of(x, "x"), of_grad = map_of(grad, "grad");
+  check_dtype(grad, "grad", x.scalar_type());
+  check_products(from, of_grad);
+  unify({&from, &of_grad}, "conv1x1_moments");
+  const ScalarType dtype = from.dtype;
+  const bool last = from.channels_last;
+  const int64_t C = from.C, K = of_grad.C, bytes = element_size(dtype);
+  const void* coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x), coefficients(near, "near", C, x)};
+
+  const Reader reader(of_grad, false);  // a product that walks it across its rows waits for memory
+  const Tiling tiling(from, C * bytes + reader.bytes_a_position());
+  const Scratch memory(tiling.chunks, (C * bytes + reader.bytes_a_position()) * tiling.size);
+  const Scratch squares(tiling.chunks, C * C * bytes), products(tiling.chunks, K * C * bytes);
+  Sums sums(tiling.chunks, C, 1), grad_sums(tiling.chunks, K, 1);
+  std::vector<char> started(tiling.chunks, 0);
+  tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
+    char* deviations = memory.of<char>(chunk);
+    const Matrix b = channels_by_positions(deviations, last, C, positions, tiling.size);
+    const Matrix g = reader.read(tiling, tile, segments, deviations + C * tiling.size * bytes);
+    Sweep s{Pass::deviate, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
+    s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.slope = negative_slope;
+    std::copy_n(coef, 3, s.coef);
+    kernels.sweep(s);
+    square({squares.of(chunk), C, C, C, 1}, b, dtype, started[chunk] != 0);
+    product({products.of(chunk), K, C, C, 1}, g, b.t(), dtype, started[chunk] != 0);
+    started[chunk] = 1;
+    s.pass = Pass::sum, s.in[0] = s.out, s.sums[0] = sums.of(chunk, 0);
+    kernels.sweep(s);
+    s.channels = K, s.in[0] = scratch(g.data, last, K, tiling.size), s.sums[0] = grad_sums.of(chunk, 0);
+    kernels.sweep(s);
+  });
+
+  std::vector<double> mean = sums.added(0), sum_g = grad_sums.added(0), rest(C);
+  for (int64_t c = 0; c < C; ++c) {
+    rest[c] = mean[c] / from.rows();
+    mean[c] = rest[c] + (dtype == ScalarType::Double ? static_cast<const double*>(coef[2])[c] : static_cast<const float*>(coef[2])[c]);
+  }
+  const Tensor R = torch::stable::empty({C, C}, dtype), G = torch::stable::empty({K, C}, dtype);
+  const auto total = dtype == ScalarType::Double ? total_products<double> : total_products<float>;
+  total(squares, tiling.chunks, {R.mutable_data_ptr(), C, C, C, 1}, true, static_cast<double>(from.rows()), rest.data(), rest.data());
+  total(products, tiling.chunks, {G.mutable_data_ptr(), K, C, C, 1}, false, 1, sum_g.data(), rest.data());
+  return {doubles(mean.data(), C), R, doubles(sum_g.data(), K), G};
+}
+
+// da = g weight + (a - mean) products + offset, then through the activation as bn_act_backward, or bn_act_backward_accumulate.
+std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center,
+                                                    double negative_slope, const Tensor& grad, const Tensor& weight,
+                                                    const Tensor& products, const Tensor& mean, const Tensor& offset,
+                                                    const Tensor& out, bool accumulate) {
+  check_same(out, "out", x, "x");
+  check_dtype(grad, "grad", x.scalar_type());
+  Map from = map_of(x, "x"), to = mutable_map_of(out, "out"), of_grad = map_of(grad, "grad");
+  check_products(from, of_grad);
+  unify({&from, &to, &of_grad}, "conv1x1_moments_backward");
+  const ScalarType dtype = from.dtype;
+  const bool last = from.channels_last;
+  const int64_t C = from.C, K = of_grad.C, bytes = element_size(dtype);
+  const void* coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x),
+                        coefficients(center, "center", C, x)};
+  const void *of_a = coefficients(mean, "mean", C, x), *constant = coefficients(offset, "offset", C, x);
+  Matrix w = matrix_of(weight, "weight", K, C, dtype), p = matrix_of(products, "products", C, C, dtype);
+  const bool packs = last && by_gemm(dtype, C);
+  const Scratch packed(1, packs ? (K + C) * C * bytes : 0);
+  if (packs) w = pack(w, packed.of<uint32_t>(0)), p = pack(p, packed.of<uint32_t>(0) + K * C);
+
+  const Reader reader(of_grad, true);
+  const Tiling tiling(from, 2 * C * bytes + reader.bytes_a_position());
+  const Scratch memory(tiling.chunks, (2 * C * bytes + reader.bytes_a_position()) * tiling.size);
+  Sums sums(tiling.chunks, C);
+  tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
+    char *deviations = memory.of<char>(chunk), *gradient = deviations + C * tiling.size * bytes;
+    const Matrix da = channels_by_positions(gradient, last, C, positions, tiling.size);
+    const Matrix g = reader.read(tiling, tile, segments, gradient + C * tiling.size * bytes);
+    Sweep s{Pass::deviate, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
+    s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.slope = negative_slope;
+    s.coef[0] = coef[0], s.coef[1] = coef[1], s.coef[2] = of_a;
+    kernels.sweep(s);
+    matmul(da, p.t(), channels_by_positions(deviations, last, C, positions, tiling.size), dtype);
+    matmul_accumulate(da, w.t(), g, dtype);
+
+    s.pass = Pass::bias, s.in[0] = s.out = scratch(gradient, last, C, tiling.size), s.coef[0] = constant;
+    kernels.sweep(s);
+    s.pass = accumulate ? Pass::mask_accumulate : Pass::mask;
+    s.in[1] = operand(from), s.in[2] = operand(to), s.out = operand(to);
+    std::copy_n(coef, 3, s.coef);
+    s.sums[0] = sums.of(chunk, 0), s.sums[1] = sums.of(chunk, 1);
+    kernels.sweep(s);
+  });
+  return {sums.total(0, from), sums.total(1, from)};
+}
+
+}  // namespace resdense::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
+  m.impl("conv1x1_moments", TORCH_BOX(&resdense::cpu::conv1x1_moments));
+  m.impl("conv1x1_moments_backward", TORCH_BOX(&resdense::cpu::conv1x1_moments_backward));
+}
