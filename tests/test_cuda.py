@@ -40,7 +40,7 @@ def on_the_shim(source: str, target: Path, *options: str) -> Path:
     if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64 Linux")
     torch_path = Path(torch.__file__).parent
-    build = [compiler, "-std=c++20", "-O1", "-DRESDENSE_SHIM", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    build = [compiler, "-std=c++20", "-O0", "-DRESDENSE_SHIM", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     build += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     build += [f"-I{TESTS / 'shim'}", f"-I{TESTS.parent / 'csrc'}", "-isystem", str(torch_path / "include")]
     done = subprocess.run([*build, str(TESTS / "shim" / source), *options, "-o", str(target)], capture_output=True, text=True)

@@ -14,7 +14,7 @@ import cuda_residual_cases
 
 torch.set_num_threads(1)
 # Of every size and dtype some layouts; all of them run on a GPU. The steps are prime to the numbers of layouts and of dtypes.
-for module, step in ((cuda_cases, 11), (cuda_residual_cases, 5), (cuda_pool_cases, 3)):
+for module, step in ((cuda_cases, 17), (cuda_residual_cases, 11), (cuda_pool_cases, 4)):
     module.cases = lambda cases=module.cases, step=step: islice(cases(), 0, None, step)
 torch.ops.load_library(sys.argv[1])
 for check in (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS):
