@@ -49,12 +49,11 @@ def blocks_of(model):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_as_stock(engine, policy, kind, channels_last):  # noqa: F811
+def test_same_as_stock(engine, kind, channels_last):  # noqa: F811
     stock, x = small_resnet(kind), images(2, 3, 40, 33)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    model = rd.convert(copy.deepcopy(stock), policy)
-    assert_as_stock(model, stock, x)
-    assert engine == [policy] * sum(KINDS[kind][1])
+    assert_all_as_stock([rd.convert(copy.deepcopy(stock), policy) for policy in POLICIES], stock, x, changes=1)
+    assert engine == [policy for policy in POLICIES for _ in range(sum(KINDS[kind][1]))]
 
 
 def assert_as_stock(model, stock, x):
@@ -215,13 +214,13 @@ def test_a_detection_model(engine):  # noqa: F811
     assert engine == ["fast"] * 8 + ["min"] * 8
 
 
-def test_a_segmentation_model(engine, policy):  # noqa: F811
+def test_a_segmentation_model(engine):  # noqa: F811
     models = torchvision_models()
     torch.manual_seed(0)
     stock = randomise(models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)).double().eval()
-    model, x = rd.convert(copy.deepcopy(stock), policy), images(1, 3, 33, 40)
-    assert_all_as_stock([Maps(model)], Maps(stock), x, changes=1)
-    assert len(engine) == 16
+    models = [rd.convert(copy.deepcopy(stock), policy) for policy in POLICIES]
+    assert_all_as_stock([Maps(model) for model in models], Maps(stock), images(1, 3, 33, 40), changes=1)
+    assert engine == ["fast"] * 16 + ["min"] * 16
 
 
 def test_training_a_segmentation_model(engine):  # noqa: F811

@@ -17,7 +17,7 @@ INTERPRETED = {
     "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and dilated"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not bfloat16 and not float64"),
-    "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
+    "dense block": ("test_dense_block.py", "min and (test_autocast and float32 or test_lower_precision and bfloat16 and True or TestDropout and triton)"),
     "residual block": (
         "test_residual_block.py",
         "test_forms and bottleneck and down or "

@@ -83,7 +83,7 @@ def kernels(monkeypatch):
 def fewer_cases(monkeypatch):
     """The interpreter is slow. The steps are prime to the numbers of layouts and of dtypes, so that all come in turn."""
     if interpreting():
-        for module, step in ((cuda_cases, 11), (cuda_residual_cases, 13), (cuda_pool_cases, 7)):
+        for module, step in ((cuda_cases, 17), (cuda_residual_cases, 23), (cuda_pool_cases, 11)):
             few = lambda cases=module.cases, step=step: itertools.islice(cases(), 0, None, step)  # noqa: E731
             monkeypatch.setattr(module, "cases", few)
 
