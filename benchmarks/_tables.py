@@ -25,7 +25,7 @@ MIB = 2**20
 MODES = {"train": "one training step", "inference": "inference"}
 
 
-def densenet(rows: list[dict]) -> str:
+def tables(rows: list[dict]) -> str:
     """The newest run of every network, mode, dtype and layout, a table each."""
     newest = {(r["op"], r["mode"], r["dtype"], r["layout"], r["provider"], r["metric"]): r for r in rows}
     text = []
@@ -56,15 +56,17 @@ def _cell(row: dict | None) -> str:
     return f"{row['median'] / MIB:.1f}" if row["unit"] == "B/image" else f"{row['median']:.2f}"
 
 
+def committed() -> list[dict]:
+    return [r for name in ("densenet", "models") for r in read(ROOT / f"benchmarks/results/{name}.jsonl")]
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
-    rows = read(ROOT / "benchmarks/results/densenet.jsonl")
-    table = densenet(rows)
-    trained = [r for r in rows if (r["mode"], r["layout"]) == ("train", "channels_last")]
-    draw(trained, ROOT / "docs/benchmark.png", DRAWN)
-    readme.write_text(f"{before}{BEGIN}{table}{END}{after}")
+    rows, drawn = committed(), ("train", "channels_last", "float32")
+    draw([r for r in rows if (r["mode"], r["layout"], r["dtype"]) == drawn], ROOT / "docs/benchmark.png", DRAWN)
+    readme.write_text(f"{before}{BEGIN}{tables(rows)}{END}{after}")
 
 
 if __name__ == "__main__":

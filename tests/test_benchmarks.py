@@ -166,7 +166,7 @@ def test_comparisons_write_their_rows_and_are_drawn(script, mode, tmp_path):
         assert found["min", "saved"] < found["fast", "saved"] < found["stock contiguous", "saved"]
     assert found["fast", "peak"] < found["stock contiguous", "peak"]
     assert all(name in answer.stdout for name in providers)
-    assert all(f"| {name} |" in _tables.densenet(rows) for name in ("the bare convolutions", '`"fast"`', '`"min"`'))
+    assert all(f"| {name} |" in _tables.tables(rows) for name in ("the bare convolutions", '`"fast"`', '`"min"`'))
     if mode == "train":
         picture.draw(rows, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
@@ -178,5 +178,4 @@ def test_every_operations_benchmark_runs():
 
 
 def test_the_committed_tables_are_those_of_the_committed_rows():
-    text = _tables.densenet(read(ROOT / "benchmarks/results/densenet.jsonl"))
-    assert text in (ROOT / "README.md").read_text()
+    assert _tables.tables(_tables.committed()) in (ROOT / "README.md").read_text()
