@@ -21,6 +21,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
 torch_key := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
+# The native code is built beside the installation of what it is tested with.
+MAKEFLAGS += --jobs=2
+
 .DELETE_ON_ERROR:
 .PHONY: help demo test build bench tables wheel gpu gpu-test gpu-kernels gpu-models clean
 
