@@ -14,9 +14,10 @@ TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
     "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and wide"),
-    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and dilated"),
+    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and (bfloat16 and dilated or bfloat16-True and strided)"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
-    "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not bfloat16 and not float64"),
+    "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not float16 and not float64"),
+    "windows of convolutions": ("triton_strided.py", ""),
     "dense block": ("test_dense_block.py", "min and (test_autocast or (test_lower_precision and bfloat16) or (TestDropout and triton))"),
     "residual block": (
         "test_residual_block.py",
