@@ -1,7 +1,7 @@
 """A convolution whose prologue is a batch norm with its activation, and whose epilogue takes the statistics of the result.
 
-One implicit matrix product ``[positions, taps * C] x [taps * C, K]``: any kernel, one to three dimensions, with a dilation or with
-a stride, both memory formats, in and out of slices of a block's buffer. A padded tap adds 0, not ``act(shift)``.
+One implicit matrix product ``[positions, taps * C] x [taps * C, K]``: any kernel, one to three dimensions, dilation or
+stride, both memory formats, in and out of slices of a block's buffer. A padded tap adds 0, not ``act(shift)``.
 
 Bytes of a 1x1 (bfloat16, C inputs, 128 outputs): ``2 C + 256`` a position, of a 3x3 from 128 to 32 channels 320. Programs are
 persistent and keep their statistics in registers; the last to finish merges what all have left, and folds the reader's norm.
@@ -171,7 +171,7 @@ def bn_act_conv(
     Args:
         x, out: maps of float32, bfloat16 or float16. ``out`` is written.
         scale, shift: ``[C]``, float32.
-        conv: without groups, and with dilation 1 unless it keeps the size; its weight has the dtype that products are computed in.
+        conv: without groups, and with dilation 1 unless it keeps the size; its weight has the dtype of the products.
         mask: broadcasts to ``out``; a dropout mask of any dtype.
         stats: ``[K]`` twice, float32: mean and sum of squared deviations of what is written, which are written too.
         reader: the norm whose fold, ``[3, K]`` float32, is returned: by ``stats`` or, where it has none, its running ones.

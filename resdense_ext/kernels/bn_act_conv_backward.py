@@ -1,7 +1,8 @@
 """The backward of `bn_act_conv`: two implicit matrix products, each with its elementwise work as prologue and epilogue.
 
 The incoming gradient ``dz`` is plain or pending, ``alpha * dy + beta * z + delta``, and is finished as it is read. A padded tap
-has no gradient. Both products shift ``dz``, which is the narrow operand of a 3x3.
+has no gradient. Both products shift ``dz``, which is the narrow operand of a 3x3; with a stride the weight's shifts ``x``, and
+the data's goes through residue classes of positions, so that each meets the taps that reach it and no others.
 
 - Data: ``dy = act'(scale * x + shift) * conv_transposed(dz)``, written or added to the block's gradient times ``scale``; in the
   same pass dbeta and dgamma, from which the last program makes the norm's correction. A 1x1 with C inputs moves ``6 C + 512``
@@ -255,7 +256,7 @@ def bn_act_conv_data_backward(
 
     Args:
         dy, pending: the gradient of the convolution's output; ``z, alpha, beta, delta`` where it is pending.
-        conv: without groups.
+        conv: without groups, and with dilation 1 unless it keeps the size.
         x: the input map; ``fold`` its norm's scale, shift, mean and rstd, ``[C]`` in float32, over ``count`` positions (None:
             running statistics, which have no correction).
         out: written with dy; with ``scale * dy`` added where ``correction`` is given.

@@ -37,8 +37,8 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """``taps`` is 1, "many" or, where positions do not stay in their places, "strided"; ``precision`` of the product: 16, "tf32" or
-    "ieee" (none of the strided); ``arch`` 80, 90 or 100."""
+    """``taps`` is 1, "many" or, where positions do not stay in their places, "strided"; ``precision`` of the product: 16 or, but
+    for strided ones, "tf32" or "ieee"; ``arch`` 80, 90 or 100."""
 
     op: str
     taps: str

@@ -23,8 +23,8 @@ Sizes = tuple[int, int, int]
 
 
 class Geometry(NamedTuple):
-    """Three dimensions: those that a map lacks come first, with size and kernel 1. Stride and padding are None where every position
-    stays in its place."""
+    """Three dimensions: those that a map lacks come first, with size and kernel 1. Stride and padding are None where every
+    position stays in its place."""
 
     sizes: Sizes
     outputs: Sizes
@@ -132,7 +132,7 @@ def class_taps(residue, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.
 def class_tap(
     place, residue, number, H, W, OD, OH, OW, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr
 ):  # fmt: skip
-    """Of the taps that reach places of a residue class that of this ``number``; the outputs' places, and whether these lie inside."""
+    """The tap of this ``number`` among those that reach a residue class; the outputs' places, and whether these lie inside."""
     rd, rh, rw = _remainders(residue, STRIDE)
     td, _ = _taps(rd, KERNEL[0], STRIDE[0], PADDING[0])
     th, along = _taps(rh, KERNEL[1], STRIDE[1], PADDING[1])

@@ -58,9 +58,9 @@ the others 576 and 1152.
 def is_ours(conv: Conv) -> bool:
     """Whether our kernels compute a convolution, by its shape and dtype; else the vendor's library, on its activated input.
 
-    Grouped convolutions are the vendor's: with ResNeXt's 4 channels a group, 16x16 blocks of the matrix units would be filled to a
-    sixteenth, and even 32 are one short product between a prologue and an epilogue. In float32, strided ones are, too: for IEEE
-    products P is 56, and tf32 is not worth its nine configurations.
+    Grouped convolutions are the vendor's: with ResNeXt's 4 channels a group, 16x16 blocks of the matrix units would be filled
+    to a sixteenth, and even 32 are one short product between a prologue and an epilogue. In float32, strided ones are, too: for
+    IEEE products P is 56, and tf32 is not worth its nine configurations.
     """
     if conv.groups > 1 or conv.keeps_size:
         return conv.groups == 1
