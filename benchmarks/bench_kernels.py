@@ -1,5 +1,7 @@
 """Every primitive of the dense engine on a GPU, at the layers of densenet121 and densenet201, beside plain PyTorch's.
 
+And ResNet-50's convolutions with a stride, by our kernels and by the vendor's on an activation in memory: `ops.triton` chooses.
+
 Time is set against two floors of the same run: the bytes of every operand, read or written once, over the bandwidth of a large
 copy; and the products over the rate of a large matrix product. Each is preceded by a comparison with the reference in float32.
 
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, Optional
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import resdense_ext as rd
+from resdense_ext import reference
 from resdense_ext.cli.bench.rows import conditions, row
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops import triton
 from resdense_ext.ops.backend import Affine, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -31,7 +36,7 @@ GROWTH, BOTTLENECK = 32, 128
 
 
 class Shape(NamedTuple):
-    """One dense layer: its input's channels, the block buffer's, and the size of a side."""
+    """One layer: its input's channels, those of the buffer that this is a slice of, and the size of a side."""
 
     network: str
     block: int
@@ -51,37 +56,41 @@ def shapes() -> Iterator[Shape]:
             channels, side = buffer // 2, side // 2
 
 
+def strided_shapes() -> Iterator[Shape]:
+    """ResNet-50's 3x3 convolutions with stride 2."""
+    for block, channels, side in ((2, 128, 56), (3, 256, 28), (4, 512, 14)):
+        yield Shape("resnet50", block, channels, channels, side)
+
+
 class Operands:
-    """A layer's tensors in channels-last, on slices of its block's buffers."""
+    """A dense layer's tensors in channels-last, on slices of its block's buffers."""
 
     def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(0)
-        C, side = shape.channels, shape.side
+        self.channels = C = shape.channels
+        count = batch * shape.side**2
 
         def maps(channels: int) -> Tensor:
-            return torch.randn((batch, side, side, channels), dtype=dtype, device=device).movedim(-1, 1)
-
-        def fold(channels: int) -> Fold:
-            scale, shift, mean, rstd = torch.rand((4, channels), device=device).add_(0.1).unbind()
-            return Fold(Affine(scale, shift - 0.6, Activation()), mean, rstd, batch * side * side)
+            return _maps(batch, channels, shape.side, dtype, device)
 
         self.buffer, self.gradient = maps(shape.buffer), maps(shape.buffer)
+        self.slice()
+        self.z, self.dy = maps(BOTTLENECK), maps(BOTTLENECK)
+        self.fold, self.inner = _fold(C, count, device), _fold(BOTTLENECK, count, device)
+        self.norm = BatchNorm(*(torch.rand(BOTTLENECK, device=device) for _ in range(2)))
+        self.conv1 = Conv(_weight(BOTTLENECK, C, 1, dtype, device))
+        self.conv3 = Conv(_weight(GROWTH, BOTTLENECK, 3, dtype, device), padding=(1, 1))
+        self.beta, self.delta = torch.zeros((2, C), device=device).unbind()
+
+    def slice(self) -> None:
+        """The maps that are slices of the buffers."""
+        C = self.channels
         self.x, self.D = self.buffer[:, :C], self.gradient[:, :C]
         self.new, self.new_gradient = self.buffer[:, C : C + GROWTH], self.gradient[:, C : C + GROWTH]
-        self.z, self.dy = maps(BOTTLENECK), maps(BOTTLENECK)
-        self.fold, self.inner = fold(C), fold(BOTTLENECK)
-        norm = [torch.rand(BOTTLENECK, device=device) for _ in range(2)]
-        self.norm = BatchNorm(*norm)
-        weights = [torch.randn(BOTTLENECK, C, 1, 1), torch.randn(GROWTH, BOTTLENECK, 3, 3)]
-        w1, w3 = (
-            (w / w[0].numel() ** 0.5).to(device, dtype, memory_format=torch.channels_last) for w in weights
-        )
-        self.conv1, self.conv3 = Conv(w1), Conv(w3, padding=(1, 1))
-        self.beta, self.delta = torch.zeros((2, C), device=device).unbind()
 
     def float(self) -> Operands:
         """A copy in float32."""
-        other = object.__new__(Operands)
+        other = object.__new__(type(self))
 
         def wide(value):
             if isinstance(value, Tensor):
@@ -90,9 +99,7 @@ class Operands:
 
         for name, value in vars(self).items():
             setattr(other, name, wide(value))
-        C = self.x.shape[1]
-        other.x, other.D = other.buffer[:, :C], other.gradient[:, :C]
-        other.new, other.new_gradient = other.buffer[:, C : C + GROWTH], other.gradient[:, C : C + GROWTH]
+        other.slice()
         return other
 
     def stats(self, channels: int) -> Stats:
@@ -103,14 +110,45 @@ class Operands:
         return Pending(dy, z, ones, 0.01 * ones, 0.02 * ones)
 
 
+class StridedOperands(Operands):
+    """Those of a bottleneck's 3x3 convolution with stride 2, which are no slices."""
+
+    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        C, side = shape.channels, shape.side
+        self.x = _maps(batch, C, side, dtype, device)
+        self.z, self.dy = (_maps(batch, C, (side + 1) // 2, dtype, device) for _ in range(2))
+        self.fold = _fold(C, batch * side**2, device)
+        self.norm = BatchNorm(*(torch.rand(C, device=device) for _ in range(2)))
+        self.conv = Conv(_weight(C, C, 3, dtype, device), padding=(1, 1), stride=(2, 2))
+
+    def slice(self) -> None:
+        pass
+
+
+def _maps(batch: int, channels: int, side: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn((batch, side, side, channels), dtype=dtype, device=device).movedim(-1, 1)
+
+
+def _weight(outputs: int, inputs: int, size: int, dtype: torch.dtype, device: str) -> Tensor:
+    weight = torch.randn(outputs, inputs, size, size) / (inputs**0.5 * size)
+    return weight.to(device, dtype, memory_format=torch.channels_last)
+
+
+def _fold(channels: int, count: int, device: str) -> Fold:
+    scale, shift, mean, rstd = torch.rand((4, channels), device=device).add_(0.1).unbind()
+    return Fold(Affine(scale, shift - 0.6, Activation()), mean, rstd, count)
+
+
 class Operation(NamedTuple):
-    """``run`` returns what is compared; ``channels`` are moved for every position; ``stock`` is the vendor's way."""
+    """``run`` returns what is compared; ``channels`` are moved for every position; ``stock`` is stock PyTorch's way."""
 
     name: str
     run: Callable[[ReferenceBackend, Operands], list[Tensor]]
     channels: Callable[[int], int]
     flops: Callable[[int], int]
     stock: Optional[Callable[[Operands], object]] = None
+    operands: type[Operands] = Operands
 
 
 def _conv(conv: str, x: str, fold: str, out: str, reader: bool):
@@ -140,12 +178,23 @@ def _backward1(need_weight: bool):
     return run
 
 
-def _backward3(need_weight: bool):
+def _backward(conv: str, x: str, fold: str, dy: str, z: str, need_weight: bool):
     def run(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
-        grads = backend.bn_act_conv_backward(t.z, t.inner, t.conv3, t.pending(t.new_gradient, t.new), None, need_weight)
+        grad = t.pending(getattr(t, dy), getattr(t, z))
+        grads = backend.bn_act_conv_backward(getattr(t, x), getattr(t, fold), getattr(t, conv), grad, None, need_weight)
         return [grads.input.dy, *grads.input[3:], *grads[3:], *([grads.weight] if need_weight else [])]
 
     return run
+
+
+def _strided(run, ours: bool):
+    """By our kernels, or by the vendor's, whatever the shape."""
+
+    def limited(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
+        with mock.patch.object(triton, "STRIDED_PRODUCTS", float("inf") if ours else 0):
+            return run(backend, t)
+
+    return limited
 
 
 def _stock(x: str, conv: str, backward: bool):
@@ -155,7 +204,8 @@ def _stock(x: str, conv: str, backward: bool):
         weight = getattr(t, conv).weight.detach().requires_grad_(backward)
         source = getattr(t, x).detach().requires_grad_(backward)
         scale = torch.ones(source.shape[1], device=source.device, requires_grad=backward)
-        out = F.conv2d(F.relu(F.batch_norm(source, None, None, scale, scale, True)), weight, None, 1, getattr(t, conv).padding)
+        activated = F.relu(F.batch_norm(source, None, None, scale, scale, True))
+        out = reference.convolution(activated, getattr(t, conv)._replace(weight=weight))
         return torch.autograd.grad(out, [source, weight, scale], out) if backward else out
 
     return run
@@ -178,12 +228,26 @@ OPERATIONS = (
     Operation("bn_act_conv_backward 1x1 data", _backward1(False), lambda C: 3 * C + 256, lambda C: 2 * C * 128),
     Operation("bn_act_conv_backward 1x1", _backward1(True), lambda C: 4 * C + 512, lambda C: 4 * C * 128,
               _stock("x", "conv1", True)),
-    Operation("bn_act_conv_backward 3x3 data", _backward3(False), lambda C: 320, lambda C: 2 * 9 * 128 * 32),
-    Operation("bn_act_conv_backward 3x3", _backward3(True), lambda C: 512, lambda C: 4 * 9 * 128 * 32,
-              _stock("z", "conv3", True)),
+    Operation("bn_act_conv_backward 3x3 data", _backward("conv3", "z", "inner", "new_gradient", "new", False),
+              lambda C: 320, lambda C: 2 * 9 * 128 * 32),
+    Operation("bn_act_conv_backward 3x3", _backward("conv3", "z", "inner", "new_gradient", "new", True),
+              lambda C: 512, lambda C: 4 * 9 * 128 * 32, _stock("z", "conv3", True)),
     Operation("add_act", lambda b, t: [rd.functional.add_act(t.z, t.dy)], lambda C: 384, lambda C: 0,
               lambda t: F.relu(t.z + t.dy)),
 )  # fmt: skip
+
+VENDORS = ", vendor's"
+STRIDED = tuple(
+    Operation(f"{name} strided{suffix}", _strided(run, not suffix), channels, flops, None if suffix else stock, StridedOperands)
+    for name, run, channels, flops, stock in (
+        ("bn_act_conv", _conv("conv", "x", "fold", "z", True), lambda C: C + C // 4, lambda C: 2 * 9 * C * C // 4,
+         _stock("x", "conv", False)),
+        ("bn_act_conv_backward", _backward("conv", "x", "fold", "dy", "z", True),
+         lambda C: 4 * C, lambda C: 4 * 9 * C * C // 4, _stock("x", "conv", True)),
+    )
+    for suffix in ("", VENDORS)
+)  # fmt: skip
+"""Positions are the input's; of the output's there are a quarter as many."""
 
 
 def worst_error(operation: Operation, backend: ReferenceBackend, t: Operands) -> float:
@@ -199,7 +263,7 @@ def worst_error(operation: Operation, backend: ReferenceBackend, t: Operands) ->
 def measure(operation: Operation, backend: ReferenceBackend, shape: Shape, batch: int, peak: tuple[float, float]) -> list[dict]:
     """Rows of ours and the vendor's, after ours has been found right."""
     bandwidth, rate = peak
-    t = Operands(shape, batch, torch.bfloat16, "cuda")
+    t = operation.operands(shape, batch, torch.bfloat16, "cuda")
     setting = {"network": shape.network, "shape": [batch, shape.channels, shape.side, shape.side], "dtype": "bfloat16"}
     error = worst_error(operation, backend, t)
     if not error < 0.02:
@@ -237,6 +301,17 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def strided_table(rows: list[dict]) -> str:
+    """Our time over the vendor's by products a value of the input: `STRIDED_PRODUCTS` is to be where it passes 1."""
+    times = {(r["op"], r["provider"], *r["shape"]): r["median"] for r in rows if r["metric"] == "time"}
+    lines = [f"{'operation':34} {'backend':8} {'batch':>5} {'products':>8} {'over the vendor':>15}"]
+    for (op, provider, batch, channels, *sides), ours in times.items():
+        theirs = times.get((op + VENDORS, provider, batch, channels, *sides))
+        if theirs is not None:
+            lines.append(f"{op:34} {provider:8} {batch:5} {channels * 9 // 4:8} {ours / theirs:15.2f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after so long")
@@ -252,7 +327,8 @@ def main() -> None:
     results.add(rows)
     probe = torch.zeros(1, 1, 1, device="cuda")
     chosen = [b for b in map(backends.get, options.backend) if b.refusal(probe, probe.dtype, Activation()) is None]
-    todo = [(op, b, s, n) for n in options.batch for s in shapes() for b in chosen for op in OPERATIONS]
+    layers = [(s, op) for of, ops in ((shapes(), OPERATIONS), (strided_shapes(), STRIDED)) for s in of for op in ops]
+    todo = [(op, b, s, n) for n in options.batch for s, op in layers for b in chosen]
     for operation, backend, shape, batch in tqdm(todo, disable=None, unit="case"):
         shape_of = [batch, shape.channels, shape.side, shape.side]
         if budget.left() < 0:
@@ -261,6 +337,7 @@ def main() -> None:
         if not results.find(op=operation.name, provider=backend.name, shape=shape_of, network=shape.network):
             results.add(measure(operation, backend, shape, batch, tuple(peak)))
     print(table(results.find()))
+    print(strided_table(results.find()))
 
 
 if __name__ == "__main__":

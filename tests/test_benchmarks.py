@@ -53,10 +53,10 @@ def test_layers():
     assert [s.side for s in found[:8:2]] == [56, 28, 14, 7] and len(found) == 16
 
 
-@pytest.mark.parametrize("operation", bench_kernels.OPERATIONS, ids=lambda o: o.name)
+@pytest.mark.parametrize("operation", bench_kernels.OPERATIONS + bench_kernels.STRIDED, ids=lambda o: o.name)
 def test_every_operation_runs_and_is_checked(operation):
     shape = bench_kernels.Shape("tiny", 1, 16, 64, 5)
-    t = bench_kernels.Operands(shape, 2, torch.bfloat16, "cpu")
+    t = operation.operands(shape, 2, torch.bfloat16, "cpu")
     assert bench_kernels.worst_error(operation, backends.get("cpu"), t) < 0.02
     if operation.stock is not None:
         operation.stock(t.float())
@@ -65,7 +65,7 @@ def test_every_operation_runs_and_is_checked(operation):
                  "bn_act_backward_accumulate", "pending_grad_"):  # fmt: skip
         setattr(wrong, name, lambda *args, _right=getattr(backends.get("reference"), name): _spoiled(_right(*args), args))
     if operation.name != "add_act":
-        assert not bench_kernels.worst_error(operation, wrong, bench_kernels.Operands(shape, 2, torch.bfloat16, "cpu")) < 0.02
+        assert not bench_kernels.worst_error(operation, wrong, operation.operands(shape, 2, torch.bfloat16, "cpu")) < 0.02
 
 
 def _spoiled(result, args):
@@ -88,6 +88,13 @@ def test_floors():
     )
     assert clocks("bn_act_conv 3x3", 0) == pytest.approx(2200, rel=0.02)
     assert clocks("bn_act_conv_backward 3x3 data", 0) == pytest.approx(4400, rel=0.02)
+
+
+def test_a_stride_is_set_beside_the_vendors():
+    found = (("a", 128, 1.0), ("a, vendor's", 128, 2.0), ("a, vendor's", 256, 4.0), ("a", 256, 6.0), ("b", 64, 1.0))
+    rows = [row(op, "triton", "device", "time", "s", [seconds], shape=[8, C, 56, 56]) for op, C, seconds in found]
+    lines = [line.split() for line in bench_kernels.strided_table(rows).splitlines()]
+    assert lines[1:] == [["a", "triton", "8", "288", "0.50"], ["a", "triton", "8", "576", "1.50"]]
 
 
 def test_rows_of_the_same_commit_are_found_again(tmp_path):

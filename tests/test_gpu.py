@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from small_nets import small_densenet
 from test_dense_block import POLICIES, random_block, state, stock_of
+from test_residual_block import Block
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops import triton
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -49,6 +51,20 @@ def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes)
     ours = module_run(block, dtype)({"x": inputs["x"].clone()}, copy.deepcopy(params))
     truth = true_run(module_run(stock_of(block)), inputs, params)
     assert_within_rule(ours, truth, torch_runs(run, inputs, params), dtype or torch.float32)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("by_us", [True, False])
+def test_a_strided_block_of_resnet50(backend, policy, channels_last, by_us, monkeypatch):
+    monkeypatch.setattr(triton, "STRIDED_PRODUCTS", float("inf") if by_us else 0)
+    block = Block((256, 128, 128, 512), (1, 3, 1), stride=2, projection="normed", policy=policy).cuda()
+    plain = copy.deepcopy(block)
+    plain.policy = None
+    params, inputs = state(block), {"x": maps((8, 256, 56, 57), channels_last=channels_last)}
+    run = module_run(plain, torch.bfloat16)
+    ours = module_run(block, torch.bfloat16)({"x": inputs["x"].clone()}, copy.deepcopy(params))
+    assert_within_rule(ours, true_run(module_run(plain), inputs, params), torch_runs(run, inputs, params), torch.bfloat16)
 
 
 def step(net, x, target, optimizer):

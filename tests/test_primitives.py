@@ -1,5 +1,6 @@
 """Every backend's primitives against the reference in float64, and the operators' registration."""
 
+import math
 import os
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def conv_cases():
     yield "3x3 whole vectors, bias", pointwise._replace(padding=(1, 1)), (16, 32, 3, 3), True
     yield "3x3 dilated, grouped, bias", Conv(torch.empty(0), None, (2, 2), (2, 2), 4), (8, 5, 3, 3), True
     yield "5x3", pointwise._replace(padding=(2, 1)), (6, 20, 5, 3), False
+    yield "strided", pointwise._replace(padding=(1, 0), stride=(2, 3)), (6, 20, 3, 3), False
 
 
 CASES = {name: (conv, shape, bias) for name, conv, shape, bias in conv_cases()}
@@ -167,10 +169,10 @@ class TestConvolution:
     def test_forward(self, backend, case, dtype, channels_last, masked):
         conv, tensors = self.inputs(case, dtype)
         activation = Activation("relu")
-        outputs = tensors["weight"].shape[0]
-        mask = torch.rand(3, outputs, 11, 9) > 0.5 if masked else None
+        outputs, *sizes = tensors["weight"].shape[0], *conv._replace(weight=tensors["weight"]).outputs((11, 9))
+        mask = torch.rand(3, outputs, *sizes) > 0.5 if masked else None
         source, _ = buffer_slice(tensors["x"], channels_last)
-        out, untouched = buffer_slice(torch.full((3, outputs, 11, 9), float("nan"), dtype=dtype), channels_last)
+        out, untouched = buffer_slice(torch.full((3, outputs, *sizes), float("nan"), dtype=dtype), channels_last)
         ours = conv._replace(weight=tensors["weight"], bias=tensors.get("bias"))
         affine = Affine(tensors["scale"], tensors["shift"], activation)
         stats = Stats(*(torch.empty(outputs, dtype=stats_dtype(dtype)) for _ in range(2)))
@@ -187,7 +189,7 @@ class TestConvolution:
         # The statistics are those of what was written, rounded as it is.
         close(stats, lambda t: reference.channel_stats(t["x"]), {"x": out.contiguous()}, torch.float32)
         # And the norm that reads them is folded as `fold` does it.
-        assert fold.affine.activation == activation and fold.count == 3 * 11 * 9
+        assert fold.affine.activation == activation and fold.count == 3 * math.prod(sizes)
         expected = backends.get("reference").fold(reader, stats, fold.count, activation)
         torch.testing.assert_close([*fold.affine[:2], *fold[1:3]], [*expected.affine[:2], *expected[1:3]], rtol=1e-6, atol=1e-6)
         frozen = BatchNorm(running_mean=torch.randn(outputs), running_var=torch.rand(outputs), batch_stats=False)
@@ -200,9 +202,9 @@ class TestConvolution:
     def test_backward(self, backend, case, dtype, channels_last, accumulate, pending):
         conv, tensors = self.inputs(case, dtype)
         activation = Activation("relu")
-        outputs = tensors["weight"].shape[0]
+        outputs, *sizes = tensors["weight"].shape[0], *conv._replace(weight=tensors["weight"]).outputs((11, 9))
         for name in ("dy", "z"):
-            tensors[name] = torch.randn(3, outputs, 11, 9).to(dtype)
+            tensors[name] = torch.randn(3, outputs, *sizes).to(dtype)
         tensors["d"] = torch.randn_like(tensors["x"])
         tensors.update(zip(("alpha", "beta", "delta"), vectors(outputs, dtype, 3)))
         # The layout of the convolution's own input decides; a bottleneck is a map of its own, a wide input is a slice.

@@ -9,14 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+from resdense_ext.ops.triton import is_ours
+from resdense_ext.reference import Conv
 
 TESTS = Path(__file__).resolve().parent
 TABLE = TESTS / "triton_resources.txt"
 INTERPRETED = {
     "float32 convolutions": ("test_primitives.py", "TestConvolution and triton and float32 and wide"),
-    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and bfloat16 and dilated"),
+    "bfloat16 convolutions": ("test_primitives.py", "TestConvolution and triton and (bfloat16 and dilated or bfloat16-True and strided)"),
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
-    "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not bfloat16 and not float64"),
+    "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not float16 and not float64"),
+    "windows of convolutions": ("triton_strided.py", ""),
     "dense block": ("test_dense_block.py", "min and (test_autocast and float32 or test_lower_precision and bfloat16 and True or TestDropout and triton)"),
     "residual block": (
         "test_residual_block.py",
@@ -62,6 +67,17 @@ def test_in_the_interpreter(interpreted, name):
     answer = interpreted[name].result()
     assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
     assert " passed" in answer.stdout
+
+
+def test_which_convolutions_that_move_positions_are_ours():
+    def conv(K, C=64, dtype=torch.bfloat16, **kwargs):
+        return Conv(torch.empty(K, C, 3, 3, dtype=dtype), **{"padding": (1, 1), "stride": (2, 2), **kwargs})
+
+    assert [is_ours(conv(K)) for K in (64, 128, 256, 512)] == [True, True, False, False]
+    assert is_ours(conv(32, padding=(0, 0), stride=())) and not is_ours(conv(64, padding=(0, 0), stride=()))
+    for other in (conv(64, dtype=torch.float32), conv(64, dilation=(2, 2)), conv(64, 2, groups=32)):
+        assert not is_ours(other)
+    assert is_ours(conv(512, dtype=torch.float32, stride=())) and not is_ours(conv(64, 2, groups=32, stride=()))
 
 
 @pytest.mark.gpu

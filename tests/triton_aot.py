@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, configs, elementwise, fold, launch  # noqa: E402
+from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, configs, elementwise, fold, launch, tune  # noqa: E402
 from resdense_ext.kernels.bn_act_conv import bn_act_conv  # noqa: E402
 from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward  # noqa: E402
 from resdense_ext.reference import Activation, BatchNorm, Conv  # noqa: E402
@@ -82,23 +82,21 @@ def compile_launch(recorded_launch: Launch, arch: int) -> Resources:
     return Resources(registers, stack, compiled.metadata.shared, "wgmma" in compiled.asm["ptx"])
 
 
-def _map(channels: int, dtype: torch.dtype, last: bool, of: int) -> torch.Tensor:
+def _map(channels: int, dtype: torch.dtype, last: bool, of: int, side: int = 56) -> torch.Tensor:
     """A slice of a block's buffer; nothing is ever read of it."""
-    buffer = torch.empty((8, of, 56, 56), dtype=dtype)
+    buffer = torch.empty((8, of, side, side), dtype=dtype)
     return (buffer.to(memory_format=torch.channels_last) if last else buffer)[:, :channels]
 
 
 def launch_of(key: configs.Key, last: bool, plain: bool) -> Launch:
     """A launch by this entry of the table: channels-last or first; as in a DenseNet, or ``plain`` with all that it leaves out."""
     dtype = torch.bfloat16 if key.precision == "16" else torch.float32
-    size = 1 if key.taps == "1" else 3
-    C, K = (192, 128) if size == 1 else (128, 32)
-    x = _map(C, dtype, last, 256 if size == 1 else C)
-    z = _map(K, dtype, last, K if size == 1 else 256)
+    C, inputs_of, K, outputs_of, size, stride = tune.LAYERS[key.taps]
+    x, z = _map(C, dtype, last, inputs_of), _map(K, dtype, last, outputs_of, 56 // stride)
     weight = torch.empty((K, C, size, size), dtype=dtype)
     weight = weight.to(memory_format=torch.channels_last) if last else weight
     vector, vector_k = torch.empty(C), torch.empty(K)
-    conv = Conv(weight, vector_k if plain else None, (size // 2,) * 2)
+    conv = Conv(weight, vector_k if plain else None, (size // 2,) * 2, stride=(stride,) * 2)
     activation = Activation("leaky_relu", 0.1) if plain else Activation()
     pending = None if plain else (z, vector_k, vector_k, vector_k)
     with (

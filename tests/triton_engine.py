@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from test_dense_block import random_block
+from test_residual_block import BLOCKS, Block, input_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from triton.runtime.interpreter import GridExecutor
 
 import resdense_ext as rd
 from resdense_ext.kernels import configs, tune
 from resdense_ext.kernels.configs import Config
-from resdense_ext.ops import dense_block
+from resdense_ext.ops import dense_block, residual_block
+from resdense_ext.ops import triton as triton_ops
 
 pytestmark = pytest.mark.unpoisoned  # filling memory would be one more launch
 ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -32,7 +35,7 @@ class Device(TorchDispatchMode):
         if namespace == "resdense":
             # The mode is off in here; what is inside the operator is what is asked for.
             with self:
-                return {"dense_block": dense_block._dense_block, "dense_block_backward": dense_block._dense_block_backward}[name](*args)
+                return getattr(dense_block if name.startswith("dense") else residual_block, f"_{name}")(*args)
         result = func(*args, **kwargs or {})
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if name in ALLOCATE:
@@ -116,7 +119,33 @@ def test_nothing_of_the_size_of_a_layers_input_is_allocated(policy):
     assert len(forward) == 1 and backward == [channels * positions, *forward]
 
 
-@pytest.mark.parametrize("taps", [1, 9])
+def strided_step() -> list[Counter]:
+    """The launches of a bottleneck with a stride in bfloat16, forward and backward."""
+    block = Block(**BLOCKS["bottleneck down"], policy="fast").to(torch.bfloat16)
+    x = input_of(block, (5, 4), True).to(torch.bfloat16).requires_grad_()
+    with rd.use_backend("triton"):
+        with Device() as forward:
+            y = block(x)
+        with Device() as backward:
+            torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
+    return [Counter(device.launches) for device in (forward, backward)]
+
+
+def test_a_stride_takes_three_launches_and_no_activation(monkeypatch):
+    """Beside the vendor's convolution, which such a block takes where it has too many products."""
+    ours = strided_step()
+    monkeypatch.setattr(triton_ops, "STRIDED_PRODUCTS", 0)
+    theirs = strided_step()
+    assert [a - b for a, b in zip(ours, theirs)] == [
+        {"bn_act_conv_fwd_kernel": 1},
+        {"bn_act_conv_bwd_data_kernel": 1, "bn_act_conv_bwd_weight_kernel": 1},
+    ]
+    forward, backward = (b - a for a, b in zip(ours, theirs))
+    assert all(forward[name] == 1 for name in ("bn_act_fwd_kernel", "conv2d", "channel_stats_fwd_kernel"))
+    assert all(backward[name] == 1 for name in ("bn_act_fwd_kernel", "convolution_backward", "bn_act_bwd_kernel"))
+
+
+@pytest.mark.parametrize("taps", tune.LAYERS)
 def test_what_is_tuned_runs(taps):
     for run in tune.layer_runs(taps, torch.bfloat16, "cpu", batch=1, side=5).values():
         assert all(result.isfinite().all() for result in run(None))
@@ -139,7 +168,7 @@ def test_tuning_takes_the_fastest_that_is_right(monkeypatch):
 
     monkeypatch.setattr(tune, "layer_runs", lambda *args: dict.fromkeys(configs.OPS, run))
     choices = tune.tune("cpu", [good, wrong, broken, fastest], seconds=seconds)
-    assert len(choices) == 12 and all(c.best == fastest and c.best_seconds == 1.0 for c in choices)
+    assert len(choices) == 15 and all(c.best == fastest and c.best_seconds == 1.0 for c in choices)
     assert broken in asked and wrong in asked
 
     written = {tuple(row["key"]): row["config"] for row in json.loads(tune.table_text(choices))}

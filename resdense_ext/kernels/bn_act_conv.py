@@ -1,7 +1,7 @@
 """A convolution whose prologue is a batch norm with its activation, and whose epilogue takes the statistics of the result.
 
-One implicit matrix product ``[positions, taps * C] x [taps * C, K]``: 1x1 and 3x3, one to three dimensions, stride 1, any
-dilation, both memory formats, in and out of slices of a block's buffer. A padded tap adds 0, not ``act(shift)``.
+One implicit matrix product ``[positions, taps * C] x [taps * C, K]``: any kernel, one to three dimensions, dilation or
+stride, both memory formats, in and out of slices of a block's buffer. A padded tap adds 0, not ``act(shift)``.
 
 Bytes of a 1x1 (bfloat16, C inputs, 128 outputs): ``2 C + 256`` a position, of a 3x3 from 128 to 32 channels 320. Programs are
 persistent and keep their statistics in registers; the last to finish merges what all have left, and folds the reader's norm.
@@ -48,14 +48,14 @@ def bn_act_conv_fwd_kernel(
     out_ptr, on, os, oc,
     mean_ptr, m2_ptr, part_ptr, part_count_ptr, ticket_ptr,
     norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr, eps, fold_ptr,
-    M, S, C, K, D, H, W, dilation_d, dilation_h, dilation_w,
+    M, S, C, K, D, H, W, OH, OW, dilation_d, dilation_h, dilation_w,
     ACT: tl.constexpr, SLOPE: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, STATS: tl.constexpr,
     FOLD: tl.constexpr, FOLD_WEIGHT: tl.constexpr, FOLD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    TAPS: tl.constexpr = KD * KH * KW
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < K
@@ -76,13 +76,15 @@ def bn_act_conv_fwd_kernel(
             tap = step // channel_steps
             channels = (step - tap * channel_steps) * BLOCK_K + tl.arange(0, BLOCK_K)
             channel_mask = channels < C
-            offset, valid = shifted(place, tap, D, H, W, dilation_d, dilation_h, dilation_w, 1, KD, KH, KW)
+            offset, valid = shifted(
+                place, tap, D, H, W, OH, OW, dilation_d, dilation_h, dilation_w, 1, KERNEL, STRIDE, PADDING
+            )
             valid = valid & row_mask
             x = load_tile(x_ptr, x_rows + offset.to(tl.int64) * xs, channels.to(tl.int64) * xc, valid, channel_mask, X_LAST)
             scale = tl.load(scale_ptr + channels, mask=channel_mask, other=0.0)
             shift = tl.load(shift_ptr + channels, mask=channel_mask, other=0.0)
             a = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], SLOPE, ACT)
-            if TAPS > 1:
+            if TAPS > 1 or STRIDE is not None:
                 a = tl.where(valid[:, None], a, 0.0)
             weight = tl.load(
                 weight_ptr + columns[None, :].to(tl.int64) * wk + channels[:, None].to(tl.int64) * wc + tap * wt,
@@ -169,15 +171,15 @@ def bn_act_conv(
     Args:
         x, out: maps of float32, bfloat16 or float16. ``out`` is written.
         scale, shift: ``[C]``, float32.
-        conv: without groups; its weight has the dtype that products are computed in.
+        conv: without groups, and with dilation 1 unless it keeps the size; its weight has the dtype of the products.
         mask: broadcasts to ``out``; a dropout mask of any dtype.
         stats: ``[K]`` twice, float32: mean and sum of squared deviations of what is written, which are written too.
         reader: the norm whose fold, ``[3, K]`` float32, is returned: by ``stats`` or, where it has none, its running ones.
         config: other than the table's, to compare configurations.
     """
     source, target, geometry = Map.of(x), Map.of(out, "out"), Geometry.of(x, conv)
-    K, M = target.C, source.count
-    config = config or config_of("bn_act_conv", x.device, conv.weight.dtype, geometry.taps, source.C, K)
+    K, M = target.C, target.count
+    config = config or config_of("bn_act_conv", x.device, conv.weight.dtype, geometry.kind, source.C, K)
     blocks = ceil_div(K, config.BLOCK_N)
     shared = programs(x, ceil_div(M, config.BLOCK_M), blocks, config.each)
     parts = counts = ticket = folded = None
@@ -199,11 +201,10 @@ def bn_act_conv(
         out, target.sn, target.ss, target.sc,
         *stats or (None, None), parts, counts, ticket,
         norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, folded,
-        M, source.S, source.C, K, *geometry.sizes, *geometry.dilation,
+        M, target.S, source.C, K, *geometry.sizes, *geometry.outputs[1:], *geometry.dilation,
         ACT=activation.name, SLOPE=activation.slope, X_LAST=source.last, OUT_LAST=target.last,
-        KD=geometry.kernel[0], KH=geometry.kernel[1], KW=geometry.kernel[2],
         BIAS=conv.bias is not None, MASK=mask is not None, STATS=stats is not None,
         FOLD=reader is not None, FOLD_WEIGHT=norm.weight is not None, FOLD_BIAS=norm.bias is not None, PRECISION=tf32(),
-        **config.constants(),
+        **geometry.constants(), **config.constants(),
     )  # fmt: skip
     return folded

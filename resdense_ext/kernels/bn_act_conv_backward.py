@@ -1,7 +1,8 @@
 """The backward of `bn_act_conv`: two implicit matrix products, each with its elementwise work as prologue and epilogue.
 
 The incoming gradient ``dz`` is plain or pending, ``alpha * dy + beta * z + delta``, and is finished as it is read. A padded tap
-has no gradient. Both products shift ``dz``, which is the narrow operand of a 3x3.
+has no gradient. Both products shift ``dz``, which is the narrow operand of a 3x3; with a stride the weight's shifts ``x``, and
+the data's goes through residue classes of positions, so that each meets the taps that reach it and no others.
 
 - Data: ``dy = act'(scale * x + shift) * conv_transposed(dz)``, written or added to the block's gradient times ``scale``; in the
   same pass dbeta and dgamma, from which the last program makes the norm's correction. A 1x1 with C inputs moves ``6 C + 512``
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resdense_ext.kernels.configs import Config, config_of
-from resdense_ext.kernels.geometry import Geometry, shifted
+from resdense_ext.kernels.geometry import Geometry, class_place, class_tap, class_taps, shifted
 from resdense_ext.kernels.launch import ceil_div, launch, programs, tf32, tickets
 from resdense_ext.kernels.maps import Map
 from resdense_ext.kernels.stats import sum_programs
@@ -72,12 +73,12 @@ def bn_act_conv_bwd_data_kernel(
     x_ptr, xn, xs, xc, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
     out_ptr, on, os, oc,
     part_ptr, ticket_ptr, norm_weight_ptr, norm_bias_ptr, correction_beta_ptr, correction_delta_ptr, count,
-    M, S, C, K, D, H, W, dilation_d, dilation_h, dilation_w,
+    M, S, C, K, D, H, W, OD, OH, OW, dilation_d, dilation_h, dilation_w,
     PENDING: tl.constexpr, ACCUMULATE: tl.constexpr, CORRECT: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     DY_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr, OUT_LAST: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    CLASSES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # The column blocks of one tile of positions run side by side, and find its gradient in the second-level cache.
     blocks = tl.cdiv(C, BLOCK_N)
@@ -87,20 +88,34 @@ def bn_act_conv_bwd_data_kernel(
     output_steps = tl.cdiv(K, BLOCK_K)
     plane = programs * C
     part = part_ptr + program * C  # in two planes: the sums of dy and of dy * (x - mean)
-    for tile in range(program, tl.cdiv(M, BLOCK_M), programs):
-        first = tl.cast(tile, tl.int64) * BLOCK_M
+    tiles = tl.cdiv(M, BLOCK_M)
+    for tile in range(program, tiles * CLASSES, programs):
+        # Class by class, so that every program has its share of those with many taps and of those with few.
+        residue = tile // tiles if CLASSES > 1 else 0
+        first = tl.cast(tile - residue * tiles, tl.int64) * BLOCK_M
         row_mask = first + tl.arange(0, BLOCK_M) < M
         sample, place = positions_from(first, S, BLOCK_M)
+        taps = KERNEL[0] * KERNEL[1] * KERNEL[2]
+        if STRIDE is not None:
+            place, inside = class_place(residue, place, D, H, W, STRIDE)
+            row_mask &= inside
+            taps = class_taps(residue, KERNEL, STRIDE, PADDING)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(KD * KH * KW * output_steps):
+        for step in range(taps * output_steps):
             tap = step // output_steps
             outputs = (step - tap * output_steps) * BLOCK_K + tl.arange(0, BLOCK_K)
             output_mask = outputs < K
-            offset, valid = shifted(place, tap, D, H, W, dilation_d, dilation_h, dilation_w, -1, KD, KH, KW)
+            if STRIDE is None:
+                offset, valid = shifted(
+                    place, tap, D, H, W, OH, OW, dilation_d, dilation_h, dilation_w, -1, KERNEL, STRIDE, PADDING
+                )
+                at_output = place + offset
+            else:
+                tap, at_output, valid = class_tap(place, residue, tap, H, W, OD, OH, OW, KERNEL, STRIDE, PADDING)
             dz = _load_grad(
                 dy_ptr, dyn, dys, dyc, z_ptr, zn, zs, zc, alpha_ptr, beta_ptr, delta_ptr,
-                sample, place + offset, outputs, valid & row_mask, output_mask, PENDING, DY_LAST, Z_LAST,
+                sample, at_output, outputs, valid & row_mask, output_mask, PENDING, DY_LAST, Z_LAST,
             )  # fmt: skip
             weight = tl.load(
                 weight_ptr + outputs[:, None].to(tl.int64) * wk + columns[None, :].to(tl.int64) * wc + tap * wt,
@@ -154,9 +169,9 @@ def bn_act_conv_bwd_weight_kernel(
     x_ptr, xn, xs, xc, scale_ptr, shift_ptr,
     dweight_ptr, wk, wc, wt,
     part_ptr, ticket_ptr, group,
-    M, S, C, K, D, H, W, dilation_d, dilation_h, dilation_w,
+    M, S, C, K, D, H, W, OH, OW, dilation_d, dilation_h, dilation_w,
     PENDING: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, DY_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr,
-    COMPUTE: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # BLOCK_M input channels by BLOCK_N output channels of one tap, summed over BLOCK_K positions at a time.
@@ -175,17 +190,24 @@ def bn_act_conv_bwd_weight_kernel(
         first = tl.cast(tile, tl.int64) * BLOCK_K
         row_mask = first + tl.arange(0, BLOCK_K) < M
         sample, place = positions_from(first, S, BLOCK_K)
-        offset, valid = shifted(place, tap, D, H, W, dilation_d, dilation_h, dilation_w, -1, KD, KH, KW)
+        offset, valid = shifted(
+            place, tap, D, H, W, OH, OW, dilation_d, dilation_h, dilation_w, -1, KERNEL, STRIDE, PADDING
+        )
+        valid = valid & row_mask
+        if STRIDE is None:
+            at_output, at_input, input_mask = place + offset, place, row_mask
+        else:
+            at_output, at_input, input_mask = place, place + offset, valid
         dz = _load_grad(
             dy_ptr, dyn, dys, dyc, z_ptr, zn, zs, zc, alpha_ptr, beta_ptr, delta_ptr,
-            sample, place + offset, outputs, valid & row_mask, output_mask, PENDING, DY_LAST, Z_LAST,
+            sample, at_output, outputs, valid, output_mask, PENDING, DY_LAST, Z_LAST,
         )  # fmt: skip
-        rows = row_offsets(sample, place, xn, xs)
-        x = load_tile(x_ptr, rows, channels.to(tl.int64) * xc, row_mask, channel_mask, X_LAST).to(tl.float32)
+        rows = row_offsets(sample, at_input, xn, xs)
+        x = load_tile(x_ptr, rows, channels.to(tl.int64) * xc, input_mask, channel_mask, X_LAST).to(tl.float32)
         a = activate(scale[None, :] * x + shift[None, :], SLOPE, ACT)
         acc = product(tl.trans(rounded(a, COMPUTE)), rounded(dz, COMPUTE), acc, PRECISION)
 
-    size = (KD * KH * KW * C).to(tl.int64) * K
+    size = (KERNEL[0] * KERNEL[1] * KERNEL[2] * C).to(tl.int64) * K
     at = ((tap * C + channels[:, None]) * K + outputs[None, :]).to(tl.int64)
     mask = channel_mask[:, None] & output_mask[None, :]
     tl.store(part_ptr + split * size + at, acc, mask=mask)
@@ -234,7 +256,7 @@ def bn_act_conv_data_backward(
 
     Args:
         dy, pending: the gradient of the convolution's output; ``z, alpha, beta, delta`` where it is pending.
-        conv: without groups.
+        conv: without groups, and with dilation 1 unless it keeps the size.
         x: the input map; ``fold`` its norm's scale, shift, mean and rstd, ``[C]`` in float32, over ``count`` positions (None:
             running statistics, which have no correction).
         out: written with dy; with ``scale * dy`` added where ``correction`` is given.
@@ -244,10 +266,11 @@ def bn_act_conv_data_backward(
         The gradients of the norm's weight and bias, and the correction's beta and delta: all ``[C]``, float32.
     """
     source, target, geometry = Map.of(x), Map.of(out, "out"), Geometry.of(x, conv)
-    C, K, M = source.C, conv.weight.shape[0], source.count
-    config = config or config_of("bn_act_conv_backward_data", x.device, conv.weight.dtype, geometry.taps, K, C)
+    C, K, S = source.C, conv.weight.shape[0], geometry.class_size
+    M = source.N * S
+    config = config or config_of("bn_act_conv_backward_data", x.device, conv.weight.dtype, geometry.kind, K, C)
     blocks = ceil_div(C, config.BLOCK_N)
-    shared = programs(x, ceil_div(M, config.BLOCK_M), blocks, config.each)
+    shared = programs(x, ceil_div(M, config.BLOCK_M) * geometry.classes, blocks, config.each)
     norm_weight, norm_bias = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
     beta, delta = correction or (
         (torch.zeros if count is None else torch.empty)((2, C), dtype=torch.float32, device=x.device).unbind()
@@ -263,11 +286,10 @@ def bn_act_conv_data_backward(
         out, target.sn, target.ss, target.sc,
         torch.empty((2, shared, C), dtype=torch.float32, device=x.device), tickets(x, blocks),
         norm_weight, norm_bias, beta, delta, float(count or 0),
-        M, source.S, C, K, *geometry.sizes, *geometry.dilation,
+        M, S, C, K, *geometry.sizes, *geometry.outputs, *geometry.dilation,
         ACCUMULATE=correction is not None, CORRECT=count is not None, ACT=activation.name, SLOPE=activation.slope,
-        X_LAST=source.last, OUT_LAST=target.last,
-        KD=geometry.kernel[0], KH=geometry.kernel[1], KW=geometry.kernel[2], PRECISION=tf32(),
-        **constants, **config.constants(),
+        X_LAST=source.last, OUT_LAST=target.last, PRECISION=tf32(), CLASSES=geometry.classes,
+        **geometry.constants(), **constants, **config.constants(),
     )  # fmt: skip
     return norm_weight, norm_bias, beta, delta
 
@@ -287,8 +309,9 @@ def bn_act_conv_weight_backward(
 ) -> Tensor:
     """The gradient of the convolution's weight, in its dtype and memory format. Arguments as in the data gradient."""
     source, geometry = Map.of(x), Geometry.of(x, conv)
-    C, K, M = source.C, conv.weight.shape[0], source.count
-    config = config or config_of("bn_act_conv_backward_weight", x.device, conv.weight.dtype, geometry.taps, C, K)
+    C, K, S = source.C, conv.weight.shape[0], math.prod(geometry.outputs)
+    M = source.N * S
+    config = config or config_of("bn_act_conv_backward_weight", x.device, conv.weight.dtype, geometry.kind, C, K)
     blocks = geometry.taps * ceil_div(C, config.BLOCK_M) * ceil_div(K, config.BLOCK_N)
     splits = programs(x, ceil_div(M, config.BLOCK_K), blocks, config.each)
     group = math.isqrt(splits - 1) + 1
@@ -301,9 +324,9 @@ def bn_act_conv_weight_backward(
         dweight, dweight.stride(0), dweight.stride(1), geometry.tap_stride(dweight),
         torch.empty((splits, dweight.numel()), dtype=torch.float32, device=x.device),
         tickets(x, blocks * (ceil_div(splits, group) + 1)), group,
-        M, source.S, C, K, *geometry.sizes, *geometry.dilation,
+        M, S, C, K, *geometry.sizes, *geometry.outputs[1:], *geometry.dilation,
         ACT=activation.name, SLOPE=activation.slope, X_LAST=source.last, COMPUTE=_COMPUTE[conv.weight.dtype],
-        KD=geometry.kernel[0], KH=geometry.kernel[1], KW=geometry.kernel[2], PRECISION=tf32(),
-        **constants, **config.constants(),
+        PRECISION=tf32(),
+        **geometry.constants(), **constants, **config.constants(),
     )  # fmt: skip
     return dweight

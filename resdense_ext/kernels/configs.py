@@ -37,7 +37,8 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """``taps`` is 1 or "many"; ``precision`` of the product: 16, "tf32" or "ieee"; ``arch`` 80, 90 or 100."""
+    """``taps`` is 1, "many" or, where positions do not stay in their places, "strided"; ``precision`` of the product: 16 or, but
+    for strided ones, "tf32" or "ieee"; ``arch`` 80, 90 or 100."""
 
     op: str
     taps: str
@@ -70,12 +71,12 @@ def _architecture(device: torch.device) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
-def key_of(op: str, device: torch.device, dtype: torch.dtype, taps: int) -> Key:
-    """Where the table has the entry for products in ``dtype`` with so many taps."""
-    return Key(op, "1" if taps == 1 else "many", tf32() if dtype == torch.float32 else "16", _architecture(device))
+def key_of(op: str, device: torch.device, dtype: torch.dtype, taps: str) -> Key:
+    """Where the table has the entry for products in ``dtype``."""
+    return Key(op, taps, tf32() if dtype == torch.float32 else "16", _architecture(device))
 
 
-def config_of(op: str, device: torch.device, dtype: torch.dtype, taps: int, rows: int, columns: int) -> Config:
+def config_of(op: str, device: torch.device, dtype: torch.dtype, taps: str, rows: int, columns: int) -> Config:
     """The table's entry, and no wider than what is there: ``columns`` results from ``rows`` summed channels.
 
     The weight gradient has ``rows`` by ``columns`` results, and sums over positions.

@@ -14,9 +14,10 @@ from resdense_ext.kernels import configs
 from resdense_ext.kernels.bn_act_conv import bn_act_conv
 from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward
 from resdense_ext.kernels.configs import CANDIDATES, OPS, Config, Key, key_of
+from resdense_ext.kernels.launch import ceil_div
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
-__all__ = ["Choice", "layer_runs", "table_text", "tune"]
+__all__ = ["LAYERS", "Choice", "Layer", "layer_runs", "table_text", "tune"]
 
 
 class Choice(NamedTuple):
@@ -29,17 +30,36 @@ class Choice(NamedTuple):
     best_seconds: float
 
 
-def layer_runs(taps: int, dtype: torch.dtype, device: str, batch: int, side: int) -> dict[str, Callable]:
-    """Every operation of the middle of densenet121, as a function of the configuration; it returns what it has computed."""
-    C, K, size = (256, 128, 1) if taps == 1 else (128, 32, 3)
+class Layer(NamedTuple):
+    """A typical convolution; ``of`` are the channels of the buffers of which its maps are slices."""
 
-    def maps(channels: int, of: int) -> Tensor:
+    inputs: int
+    inputs_of: int
+    outputs: int
+    outputs_of: int
+    size: int
+    stride: int
+
+
+LAYERS = {
+    "1": Layer(256, 512, 128, 128, 1, 1),
+    "many": Layer(128, 128, 32, 512, 3, 1),
+    "strided": Layer(128, 128, 128, 128, 3, 2),
+}
+"""By ``taps`` of the table: of the middle of densenet121, and of the second stage of resnet50."""
+
+
+def layer_runs(taps: str, dtype: torch.dtype, device: str, batch: int, side: int) -> dict[str, Callable]:
+    """Every operation of the layer, as a function of the configuration; it returns what it has computed."""
+    C, inputs_of, K, outputs_of, size, stride = LAYERS[taps]
+
+    def maps(channels: int, of: int, side: int) -> Tensor:
         return torch.randn((batch, side, side, of), dtype=dtype, device=device).movedim(-1, 1)[:, :channels]
 
-    x, D = maps(C, 512 if taps == 1 else C), maps(C, 512 if taps == 1 else C)
-    dy, z = (maps(K, K if taps == 1 else 512) for _ in range(2))
+    x, D = (maps(C, inputs_of, side) for _ in range(2))
+    dy, z = (maps(K, outputs_of, ceil_div(side, stride)) for _ in range(2))
     weight = torch.randn((K, C, size, size), device=device).to(dtype, memory_format=torch.channels_last) / C**0.5
-    conv, activation = Conv(weight, padding=(size // 2,) * 2), Activation()
+    conv, activation = Conv(weight, padding=(size // 2,) * 2, stride=(stride,) * 2), Activation()
     scale, shift, mean, rstd = torch.rand((4, C), device=device).add_(0.1).unbind()
     ones, small = torch.ones(K, device=device), torch.full((K,), 0.01, device=device)
     pending, norm = (z, ones, small, small), BatchNorm(ones, small)
@@ -50,7 +70,7 @@ def layer_runs(taps: int, dtype: torch.dtype, device: str, batch: int, side: int
         return [out, *stats]
 
     def data(config: Optional[Config]) -> list[Tensor]:
-        correction = (torch.zeros_like(scale), torch.zeros_like(scale)) if taps == 1 else None
+        correction = (torch.zeros_like(scale), torch.zeros_like(scale)) if taps == "1" else None
         out = D.clone()
         vectors = (scale, shift, mean, rstd)
         sums = bn_act_conv_data_backward(dy, pending, conv, x, vectors, 1000, activation, out, correction, config)
@@ -90,11 +110,13 @@ def tune(
 
     Candidates that do not compile, do not fit the card or disagree with the table's result are left out.
     """
-    entries = [(op, taps, dtype) for taps in (1, 9) for dtype in (torch.bfloat16, torch.float32) for op in OPS]
+    entries = [
+        (key_of(op, torch.device(device), dtype, taps), dtype)
+        for taps in LAYERS for dtype in (torch.bfloat16, torch.float32) for op in OPS
+    ]  # fmt: skip
     found = []
-    for op, taps, dtype in progress(entries):
-        run = layer_runs(taps, dtype, device, batch, side)[op]
-        key = key_of(op, torch.device(device), dtype, taps)
+    for key, dtype in progress([(key, dtype) for key, dtype in entries if key in configs.table()]):
+        run = layer_runs(key.taps, dtype, device, batch, side)[key.op]
         before = configs.table()[key]
         expected, before_seconds = run(before), seconds(lambda: run(before))
         best, best_seconds = before, before_seconds

@@ -1,4 +1,4 @@
-"""The windows of a pool, in one to three dimensions: which inputs an output has, and which outputs an input."""
+"""The windows of a pool or a convolution, in one to three dimensions: which inputs an output has, and which outputs an input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Windows", "check_spatial", "input_of", "output_of"]
+__all__ = ["Windows", "check_spatial", "coordinates", "input_of", "output_of"]
 
 Sizes = tuple[int, int, int]
 
@@ -73,7 +73,7 @@ def check_spatial(x: Tensor) -> None:
 
 
 @triton.jit
-def _places(place, H, W):
+def coordinates(place, H, W):
     """The coordinates of a place in a sample."""
     line = place // W
     return line // H, line % H, place % W
@@ -90,7 +90,7 @@ def input_of(
     output, tap, D, H, W, OH, OW, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr
 ):  # fmt: skip
     """The places of the inputs at a tap, row-major, of the windows of outputs; and whether they lie in the map."""
-    od, oh, ow = _places(output, OH, OW)
+    od, oh, ow = coordinates(output, OH, OW)
     d, d_inside = _input(od, tap // (KERNEL[1] * KERNEL[2]), D, STRIDE[0], PADDING[0])
     h, h_inside = _input(oh, tap // KERNEL[2] % KERNEL[1], H, STRIDE[1], PADDING[1])
     w, w_inside = _input(ow, tap % KERNEL[2], W, STRIDE[2], PADDING[2])
@@ -112,7 +112,7 @@ def output_of(
     """Of the windows that cover a place that of this ``number``: its output's place, the tap, and whether there is one."""
     ACROSS: tl.constexpr = (KERNEL[2] + STRIDE[2] - 1) // STRIDE[2]
     DOWN: tl.constexpr = (KERNEL[1] + STRIDE[1] - 1) // STRIDE[1]
-    d, h, w = _places(place, H, W)
+    d, h, w = coordinates(place, H, W)
     od, td, d_inside = _output(d, number // (ACROSS * DOWN), OD, KERNEL[0], STRIDE[0], PADDING[0])
     oh, th, h_inside = _output(h, number // ACROSS % DOWN, OH, KERNEL[1], STRIDE[1], PADDING[1])
     ow, tw, w_inside = _output(w, number % ACROSS, OW, KERNEL[2], STRIDE[2], PADDING[2])

@@ -1,12 +1,14 @@
 """The Triton backend: every primitive as a kernel of `resdense_ext.kernels`, for GPUs and for Triton's interpreter.
 
-Grouped convolutions, convolutions with a bias in backward and float64 products go through the framework, as in the reference.
+Convolutions that the vendor's library does better (see `is_ours`), those with a bias in backward and float64 products go through
+the framework, as in the reference.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import Optional
 
@@ -18,9 +20,10 @@ from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Reference
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
-__all__ = ["TritonBackend", "architecture_refusal", "interpreting", "missing"]
+__all__ = ["STRIDED_PRODUCTS", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
 
-_PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_PRODUCTS = (torch.float32, *_SIXTEEN_BITS)
 
 
 @functools.cache
@@ -41,8 +44,33 @@ def architecture_refusal(device: torch.device) -> Optional[str]:
     return None if major >= 8 else f"{device} is sm_{major}{minor}, and the kernels are for sm_80 and later"
 
 
+STRIDED_PRODUCTS = 368
+"""The most multiply-adds a value of the input with which a convolution in 16 bits that moves positions is ours.
+
+By bytes on an H200, not measured yet (`make gpu PART=kernels` times ours and the vendor's): the vendor's library wants the
+activation in memory, written and read, 4 bytes a value or 4 / 4.3e12 s. P multiply-adds a value take it 2 P / 790e12 s, and ours
+twice that if our kernels reach half its rate: with P = 368 both are as fast. Backward has twice the bytes, as the data gradient
+is written and read before its mask, and twice the products. Of ResNet-50's 3x3 convolutions with stride 2 the first has P = 288,
+the others 576 and 1152.
+"""
+
+
+def is_ours(conv: Conv) -> bool:
+    """Whether our kernels compute a convolution, by its shape and dtype; else the vendor's library, on its activated input.
+
+    Grouped convolutions are the vendor's: with ResNeXt's 4 channels a group, 16x16 blocks of the matrix units would be filled
+    to a sixteenth, and even 32 are one short product between a prologue and an epilogue. In float32, strided ones are, too: for
+    IEEE products P is 56, and tf32 is not worth its nine configurations.
+    """
+    if conv.groups > 1 or conv.keeps_size:
+        return conv.groups == 1
+    outputs, _, *kernel = conv.weight.shape
+    products = outputs * math.prod(kernel) / math.prod(conv.steps)
+    return conv.weight.dtype in _SIXTEEN_BITS and max(conv.dilation) == 1 and products <= STRIDED_PRODUCTS
+
+
 def _serves(x: Tensor, conv: Conv) -> bool:
-    return missing() is None and conv.groups == 1 and conv.keeps_size and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
+    return missing() is None and is_ours(conv) and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
 
 
 class TritonBackend(ReferenceBackend):
