@@ -20,7 +20,7 @@ import bench_kernels  # noqa: E402
 import bench_models  # noqa: E402
 
 from resdense_ext.cli.bench import picture  # noqa: E402
-from resdense_ext.cli.bench.rows import read, row  # noqa: E402
+from resdense_ext.cli.bench.rows import row  # noqa: E402
 from resdense_ext.ops import backend as backends  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

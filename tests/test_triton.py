@@ -22,7 +22,10 @@ INTERPRETED = {
     "float16 convolutions": ("test_primitives.py", "TestConvolution and triton and float16 and dilated and not bfloat16"),
     "elementwise and the rest": ("test_primitives.py", "triton and not TestConvolution and not float16 and not float64"),
     "windows of convolutions": ("triton_strided.py", ""),
-    "dense block": ("test_dense_block.py", "min and (test_autocast and float32 or test_lower_precision and bfloat16 and True or TestDropout and triton)"),
+    "dense block": (
+        "test_dense_block.py",
+        "min and (test_autocast and float32 or test_lower_precision and bfloat16 and True or TestDropout and triton)",
+    ),
     "residual block": (
         "test_residual_block.py",
         "test_forms and bottleneck and down or "

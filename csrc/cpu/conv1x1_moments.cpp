@@ -119,14 +119,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, cons
     kernels.sweep(s);
   });
 
-  std::vector<double> mean = sums.added(0), sum_g = grad_sums.added(0), rest(C);
+  const double count = static_cast<double>(from.rows());
+  std::vector<double> rest = sums.added(0), mean(C);
+  const std::vector<double> sum_g = grad_sums.added(0);
   for (int64_t c = 0; c < C; ++c) {
-    rest[c] = mean[c] / from.rows();
+    rest[c] /= count;
     mean[c] = rest[c] + (dtype == ScalarType::Double ? static_cast<const double*>(coef[2])[c] : static_cast<const float*>(coef[2])[c]);
   }
   const Tensor R = torch::stable::empty({C, C}, dtype), G = torch::stable::empty({K, C}, dtype);
   const auto total = dtype == ScalarType::Double ? total_products<double> : total_products<float>;
-  total(squares, tiling.chunks, {R.mutable_data_ptr(), C, C, C, 1}, true, static_cast<double>(from.rows()), rest.data(), rest.data());
+  total(squares, tiling.chunks, {R.mutable_data_ptr(), C, C, C, 1}, true, count, rest.data(), rest.data());
   total(products, tiling.chunks, {G.mutable_data_ptr(), K, C, C, 1}, false, 1, sum_g.data(), rest.data());
   return {doubles(mean.data(), C), R, doubles(sum_g.data(), K), G};
 }
