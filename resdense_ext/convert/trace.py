@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import pickle
 import random
 import sys
 import threading
@@ -135,7 +136,7 @@ class _random_state_kept:
         python, torch_state, cuda, numpy = self._before
         now = self._states()
         same = python == now[0] and all(map(torch.equal, (torch_state, *cuda), (now[1], *now[2])))
-        self._drew = not same or repr(numpy) != repr(now[3])
+        self._drew = not same or pickle.dumps(numpy) != pickle.dumps(now[3])
         random.setstate(python)
         torch.set_rng_state(torch_state)
         if cuda:

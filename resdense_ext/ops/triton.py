@@ -20,6 +20,7 @@ from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
 __all__ = ["TritonBackend", "architecture_refusal", "interpreting", "missing"]
 
+_ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "identity")
 _PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,6 +62,8 @@ class TritonBackend(ReferenceBackend):
             return f"the input is on {x.device.type}"
         if missing():
             return missing()
+        if activation.name not in _ACTIVATIONS:
+            return f"the activation is {activation.name}"
         return architecture_refusal(x.device) if x.is_cuda else None
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
