@@ -238,6 +238,16 @@ class Wrapped(nn.Module):
         return x
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
 class Refused:
     """Forwards that a graph does not stand for, or in which something else happens than in a block."""
 
@@ -272,6 +282,17 @@ class Refused:
     def checkpointed(self, x):
         return checkpoint(self.maps, x, use_reentrant=False)
 
+    def made_a_tensor_by_a_function_in_c(self, x):
+        return self.maps(torch.as_tensor(x) if isinstance(x, torch.Tensor) else x)
+
+    def own_derivative(self, x):
+        return self.maps(Doubled.apply(torch.relu(x)))
+
+    def matched_by_its_type(self, x):
+        match torch.relu(x):
+            case torch.Tensor() as y:
+                return self.maps(y)
+
     def changed_in_place(self, x):
         return self.maps(x).mul_(2)
 
@@ -305,6 +326,9 @@ REASONS = {
     "counts": "sets attributes",
     "without_gradient": "changes a mode of autograd",
     "asks_for_gradients": "recognised no dense or residual block",
+    "made_a_tensor_by_a_function_in_c": "asks for the type of x",
+    "own_derivative": "asks for the type of relu",
+    "matched_by_its_type": "asks for the type of relu",
     "checkpointed": "does not trace|depends on values|changes a mode",
     "input_changed_in_place": "changes a value in place that may be read elsewhere",
     "half_a_layer": "concatenates what is not made of all before it",

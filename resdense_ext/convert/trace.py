@@ -8,6 +8,8 @@ forward sets). Global variables are taken for constant.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import operator
 import pickle
@@ -16,7 +18,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -152,15 +154,36 @@ class _random_state_kept:
 
 
 class _Value(fx.Proxy):
-    """Passes for a tensor where a forward asks for types, as far as it is known to be one."""
+    """Passes for a tensor where a forward asks for types, as far as it is known to be one.
+
+    Only where Python asks: a function in C to which it passed for a tensor (`torch.as_tensor`, a `torch.autograd.Function`)
+    would go on to read a tensor's memory.
+    """
 
     _is_param = False
 
     @property
     def __class__(self):
-        if not self.node.meta["is_tensor"]:
+        asks = sys._getframe(1)
+        if not self.node.meta["is_tensor"] or asks.f_lasti not in _isinstance_calls(asks.f_code):
             raise Untraceable(f"its forward asks for the type of {self.node}")
         return Tensor
+
+
+@functools.lru_cache
+def _isinstance_calls(code: CodeType) -> set[int]:
+    """Where a function calls ``isinstance``: of a call and of the name in it the source begins at one place."""
+    names: set[tuple[int, int]] = set()
+    calls: dict[int, tuple[int, int]] = {}
+    for instruction in dis.get_instructions(code):
+        at = getattr(instruction, "positions", None)  # from Python 3.11 on
+        if at is None or at.col_offset is None:
+            continue
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "isinstance":
+            names.add((at.lineno, at.col_offset))
+        elif instruction.opname.startswith("CALL"):
+            calls[instruction.offset] = at.lineno, at.col_offset
+    return {offset for offset, start in calls.items() if start in names}
 
 
 class _Tracer(fx.Tracer):
