@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.engine import OnEngine
+from resdense_ext.nn.read import own_activation
 
 __all__ = ["Facts", "Traced", "Untraceable", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
 
@@ -71,10 +72,10 @@ def is_own(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is one of torch's layers, and no container of others."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    )
+    """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    return of_torch or own_activation(module) is not None
 
 
 def is_hooked(module: nn.Module) -> bool:
