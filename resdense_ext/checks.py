@@ -48,8 +48,8 @@ _RANKS = (3, 4, 5)
 
 
 def activation_of(name: str, negative_slope: float, argument: str = "activation") -> Activation:
-    if name not in ("relu", "leaky_relu", "elu", "silu", "identity"):
-        raise ValueError(f"{argument}: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
+    if name not in ("relu", "relu6", "leaky_relu", "elu", "silu", "identity"):
+        raise ValueError(f"{argument}: expected relu, relu6, leaky_relu, elu, silu or identity, got {name!r}")
     return Activation(name, negative_slope if name == "leaky_relu" else 0.0)
 
 

@@ -105,7 +105,7 @@ def dense_block(
         layers: every layer's one or two `Unit` (the second after a 1x1 bottleneck), with its parameters and buffers. A
             convolution weight has the dtype of ``x`` (under autocast it is cast); norm vectors may be float32 beside a
             lower precision.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, ``C + L * (1 + bn_size) *
             k`` channels; "min" only the feature maps, ``C + L * k`` channels, and computes the 1x1 convolutions again; a bool a
@@ -173,7 +173,7 @@ def residual_block(
         block: its units, the norm at its end and its shortcut, with parameters and buffers. Convolutions may have strides,
             dilation, groups and biases; their weights have the dtype of ``x`` (under autocast they are cast); norm vectors may
             be float32 beside a lower precision. The shapes of both sides of the addition are the same.
-        activation: relu, leaky_relu, elu, silu or identity, between norms and convolutions.
+        activation: relu, relu6, leaky_relu, elu, silu or identity, between norms and convolutions.
         final_activation: that behind the addition. None for ``activation`` where the block ends with a norm, and for the
             identity where it does not, as in a pre-activation block.
         negative_slope: of leaky_relu.
@@ -237,7 +237,7 @@ def dual_path_stage(
         blocks: one or more, with their parameters and buffers. Every unit has a norm, its convolution's weight has the dtype of
             ``x`` (under autocast it is cast); norm vectors may be float32 beside a lower precision. The convolutions of the first
             unit, the last one and a projection have one group; those between may have any, and a projection's block a stride.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
         policy: "fast" keeps the inputs, the residual half behind every block, the dense half, and the raw outputs of all
             convolutions but the blocks' last; "min" does not keep the latter and computes them again; a bool a block says whose
@@ -292,7 +292,7 @@ def bn_act_pool(
         pool: average (padding counts as zeros), maximum, or global: the mean over all positions, without the sizes below.
         kernel_size, stride, padding: one number or one a spatial dimension; stride is kernel_size where it is None; padding
             is at most half of a window. Positions behind the last whole window are dropped.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
 
     Returns:
@@ -330,7 +330,7 @@ def transition(
         x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
         unit: the norm and the 1x1 convolution.
         kernel_size, stride: of the pool, one number or one a spatial dimension; stride is kernel_size where it is None.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
 
     Returns:
@@ -399,7 +399,7 @@ def add_act(x: Tensor, identity: Tensor, *, activation: str = "relu", negative_s
 
     Args:
         x, identity: maps ``[N, C, *spatial]`` of one shape, dtype and device.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
 
     Returns:
@@ -436,7 +436,7 @@ def bn_add_act(
     Args:
         z, identity: maps ``[N, C, *spatial]`` of one shape, dtype and device.
         norm, identity_norm: parameters and state; running statistics are updated where batch statistics are used.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         negative_slope: of leaky_relu.
 
     Returns:
@@ -489,7 +489,7 @@ def conv1x1_bn_add_act(
         norm: of the convolution's output: parameters and state, vectors of ``K``.
         identity: the shortcut ``[N, K, *spatial of the convolution's output]``, in the dtype of ``x``.
         identity_norm: of the shortcut, as ``norm``.
-        activation: relu, leaky_relu, silu, elu or identity, behind the addition.
+        activation: relu, relu6, leaky_relu, silu, elu or identity, behind the addition.
         negative_slope: of leaky_relu, here and there.
         input_norm: of ``x``, vectors of ``C``.
         input_activation: behind ``input_norm``; without that there is none.

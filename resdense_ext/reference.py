@@ -57,7 +57,7 @@ __all__ = [
 
 
 class Activation(NamedTuple):
-    """``name`` is one of relu, leaky_relu, elu, silu, identity; ``slope`` is the leaky_relu's negative slope."""
+    """``name`` is one of relu, relu6, leaky_relu, elu, silu, identity; ``slope`` is the leaky_relu's negative slope."""
 
     name: str = "relu"
     slope: float = 0.0
@@ -260,6 +260,8 @@ def activate(y: Tensor, activation: Activation = Activation()) -> Tensor:
     name, slope = activation
     if name == "relu":
         return F.relu(y)
+    if name == "relu6":
+        return F.relu6(y)
     if name == "leaky_relu":
         return F.leaky_relu(y, slope)
     if name == "elu":
@@ -268,7 +270,7 @@ def activate(y: Tensor, activation: Activation = Activation()) -> Tensor:
         return F.silu(y)
     if name == "identity":
         return y
-    raise ValueError(f"activation: expected relu, leaky_relu, elu, silu or identity, got {name!r}")
+    raise ValueError(f"activation: expected relu, relu6, leaky_relu, elu, silu or identity, got {name!r}")
 
 
 def activation_slope(y: Tensor, activation: Activation = Activation()) -> Tensor:
@@ -276,6 +278,8 @@ def activation_slope(y: Tensor, activation: Activation = Activation()) -> Tensor
     name, slope = activation
     if name == "relu":
         return (~(y <= 0)).to(y.dtype)
+    if name == "relu6":
+        return (~((y <= 0) | (y >= 6))).to(y.dtype)
     if name == "leaky_relu":
         return torch.where(y > 0, torch.ones_like(y), torch.full_like(y, slope))
     if name == "elu":

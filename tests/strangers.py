@@ -207,9 +207,9 @@ class ResidualInResidualDense(nn.Module):
 class ConvNorm(nn.Sequential):
     """Convolution, norm, activation."""
 
-    def __init__(self, channels, outputs, kernel=3):
+    def __init__(self, channels, outputs, kernel=3, groups=1):
         super().__init__()
-        self.add_module("conv", nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, bias=False))
+        self.add_module("conv", nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups, bias=False))
         self.add_module("norm", nn.BatchNorm2d(outputs))
         self.add_module("relu", nn.ReLU(inplace=True))
 
@@ -314,6 +314,26 @@ class PreActivation(nn.Module):
         out = F.relu(self.bn1(x))
         shortcut = self.project(out) if hasattr(self, "project") else x
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+class Clipped(nn.Module):
+    """ReLU6 in an inverted residual block (MobileNetV2) and, as a function, in a dense block and between concatenations."""
+
+    def __init__(self, channels=8, growth=4):
+        super().__init__()
+        self.expand, self.depthwise = ConvNorm(channels, 16, 1), ConvNorm(16, 16, groups=16)
+        self.project = nn.Sequential(nn.Conv2d(16, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        self.expand.relu, self.depthwise.relu = nn.ReLU6(inplace=True), nn.ReLU6()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels + i * growth) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(channels + i * growth, growth, 3, padding=1) for i in range(3))
+        self.first, self.last = nn.Conv2d(channels + 3 * growth, 6, 1), nn.Conv2d(channels + 3 * growth + 6, 5, 3)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        x = x + self.project(self.depthwise(self.expand(x)))
+        for norm, conv in zip(self.norms, self.convs):
+            x = torch.cat([x, conv(F.relu6(norm(x)))], 1)
+        return self.last(torch.cat([x, F.relu6(self.norm(self.first(x)), inplace=True)], 1))
 
 
 class Residual(nn.Module):

@@ -241,6 +241,28 @@ def test_what_is_traced(policy):
     assert sum(row.layers for row in stages) == 10  # of the stage with two units
     assert [reason.split(":")[0] for reason in report.left] == ["features.stage2.unit2"]  # a batch norm reads it
     assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in stages)
+    assert_like_stock(model, stock, x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_with_activations_are_traced(training):
+    """timm's, in a network that concatenates (VoVNet); another activation counts."""
+    config = dict(stem_chs=[8, 8, 8], stage_conv_chs=[4] * 4, stage_out_chs=[8] * 4, layer_per_block=2, block_per_stage=[1] * 4,
+                  residual=False, depthwise=False, attn="")  # fmt: skip
+    net = library("timm.models.vovnet").VovNet
+    stock, x = made(lambda: net(config, num_classes=5, act_layer="silu")).train(training), images(2, 3, 64, 64)
+    model = rd.convert(copy.deepcopy(stock))
+    report = rd.report(model, x)
+    assert [row.layers for row in report.rows] == [3] * 4 + [0] and not report.left
+    assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in report.rows[:-1])
+    assert_like_stock(model, stock, x)
+    model.stages[0].blocks[0].conv_concat.bn.act = stock.stages[0].blocks[0].conv_concat.bn.act = nn.Tanh()
+    with pytest.warns(UserWarning, match="a OsaBlock runs its stock path"):
+        assert_like_stock(model, stock, x)
+
+
+def assert_like_stock(model, stock, x):
+    """A training step, within the noise of stock's."""
     run, state = module_run(stock), stock.state_dict()
     ours, expected = (each({"x": x.clone()}, copy.deepcopy(state)) for each in (module_run(model), run))
     assert_within_noise(ours, expected, rounding_noise(run, {"x": x}, state))
@@ -378,16 +400,19 @@ def test_volumes_under_autocast(engine, policy):  # noqa: F811
         assert (ours[name] - truth[name]).norm() <= 2 * (theirs[name] - truth[name]).norm(), name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("timm densenet", "timm basic", "monai densenet 2d", "pytorchcv densenet"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("timm dpn b", "pytorchcv dpn")),
-    ],
-)
+COMPILED = {
+    "timm densenet": lambda: library("timm.models.densenet").DenseNet(8, (1, 1), num_classes=5, bn_size=2),
+    "timm basic": lambda: SERVED["timm basic"][0]()(),
+    "monai densenet": lambda: library("monai.networks.nets.densenet").DenseNet(2, 3, 5, 8, 4, (1, 1), 2),
+    "pytorchcv densenet": lambda: library("pytorchcv.models.densenet").DenseNet([[24], [24]], 16, num_classes=5),
+    "timm dpn b": lambda: SERVED["timm dpn b"][0]()(),
+    "pytorchcv dpn": lambda: SERVED["pytorchcv dpn"][0]()(),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if "dpn" in name else []) for name in COMPILED])
 def test_compile(engine, name):  # noqa: F811
-    make, shape, *_ = SERVED[name]
-    stock, x = made(make()).eval(), images(*shape)
+    stock, x = made(COMPILED[name]).eval(), images(*IMAGE)
     torch.compiler.reset()
     compiled = torch.compile(rd.convert(copy.deepcopy(stock)), backend="eager", fullgraph=True)
     assert_same({"output": compiled(x)}, {"output": stock(x)})

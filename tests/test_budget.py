@@ -166,8 +166,11 @@ def test_needs_an_example(options):
         rd.convert(small_densenet(), **options)
 
 
-def test_an_example_that_the_model_refuses():
+@pytest.mark.parametrize("options", [{}, dict(memory_budget=0.5)], ids=["", "budget"])
+def test_an_example_that_the_model_refuses(options):
     model = small_densenet()
-    with pytest.raises(RuntimeError, match="channels"):
-        rd.convert(model, memory_budget=0.5, example_input=images(2, 4, 64, 64))
-    assert not policies(model)
+    classes, state = list(map(type, model.modules())), copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4 channels"):
+        rd.convert(model, **options, example_input=images(2, 4, 64, 64))
+    assert not policies(model) and list(map(type, model.modules())) == classes
+    assert_same(dict(model.state_dict()), dict(state), tolerance=0)

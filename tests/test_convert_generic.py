@@ -160,6 +160,48 @@ def test_a_pool_in_the_shortcut(policy, engine):
     assert engine == [policy]
 
 
+@pytest.mark.usefixtures("silent")
+def test_relu6(policy, engine):
+    """Both its ends are reached, everywhere."""
+    stock, x = S.stranger(S.Clipped), images(2, 8, 9, 7)
+    norms = [m for m in stock.modules() if isinstance(m, nn.BatchNorm2d)]
+    ends = []
+    for norm in norms:
+        nn.init.normal_(norm.weight, 6.0, 1.0)
+    hooks = [m.register_forward_hook(lambda m, _, y: ends.append(min((y < 0).any(), (y > 6).any()))) for m in norms]
+    stock(x)
+    assert len(ends) == 7 and all(ends)
+    for hook in hooks:
+        hook.remove()
+    model = rd.convert(copy.deepcopy(stock), policy)
+    for training in (True, False):
+        engine.clear()
+        assert_same(steps(model.train(training), x), steps(stock.train(training), x))
+        assert engine == [policy] * 2
+    report = rd.report(model.train(), x)
+    assert [row.layers for row in report.rows] == [3, 3, 2, 0]
+    assert all(row.saved_bytes < row.stock_saved_bytes for row in report.rows[:-1])
+
+
+class Padded(nn.Module):
+    """Every other position, and channels of zeros beside: the shortcut without parameters (option A of He et al., 2016)."""
+
+    def forward(self, x):
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+
+
+def test_a_shortcut_of_zeros_is_named_and_the_rest_converted(policy, engine):
+    stock = nn.Sequential(*(S.stranger(S.PostActivation, channels=a, planes=b, stride=b // a) for a, b in ((8, 8), (8, 16), (16, 16))))
+    stock[1].shortcut, x = Padded(), images(2, 8, 8, 6)
+    model = rd.convert(copy.deepcopy(stock), policy, example_input=x)
+    assert [isinstance(block, Stranger) for block in model] == [True, False, True]
+    (reason,) = rd.report(model, x).left
+    assert reason.startswith("1: add") and "adds what is not made by convolutions, batch norms and activations" in reason
+    engine.clear()
+    assert_same(steps(model, x), steps(stock, x))
+    assert engine == [policy] * 2
+
+
 def test_a_pool_of_maxima_in_the_shortcut_is_named():
     with pytest.warns(UserWarning, match="shortcut.0 is MaxPool2d, and not torch's average pool"):
         rd.convert(S.stranger(S.PostActivation, channels=8, planes=12, stride=2, pool=nn.MaxPool2d(2)))
@@ -196,6 +238,16 @@ class Wrapped(nn.Module):
         return x
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
 class Refused:
     """Forwards that a graph does not stand for, or in which something else happens than in a block."""
 
@@ -230,6 +282,17 @@ class Refused:
     def checkpointed(self, x):
         return checkpoint(self.maps, x, use_reentrant=False)
 
+    def made_a_tensor_by_a_function_in_c(self, x):
+        return self.maps(torch.as_tensor(x) if isinstance(x, torch.Tensor) else x)
+
+    def own_derivative(self, x):
+        return self.maps(Doubled.apply(torch.relu(x)))
+
+    def matched_by_its_type(self, x):
+        match torch.relu(x):
+            case torch.Tensor() as y:
+                return self.maps(y)
+
     def changed_in_place(self, x):
         return self.maps(x).mul_(2)
 
@@ -263,6 +326,9 @@ REASONS = {
     "counts": "sets attributes",
     "without_gradient": "changes a mode of autograd",
     "asks_for_gradients": "recognised no dense or residual block",
+    "made_a_tensor_by_a_function_in_c": "asks for the type of x",
+    "own_derivative": "asks for the type of relu",
+    "matched_by_its_type": "asks for the type of relu",
     "checkpointed": "does not trace|depends on values|changes a mode",
     "input_changed_in_place": "changes a value in place that may be read elsewhere",
     "half_a_layer": "concatenates what is not made of all before it",
@@ -612,10 +678,13 @@ class TestExampleInput:
         assert type(model) is S.GrowingList and "resdense_policy" not in vars(model)
 
     def test_the_models_own_error(self):
-        model = S.stranger(S.Recursive)
-        with pytest.raises(RuntimeError, match="expected input"):
-            rd.convert(model, example_input=images(2, 4, 5, 4))
-        assert not any(isinstance(m, Stranger) for m in model.modules())
+        """Also of a forward that nothing is found in."""
+        for model in (S.stranger(S.Recursive), refused("half_a_layer")):
+            classes, state = list(map(type, model.modules())), copy.deepcopy(model.state_dict())
+            with pytest.raises(RuntimeError, match="expected input|running_mean should contain"):
+                rd.convert(model, example_input=images(2, 4, 5, 4))
+            assert list(map(type, model.modules())) == classes
+            assert_same(dict(model.state_dict()), dict(state), tolerance=0)
 
 
 class TestTransformations:

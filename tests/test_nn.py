@@ -11,7 +11,7 @@ from torch import nn
 
 import resdense_ext as rd
 
-ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "silu": nn.SiLU, "identity": nn.Identity}
+ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "silu": nn.SiLU, "identity": nn.Identity}
 
 
 def block(layers=3, channels=6, bn_size=2, growth=4, **options):
@@ -55,7 +55,7 @@ class TestDenseLayer:
         [
             (dict(spatial_dims=0), "spatial_dims: expected 1, 2 or 3, got 0"),
             (dict(spatial_dims=4), "spatial_dims: expected 1, 2 or 3, got 4"),
-            (dict(activation="gelu"), "activation: expected one of relu, leaky_relu, elu, silu, identity, got 'gelu'"),
+            (dict(activation="gelu"), "activation: expected one of relu, relu6, leaky_relu, elu, silu, identity, got 'gelu'"),
             (dict(drop_rate=1.5), "drop_rate: expected a probability from 0 to 1, got 1.5"),
             (dict(drop_rate=-0.5), "drop_rate: expected a probability from 0 to 1, got -0.5"),
         ],

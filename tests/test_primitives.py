@@ -18,6 +18,7 @@ from resdense_ext.ops import _library
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
+from resdense_ext.ops.conv1x1_bn_add_act import activation_backward
 from resdense_ext.ops.triton import architecture_refusal, interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -561,6 +562,19 @@ def test_narrower_instruction_sets(capability):
     assert answer.returncode == 0, answer.stdout[-4000:]
 
 
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "elu", "silu", "identity"])
+def test_slopes_of_activations(name):
+    """At the input and, where that tells, at the output; torch's at the kinks, too."""
+    activation = Activation(name, 0.2)
+    y = torch.linspace(-9, 9, 37, dtype=torch.float64, requires_grad=True)
+    out = reference.activate(y, activation)
+    (expected,) = torch.autograd.grad(out.sum(), y)
+    y, mark = y.detach(), out.detach() if reference.determined(activation) else y.detach()
+    slopes = reference.activation_slope(y, activation), reference.marked_slope(mark, activation)
+    for slope in (*slopes, activation_backward(torch.ones_like(y), mark, activation)):
+        assert (slope - expected).abs().max() <= 4 * torch.finfo(torch.float64).eps
+
+
 class TestBackendChoice:
     def test_a_wrong_name_is_refused(self):
         with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda, triton, got 'gpu'"):
@@ -579,6 +593,12 @@ class TestBackendChoice:
         with backends.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for"):
             backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
 
+    def test_triton_refuses_activations_that_its_kernels_do_not_know(self, monkeypatch):
+        monkeypatch.setattr("resdense_ext.ops.triton.interpreting", lambda: True)
+        monkeypatch.setattr("resdense_ext.ops.triton.missing", lambda: None)
+        refusals = [backends.get("triton").refusal(torch.zeros(1, 1, 1), torch.float32, Activation(n)) for n in ("elu", "relu6")]
+        assert refusals == [None, "the activation is relu6"]
+
     def test_old_gpus_are_refused(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         refusal = architecture_refusal.__wrapped__(torch.device("cuda:1"))
@@ -591,6 +611,7 @@ class TestBackendChoice:
             (torch.zeros(1, 1, 1, device="meta"), torch.float32, Activation(), "on meta"),
             (torch.zeros(1, 1, 1), torch.bfloat16, Activation(), "compute in torch.bfloat16"),
             (torch.zeros(1, 1, 1), torch.float32, Activation("silu"), "silu"),
+            (torch.zeros(1, 1, 1), torch.float32, Activation("relu6"), "relu6"),
         ],
     )
     def test_what_the_cpu_backend_refuses_goes_to_the_reference(self, x, compute, activation, reason):

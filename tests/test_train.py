@@ -461,6 +461,7 @@ def test_unfit_volumes_are_named(array, message, tmp_path):
         (["--model", "densenet_bc4"], "--model: .*densenet_bc40"),
         (["--model", "tiny_segmenter"], r"--model: expected one for labels, .* shape \(1, 10\), got 'tiny_segmenter'"),
         ([*SHAPES, "--model", "tiny_densenet"], r"--model: expected one for masks, .*\(1, 3, 32, 32\), got 'tiny_densenet'"),
+        (["--model", "picky"], r"--model: expected one that takes inputs of 16x16 .*'picky' \(at least 99 pixels, please\)"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--batch-size", "321"], r"--batch-size: .* training examples \(320\), got 321"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),

@@ -104,6 +104,31 @@ def test_autocast_accumulates(pair):
     assert all(grad.dtype == torch.float32 for grad in each[0].values())
 
 
+def scaled_run(module, dtype):
+    """A run for `tolerance`: the gradients of a scaled loss under autocast, unscaled."""
+
+    def run(inputs, params):
+        net, scaler = copy.deepcopy(module), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        net.load_state_dict(params, assign=True)
+        with torch.autocast("cpu", dtype):
+            output = net(inputs["x"])
+        scaler.scale(output.to(torch.promote_types(output.dtype, torch.float32)).square().sum()).backward()
+        scaler.unscale_(torch.optim.SGD(net.parameters()))
+        return {"output": output.detach()} | {f"grad {name}": p.grad for name, p in net.named_parameters()}
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision(pair, dtype, policy, engine):  # noqa: F811
+    stock, model, _ = pair
+    inputs, params = {"x": X.to(dtype)}, stock.float().state_dict()
+    run = scaled_run(stock, dtype)
+    truth, runs = true_run(run, inputs, params), torch_runs(run, inputs, params)
+    assert_within_rule(scaled_run(model, dtype)({"x": inputs["x"].clone()}, copy.deepcopy(params)), truth, runs, dtype)
+    assert engine == [policy]
+
+
 def test_scaled_gradients(pair):
     """A loss scaled by a power of two; a step whose gradients overflow is left out."""
     model = pair[1].float()

@@ -132,9 +132,19 @@ def compiled(policy):
     return results
 
 
-def reductions(policy):
-    """How many, forward and backward, a dense block takes."""
-    block = nn.SyncBatchNorm.convert_sync_batchnorm(rd.convert(small_block(), policy))
+def bottleneck():
+    """With a projection."""
+    torch.manual_seed(0)
+    projection = nn.Sequential(nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8))
+    return randomise(torchvision_models().resnet.Bottleneck(6, 2, downsample=projection)).double()
+
+
+BLOCKS = {"dense": small_block, "residual": bottleneck}
+
+
+def reductions(network, policy):
+    """How many, forward and backward, a block takes."""
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(rd.convert(BLOCKS[network](), policy))
     x = images(2, 6, 5, 6).requires_grad_()
     calls = []
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +154,7 @@ def reductions(policy):
     return {"forward": calls.count("all_gather"), "backward": calls.count("all_reduce")}
 
 
-CASES = [(reductions, policy) for policy in POLICIES]
+CASES = [(reductions, network, policy) for network in BLOCKS for policy in POLICIES]
 CASES += [(sharded, network, policy) for network in NETWORKS for policy in POLICIES]
 CASES += [
     (synchronised, network, policy, order)

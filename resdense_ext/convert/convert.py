@@ -53,10 +53,9 @@ def convert(
             fewest FLOPs are. Gradients, optimizer states and scratch come on top: `resdense_ext.memory.peak_bytes` measures all
             of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
-            inputs. What is rewritten by a trace is compared with stock on it, outputs and gradients in float64, and what
-            differs is left alone. For a budget one forward runs with it, under the autocast in which `convert` is called
-            (and for a share a stock one);
-            buffers and random states are put back.
+            inputs. The stock model is called with it. What is rewritten by a trace is compared with stock on it, outputs and
+            gradients in float64, and what differs is left alone. For a budget one more forward runs with it, under the autocast
+            in which `convert` is called (and for a share another stock one). Buffers and random states are put back.
 
     Returns:
         ``model``.
@@ -127,7 +126,7 @@ def _put_strangers_on_engine(
     """The paths of the blocks in modules that no adapter knows, and what stays stock and why."""
     record = convert_strangers(model, policy, refused)
     left = record.left
-    if example_input is not None and record.owners:
+    if example_input is not None:
         for path, reason in mismatches(model, record.owners, example_input).items():
             left.append(f"{path or type(model).__name__}: {reason}")
             put_back(record.owners.pop(path))

@@ -87,13 +87,13 @@ class Match(NamedTuple):
 _KINDS = {
     "norm": nn.modules.batchnorm._BatchNorm,
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    "activation": (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU),
+    "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
     "dropout": nn.modules.dropout._DropoutNd,
     "identity": nn.Identity,
 }
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
-    **{F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.silu: nn.SiLU},
+    **{F.relu6: nn.ReLU6, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.silu: nn.SiLU},
     **{F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d},
     **{F.avg_pool1d: nn.AvgPool1d, F.avg_pool2d: nn.AvgPool2d, F.avg_pool3d: nn.AvgPool3d},
     **{F.max_pool1d: nn.MaxPool1d, F.max_pool2d: nn.MaxPool2d, F.max_pool3d: nn.MaxPool3d},

@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from resdense_ext.checks import autocasts
-from resdense_ext.convert.gathers import Gather, GraphMatch
+from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, layer_of
 from resdense_ext.convert.trace import Traced, is_hooked
 from resdense_ext.nn.engine import (
@@ -33,6 +33,7 @@ from resdense_ext.nn.read import (
     ResidualModules,
     Unsupported,
     check_untouched,
+    own_activation,
 )
 
 __all__ = ["Part", "Program", "TracedConvGraph", "TracedDenseBlock", "TracedPooledUnit", "TracedResidualBlock"]
@@ -361,9 +362,12 @@ def _graph(owner: nn.Module, name: str, modules: dict[str, nn.Module], match: Ma
     def layer(node: Node | None) -> nn.Module | None:
         return None if node is None else layer_of(node, modules)
 
+    def pair(of: Gather | PieceMatch) -> tuple[nn.Module | None, nn.Module | None]:
+        norm = layer(of.norm)
+        return norm, own_activation(norm) if of.activation is None else layer(of.activation)
+
     def read(gather: Gather) -> ReadModules:
-        pieces = tuple(PieceModules(numbers[of.map], layer(of.norm), layer(of.activation)) for of in gather.pieces)
-        return ReadModules(pieces, layer(gather.norm), layer(gather.activation))
+        return ReadModules(tuple(PieceModules(numbers[of.map], *pair(of)) for of in gather.pieces), *pair(gather))
 
     convs = tuple((modules[conv.target], read(gather)) for conv, gather in match.parts.convs.items())
     inside = (node for node in match.last.graph.nodes if node in match.nodes)

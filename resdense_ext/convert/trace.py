@@ -8,14 +8,17 @@ forward sets). Global variables are taken for constant.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import operator
+import pickle
 import random
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.engine import OnEngine
+from resdense_ext.nn.read import own_activation
 
 __all__ = ["Facts", "Traced", "Untraceable", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
 
@@ -68,10 +72,10 @@ def is_own(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is one of torch's layers, and no container of others."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    )
+    """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    return of_torch or own_activation(module) is not None
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -135,7 +139,7 @@ class _random_state_kept:
         python, torch_state, cuda, numpy = self._before
         now = self._states()
         same = python == now[0] and all(map(torch.equal, (torch_state, *cuda), (now[1], *now[2])))
-        self._drew = not same or repr(numpy) != repr(now[3])
+        self._drew = not same or pickle.dumps(numpy) != pickle.dumps(now[3])
         random.setstate(python)
         torch.set_rng_state(torch_state)
         if cuda:
@@ -151,15 +155,36 @@ class _random_state_kept:
 
 
 class _Value(fx.Proxy):
-    """Passes for a tensor where a forward asks for types, as far as it is known to be one."""
+    """Passes for a tensor where a forward asks for types, as far as it is known to be one.
+
+    Only where Python asks: a function in C to which it passed for a tensor (`torch.as_tensor`, a `torch.autograd.Function`)
+    would go on to read a tensor's memory.
+    """
 
     _is_param = False
 
     @property
     def __class__(self):
-        if not self.node.meta["is_tensor"]:
+        asks = sys._getframe(1)
+        if not self.node.meta["is_tensor"] or asks.f_lasti not in _isinstance_calls(asks.f_code):
             raise Untraceable(f"its forward asks for the type of {self.node}")
         return Tensor
+
+
+@functools.lru_cache
+def _isinstance_calls(code: CodeType) -> set[int]:
+    """Where a function calls ``isinstance``: of a call and of the name in it the source begins at one place."""
+    names: set[tuple[int, int]] = set()
+    calls: dict[int, tuple[int, int]] = {}
+    for instruction in dis.get_instructions(code):
+        at = getattr(instruction, "positions", None)  # from Python 3.11 on
+        if at is None or at.col_offset is None:
+            continue
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "isinstance":
+            names.add((at.lineno, at.col_offset))
+        elif instruction.opname.startswith("CALL"):
+            calls[instruction.offset] = at.lineno, at.col_offset
+    return {offset for offset, start in calls.items() if start in names}
 
 
 class _Tracer(fx.Tracer):

@@ -26,7 +26,7 @@ class DenseLayer(nn.Module):
         bn_size: the bottleneck has ``bn_size * growth_rate`` channels; 0 for none (a single 3x3).
         drop_rate: probability of the dropout of the new feature map, 0 for none.
         spatial_dims: 1, 2 or 3.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
 
     Raises:
         ValueError: ``drop_rate``, ``spatial_dims`` or ``activation`` is none of these.

@@ -44,7 +44,7 @@ class DualPathBlock(OnEngine, nn.Module):
         stride: of the 3x3 convolution and of the projection; 1 or 2.
         projection: whether the halves are made anew from the input, which may then be a tensor.
         spatial_dims: 1, 2 or 3.
-        activation: relu, leaky_relu, elu, silu or identity.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
         policy: what is kept for backward, "fast" or "min" (see `resdense_ext.functional.dual_path_stage`), or None for the stock
             path: the code above. Alone, a block copies the dense half; in a `Chain` blocks share one buffer.
 

@@ -529,7 +529,7 @@ def _read_activation(activation: nn.Module) -> Activation:
         return Activation("leaky_relu", activation.negative_slope)
     if kind is nn.ELU and activation.alpha == 1:
         return Activation("elu")
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "identity"}
+    names = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Identity: "identity"}
     if kind not in names:
         raise Unsupported(f"is {activation}", activation)
     return Activation(names[kind])

@@ -95,7 +95,7 @@ class BasicBlock(_PostActivation):
         groups, base_width: 1 and 64: that torchvision's arguments fit.
         dilation: of both convolutions.
         spatial_dims: 1, 2 or 3.
-        activation: relu, leaky_relu, elu, silu or identity; all are called ``relu``, as in torchvision's block.
+        activation: relu, relu6, leaky_relu, elu, silu or identity; all are called ``relu``, as in torchvision's block.
         policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
 
     Shape: ``[N, inplanes, *spatial]`` to ``[N, planes, *spatial / stride]``, rounded up.
@@ -157,7 +157,7 @@ class Bottleneck(_PostActivation):
             Komodakis, 2016, arXiv 1605.07146).
         dilation: of ``conv2``.
         spatial_dims: 1, 2 or 3.
-        activation: relu, leaky_relu, elu, silu or identity; all are called ``relu``, as in torchvision's block.
+        activation: relu, relu6, leaky_relu, elu, silu or identity; all are called ``relu``, as in torchvision's block.
         policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
 
     Shape: ``[N, inplanes, *spatial]`` to ``[N, 4 * planes, *spatial / stride]``, rounded up.
@@ -239,7 +239,7 @@ class PreActBlock(_PreActivation):
         stride: of ``conv1`` and ``downsample``.
         dilation: of both 3x3 convolutions.
         spatial_dims: 1, 2 or 3.
-        activation: relu, leaky_relu, elu, silu or identity; all are called ``relu``.
+        activation: relu, relu6, leaky_relu, elu, silu or identity; all are called ``relu``.
         policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
 
     Shape: ``[N, inplanes, *spatial]`` to ``[N, planes, *spatial / stride]``, rounded up.
@@ -293,7 +293,7 @@ class PreActBottleneck(_PreActivation):
         groups: of ``conv2``.
         dilation: of ``conv2``.
         spatial_dims: 1, 2 or 3.
-        activation: relu, leaky_relu, elu, silu or identity; all are called ``relu``.
+        activation: relu, relu6, leaky_relu, elu, silu or identity; all are called ``relu``.
         policy: what is kept for backward, "fast" or "min", or None for the stock path: the code above.
 
     Shape: ``[N, inplanes, *spatial]`` to ``[N, 4 * planes, *spatial / stride]``, rounded up.

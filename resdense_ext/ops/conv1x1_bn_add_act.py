@@ -430,6 +430,8 @@ def activation_backward(grad: Tensor, mark: Optional[Tensor], activation: Activa
         return grad
     if name == "relu":
         return aten.threshold_backward(grad, mark, 0)
+    if name == "relu6":
+        return aten.hardtanh_backward(grad, mark, 0, 6)
     if name == "leaky_relu":
         return aten.leaky_relu_backward(grad, mark, activation.slope, False)
     if name == "elu":

@@ -22,6 +22,7 @@ from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
 __all__ = ["STRIDED_PRODUCTS", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
 
+_ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "identity")
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _PRODUCTS = (torch.float32, *_SIXTEEN_BITS)
 
@@ -89,6 +90,8 @@ class TritonBackend(ReferenceBackend):
             return f"the input is on {x.device.type}"
         if missing():
             return missing()
+        if activation.name not in _ACTIVATIONS:
+            return f"the activation is {activation.name}"
         return architecture_refusal(x.device) if x.is_cuda else None
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--providers", metavar="P", nargs="+", choices=PROVIDERS, default=DEFAULT_PROVIDERS,
         help=f"of {', '.join(PROVIDERS)}; stock is always measured, compile and compile_budget (they take minutes) only if named")  # fmt: skip
     add("--activation-budget", metavar="A", type=float, default=0.5,
-        help="of compile_budget: the share of what torch.compile keeps by itself (default: %(default)s)")  # fmt: skip
+        help="of compile_budget: the share of what torch.compile keeps by itself (default: %(default)s); "
+        "its partitioner takes many minutes on a deep DenseNet")  # fmt: skip
     add("--policy", nargs="+", choices=POLICIES, default=POLICIES, help="of ours (default: both)")
     add("--budget", metavar="B", help='of ours, too: "8GiB", or below 1 a share of what stock keeps')
     add_shared(parser, repeats=7, batch=8)
