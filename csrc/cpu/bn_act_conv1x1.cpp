@@ -10,18 +10,6 @@
 namespace resdense::cpu {
 namespace {
 
-Matrix weight_matrix(const Tensor& weight, const Map& x, int64_t outputs) {
-  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == x.C, "weight: expected shape (", outputs,
-                 ", ", x.C, "), got ", shape_string(weight));
-  check_dtype(weight, "weight", x.dtype);
-  return {const_cast<void*>(weight.const_data_ptr()), outputs, x.C, weight.stride(0), weight.stride(1)};
-}
-
-void check_positions(const Map& m, const char* name, const Map& x) {
-  RESDENSE_CHECK(m.N == x.N && m.S == x.S, name, ": expected ", x.N, " samples of ", x.S, " positions, as x, got ", m.N,
-                 " of ", m.S);
-}
-
 // Products of bfloat16 tiles without the framework; `depth` is the number of channels that are added up.
 bool by_pairs(const Map& x, const Matrix& w, int64_t cols, int64_t depth) {
   return kernels.gemm_bf16 != nullptr && x.dtype == ScalarType::BFloat16 && x.channels_last && w.col_stride == 1 &&
@@ -58,7 +46,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
   const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
-  Matrix w = weight_matrix(weight, from, K);
+  Matrix w = matrix_of(weight, "weight", K, C, dtype);
   const bool paired = by_pairs(from, w, K, C), packs = paired || (last && by_gemm(dtype, K));
   const Scratch panels(1, packs ? C * K * bytes : 0);
   if (paired) w.cols = w.row_stride = C / 2;
@@ -68,15 +56,14 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const std::vector<double> zeros(bias ? 0 : K, 0.0);  // as float32, too
   const void* offset = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
-  // Where the rows of all samples are equally far apart, the product is written where it belongs.
-  const bool direct = last && (to.N <= 1 || to.uniform_rows());
+  const bool direct = is_matrix(to);  // then the product is written where it belongs
   const Tiling tiling(from, (C + K) * bytes);
   const Scratch scratch_memory(tiling.chunks, (C + (direct ? 0 : K)) * tiling.size * bytes);
   Stats statistics(stats ? tiling.chunks : 0, to);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
     char* activated = scratch_memory.of<char>(chunk);
     const Matrix product =
-        direct ? Matrix{static_cast<char*>(to.data) + tiling.first_row(tile) * to.ss * bytes, K, positions, 1, to.ss}
+        direct ? tile_of(to, tiling, tile)
                : channels_by_positions(activated + C * tiling.size * bytes, last, K, positions, tiling.size);
     Sweep s{Pass::act, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
     s.in[0] = operand(from), s.out = scratch(activated, last, C, tiling.size);
@@ -112,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
   const int64_t C = from.C, K = grad.C, bytes = element_size(dtype);
-  Matrix w = weight_matrix(weight, from, K);
+  Matrix w = matrix_of(weight, "weight", K, C, dtype);
   const bool paired = by_pairs(from, w, C, K), packs = last && by_gemm(dtype, C), narrow = bytes == 2 && !paired;
   const Scratch w_copy(1, paired || packs ? C * K * bytes : 0);
   if (paired) kernels.pair_rows(w.data, K, C, w_copy.of(0));

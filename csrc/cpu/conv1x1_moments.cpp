@@ -8,18 +8,10 @@
 namespace resdense::cpu {
 namespace {
 
-void check_products(const Map& x, const Map& grad) {
+void check_dtypes(const Map& x, const Tensor& grad) {
   RESDENSE_CHECK(x.dtype == ScalarType::Float || x.dtype == ScalarType::Double, "x: expected dtype float32 or float64, got ",
                  dtype_name(x.dtype));
-  RESDENSE_CHECK(grad.N == x.N && grad.S == x.S, "grad: expected ", x.N, " samples of ", x.S, " positions, as x, got ", grad.N,
-                 " of ", grad.S);
-}
-
-Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t cols, ScalarType dtype) {
-  RESDENSE_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape (", rows, ", ", cols, "), got ",
-                 shape_string(t));
-  check_dtype(t, name, dtype);
-  return {const_cast<void*>(t.const_data_ptr()), rows, cols, t.stride(0), t.stride(1)};
+  check_dtype(grad, "grad", x.dtype);
 }
 
 // A tile of a map as the matrix channels x positions: where it lies, if it may and is one, or copied into scratch.
@@ -29,17 +21,16 @@ struct Reader {
   const std::vector<double> zeros;  // as float32, too
 
   Reader(const Map& m, bool in_place)
-      : map(m), direct(in_place && m.channels_last && (m.N <= 1 || m.uniform_rows())), zeros(direct ? 0 : m.C, 0.0) {}
+      : map(m), direct(in_place && is_matrix(m)), zeros(direct ? 0 : m.C, 0.0) {}
 
   int64_t bytes_a_position() const { return direct ? 0 : map.C * element_size(map.dtype); }
 
   Matrix read(const Tiling& tiling, int64_t tile, const std::vector<Segment>& segments, void* copy) const {
-    const int64_t positions = tiling.rows_of(tile), bytes = element_size(map.dtype);
-    if (direct) return {static_cast<char*>(map.data) + tiling.first_row(tile) * map.ss * bytes, map.C, positions, 1, map.ss};
+    if (direct) return tile_of(map, tiling, tile);
     Sweep s{Pass::bias, map.dtype, map.channels_last, segments.data(), static_cast<int64_t>(segments.size()), map.C};
     s.in[0] = operand(map), s.out = scratch(copy, map.channels_last, map.C, tiling.size), s.coef[0] = zeros.data();
     kernels.sweep(s);
-    return channels_by_positions(copy, map.channels_last, map.C, positions, tiling.size);
+    return channels_by_positions(copy, map.channels_last, map.C, tiling.rows_of(tile), tiling.size);
   }
 };
 
@@ -88,8 +79,8 @@ Tensor doubles(const double* values, int64_t size) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                                            double negative_slope, const Tensor& near, const Tensor& grad) {
   Map from = map_of(x, "x"), of_grad = map_of(grad, "grad");
-  check_dtype(grad, "grad", x.scalar_type());
-  check_products(from, of_grad);
+  check_dtypes(from, grad);
+  check_positions(of_grad, "grad", from);
   unify({&from, &of_grad}, "conv1x1_moments");
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
@@ -139,9 +130,9 @@ std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tenso
                                                     const Tensor& products, const Tensor& mean, const Tensor& offset,
                                                     const Tensor& out, bool accumulate) {
   check_same(out, "out", x, "x");
-  check_dtype(grad, "grad", x.scalar_type());
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out"), of_grad = map_of(grad, "grad");
-  check_products(from, of_grad);
+  check_dtypes(from, grad);
+  check_positions(of_grad, "grad", from);
   unify({&from, &to, &of_grad}, "conv1x1_moments_backward");
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;

@@ -23,6 +23,23 @@ struct Matrix {
   }
 };
 
+// A tensor of this shape, to read.
+inline Matrix matrix_of(const Tensor& t, const char* name, int64_t rows, int64_t cols, ScalarType dtype) {
+  RESDENSE_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape (", rows, ", ", cols, "), got ",
+                 shape_string(t));
+  check_dtype(t, name, dtype);
+  return {const_cast<void*>(t.const_data_ptr()), rows, cols, t.stride(0), t.stride(1)};
+}
+
+// Whether a tile of the map is a matrix where it lies: the rows of all samples are equally far apart.
+inline bool is_matrix(const Map& m) { return m.channels_last && (m.N <= 1 || m.uniform_rows()); }
+
+// Such a tile, channels x positions.
+inline Matrix tile_of(const Map& m, const Tiling& tiling, int64_t tile) {
+  char* first = static_cast<char*>(m.data) + tiling.first_row(tile) * m.ss * element_size(m.dtype);
+  return {first, m.C, tiling.rows_of(tile), 1, m.ss};
+}
+
 // A scratch tile (or a dense map's) as the matrix channels x positions, whatever its layout.
 inline Matrix channels_by_positions(void* data, bool channels_last, int64_t channels, int64_t positions, int64_t size) {
   return channels_last ? Matrix{data, channels, positions, 1, channels} : Matrix{data, channels, positions, size, 1};

@@ -34,6 +34,11 @@ inline void unify(std::initializer_list<Map*> maps, const char* op) {
   }
 }
 
+inline void check_positions(const Map& m, const char* name, const Map& x) {
+  RESDENSE_CHECK(m.N == x.N && m.S == x.S, name, ": expected ", x.N, " samples of ", x.S, " positions, as x, got ", m.N,
+                 " of ", m.S);
+}
+
 inline Operand operand(const Map& m) { return {m.data, m.sn, m.sc, m.ss, false}; }
 
 // A scratch tile of `channels` x `size` values in the layout of the maps.

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
-from resdense_ext.ops.convolve import sampling
+from resdense_ext.ops.convolve import sampled, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, Conv, accumulation_dtype, per_channel
 
@@ -116,8 +116,8 @@ class Pointwise(NamedTuple):
 
     def dense(self) -> Pointwise:
         """The same of stride 1, of the positions alone that are read."""
-        at = sampling(self.conv)
-        return self if at is None else self._replace(x=dense_map(self.x[at]), conv=self.conv._replace(stride=()))
+        x, conv = sampled(self.x, self.conv)
+        return self._replace(x=x, conv=conv)
 
     def read(self, part: slice) -> Tensor:
         """Some samples' raw values at the positions that are read."""
@@ -302,8 +302,9 @@ def backward(
     conv, groups, wide = source.conv, source.conv.groups, fold.mean.dtype
     column = lambda vector: vector.view(groups, -1, 1)  # noqa: E731
 
-    if of_input is None and fold.count is not None and source.fuses:
-        of_input, dbeta, G = _moments_and_gradient_products(source, g)
+    dense = source.dense() if fold.count is not None and source.fuses else None
+    if of_input is None and dense is not None:
+        of_input, dbeta, G = _moments_and_gradient_products(dense, g)
     else:
         of_input = of_input or moments(source, fold.count is not None)
         dbeta, G = _gradient_products(source, of_input, g, wide)
@@ -334,14 +335,14 @@ def backward(
         # The deviations are taken from the mean as it is rounded.
         offset = products @ (column(terms.center).mT - mean).mT.to(wide) - weight.mT @ P
         terms = terms._replace(products=products, offset=offset.to(wide))
-    through = _through_kernel if Q is not None and source.fuses else _through_prologue
-    return Gradients(through(source, terms, g, into)._replace(weight=dW, bias=db), *norm_grads)
+    found = _through_prologue(source, terms, g, into) if dense is None else _through_kernel(source, dense.x, terms, g, into)
+    return Gradients(found._replace(weight=dW, bias=db), *norm_grads)
 
 
 def _moments_and_gradient_products(source: Pointwise, g: Tensor) -> tuple[Moments, Tensor, Tensor]:
-    """`moments` and `_gradient_products` in one walk."""
+    """`moments` and `_gradient_products` in one walk, of a source of stride 1."""
     near, prologue = _near_mean(source), source.fold or Fold.linear(source.x)
-    mean, products, dbeta, G = source.backend.moments(source.dense().x, prologue.affine, near, g)
+    mean, products, dbeta, G = source.backend.moments(source.x, prologue.affine, near, g)
     return Moments(mean, products[None]), dbeta, G[None]
 
 
@@ -403,10 +404,10 @@ def _through_prologue(source: Pointwise, terms: _Terms, g: Tensor, into: Optiona
     return backend._grads(x, fold, None, None, dy, into, *(sums or (None, None)))
 
 
-def _through_kernel(source: Pointwise, terms: _Terms, g: Tensor, into: Optional[Pending]) -> ConvGrads:
-    """As `_through_prologue`, in one walk."""
+def _through_kernel(source: Pointwise, read: Tensor, terms: _Terms, g: Tensor, into: Optional[Pending]) -> ConvGrads:
+    """As `_through_prologue`, in one walk over what is ``read`` of x."""
     x, fold, conv, backend = source
-    read, at = source.dense().x, sampling(conv)
+    at = sampling(conv)
     target = torch.empty_like(read) if into is None else into.dy if at is None else dense_map(into.dy[at])
     matrices = terms.weight[0].mT, terms.products[0].mT, terms.center, terms.offset.flatten()
     sums = backend.moments_backward(read, fold or Fold.linear(x), g, *matrices, target, into is not None)

@@ -10,7 +10,7 @@ from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend,
 from resdense_ext.ops.layout import dense_map
 from resdense_ext.reference import Conv
 
-__all__ = ["convolve", "convolve_backward", "sampling"]
+__all__ = ["convolve", "convolve_backward", "sampled", "sampling"]
 
 
 def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
@@ -20,13 +20,17 @@ def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
     return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
 
 
+def sampled(x: Tensor, conv: Conv) -> tuple[Tensor, Conv]:
+    """The positions alone that are read, and the convolution of these; as they are where there is no `sampling`."""
+    at = sampling(conv)
+    return (x, conv) if at is None else (dense_map(x[at]), conv._replace(stride=()))
+
+
 def convolve(
     backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, out: Tensor, stats: Optional[Stats]
 ) -> None:
     """See `ReferenceBackend.bn_act_conv`."""
-    at = sampling(conv)
-    if at is not None:
-        x, conv = dense_map(x[at]), conv._replace(stride=())
+    x, conv = sampled(x, conv)
     backend.bn_act_conv(x, None if fold is None else fold.affine, conv, out, None, 1.0, stats)
 
 
@@ -41,12 +45,10 @@ def convolve_backward(
 ) -> ConvGrads:
     """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted."""
     at = sampling(conv)
-    if at is None:
+    x, conv = sampled(x, conv)
+    if at is None or into is None:
         return backend.bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
-    sampled, conv = dense_map(x[at]), conv._replace(stride=())
-    if into is None:
-        return backend.bn_act_conv_backward(sampled, fold, conv, grad, None, need_weight)
-    part = into._replace(dy=dense_map(into.dy[at]), z=sampled)
-    grads = backend.bn_act_conv_backward(sampled, fold, conv, grad, part, need_weight)
+    part = into._replace(dy=dense_map(into.dy[at]), z=x)
+    grads = backend.bn_act_conv_backward(x, fold, conv, grad, part, need_weight)
     into.dy[at].copy_(part.dy)
     return grads._replace(input=into)
