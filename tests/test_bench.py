@@ -1,14 +1,17 @@
 """`resdense bench`: what it measures, writes, keeps and refuses, on networks that take milliseconds."""
 
 import copy
+import functools
+import io
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from small_nets import library
+from small_nets import assert_same, library
 from torch import nn
 from torch._functorch import config as functorch
 
@@ -16,6 +19,7 @@ import resdense_ext as rd
 from resdense_ext.cli import main
 from resdense_ext.cli.bench import comparison, depth, kernels, max_batch, providers, rows, sources
 from resdense_ext.cli.bench.compiled import compile_within
+from resdense_ext.cli.bench.inplace_abn import with_inplace_abn
 from resdense_ext.cli.errors import CommandError
 from resdense_ext.models import registry
 
@@ -90,15 +94,17 @@ def compiled(monkeypatch):
 
 
 def test_compiled_providers(bench, compiled):
+    chosen = ("compile", "compile_budget", "ours_compiled")
     status, said, found = bench(
-        "models", "tiny_residual", *TINY, "--providers", "compile", "compile_budget", "inplace_abn", "--activation-budget", "0.25"
+        "models", "tiny_residual", *TINY, "--providers", *chosen, "--activation-budget", "0.25", "--policy", "min"
     )
     assert status == 0
-    expected = ["stock contiguous", "compile channels_last", "compile budget 0.25"]
+    expected = ["stock contiguous", "compile channels_last", "compile budget 0.25", "min compiled"]
     assert list(dict.fromkeys(row["provider"] for row in found)) == expected
-    measured = {(row["provider"], row["metric"]) for row in found}
+    measured = {(row["provider"], row["metric"]): row["median"] for row in found}
     assert all((provider, metric) in measured for provider in expected for metric in ("step", "saved", "peak"))
-    assert "tiny_residual: inplace_abn: not offered" in said.err
+    assert measured["min compiled", "saved"] < 0.5 * measured["stock contiguous", "saved"]
+    assert 0.25 in compiled and len(compiled) >= 3
 
 
 def test_an_activation_budget_is_one_networks(compiled):
@@ -107,6 +113,85 @@ def test_an_activation_budget_is_one_networks(compiled):
     for network in (*within, torch.compile(nn.Conv2d(3, 4, 1)), within[0]):
         network(torch.randn(2, 3, 4, 4))
     assert compiled == [0.25, 0.75, 1] and functorch.activation_memory_budget == 1
+
+
+class InPlaceABN(nn.BatchNorm2d):
+    """As the layer of that name in the package inplace_abn: its scale is never zero, and its output lies where its input did."""
+
+    def __init__(self, channels, eps, momentum, track_running_stats, activation, activation_param):
+        super().__init__(channels, eps, momentum, track_running_stats=track_running_stats)
+        self.activation = functools.partial(getattr(nn.functional, activation), **{PARAMETERS[activation]: activation_param})
+
+    def forward(self, x):
+        weight = self.weight.abs() + self.eps
+        y = nn.functional.batch_norm(x.clone(), self.running_mean, self.running_var, weight, self.bias, True, self.momentum, self.eps)
+        return x.copy_(self.activation(y))
+
+
+PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
+
+
+@pytest.fixture
+def inplace_abn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "inplace_abn", SimpleNamespace(InPlaceABN=InPlaceABN))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_residual"])
+def test_inplace_abn(name, bench, inplace_abn):
+    """Where every ReLU is leaky; that its results are stock's is checked by the command itself."""
+    status, said, found = bench("models", name, *TINY, "--providers", "inplace_abn", "--leaky-relu")
+    assert status == 0 and {row["op"] for row in found} == {f"{name} with leaky ReLU"}
+    assert list(dict.fromkeys(row["provider"] for row in found)) == ["stock contiguous", "inplace_abn"]
+
+
+def test_inplace_abn_works_on_the_networks_own_tensors(inplace_abn):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=0.5), nn.ELU(0.7), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()
+    nn.init.uniform_(network[1].weight, 1, 2)
+    stock, x = copy.deepcopy(network), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    joined = with_inplace_abn(network)
+    assert [type(joined.get_submodule(name)) for name in "14"] == [InPlaceABN, nn.BatchNorm2d]
+    results = []
+    for run, of in ((joined, network), (stock, stock)):
+        output = run(x)
+        output.square().mean().backward()
+        grads = {name: p.grad for name, p in of.named_parameters()}
+        results.append({"output": output.detach(), **grads, **dict(of.named_buffers())})
+    del results[0]["1.num_batches_tracked"], results[1]["1.num_batches_tracked"]
+    assert_same(*results)
+
+
+class ReadTwice(nn.Sequential):
+    def forward(self, x):
+        y = self[0](x)
+        return y + self[2](self[1](y))
+
+
+class ByValue(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(("kind", "activation", "scale", "why"), [
+    (nn.Sequential, nn.LeakyReLU(), 1, None),
+    (nn.Sequential, nn.ReLU(), 1, "no batch norm stands between a convolution and a leaky ReLU or ELU"),
+    (ReadTwice, nn.LeakyReLU(), 1, "no batch norm stands between"),
+    (nn.Sequential, nn.LeakyReLU(), -1, "it takes scales for positive ones"),
+    (ByValue, nn.LeakyReLU(), 1, "torch.fx does not trace the network"),
+])  # fmt: skip
+def test_what_inplace_abn_does_not_offer(kind, activation, scale, why, inplace_abn, capsys):
+    network = kind(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), activation)
+    nn.init.constant_(network[1].weight, scale)
+    subject = providers.Subject("three layers", network, torch.randn(2, 3, 5, 4))
+    found = providers.steps(subject, ("stock", "inplace_abn"))
+    said = capsys.readouterr().err
+    assert list(found) == ["stock contiguous", "inplace_abn"][: 1 + (why is None)]
+    assert said == "" if why is None else f"three layers: inplace_abn: {why}" in said
+
+
+def test_without_inplace_abn(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "inplace_abn", None)
+    status, said, found = bench("models", "tiny", *TINY, "--providers", "inplace_abn", "--leaky-relu")
+    assert status == 0 and found and "pip install inplace-abn" in said.err
 
 
 @pytest.mark.slow
@@ -135,6 +220,42 @@ def test_an_interrupted_run_keeps_its_complete_rounds(steps, message, counts, be
     assert status == 130 and message in said.err
     assert {row["op"]: row["count"] for row in found if row["metric"] == "step"} == counts
     assert (tmp_path / "out/models.png").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_alone(bench, monkeypatch):
+    """What is going on, of how many; `test_models` sees that nothing is written elsewhere."""
+    command = ("models", "tiny", *TINY, "--providers", "ours", "--policy", "min")
+    _, said, _ = bench(*command)
+    assert said.err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert bench(*command)[0] == 0
+    shown = sys.stderr.getvalue()
+    assert all(f"tiny: {what}: " in shown for what in ("check", "memory", "rounds")) and "0/4" in shown
+
+
+def test_rows_say_where_the_checkout_was_changed(monkeypatch, tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(rows, "CHECKOUT", tmp_path)
+    assert rows.conditions("cpu")["commit"] == "unknown"
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    for path in (tmp_path / "code", results / "rows"):
+        path.write_text("one")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    clean = rows.conditions("cpu")["commit"]
+    (results / "rows").write_text("two")
+    assert rows.conditions("cpu")["commit"] == clean and not clean.endswith("-dirty")
+    (tmp_path / "code").write_text("two")
+    assert rows.conditions("cpu")["commit"] == f"{clean}-dirty"
 
 
 def test_a_wrong_result_is_refused(bench, monkeypatch):

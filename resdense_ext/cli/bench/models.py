@@ -1,8 +1,9 @@
 """Training steps of networks, by what trains them: seconds, bytes kept for backward, peak.
 
 Providers: stock PyTorch in either layout, the network's own memory_efficient switch, torch.utils.checkpoint around every block,
-torch.compile, also with an activation memory budget, and ours by policy and by budget. All start from the same weights, and their gradients must be as close to float64's as
-twice stock's own are before anything is timed. Rounds are interleaved.
+torch.compile, also with an activation memory budget, inplace_abn, and ours by policy and by budget, also compiled. All start from
+the same weights, and their gradients must be as close to float64's as twice stock's own are before anything is timed; where that says
+nothing in bfloat16, they are checked in float32. Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -12,16 +13,7 @@ import argparse
 from resdense_ext.cli.bench import picture
 from resdense_ext.cli.bench.comparison import compare, table
 from resdense_ext.cli.bench.options import DTYPES, add_shared, budget_of, check_shared
-from resdense_ext.cli.bench.providers import (
-    COMPILED,
-    NOT_OFFERED,
-    PROVIDERS,
-    Subject,
-    example,
-    float64,
-    steps,
-    stock_network,
-)
+from resdense_ext.cli.bench.providers import COMPILED, PROVIDERS, Subject, example, float64, steps, stock_network
 from resdense_ext.cli.bench.rows import append
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError
@@ -30,7 +22,7 @@ from resdense_ext.cli.files import replacing
 NAME = "models"
 HELP = "training steps of networks: ours, stock, checkpoints, torch.compile; of this library and others"
 ROWS, PICTURE = "models.jsonl", "models.png"
-DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in (*COMPILED, *NOT_OFFERED))
+DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in (*COMPILED, "inplace_abn"))
 POLICIES = ("fast", "min")
 
 
@@ -44,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--size", metavar="N", type=int, help="of a side (default: 224; volumes 64; 32 where the first convolution has stride 1)")
     add("--providers", metavar="P", nargs="+", choices=PROVIDERS, default=DEFAULT_PROVIDERS,
-        help=f"of {', '.join(PROVIDERS)}; stock is always measured, compile and compile_budget (they take minutes) only if named")  # fmt: skip
+        help=f"of {', '.join(PROVIDERS)}; stock is always measured, {', '.join(COMPILED)} (they take minutes) and inplace_abn "
+        "(where it is installed) only if named")  # fmt: skip
+    add("--leaky-relu", action="store_true",
+        help="with torch.nn.LeakyReLU in the place of every torch.nn.ReLU, for all providers: inplace_abn knows no ReLU")  # fmt: skip
     add("--activation-budget", metavar="A", type=float, default=0.5,
         help="of compile_budget: the share of what torch.compile keeps by itself (default: %(default)s); "
         "its partitioner takes many minutes on a deep DenseNet")  # fmt: skip
@@ -61,17 +56,18 @@ def run(args: argparse.Namespace) -> None:
     providers = [p for p in PROVIDERS if p == "stock" or p in args.providers]
     # What cannot be built or takes no such input is refused before the first network is measured.
     for name in args.names if len(args.names) > 1 else ():
-        example(name, stock_network(name, device), args.batch, args.size, device)
+        example(name, stock_network(name, device, args.leaky_relu), args.batch, args.size, device)
     measured: list[dict] = []
     try:
         for name in args.names:
-            network = stock_network(name, device)
+            network = stock_network(name, device, args.leaky_relu)
+            op = f"{name} with leaky ReLU" if args.leaky_relu else name
             x = example(name, network, args.batch, args.size, device)
-            subject = Subject(name, network, x, DTYPES[args.dtype], args.layout, args.activation_budget)
+            subject = Subject(op, network, x, DTYPES[args.dtype], args.layout, args.activation_budget)
             sides = "x".join(map(str, x.shape[1:]))
-            print(f"{name}: a training step, batch {args.batch}, {sides}, {args.dtype}, {device}", flush=True)
+            print(f"{op}: a training step, batch {args.batch}, {sides}, {args.dtype}, {device}", flush=True)
             setting = {"shape": list(x.shape), "dtype": args.dtype, "layout": args.layout}
-            rows = compare(name, steps(subject, providers, args.policy, budget), float64(subject), args.repeats, setting)
+            rows = compare(op, steps(subject, providers, args.policy, budget), float64(subject), args.repeats, setting)
             append(rows, args.out / ROWS, str(device))
             measured += rows
             print(f"{table(rows)}\n", flush=True)

@@ -16,17 +16,19 @@ from torch.utils.checkpoint import checkpoint
 import resdense_ext as rd
 from resdense_ext.cli.bench.comparison import Step, squares
 from resdense_ext.cli.bench.compiled import compile_within
+from resdense_ext.cli.bench.inplace_abn import NotOffered, leaky, with_inplace_abn
 from resdense_ext.cli.bench.sources import build
 from resdense_ext.cli.errors import CommandError
 
-__all__ = ["COMPILED", "NOT_OFFERED", "PROVIDERS", "Subject", "example", "float64", "steps", "stock_network"]
+__all__ = ["COMPILED", "PROVIDERS", "Subject", "example", "float64", "steps", "stock_network"]
 
-PROVIDERS = ("stock", "channels_last", "memory_efficient", "checkpoint", "compile", "compile_budget", "inplace_abn", "ours")
-COMPILED = ("compile", "compile_budget")
-NOT_OFFERED = {
-    "inplace_abn": "not offered: the package inplace_abn is built with CUDA from its sources, and it takes back its activations in "
-    "backward, which needs leaky_relu, elu or none, and weights taken as absolute; a network with ReLU would have to be another one"
-}
+PROVIDERS = (
+    *("stock", "channels_last", "memory_efficient", "checkpoint", "compile", "compile_budget"),
+    *("inplace_abn", "ours", "ours_compiled"),
+)
+COMPILED = ("compile", "compile_budget", "ours_compiled")
+OWN_LAYOUTS = {"stock": "contiguous", "channels_last": "channels_last", "compile": "channels_last", "compile_budget": "channels_last"}
+"""Of those that do not take what is asked for."""
 LAYOUTS = ("channels_last", "contiguous")
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 SIZES = {1: 1024, 2: 224, 3: 64}
@@ -38,8 +40,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Subject:
     """A network in plain PyTorch, an input of it, and how they are computed.
 
-    `dtype` bfloat16 means autocast; `layout` is that of what is neither "stock" nor "channels_last" nor compiled, and
-    `activation_budget` the share of what torch.compile keeps by itself that "compile_budget" may keep.
+    `dtype` bfloat16 means autocast; `layout` is that of what has none of its own, and `activation_budget` the share of what
+    torch.compile keeps by itself that "compile_budget" may keep.
     """
 
     name: str
@@ -50,22 +52,28 @@ class Subject:
     activation_budget: float = 0.5
 
     def layout_of(self, provider: str) -> torch.memory_format:
-        layout = {"stock": "contiguous", **dict.fromkeys(("channels_last", *COMPILED), "channels_last")}.get(provider, self.layout)
+        layout = OWN_LAYOUTS.get(provider, self.layout)
         return CHANNELS_LAST.get(self.x.dim() - 2, torch.contiguous_format) if layout == "channels_last" else torch.contiguous_format
 
     def step(self, provider: str, network: nn.Module) -> Step:
         layout = self.layout_of(provider)
-        network.to(memory_format=layout)
-        run = None
-        if provider in COMPILED:
-            run = torch.compile(network) if provider == "compile" else compile_within(network, self.activation_budget)
+        run = self._run(provider, network.to(memory_format=layout))
         return Step(network, self.x.contiguous(memory_format=layout), squares, self.dtype, run)
 
+    def _run(self, provider: str, network: nn.Module) -> nn.Module | None:
+        """What is called in the network's place and computes on its parameters; None where it is the network."""
+        if provider == "inplace_abn":
+            return with_inplace_abn(network)
+        if provider == "compile_budget":
+            return compile_within(network, self.activation_budget)
+        return torch.compile(network) if provider in COMPILED else None
 
-def stock_network(name: str, device: torch.device) -> nn.Module:
-    """The network of this name (`sources.build`), with the same weights every time."""
+
+def stock_network(name: str, device: torch.device, leaky_relu: bool = False) -> nn.Module:
+    """The network of this name (`sources.build`), with the same weights every time; with ``leaky_relu`` it is made `leaky`."""
     torch.manual_seed(0)
-    return build(name).train().to(device)
+    network = build(name)
+    return (leaky(network) if leaky_relu else network).train().to(device)
 
 
 def example(name: str, network: nn.Module, batch: int, size: int | None, device: torch.device) -> Tensor:
@@ -100,14 +108,18 @@ def steps(
     """A training step by provider; those of which the network has no such thing are left out, and stderr says so.
 
     Args:
-        providers: of `PROVIDERS`; "ours" stands for the policies and the budget.
+        providers: of `PROVIDERS`; "ours" and "ours_compiled" stand for the policies and the budget.
         budget: of bytes, or below 1 a share of what stock keeps; None is none.
     """
     found = {}
     for provider in providers:
-        networks = _ours(subject, policies, budget) if provider == "ours" else _theirs(subject, provider)
-        for title, network in networks:
-            found[title] = subject.step(provider, network)
+        of_ours = {"ours": "", "ours_compiled": " compiled"}.get(provider)
+        networks = _theirs(subject, provider) if of_ours is None else _ours(subject, policies, budget)
+        try:
+            for title, network in networks:
+                found[title + (of_ours or "")] = subject.step(provider, network)
+        except NotOffered as why:
+            _note(subject, f"{provider}: {why}")
     return found
 
 
@@ -122,11 +134,12 @@ def _theirs(subject: Subject, provider: str) -> Iterator[tuple[str, nn.Module]]:
         yield "stock contiguous", network
     elif provider == "channels_last" and flat:
         _note(subject, "channels_last: there is no such layout in one dimension")
-    elif provider in ("channels_last", *COMPILED):
-        titles = {"channels_last": "stock channels_last", "compile": "compile channels_last"}
-        yield titles.get(provider, f"compile budget {subject.activation_budget:g}"), network
-    elif provider in NOT_OFFERED:
-        _note(subject, f"{provider}: {NOT_OFFERED[provider]}")
+    elif provider in ("channels_last", "compile"):
+        yield {"channels_last": "stock channels_last", "compile": "compile channels_last"}[provider], network
+    elif provider == "compile_budget":
+        yield f"compile budget {subject.activation_budget:g}", network
+    elif provider == "inplace_abn":
+        yield provider, network
     elif provider == "memory_efficient":
         having = [m for m in network.modules() if hasattr(m, "memory_efficient")]
         for module in having:

@@ -27,11 +27,17 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """The checkout's, with "-dirty" behind it where files differ from it; result files, to which rows are added, may."""
     # An installed package may lie in a checkout of something else.
     if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
         return "unknown"
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
+    commit = _git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode
+    return commit + ("-dirty" if changed else "") if commit else "unknown"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True)
 
 
 def conditions(device: str) -> dict:
