@@ -240,9 +240,8 @@ def test_export(pair, strict, engine):  # noqa: F811
 
 def test_onnx(pair, tmp_path):
     """Standard operators alone, those of the stock model, and its results."""
-    reason = "pip install onnx onnxscript onnxruntime, which no other test needs"
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason=reason)
+        pytest.importorskip(name, reason="of the extra `test`, which is not installed")
     import onnx
     import onnxruntime
 
