@@ -19,14 +19,19 @@ COLOURS = {  # of Okabe and Ito, which the colour-blind can tell apart
     "compile channels_last": "#CC79A7",
     "fast": "#0072B2",
     "min": "#009E73",
+    "inplace_abn": "#F0E442",
+    "fast compiled": "#7FB8D8",  # the same, paler
+    "min compiled": "#7FCEB9",
 }
-OTHER = "#56B4E9"
+OTHER = "#A6761D"
 NAMES = {
     "stock contiguous": "stock, contiguous",
     "stock channels_last": "stock, channels last",
     "memory_efficient": "memory_efficient=True",
     "fast": '"fast"',
     "min": '"min"',
+    "fast compiled": '"fast", compiled',
+    "min compiled": '"min", compiled',
 }
 METRICS = (
     ("saved", MIB, "saved for backward, MB an image"),
