@@ -185,4 +185,4 @@ def test_every_operations_benchmark_runs():
 
 
 def test_the_committed_tables_are_those_of_the_committed_rows():
-    assert _tables.tables(_tables.committed()) in (ROOT / "README.md").read_text()
+    assert _tables.measured() in (ROOT / "README.md").read_text()
