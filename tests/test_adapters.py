@@ -237,10 +237,11 @@ def test_what_is_traced(policy):
     stock, x = made(lambda: net([[16], [24, 32]], 8, [1, 2], 0.0, num_classes=5)), images(*IMAGE)
     model = rd.convert(copy.deepcopy(stock), policy)
     report = rd.report(model, x)
-    stages = [row for row in report.rows if row.path.startswith("features.stage") and row.layers]
-    assert sum(row.layers for row in stages) == 10  # of the stage with two units
+    stages = [row for row in report.rows if "stage" in row.path and row.layers]
+    assert [sum(row.layers for row in stages if stage in row.path) for stage in ("stage1", "stage2")] == [5, 10]
     assert [reason.split(":")[0] for reason in report.left] == ["features.stage2.unit2"]  # a batch norm reads it
-    assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in stages)
+    assert sum(row.saved_bytes for row in stages) <= 0.61 * sum(row.stock_saved_bytes for row in stages)
+    assert report.saved_bytes <= 0.76 * report.stock_saved_bytes
     assert_like_stock(model, stock, x)
 
 
@@ -253,7 +254,7 @@ def test_norms_with_activations_are_traced(training):
     stock, x = made(lambda: net(config, num_classes=5, act_layer="silu")).train(training), images(2, 3, 64, 64)
     model = rd.convert(copy.deepcopy(stock))
     report = rd.report(model, x)
-    assert [row.layers for row in report.rows] == [3] * 4 + [0] and not report.left
+    assert [row.layers for row in report.rows] == [3] * 5 + [0] and not report.left  # the stem's, too
     assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in report.rows[:-1])
     assert_like_stock(model, stock, x)
     model.stages[0].blocks[0].conv_concat.bn.act = stock.stages[0].blocks[0].conv_concat.bn.act = nn.Tanh()

@@ -1,5 +1,5 @@
-"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, pools of batch norm and activation, and
-whatever else convolves concatenations.
+"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, pools of batch norm and activation,
+whatever else convolves concatenations, and chains of convolutions and batch norms.
 
 A concatenation is flattened to its *pieces*, the values that are no concatenations themselves, so that ``x = cat([x, f(x)])``
 and a list that is concatenated at every layer are the same: a layer reads some pieces, and the next one reads these and what
@@ -107,6 +107,17 @@ _CATS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FRESH = (*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, "add", "mul", "sub", "mean")
 _FRESH_KINDS = ("norm", "activation", "conv", "pool")
+_FRESH_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.conv._ConvTransposeNd,
+)
+"""Of torch's, these never return their input, nor a view of it."""
+_VIEWS = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "reshape", "squeeze", "unsqueeze", "view")
 
 
 def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
@@ -147,9 +158,10 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
                 continue
             matches.append(match)
             taken |= match.nodes
+    blocks = {node for match in matches if not isinstance(match.parts, GraphMatch) for node in match.nodes}
     for node in traced.graph.nodes:
         if node not in taken and node not in reader.reasons:
-            reason = reader.near_miss(node, taken)
+            reason = reader.near_miss(node, taken, blocks)
             if reason is not None:
                 reader.reasons[node] = reason
     return matches, {node: reason for node, reason in reader.reasons.items() if node not in taken}
@@ -219,8 +231,9 @@ class _Reader:
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""
-        if not self.changes_in_place(node) and self._kinds[node] not in ("dropout", "identity"):
-            return self._kinds[node] in _FRESH_KINDS or _calls_one_of(node, _FRESH)
+        if not self.changes_in_place(node) and not self._passes_on(node):
+            made = self._kinds[node] in _FRESH_KINDS or self._runs_one_of(node, _FRESH_LAYERS)
+            return made or _calls_one_of(node, _FRESH)
         operand = node.args[0] if node.args and "out" not in node.kwargs else None
         return isinstance(operand, Node) and set(operand.users) == {node} and self.is_fresh(operand)
 
@@ -233,7 +246,23 @@ class _Reader:
         )
 
     def _may_share(self, user: Node) -> bool:
-        return user.op == "call_method" or user.target is operator.getitem or self._kinds[user] in ("dropout", "identity")
+        return user.op == "call_method" or user.target is operator.getitem or self._passes_on(user)
+
+    def _passes_on(self, node: Node) -> bool:
+        """Whether it may return its first operand, or a view of that, and of nothing else."""
+        same = self._kinds[node] in ("dropout", "identity") or self._runs_one_of(node, (nn.Flatten,))
+        return same or _calls_one_of(node, _VIEWS)
+
+    def _runs_one_of(self, node: Node, layers: tuple) -> bool:
+        return node.op == "call_module" and type(self.modules[node.target]) in layers
+
+    def keeps_input(self, node: Node) -> bool:
+        """Whether a norm or an activation keeps what it reads for its backward, in stock, and not its output alone."""
+        layer = self._layers[node]
+        if self._kinds[node] == "norm":
+            return not is_frozen_norm(layer)
+        # SiLU in place keeps a copy.
+        return isinstance(layer, nn.SiLU) or not (isinstance(layer, nn.ReLU) or self.changes_in_place(node))
 
     def unit(self, conv: Node, *readers: Node) -> Optional[Unit]:
         """Norm, activation, convolution, where the activation has other ``readers`` than the convolution, or none."""
@@ -410,15 +439,17 @@ class _Reader:
                 return "other random numbers may be drawn between those of its dropouts"
         return None
 
-    def near_miss(self, node: Node, taken: set[Node]) -> Optional[str]:
-        """What a concatenation or an addition of layers' outputs lacks."""
+    def near_miss(self, node: Node, taken: set[Node], blocks: set[Node]) -> Optional[str]:
+        """What a concatenation or an addition of layers' outputs lacks; ``blocks`` are the nodes of dense and residual ones."""
         makes = ("conv", "norm", "activation", "dropout")
         if self.is_a(node, "cat") and self._has_one(self.pieces(node), makes) and not self._gathered(node, taken):
             return (
                 "concatenates what is not made of all before it by batch norm, activation and convolution, "
                 "and no convolution reads it"
             )
-        if self.is_a(node, "sum") and self._has_one(set(node.args) - taken, ("conv", "norm", "dropout")):
+        # In front of it may stand a chain's norm.
+        added = [n for n in node.all_input_nodes if n not in (blocks if self.is_a(n, "norm") else taken)]
+        if self.is_a(node, "sum") and self._has_one(added, ("conv", "norm", "dropout")):
             return "adds what is not made by convolutions, batch norms and activations of the other operand alone"
         return None
 
