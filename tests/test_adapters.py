@@ -262,6 +262,50 @@ def test_norms_with_activations_are_traced(training):
         assert_like_stock(model, stock, x)
 
 
+def timm_regnet(**options):
+    models = library("timm.models.regnet")
+    return lambda: models.RegNet(models.RegNetCfg(depth=4, w0=8, wa=16.0, wm=1.5, group_size=4, **options), num_classes=5)
+
+
+def timm_mobilenet(act_layer):
+    models, blocks = library("timm.models.efficientnet"), library("timm.models._efficientnet_builder")
+    arch = blocks.decode_arch_def([["ds_r1_k3_s1_c8"], ["ir_r2_k3_s2_e2_c8"]])
+    return lambda: models.EfficientNet(arch, num_features=16, stem_size=8, num_classes=5, act_layer=act_layer)
+
+
+def timm_preresnet():
+    models, layers = library("timm.models.resnetv2"), library("timm.layers")
+    options = dict(conv_layer=layers.create_conv2d, norm_layer=layers.BatchNormAct2d, num_classes=5, stem_chs=8)
+    return lambda: models.ResNetV2((1, 2), channels=(16, 32), **options)
+
+
+HELD = {
+    "regnet": (timm_regnet, "conv2.bn", [3] * 4),
+    "regnet with SE": (lambda: timm_regnet(se_ratio=0.25), "conv1.bn", [3] + [2] * 3),
+    "mobilenet": (lambda: timm_mobilenet(nn.SiLU), "bn1", [2, 3, 3]),
+    "preresnet": (timm_preresnet, "norm2", [3] * 3),
+}
+"""timm's networks of norms that hold their activations, which no adapter knows: a norm inside, and the convolutions of what is found."""
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_residual_blocks_with_norms_that_hold_activations(name, policy):
+    make, inside, layers = HELD[name]
+    stock, x = made(make()), images(*IMAGE)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    report = rd.report(model, x)
+    found = [row for row in report.rows if row.layers]
+    assert [row.layers for row in found] == layers
+    assert all(row.saved_bytes <= 0.65 * row.stock_saved_bytes for row in found)
+    for training in (True, False):
+        assert_like_stock(model.train(training), stock.train(training), x)
+    # By the stock paths of what was found, too, no activation is applied twice.
+    for norm in (m for path, m in model.named_modules() if path.endswith(inside)):
+        norm.act.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=f"{inside}.act carries hooks"):
+        assert_like_stock(model, stock, x)
+
+
 def assert_like_stock(model, stock, x):
     """A training step, within the noise of stock's."""
     run, state = module_run(stock), stock.state_dict()

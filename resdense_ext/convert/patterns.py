@@ -50,16 +50,12 @@ class DenseMatch(NamedTuple):
 
 
 class ResidualMatch(NamedTuple):
-    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both.
-
-    ``bypassed`` are `torch.nn.Identity` modules that the shortcut passes.
-    """
+    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both."""
 
     form: str
     units: list[Unit]
     shortcut: tuple[Node, ...]
     activation: Optional[Node]
-    bypassed: tuple[Node, ...]
 
 
 class PooledMatch(NamedTuple):
@@ -89,7 +85,6 @@ _KINDS = {
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
     "dropout": nn.modules.dropout._DropoutNd,
-    "identity": nn.Identity,
 }
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
@@ -250,7 +245,7 @@ class _Reader:
 
     def _passes_on(self, node: Node) -> bool:
         """Whether it may return its first operand, or a view of that, and of nothing else."""
-        same = self._kinds[node] in ("dropout", "identity") or self._runs_one_of(node, (nn.Flatten,))
+        same = self._kinds[node] == "dropout" or self._runs_one_of(node, (nn.Flatten,))
         return same or _calls_one_of(node, _VIEWS)
 
     def _runs_one_of(self, node: Node, layers: tuple) -> bool:
@@ -341,23 +336,19 @@ class _Reader:
                     yield match
                     break
 
-    def _shortcuts(self, add: Node, shortcut: Node) -> Iterator[tuple[Node, tuple[Node, ...], tuple[Node, ...]]]:
-        """What it may start from, with the projection and the identities in between."""
-        bypassed: tuple[Node, ...] = ()
-        end = add
-        while self.inner(shortcut, "identity", end):
-            bypassed, end, shortcut = (*bypassed, shortcut), shortcut, shortcut.args[0]
-        yield shortcut, (), bypassed
-        if self.inner(shortcut, "conv", end):
-            yield shortcut.args[0], (shortcut,), bypassed
-        if self.inner(shortcut, "norm", end) and self.inner(shortcut.args[0], "conv", shortcut):
+    def _shortcuts(self, add: Node, shortcut: Node) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+        """What it may start from, with the projection."""
+        yield shortcut, ()
+        if self.inner(shortcut, "conv", add):
+            yield shortcut.args[0], (shortcut,)
+        if self.inner(shortcut, "norm", add) and self.inner(shortcut.args[0], "conv", shortcut):
             conv = shortcut.args[0]
-            yield conv.args[0], (conv, shortcut), bypassed
+            yield conv.args[0], (conv, shortcut)
             if self.inner(conv.args[0], "pool", conv):
-                yield conv.args[0].args[0], (conv.args[0], conv, shortcut), bypassed
+                yield conv.args[0].args[0], (conv.args[0], conv, shortcut)
 
     def _post_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
-        for start, projection, bypassed in self._shortcuts(add, shortcut):
+        for start, projection in self._shortcuts(add, shortcut):
             units: list[Unit] = []
             norm, activation, end = main, None, add
             while self.inner(norm, "norm", end) and self.inner(norm.args[0], "conv", norm):
@@ -368,7 +359,7 @@ class _Reader:
                         break
                     users = list(add.users)
                     last = users[0] if len(users) == 1 and self.is_a(users[0], "activation") else None
-                    parts = ResidualMatch("post", units, projection, last, bypassed)
+                    parts = ResidualMatch("post", units, projection, last)
                     return self._residual(parts, start, add if last is None else last, add)
                 activation = end = conv.args[0]
                 if not self.inner(activation, "activation", conv):
@@ -377,7 +368,7 @@ class _Reader:
         return None
 
     def _pre_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
-        for start, projection, bypassed in self._shortcuts(add, shortcut):
+        for start, projection in self._shortcuts(add, shortcut):
             if len(projection) > 1:
                 continue
             units: list[Unit] = []
@@ -387,25 +378,26 @@ class _Reader:
                     unit = self.unit(conv, *projection)
                     if unit is None:
                         break
-                    parts = ResidualMatch("pre", [unit, *units], projection, None, bypassed)
+                    parts = ResidualMatch("pre", [unit, *units], projection, None)
                     return self._residual(parts, unit.norm.args[0], add, add)
                 unit = self.unit(conv)
                 if unit is None:
                     break
                 units.insert(0, unit)
                 if unit.norm.args[0] is start and not projection:
-                    return self._residual(ResidualMatch("pre", units, (), None, bypassed), start, add, add)
+                    return self._residual(ResidualMatch("pre", units, (), None), start, add, add)
                 conv, end = unit.norm.args[0], unit.norm
         return None
 
     def _residual(self, parts: ResidualMatch, source: Node, output: Node, add: Node) -> Match:
         nodes = {node for unit in parts.units for node in unit if node is not None}
-        nodes |= {add, output, *parts.shortcut, *parts.bypassed}
+        nodes |= {add, output, *parts.shortcut}
         return Match(parts, (source,), output, nodes, {output: None})
 
     def pooled_units(self) -> Iterator[Match]:
         for pool in self.nodes:
-            if not self.is_a(pool, "pool"):
+            # Of windows that reach beyond the map the engine knows nothing, and a chain may have what stands before them.
+            if not self.is_a(pool, "pool") or getattr(self._layers[pool], "ceil_mode", False):
                 continue
             before, end, conv = pool.args[0], pool, None
             if self.inner(before, "conv", pool):

@@ -7,7 +7,8 @@ A convolution reads *pieces* side by side, ``piece = act(norm(map))`` of any map
 Stock PyTorch keeps every concatenation, and of every normalised and activated map its input and its output. Here the pieces are
 gathered into a passing tensor when a convolution reads them, forward and again in backward; the statistics of a map are taken once,
 by the convolution that writes it. Backward goes through the convolutions from the last to the first; what a piece's reader asks of
-it is added to the one gradient of its map, with the norm's correction deferred as in a dense block.
+it is added to the one gradient of its map, with the norm's correction deferred as in a dense block. A chain of convolutions, norms
+and activations is a graph in which each convolution reads one piece.
 
 Sources of the architectures: Zhang et al., Residual Dense Network for Image Super-Resolution (2018); Chao et al., HarDNet (2019);
 Lee et al., VoVNet (2019).
