@@ -297,13 +297,12 @@ def test_residual_blocks_with_norms_that_hold_activations(name, policy):
     found = [row for row in report.rows if row.layers]
     assert [row.layers for row in found] == layers
     assert all(row.saved_bytes <= 0.65 * row.stock_saved_bytes for row in found)
-    for training in (True, False):
-        assert_like_stock(model.train(training), stock.train(training), x)
+    assert_like_stock(model, stock, x)
     # By the stock paths of what was found, too, no activation is applied twice.
     for norm in (m for path, m in model.named_modules() if path.endswith(inside)):
         norm.act.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match=f"{inside}.act carries hooks"):
-        assert_like_stock(model, stock, x)
+        assert_like_stock(model.eval(), stock.eval(), x)
 
 
 def assert_like_stock(model, stock, x):
