@@ -207,9 +207,9 @@ class ResidualInResidualDense(nn.Module):
 class ConvNorm(nn.Sequential):
     """Convolution, norm, activation."""
 
-    def __init__(self, channels, outputs, kernel=3, groups=1):
+    def __init__(self, channels, outputs, kernel=3, groups=1, stride=1):
         super().__init__()
-        self.add_module("conv", nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups, bias=False))
+        self.add_module("conv", nn.Conv2d(channels, outputs, kernel, stride, kernel // 2, groups=groups, bias=False))
         self.add_module("norm", nn.BatchNorm2d(outputs))
         self.add_module("relu", nn.ReLU(inplace=True))
 
@@ -277,6 +277,27 @@ class MapsInFront(nn.Module):
         for layer in self.layers:
             x = torch.cat([layer(x), x], 1)
         return x
+
+
+class Chain(nn.Sequential):
+    """Convolutions, norms and activations one after another: an inverted residual block (MobileNetV2) that has no shortcut."""
+
+    def __init__(self, channels=8):
+        super().__init__(ConvNorm(channels, 12, 1), ConvNorm(12, 12, groups=12, stride=2), ConvNorm(12, 6, 1))
+
+
+class BranchingChain(nn.Module):
+    """Functional, not in place; what is activated is also added, and a raw map is read by two."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(channels, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.norm1(self.first(x)), 0.1)
+        y = self.second(x)
+        return self.third(F.relu(self.norm2(y))) + x + y.mean()
 
 
 class PostActivation(nn.Module):

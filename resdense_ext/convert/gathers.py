@@ -1,7 +1,10 @@
-"""Where a traced graph convolves concatenations: of all maps before, of some, in any order, behind norms and activations or not.
+"""Where a traced graph convolves concatenations, of all maps before, of some, in any order, behind norms and activations or not;
+and its chains of convolutions with norms and activations in between.
 
-What takes part belongs together by its home, the innermost container in which such concatenations are made and read. In it, every
-convolution joins, with the norms and activations behind it, until something else reads what they have made.
+What takes part belongs together by its home. That is the innermost container in which concatenations are made and read; in it,
+every convolution joins, with the norms and activations behind it, until something else reads what they have made. Outside of
+those a convolution joins the one whose map it reads, through a norm or an activation for which stock keeps that map, too: then no
+more is kept than in stock, whatever else reads what the chain has made.
 """
 
 from __future__ import annotations
@@ -55,21 +58,23 @@ class Reader(Protocol):
 
     def operands(self, cat: Node) -> tuple[Node, ...]: ...
 
+    def keeps_input(self, node: Node) -> bool: ...
+
 
 def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[GraphMatch, set[Node], list[Node]]]:
-    """The graphs with a concatenation that a convolution reads, the nodes that each stands for, and those of its outputs.
+    """The graphs that keep less than stock, the nodes that each stands for, and those of its outputs.
 
     Args:
         taken: nodes that something else stands for.
     """
     groups = list(_Finder(reader, taken).groups())
-    groups = [group for group in groups if any(len(gather.pieces) > 1 for gather in group.convs.values())]
     read = {source for group in groups for source in group.sources}
     for group in groups:
         nodes = group.nodes()
         # What another graph reads may be a piece of a concatenation inside of this one; a norm that nobody reads changes, too.
         outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
-        yield GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs))), nodes, outputs
+        if group.saves(outputs):
+            yield GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs))), nodes, outputs
 
 
 class _Group:
@@ -96,6 +101,16 @@ class _Group:
         """Whether a value is nothing but maps of the group side by side."""
         return all(piece.map in self.convs or piece.map in self.sources for piece in self.gather(node).pieces)
 
+    def saves(self, outputs: Container[Node]) -> bool:
+        """Whether less is kept than in stock, whatever else is read: a concatenation, or what is made of a map that stock keeps
+        besides, by a norm or an activation; and no map that an output is made of, where stock keeps that output alone."""
+        if any(len(gather.pieces) > 1 for gather in self.convs.values()):
+            return True
+        read = [of for gather in self.convs.values() for of in (*gather.pieces, gather)]
+        given = [piece for node in outputs for piece in self.gather(node).pieces if piece != PieceMatch(piece.map)]
+        spared = any(self.finder.keeps_map(of) and (of.activation or of.norm) not in outputs for of in read)
+        return spared and all(map(self.finder.keeps_map, given))
+
     def nodes(self) -> set[Node]:
         nodes = {node for gather in self.convs.values() for node in gather.nodes} | set(self.convs)
         for node in self.values - nodes:
@@ -106,6 +121,9 @@ class _Group:
 
 
 _Within = tuple[str, ...]
+
+_Home = _Within | Node
+"""A container, or the first convolution of a chain."""
 
 
 class _Finder:
@@ -126,8 +144,8 @@ class _Finder:
     def _is_candidate(self, node: Node) -> bool:
         return self.is_a(node, "conv") and self.reader.modules[node.target].padding_mode == "zeros"
 
-    def _homes(self) -> dict[Node, _Within]:
-        homes: dict[Node, _Within] = {}
+    def _homes(self) -> dict[Node, _Home]:
+        homes: dict[Node, _Home] = {}
         for conv in self.candidates:
             pieces, _, _, cats = self.before(conv, self.candidates)
             home = _common(conv, *cats)
@@ -139,7 +157,17 @@ class _Finder:
             around = [home for home in inside if _lies_in(conv, home)]
             if around:
                 homes[conv] = around[-1]
-        return homes
+        chains: dict[Node, _Home] = {}
+        for conv in self.reader.nodes:
+            if conv in self.candidates and conv not in homes:
+                (piece,), *_ = self.before(conv, self.candidates)
+                chains[conv] = chains.get(piece.map, conv) if self.keeps_map(piece) else conv
+        return homes | chains
+
+    def keeps_map(self, of: PieceMatch | Gather) -> bool:
+        """Whether stock keeps, for a norm or an activation, what these read."""
+        first = of.norm or of.activation
+        return first is not None and self.reader.keeps_input(first)
 
     def piece(self, node: Node, convs: Container[Node]) -> PieceMatch:
         """A value by what one of these convolutions makes; itself where it is none."""
@@ -180,13 +208,13 @@ class _Finder:
         return self.is_a(node, kind) and set(node.users) == {reader}
 
     def groups(self) -> Iterator[_Group]:
-        opened: dict[_Within, _Group] = {}
+        opened: dict[_Home, _Group] = {}
         for node in self.reader.nodes:
             own = self.homes.get(self.read_by.get(node, node))
             if node in self.homes:
                 opened.setdefault(own, _Group(self)).add(node)
             elif node not in self.read_by:
-                own = next((home for home, group in opened.items() if self._goes_with(node, group)), None)
+                own = next((home for home, group in opened.items() if self._goes_with(node, home, group)), None)
             for home, group in list(opened.items()):
                 if home == own:
                     group.values.add(node)
@@ -194,11 +222,13 @@ class _Finder:
                     yield opened.pop(home)
         yield from opened.values()
 
-    def _goes_with(self, node: Node, group: _Group) -> bool:
+    def _goes_with(self, node: Node, home: _Home, group: _Group) -> bool:
         """Whether it is a norm or an activation behind a convolution of a group, or concatenates nothing but what is the group's."""
         if self.is_a(node, "cat"):
             return not group.values.isdisjoint(node.all_input_nodes) and group.holds(node)
-        return node not in group.convs and self.piece(node, group.convs).map in group.convs
+        piece = self.piece(node, group.convs)
+        behind = node not in group.convs and piece.map in group.convs
+        return behind and (not isinstance(home, Node) or self.keeps_map(piece))
 
 
 def _common(*nodes: Node) -> _Within:

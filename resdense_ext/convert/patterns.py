@@ -1,5 +1,5 @@
-"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, pools of batch norm and activation, and
-whatever else convolves concatenations.
+"""What of a traced graph the engines can stand in for: dense blocks, residual blocks, pools of batch norm and activation,
+whatever else convolves concatenations, and chains of convolutions and batch norms.
 
 A concatenation is flattened to its *pieces*, the values that are no concatenations themselves, so that ``x = cat([x, f(x)])``
 and a list that is concatenated at every layer are the same: a layer reads some pieces, and the next one reads these and what
@@ -50,16 +50,12 @@ class DenseMatch(NamedTuple):
 
 
 class ResidualMatch(NamedTuple):
-    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both.
-
-    ``bypassed`` are `torch.nn.Identity` modules that the shortcut passes.
-    """
+    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both."""
 
     form: str
     units: list[Unit]
     shortcut: tuple[Node, ...]
     activation: Optional[Node]
-    bypassed: tuple[Node, ...]
 
 
 class PooledMatch(NamedTuple):
@@ -89,7 +85,6 @@ _KINDS = {
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
     "dropout": nn.modules.dropout._DropoutNd,
-    "identity": nn.Identity,
 }
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
@@ -107,6 +102,17 @@ _CATS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FRESH = (*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, "add", "mul", "sub", "mean")
 _FRESH_KINDS = ("norm", "activation", "conv", "pool")
+_FRESH_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.conv._ConvTransposeNd,
+)
+"""Of torch's, these never return their input, nor a view of it."""
+_VIEWS = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "reshape", "squeeze", "unsqueeze", "view")
 
 
 def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
@@ -147,9 +153,10 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
                 continue
             matches.append(match)
             taken |= match.nodes
+    blocks = {node for match in matches if not isinstance(match.parts, GraphMatch) for node in match.nodes}
     for node in traced.graph.nodes:
         if node not in taken and node not in reader.reasons:
-            reason = reader.near_miss(node, taken)
+            reason = reader.near_miss(node, taken, blocks)
             if reason is not None:
                 reader.reasons[node] = reason
     return matches, {node: reason for node, reason in reader.reasons.items() if node not in taken}
@@ -219,8 +226,9 @@ class _Reader:
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""
-        if not self.changes_in_place(node) and self._kinds[node] not in ("dropout", "identity"):
-            return self._kinds[node] in _FRESH_KINDS or _calls_one_of(node, _FRESH)
+        if not self.changes_in_place(node) and not self._passes_on(node):
+            made = self._kinds[node] in _FRESH_KINDS or self._runs_one_of(node, _FRESH_LAYERS)
+            return made or _calls_one_of(node, _FRESH)
         operand = node.args[0] if node.args and "out" not in node.kwargs else None
         return isinstance(operand, Node) and set(operand.users) == {node} and self.is_fresh(operand)
 
@@ -233,7 +241,23 @@ class _Reader:
         )
 
     def _may_share(self, user: Node) -> bool:
-        return user.op == "call_method" or user.target is operator.getitem or self._kinds[user] in ("dropout", "identity")
+        return user.op == "call_method" or user.target is operator.getitem or self._passes_on(user)
+
+    def _passes_on(self, node: Node) -> bool:
+        """Whether it may return its first operand, or a view of that, and of nothing else."""
+        same = self._kinds[node] == "dropout" or self._runs_one_of(node, (nn.Flatten,))
+        return same or _calls_one_of(node, _VIEWS)
+
+    def _runs_one_of(self, node: Node, layers: tuple) -> bool:
+        return node.op == "call_module" and type(self.modules[node.target]) in layers
+
+    def keeps_input(self, node: Node) -> bool:
+        """Whether a norm or an activation keeps what it reads for its backward, in stock, and not its output alone."""
+        layer = self._layers[node]
+        if self._kinds[node] == "norm":
+            return not is_frozen_norm(layer)
+        # SiLU in place keeps a copy.
+        return isinstance(layer, nn.SiLU) or not (isinstance(layer, nn.ReLU) or self.changes_in_place(node))
 
     def unit(self, conv: Node, *readers: Node) -> Optional[Unit]:
         """Norm, activation, convolution, where the activation has other ``readers`` than the convolution, or none."""
@@ -312,23 +336,19 @@ class _Reader:
                     yield match
                     break
 
-    def _shortcuts(self, add: Node, shortcut: Node) -> Iterator[tuple[Node, tuple[Node, ...], tuple[Node, ...]]]:
-        """What it may start from, with the projection and the identities in between."""
-        bypassed: tuple[Node, ...] = ()
-        end = add
-        while self.inner(shortcut, "identity", end):
-            bypassed, end, shortcut = (*bypassed, shortcut), shortcut, shortcut.args[0]
-        yield shortcut, (), bypassed
-        if self.inner(shortcut, "conv", end):
-            yield shortcut.args[0], (shortcut,), bypassed
-        if self.inner(shortcut, "norm", end) and self.inner(shortcut.args[0], "conv", shortcut):
+    def _shortcuts(self, add: Node, shortcut: Node) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+        """What it may start from, with the projection."""
+        yield shortcut, ()
+        if self.inner(shortcut, "conv", add):
+            yield shortcut.args[0], (shortcut,)
+        if self.inner(shortcut, "norm", add) and self.inner(shortcut.args[0], "conv", shortcut):
             conv = shortcut.args[0]
-            yield conv.args[0], (conv, shortcut), bypassed
+            yield conv.args[0], (conv, shortcut)
             if self.inner(conv.args[0], "pool", conv):
-                yield conv.args[0].args[0], (conv.args[0], conv, shortcut), bypassed
+                yield conv.args[0].args[0], (conv.args[0], conv, shortcut)
 
     def _post_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
-        for start, projection, bypassed in self._shortcuts(add, shortcut):
+        for start, projection in self._shortcuts(add, shortcut):
             units: list[Unit] = []
             norm, activation, end = main, None, add
             while self.inner(norm, "norm", end) and self.inner(norm.args[0], "conv", norm):
@@ -339,7 +359,7 @@ class _Reader:
                         break
                     users = list(add.users)
                     last = users[0] if len(users) == 1 and self.is_a(users[0], "activation") else None
-                    parts = ResidualMatch("post", units, projection, last, bypassed)
+                    parts = ResidualMatch("post", units, projection, last)
                     return self._residual(parts, start, add if last is None else last, add)
                 activation = end = conv.args[0]
                 if not self.inner(activation, "activation", conv):
@@ -348,7 +368,7 @@ class _Reader:
         return None
 
     def _pre_activation(self, add: Node, main: Node, shortcut: Node) -> Optional[Match]:
-        for start, projection, bypassed in self._shortcuts(add, shortcut):
+        for start, projection in self._shortcuts(add, shortcut):
             if len(projection) > 1:
                 continue
             units: list[Unit] = []
@@ -358,25 +378,26 @@ class _Reader:
                     unit = self.unit(conv, *projection)
                     if unit is None:
                         break
-                    parts = ResidualMatch("pre", [unit, *units], projection, None, bypassed)
+                    parts = ResidualMatch("pre", [unit, *units], projection, None)
                     return self._residual(parts, unit.norm.args[0], add, add)
                 unit = self.unit(conv)
                 if unit is None:
                     break
                 units.insert(0, unit)
                 if unit.norm.args[0] is start and not projection:
-                    return self._residual(ResidualMatch("pre", units, (), None, bypassed), start, add, add)
+                    return self._residual(ResidualMatch("pre", units, (), None), start, add, add)
                 conv, end = unit.norm.args[0], unit.norm
         return None
 
     def _residual(self, parts: ResidualMatch, source: Node, output: Node, add: Node) -> Match:
         nodes = {node for unit in parts.units for node in unit if node is not None}
-        nodes |= {add, output, *parts.shortcut, *parts.bypassed}
+        nodes |= {add, output, *parts.shortcut}
         return Match(parts, (source,), output, nodes, {output: None})
 
     def pooled_units(self) -> Iterator[Match]:
         for pool in self.nodes:
-            if not self.is_a(pool, "pool"):
+            # Of windows that reach beyond the map the engine knows nothing, and a chain may have what stands before them.
+            if not self.is_a(pool, "pool") or getattr(self._layers[pool], "ceil_mode", False):
                 continue
             before, end, conv = pool.args[0], pool, None
             if self.inner(before, "conv", pool):
@@ -410,15 +431,17 @@ class _Reader:
                 return "other random numbers may be drawn between those of its dropouts"
         return None
 
-    def near_miss(self, node: Node, taken: set[Node]) -> Optional[str]:
-        """What a concatenation or an addition of layers' outputs lacks."""
+    def near_miss(self, node: Node, taken: set[Node], blocks: set[Node]) -> Optional[str]:
+        """What a concatenation or an addition of layers' outputs lacks; ``blocks`` are the nodes of dense and residual ones."""
         makes = ("conv", "norm", "activation", "dropout")
         if self.is_a(node, "cat") and self._has_one(self.pieces(node), makes) and not self._gathered(node, taken):
             return (
                 "concatenates what is not made of all before it by batch norm, activation and convolution, "
                 "and no convolution reads it"
             )
-        if self.is_a(node, "sum") and self._has_one(set(node.args) - taken, ("conv", "norm", "dropout")):
+        # In front of it may stand a chain's norm.
+        added = [n for n in node.all_input_nodes if n not in (blocks if self.is_a(n, "norm") else taken)]
+        if self.is_a(node, "sum") and self._has_one(added, ("conv", "norm", "dropout")):
             return "adds what is not made by convolutions, batch norms and activations of the other operand alone"
         return None
 

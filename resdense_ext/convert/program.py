@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, layer_of
-from resdense_ext.convert.trace import Traced, is_hooked
+from resdense_ext.convert.trace import Traced, is_held, is_hooked
 from resdense_ext.nn.engine import (
     Policy,
     run_chain,
@@ -32,7 +32,6 @@ from resdense_ext.nn.read import (
     ReadModules,
     ResidualModules,
     Unsupported,
-    check_untouched,
     own_activation,
 )
 
@@ -68,6 +67,15 @@ class Part(nn.Module):
         return self._owner().named_modules(*args, **options)
 
 
+def _run_modules(modules: Iterable[nn.Module | None], x: Tensor) -> Tensor:
+    """One after another, where there is one; the activation that a norm holds, it has applied already."""
+    held = None
+    for module in modules:
+        if module is not None and module is not held:
+            x, held = module(x), own_activation(module)
+    return x
+
+
 class _TracedLayer(NamedTuple):
     units: tuple[tuple[nn.Module, ...], ...]
     dropout: nn.Module | None
@@ -80,9 +88,7 @@ class _TracedLayer(NamedTuple):
         return LayerModules(self.dropout, self.units, self.dropout.p, drop_channels=type(self.dropout) is not nn.Dropout)
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        for norm, activation, conv in self.units:
-            x = conv(activation(norm(x)))
-        return x if self.dropout is None else self.dropout(x)
+        return _run_modules([*(module for unit in self.units for module in unit), self.dropout], x)
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -111,9 +117,9 @@ class TracedDenseBlock(Part):
 
 
 class TracedResidualBlock(Part):
-    def __init__(self, owner: nn.Module, name: str, modules: ResidualModules, bypassed: tuple[nn.Module, ...]) -> None:
+    def __init__(self, owner: nn.Module, name: str, modules: ResidualModules) -> None:
         super().__init__(owner, name)
-        self._block, self._bypassed = modules, bypassed
+        self._block = modules
 
     def adds_like_to_like(self) -> bool:
         """Whether both sides of the addition have as many channels, as far as the modules say."""
@@ -123,8 +129,6 @@ class TracedResidualBlock(Part):
         return added == convs[-1].out_channels
 
     def residual_modules(self) -> ResidualModules:
-        for identity in self._bypassed:
-            check_untouched(identity)
         return self._block
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,17 +136,11 @@ class TracedResidualBlock(Part):
 
     def stock_forward(self, x: Tensor) -> Tensor:
         form, units, shortcut, last = self._block
-        y = added = x
-        for i, unit in enumerate(units):
-            for module in unit if form == "post" else unit[:2]:
-                y = y if module is None else module(y)
-            if form == "pre":
-                if i == 0 and shortcut:
-                    added = y
-                y = unit[2](y)
-        for module in (*shortcut, *self._bypassed):
-            added = module(added)
-        y = y + added
+        added, modules = x, [module for unit in units for module in unit]
+        if form == "pre" and shortcut:
+            added = x = _run_modules(modules[:2], x)
+            modules = modules[2:]
+        y = _run_modules(modules, x) + _run_modules(shortcut, added)
         return y if last is None else last(y)
 
 
@@ -158,9 +156,7 @@ class TracedPooledUnit(Part):
         return run_transition(self, x)
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        for module in self._unit:
-            x = x if module is None else module(x)
-        return x
+        return _run_modules(self._unit, x)
 
 
 class _Call(NamedTuple):
@@ -330,6 +326,8 @@ def _with_ends(steps: Iterable[_Step], output: Any) -> list[tuple[_Step, list[No
 
 
 def _function(owner: weakref.ref, modules: dict[str, nn.Module], node: Node) -> Callable[..., Any]:
+    if is_held(node):
+        return lambda x: x
     if node.op == "call_module":
         return modules[node.target]
     if node.op == "call_method":
@@ -363,8 +361,7 @@ def _graph(owner: nn.Module, name: str, modules: dict[str, nn.Module], match: Ma
         return None if node is None else layer_of(node, modules)
 
     def pair(of: Gather | PieceMatch) -> tuple[nn.Module | None, nn.Module | None]:
-        norm = layer(of.norm)
-        return norm, own_activation(norm) if of.activation is None else layer(of.activation)
+        return layer(of.norm), layer(of.activation)
 
     def read(gather: Gather) -> ReadModules:
         return ReadModules(tuple(PieceModules(numbers[of.map], *pair(of)) for of in gather.pieces), *pair(gather))
@@ -393,4 +390,4 @@ def _part(owner: nn.Module, modules: dict[str, nn.Module], match: Match) -> Part
         for unit in parts.units
     )
     block = ResidualModules(parts.form, units, tuple(map(layer, parts.shortcut)), layer(parts.activation))
-    return TracedResidualBlock(owner, name, block, tuple(map(layer, parts.bypassed)))
+    return TracedResidualBlock(owner, name, block)

@@ -29,7 +29,7 @@ from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.engine import OnEngine
 from resdense_ext.nn.read import own_activation
 
-__all__ = ["Facts", "Traced", "Untraceable", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
+__all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
 
 
 class Untraceable(Exception):
@@ -37,7 +37,7 @@ class Untraceable(Exception):
 
 
 class Traced(NamedTuple):
-    """``graph`` runs on the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
+    """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why.
     """
@@ -72,10 +72,16 @@ def is_own(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too, and an identity,
+    of which a graph shows nothing, is none."""
+    others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
+    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, others)
     return of_torch or own_activation(module) is not None
+
+
+def is_held(node: fx.Node) -> bool:
+    """Whether it stands for the activation that the norm in front of it applies by itself."""
+    return node.meta.get("held", False)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -85,7 +91,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
-    """The graph of the module's (stock) forward.
+    """The graph of the module's (stock) forward; a norm that holds an activation is two nodes in it, see `is_held`.
 
     Args:
         module: whose forward is traced; the modules inside are, too, but for layers, what is on the engine, what carries
@@ -264,7 +270,7 @@ class _Tracer(fx.Tracer):
             return self.shadows[m](*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
+            return self._with_held(path, super().call_module(m, forward, args, kwargs))
         self.within.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -273,6 +279,14 @@ class _Tracer(fx.Tracer):
             raise
         finally:
             self.within.pop()
+
+    def _with_held(self, path: str, value: fx.Proxy) -> fx.Proxy:
+        held = own_activation(self.root_module.get_submodule(path))
+        if held is None or type(held) is nn.Identity:
+            return value
+        value = self.create_proxy("call_module", self._paths[id(held)], (value,), {})
+        value.node.meta |= {"held": True, "is_tensor": True}
+        return value
 
     def getattr(self, attr, attr_val, parameter_proxy_cache):
         if threading.get_ident() != self.thread:
@@ -313,11 +327,14 @@ def _ambient() -> tuple:
 
 
 def _containers(root: nn.Module, leaves: Container[nn.Module]) -> list[nn.Module]:
+    """Those that were looked into; of what they hold, the norms that hold an activation."""
     found: list[nn.Module] = []
     todo = list(root.children())
     while todo:
         module = todo.pop()
-        if module not in leaves and not is_layer(module) and not is_own(module):
+        if own_activation(module) is not None:
+            found.append(module)
+        elif module not in leaves and not is_layer(module) and not is_own(module):
             found.append(module)
             todo.extend(module.children())
     return found

@@ -406,12 +406,11 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module], activation: Optional[
         check_untouched(norm)
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
     held = own_activation(norm)
-    known = type(norm) in (expected, nn.SyncBatchNorm) or (
-        held is not None and held is activation and isinstance(norm, expected)
-    )
-    if not known:
+    holds_it = held is not None and (held is activation or type(held) is nn.Identity) and isinstance(norm, expected)
+    if type(norm) not in (expected, nn.SyncBatchNorm) and not holds_it:
         raise Unsupported(f"is {type(norm).__name__}", norm)
-    check_untouched(norm)
+    for module in (norm, *norm.children()):
+        check_untouched(module)
     weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
     mean, var, count = _registered(norm, norm._buffers, _BUFFERS)
     batch_stats = norm.training or (mean is None and var is None)

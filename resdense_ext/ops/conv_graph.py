@@ -7,7 +7,8 @@ A convolution reads *pieces* side by side, ``piece = act(norm(map))`` of any map
 Stock PyTorch keeps every concatenation, and of every normalised and activated map its input and its output. Here the pieces are
 gathered into a passing tensor when a convolution reads them, forward and again in backward; the statistics of a map are taken once,
 by the convolution that writes it. Backward goes through the convolutions from the last to the first; what a piece's reader asks of
-it is added to the one gradient of its map, with the norm's correction deferred as in a dense block.
+it is added to the one gradient of its map, with the norm's correction deferred as in a dense block. A chain of convolutions, norms
+and activations is a graph in which each convolution reads one piece.
 
 Sources of the architectures: Zhang et al., Residual Dense Network for Image Super-Resolution (2018); Chao et al., HarDNet (2019);
 Lee et al., VoVNet (2019).
@@ -35,10 +36,14 @@ def map_of_norm(graph: ConvGraph) -> dict[int, int]:
     return {piece.norm: piece.map for piece in _pieces(graph) if piece.norm is not None}
 
 
-def kept_maps(graph: ConvGraph) -> set[int]:
-    """Those that backward reads: what convolutions read, and what outputs read through a norm or an activation."""
-    read = {piece.map for pieces in graph.reads for piece in pieces}
-    return read | {piece.map for pieces in graph.outputs for piece in pieces if not _is_plain(piece)}
+def kept_maps(graph: ConvGraph, needs: Sequence[bool]) -> set[int]:
+    """Those that backward reads for the gradients that ``needs`` asks for: what convolutions read, and what outputs read through
+    a norm or an activation."""
+    sources = len(needs) - len(GRADS) * (len(graph.convs) + len(graph.norms))
+    wanted = _Wanted(graph, sources, Gradients(needs, sources))
+    read = {piece.map for i, pieces in enumerate(graph.reads) for piece in pieces if wanted.maps[sources + i]}
+    given = (piece for pieces in graph.outputs for piece in pieces if not _is_plain(piece))
+    return read | {piece.map for piece in given if wanted.piece(piece)}
 
 
 def forward(
@@ -138,6 +143,23 @@ class _Maps:
         return self.gather(pieces, conv.weight.dtype), None
 
 
+class _Wanted:
+    """Of which ``maps``, and of which pieces, anything asks for the gradient."""
+
+    def __init__(self, graph: ConvGraph, sources: int, asked: Gradients) -> None:
+        self._needs, self._norms = asked.needs, sources + len(GRADS) * len(graph.convs)
+        self.maps = list(asked.needs[:sources])
+        for i, pieces in enumerate(graph.reads):
+            self.maps.append(asked.wants_weight(i) or any(map(self.piece, pieces)))
+
+    def piece(self, piece: Piece) -> bool:
+        return self.maps[piece.map] or (piece.norm is not None and self._norm(piece.norm))
+
+    def _norm(self, norm: int) -> bool:
+        first = self._norms + len(GRADS) * norm
+        return any(self._needs[first : first + 2])
+
+
 class _Backward(_Maps):
     """``grads`` are those of the maps, pending; of a map with several readers it is added up."""
 
@@ -152,22 +174,12 @@ class _Backward(_Maps):
         self.readers = [0] * len(maps)
         for piece in _pieces(graph):
             self.readers[piece.map] += 1
-        self.wanted = list(needs[: self.sources])
-        for i, pieces in enumerate(graph.reads):
-            self.wanted.append(self.found.wants_weight(i) or any(map(self._wants, pieces)))
-
-    def _wants(self, piece: Piece) -> bool:
-        """Whether anything asks for the gradient of a piece."""
-        return self.wanted[piece.map] or (piece.norm is not None and self._wants_norm(piece.norm))
-
-    def _wants_norm(self, norm: int) -> bool:
-        first = self.sources + len(GRADS) * (len(self.graph.convs) + norm)
-        return any(self.found.needs[first : first + 2])
+        self.wanted = _Wanted(graph, self.sources, self.found)
 
     def spread(self, pieces: Sequence[Piece], grad: Tensor) -> None:
         """Takes the gradient of what was gathered to the maps; it is only read."""
         for piece, part in zip(pieces, grad.split([self.widths[piece.map] for piece in pieces], 1)):
-            if self._wants(piece):
+            if self.wanted.piece(piece):
                 self._add(piece, part)
 
     def _add(self, piece: Piece, grad: Tensor) -> None:
@@ -201,7 +213,7 @@ class _Backward(_Maps):
     def through(self, i: int) -> None:
         """Takes the gradient of what convolution i wrote to its weight and to the maps that it read."""
         pending, conv, pieces = self._taken(self.sources + i), self.graph.convs[i], self.graph.reads[i]
-        if pending is None:
+        if pending is None or not self.wanted.maps[self.sources + i]:
             return
         x, fold = self.read(pieces, conv)
         sampled, one = sampling(conv) is not None, self.reads_one_map(pieces, conv)
@@ -221,7 +233,7 @@ class _Backward(_Maps):
 
     def finish(self) -> list[Optional[Tensor]]:
         for of in range(self.sources):
-            grad = self._taken(of) if self.wanted[of] else None
+            grad = self._taken(of) if self.wanted.maps[of] else None
             self.found.found[of] = self.backend.pending_grad_(grad) if isinstance(grad, Pending) else grad
         return self.found.found
 

@@ -29,7 +29,7 @@ class ConvGraphFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, keep: bool, count: int, *tensors):
         sources = [walkable_map(x) for x in tensors[:count]]
-        kept = kept_maps(graph) if keep else set()
+        kept = kept_maps(graph, _needs(ctx, count)) if keep else set()
         with without_autocast(sources[0].device):
             outputs, maps, stats, counts = forward(sources, graph, backend, kept)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
@@ -49,9 +49,7 @@ class ConvGraphFunction(torch.autograd.Function):
         convs, norms = len(ctx.graph.convs), len(ctx.graph.norms)
         tensors = list(islice(saved, UNIT * (convs + norms)))
         maps, vectors = list(islice(saved, ctx.count + convs)), list(saved)
-        needs = list(ctx.needs_input_grad[4 : 4 + ctx.count])
-        for at in range(0, len(tensors), UNIT):
-            needs += [ctx.needs_input_grad[4 + ctx.count + at + position] for position in GRADS]
+        needs = _needs(ctx, ctx.count)
         graph = _around(ctx.graph, tensors)
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
@@ -71,6 +69,12 @@ class ConvGraphFunction(torch.autograd.Function):
             weight, bias, conv_weight, conv_bias = wanted[at : at + len(GRADS)]
             result += [weight, bias, None, None, conv_weight, conv_bias]
         return None, None, None, None, *result
+
+
+def _needs(ctx, count: int) -> list[bool]:
+    """Which gradients are asked for, of `_targets`."""
+    sources, tensors = ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]
+    return [*sources, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
 
 
 def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
