@@ -43,7 +43,7 @@ INTERPRETED = {
 """Files, and which of their tests are run again in the interpreter."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from triton_kernels import CHECKS, Kernels  # noqa: E402
+from triton_kernels import CHECKS, Kernels, fewer_cases  # noqa: E402, F401
 
 
 def interpret(file: str, which: str) -> subprocess.CompletedProcess:
