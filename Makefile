@@ -74,8 +74,8 @@ gpu:
 # Most of the time is Triton's compiler, of which every process has its own; the file has the results until the time is up.
 gpu-test:
 	@rm -f $(OUT)/failed; processes=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 8"); \
-		timeout -s INT -k 10 260 $(PYTHON) -m pytest -v $$processes --continue-on-collection-errors -m gpu $(ARGS) >$(OUT)/tests.txt 2>&1 || touch $(OUT)/failed
-	@sed -n '/short test summary/,$$p' $(OUT)/tests.txt | cut -c1-200 | tail -n 60
+		timeout -s INT -k 10 260 $(PYTHON) -m pytest -v --tb=short $$processes --continue-on-collection-errors -m gpu $(ARGS) >$(OUT)/tests.txt 2>&1 || touch $(OUT)/failed
+	@tail -n 60 $(OUT)/tests.txt | cut -c1-200
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck; do \
 			echo "compute-sanitizer --tool $$tool"; \
@@ -86,10 +86,10 @@ gpu-test:
 	@test ! -e $(OUT)/failed || { rm $(OUT)/failed; echo "make gpu: tests or the sanitizer failed, see above"; exit 1; }
 
 gpu-kernels:
-	@PYTHONPATH=. timeout 540 $(PYTHON) benchmarks/bench_kernels.py --seconds 420 --out $(OUT) $(ARGS)
+	@PYTHONPATH=. timeout -s INT -k 10 530 $(PYTHON) benchmarks/bench_kernels.py --seconds 420 --out $(OUT) $(ARGS)
 
 gpu-models:
-	@PYTHONPATH=. timeout 540 $(PYTHON) benchmarks/bench_models.py --seconds 420 --model $(MODEL) --out $(OUT) $(ARGS)
+	@PYTHONPATH=. timeout -s INT -k 10 530 $(PYTHON) benchmarks/bench_models.py --seconds 420 --model $(MODEL) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info resdense_ext/*.so $(VENV)/.built

@@ -191,19 +191,21 @@ def main() -> None:
     results.add(rows)
     todo = [(m, p, n) for m in options.model for n in options.batch for p in options.provider]
     todo.sort(key=lambda case: case[1] == "compile")  # what there may be no time for
-    for model, provider, batch in tqdm(todo, disable=None, unit="case"):
-        # torch.compile alone takes minutes.
-        if budget.left() < (180 if provider == "compile" else 0):
-            print(f"left out for want of time: {model} {provider} at batch {batch}; run it again")
-            continue
-        shape = [batch, 3, SIZE, SIZE]
-        if results.find(op=model, provider=provider, shape=shape):
-            continue
-        failed = functools.partial(row, model, provider, "train", "failed", "1", [1], shape=shape)
-        measured(lambda: measure(model, provider, batch, bandwidth), failed, budget, results)
-        _clear()
-    for model in options.model:
-        print(table(results.find(), model))
+    try:
+        for model, provider, batch in tqdm(todo, disable=None, unit="case"):
+            # torch.compile alone takes minutes.
+            if budget.left() < (180 if provider == "compile" else 0):
+                print(f"left out for want of time: {model} {provider} at batch {batch}; run it again")
+                continue
+            shape = [batch, 3, SIZE, SIZE]
+            if results.find(op=model, provider=provider, shape=shape):
+                continue
+            failed = functools.partial(row, model, provider, "train", "failed", "1", [1], shape=shape)
+            measured(lambda: measure(model, provider, batch, bandwidth), failed, budget, results)
+            _clear()
+    finally:  # interrupted, too
+        for model in options.model:
+            print(table(results.find(), model))
 
 
 if __name__ == "__main__":

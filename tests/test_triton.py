@@ -89,6 +89,12 @@ def test_on_the_gpu(check):
     check(Kernels(), "cuda")
 
 
+def test_sizes_of_one_compile():
+    triton_aot = pytest.importorskip("triton_aot")
+    for launch in triton_aot.launches_of_ones():
+        assert triton_aot.compile_launch(launch, 90).stack == 0
+
+
 def test_resources_of_every_shipped_configuration(capsys):
     """No spills, within the card's shared memory, on Hopper's matrix units; and as in the table that reviewers see."""
     triton_aot = pytest.importorskip("triton_aot")
