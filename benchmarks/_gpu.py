@@ -1,7 +1,9 @@
-"""What the GPU benchmarks share: ceilings, device times, a budget of seconds, and rows that are there already."""
+"""What the GPU benchmarks share: ceilings, device times, a budget of seconds, rows that are there already, and failures."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 from resdense_ext.cli.bench.rows import append, read, row
 
-__all__ = ["Budget", "Results", "ceilings", "device_times", "require_gpu"]
+__all__ = ["Budget", "Results", "ceilings", "device_times", "measured", "require_gpu"]
 
 NO_GPU = "needs a CUDA device: torch.cuda.is_available() is False"
 
@@ -47,6 +49,23 @@ class Results:
     def add(self, rows: list[dict]) -> None:
         append(rows, self.path, "cuda")
         self.rows += [{**r, "commit": self.commit} for r in rows]
+
+
+def measured(measure: Callable[[], list[dict]], failed: Callable[..., dict], budget: Budget, results: Results) -> None:
+    """Adds the rows of ``measure``; one case's failure is a result, too: the row that ``failed`` makes of it.
+
+    After an illegal access a process has lost its device: the program then starts anew, and goes on behind the case.
+    """
+    try:
+        rows = measure()
+    except Exception as error:
+        rows = [failed(error=f"{type(error).__name__}: {error}".splitlines()[0][:300])]
+    results.add(rows)
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--seconds", f"{max(budget.left(), 0):.0f}"])
 
 
 def device_times(fn: Callable[[], object], seconds: float = 0.2, least: int = 5) -> list[float]:

@@ -1,7 +1,7 @@
 """A DenseNet's training step on a GPU in bfloat16 autocast and channels-last: stock, its checkpoint, torch.compile, ours.
 
 Images a second, the host's time and the launches of a step, what is kept for backward, the peak, and the largest batch that fits
-(from a line through the peaks at two batches). Loss and gradients are compared with stock's before anything is timed.
+(from a line through the peaks at two batches). Gradients are compared with stock's before anything is timed.
 
     python benchmarks/bench_models.py [--model densenet121] [--batch 32 256] [--seconds 500] [--out benchmarks/results]
 """
@@ -9,6 +9,7 @@ Images a second, the host's time and the launches of a step, what is kept for ba
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from _gpu import Budget, Results, ceilings, device_times, require_gpu
+from _gpu import Budget, Results, ceilings, device_times, measured, require_gpu
 from tqdm import tqdm
 
 import resdense_ext as rd
@@ -31,7 +32,9 @@ BYTES_AN_IMAGE = {"densenet121": 4.3e12 / 21900, "densenet169": 4.3e12 / 18500, 
 """What the dense engine must move in a training step at 224x224 in bfloat16, calculated: every operand of every layer once."""
 CARDS = (16, 24, 80)
 DEVICE, SIZE = "cuda", 224
-PROVIDERS = ("stock", "memory_efficient", "compile", "fast", "min", "fast graph", "min graph")
+PROVIDERS = ("stock", "fast", "min", "fast graph", "min graph", "memory_efficient", "compile")
+CHECKED = 32
+"""Images with which gradients are compared: a batch that is measured, since another costs torch.compile minutes."""
 
 
 def network(model: str, provider: str) -> torch.nn.Module:
@@ -62,8 +65,8 @@ def gradients(step: Step) -> torch.Tensor:
 def disagreement(model: str, provider: str) -> float:
     """How far the gradients are from stock's in float32, over how far stock's own in bfloat16 are."""
     policy = provider.split()[0]
-    truth = gradients(training_step(model, "stock", 16, torch.float32))
-    distance = {name: (gradients(training_step(model, name, 16)) - truth).norm().item() for name in ("stock", policy)}
+    truth = gradients(training_step(model, "stock", CHECKED, torch.float32))
+    distance = {name: (gradients(training_step(model, name, CHECKED)) - truth).norm().item() for name in ("stock", policy)}
     return distance[policy] / distance["stock"]
 
 
@@ -108,14 +111,16 @@ def largest_batches(small: tuple[int, float], large: tuple[int, float]) -> dict[
     return {card: max(0, int((card * 2**30 - constant) / slope)) for card in CARDS}
 
 
-def peak_of(model: str, provider: str, batch: int) -> float:
+def peak_of(step: Callable[[], object]) -> float:
     """All memory of the process's tensors at its highest, in bytes: parameters and their gradients, too."""
-    step = training_step(model, provider, batch)
-    step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
+    torch.cuda.synchronize()
     return float(torch.cuda.max_memory_allocated())
+
+
+_checked = functools.cache(lambda model, policy: disagreement(model, policy))
 
 
 def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dict]:
@@ -125,7 +130,7 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     def add(metric: str, unit: str, values: list[float], mode: str = "train") -> None:
         rows.append(row(model, provider, mode, metric, unit, values, **setting))
 
-    ratio = disagreement(model, provider)
+    ratio = _checked(model, provider.split()[0])
     add("gradient error over stock's", "1", [ratio], "check")
     if not ratio < 2:
         raise RuntimeError(f"gradients are {ratio:.2f} times as far from float32 as stock's in bfloat16")
@@ -142,13 +147,8 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     add("share of the byte floor", "1", [BYTES_AN_IMAGE[model] * batch / bandwidth / s for s in times])
     add("host", "s", host_times(run))
     add("launches", "1", [launches(run)])
-    del step, run
-    _clear()
     if not provider.endswith("graph"):
-        peaks = [(n, peak_of(model, provider, n)) for n in (16, 32)]
-        add("peak", "B/image", [(peaks[1][1] - peaks[0][1]) / 16])
-        for card, largest in largest_batches(*peaks).items():
-            add(f"largest batch in {card} GiB", "1", [largest])
+        add("peak", "B", [peak_of(step)])
     return rows
 
 
@@ -158,16 +158,21 @@ def _clear() -> None:
 
 
 def table(rows: list[dict], model: str) -> str:
-    """A line a provider and batch."""
+    """A line a provider and batch; where there are the peaks at two batches, the largest that fits a card."""
     metrics = {"images": "images/s", "share of the byte floor": "of floor", "host": "host s", "launches": "launches",
-               "saved": "saved B/img", "peak": "peak B/img", "largest batch in 80 GiB": "batch 80 GiB"}  # fmt: skip
-    lines = [f"{model:28}" + "".join(f"{title:>14}" for title in metrics.values())]
-    for provider, batch in dict.fromkeys((r["provider"], r["shape"][0]) for r in rows if r["op"] == model):
-        own = [r for r in rows if r["op"] == model and r["provider"] == provider and r["shape"][0] == batch]
-        failures = [r["error"] for r in own if "error" in r]
-        found = {r["metric"]: r["median"] for r in own}
-        values = "".join(f"{found[m]:14.4g}" if m in found else f"{'-':>14}" for m in metrics)
-        lines.append(f"{provider:20} {batch:7d}" + (f"  failed: {failures[0]}" if failures else values))
+               "saved": "saved B/img", "peak": "peak B"}  # fmt: skip
+    titles = [*metrics.values(), *(f"batch {card} GiB" for card in CARDS)]
+    lines = [f"{model:28}" + "".join(f"{title:>14}" for title in titles)]
+    own = [r for r in rows if r["op"] == model]
+    for provider, batch in dict.fromkeys((r["provider"], r["shape"][0]) for r in own):
+        case = [r for r in own if r["provider"] == provider and r["shape"][0] == batch]
+        failures = [r["error"] for r in case if "error" in r]
+        found = {r["metric"]: r["median"] for r in case}
+        peaks = sorted((r["shape"][0], r["median"]) for r in own if r["provider"] == provider and r["metric"] == "peak")
+        largest = largest_batches(peaks[0], peaks[-1]).values() if len(peaks) > 1 else [None] * len(CARDS)
+        values = [*(found.get(metric) for metric in metrics), *largest]
+        text = "".join(f"{'-':>14}" if value is None else f"{value:14.4g}" for value in values)
+        lines.append(f"{provider:20} {batch:7d}" + (f"  failed: {failures[0]}" if failures else text))
     return "\n".join(lines)
 
 
@@ -185,22 +190,22 @@ def main() -> None:
     rows, bandwidth, _ = ceilings()
     results.add(rows)
     todo = [(m, p, n) for m in options.model for n in options.batch for p in options.provider]
-    for model, provider, batch in tqdm(todo, disable=None, unit="case"):
-        # torch.compile alone takes minutes.
-        if budget.left() < (180 if provider == "compile" else 0):
-            print(f"left out for want of time: {model} {provider} at batch {batch}; run it again")
-            continue
-        if results.find(op=model, provider=provider, shape=[batch, 3, SIZE, SIZE]):
-            continue
-        try:
-            results.add(measure(model, provider, batch, bandwidth))
-        except Exception as error:  # one provider's failure is a result, too
-            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            failed = row(model, provider, "train", "failed", "1", [1], shape=[batch, 3, SIZE, SIZE], error=text)
-            results.add([failed])
-        _clear()
-    for model in options.model:
-        print(table(results.find(), model))
+    todo.sort(key=lambda case: case[1] == "compile")  # what there may be no time for
+    try:
+        for model, provider, batch in tqdm(todo, disable=None, unit="case"):
+            # torch.compile alone takes minutes.
+            if budget.left() < (180 if provider == "compile" else 0):
+                print(f"left out for want of time: {model} {provider} at batch {batch}; run it again")
+                continue
+            shape = [batch, 3, SIZE, SIZE]
+            if results.find(op=model, provider=provider, shape=shape):
+                continue
+            failed = functools.partial(row, model, provider, "train", "failed", "1", [1], shape=shape)
+            measured(lambda: measure(model, provider, batch, bandwidth), failed, budget, results)
+            _clear()
+    finally:  # interrupted, too
+        for model in options.model:
+            print(table(results.find(), model))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import _gpu  # noqa: E402
 import _tables  # noqa: E402
 import bench_kernels  # noqa: E402
 import bench_models  # noqa: E402
+from stock import import_torchvision  # noqa: E402
 
 from resdense_ext.cli.bench import picture  # noqa: E402
 from resdense_ext.cli.bench.rows import row  # noqa: E402
@@ -127,6 +129,7 @@ def test_the_models_benchmark_checks_gradients(provider, monkeypatch):
     """On the CPU and small images: as good as stock's in bfloat16, and found out where a layer's are wrong."""
     monkeypatch.setattr(bench_models, "DEVICE", "cpu")
     monkeypatch.setattr(bench_models, "SIZE", 32)
+    monkeypatch.setattr(bench_models, "CHECKED", 16)
     assert 0 < bench_models.disagreement("densenet121", provider) < 2
 
     def spoiled(model, name):
@@ -140,15 +143,102 @@ def test_the_models_benchmark_checks_gradients(provider, monkeypatch):
     assert not bench_models.disagreement("densenet121", provider) < 2
 
 
+class Device:
+    """Stands for a GPU, on the CPU: what the benchmarks ask of torch.cuda; ``lost`` after an illegal access."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.lost = False
+        for name in ("reset_peak_memory_stats", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", itertools.count(2**30, 2**26).__next__)
+        monkeypatch.setattr(_gpu, "append", lambda rows, path, device: path.open("a").writelines(json.dumps({**r, "commit": "abc"}) + "\n" for r in rows))
+        for module in (bench_kernels, bench_models):
+            monkeypatch.setattr(module, "require_gpu", lambda: None)
+            monkeypatch.setattr(module, "conditions", lambda device: {"commit": "abc"})
+            monkeypatch.setattr(module, "ceilings", lambda: ([row("copy", "torch", "ceiling", "bandwidth", "B/s", [1e12])], 1e12, 1e15))
+            monkeypatch.setattr(module, "device_times", self.times)
+        monkeypatch.setattr(bench_models, "launches", lambda run: 7)
+
+    def synchronize(self) -> None:
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def times(self, run, seconds: float = 0.0) -> list[float]:
+        run()
+        return [0.5, 0.5]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    return Device(monkeypatch)
+
+
+def test_one_models_failure_stops_no_other(device, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_models, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_models, "SIZE", 32)
+    monkeypatch.setattr(bench_models, "network", lambda model, provider: import_torchvision().models.DenseNet(8, (2, 2), 8))
+    checked = []
+    monkeypatch.setattr(bench_models, "_checked", lambda model, policy: checked.append(policy) or (9.0 if policy == "min" else 1.0))
+    arguments = ["bench_models.py", "--provider", "min", "stock", "fast", "--batch", "2", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench_models.main()
+    first, text = (tmp_path / "models.jsonl").read_text(), capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines() if line.startswith(("min", "stock", "fast"))]
+    assert [line[:2] for line in lines] == [[p, n] for n in "24" for p in ("min", "stock", "fast")]
+    assert all("9.00 times as far" in " ".join(line) for line in lines if line[0] == "min")
+    assert all(line[2] in ("4", "8") and line[5] == "7" and "-" not in line[:8] for line in lines if line[0] != "min")
+    bench_models.main()
+    more = (tmp_path / "models.jsonl").read_text()[len(first) :].splitlines()
+    assert [json.loads(line)["op"] for line in more] == ["copy"] and len(checked) == 6  # nothing is measured twice
+
+
+def test_one_operations_failure_stops_no_other(device, monkeypatch, tmp_path, capsys):
+    def wrong(backend, t):
+        raise ValueError("out of resources")
+
+    operations = [bench_kernels.Operation("right", lambda b, t: list(b.channel_stats(t.x)), lambda C: C, lambda C: 0),
+                  bench_kernels.Operation("wrong", wrong, lambda C: C, lambda C: 0)]  # fmt: skip
+    tiny = [bench_kernels.Shape(network, 1, 16, 64, 5) for network in ("densenet201", "densenet121")]
+    monkeypatch.setattr(bench_kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_kernels, "OPERATIONS", operations)
+    monkeypatch.setattr(bench_kernels, "STRIDED", ())
+    monkeypatch.setattr(bench_kernels, "shapes", lambda: iter(tiny))
+    arguments = ["bench_kernels.py", "--batch", "2", "--backend", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    bench_kernels.main()
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    found = [(r["network"], r["op"]) for r in rows if r["metric"] in ("time", "failed")]
+    assert found == [(network, op) for network in ("densenet121", "densenet201") for op in ("right", "wrong")]
+    assert "failed: ValueError: out of resources" in capsys.readouterr().out
+
+
+def test_a_lost_device_starts_the_program_anew(device, monkeypatch, tmp_path):
+    def lose():
+        device.lost = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--seconds", "500"])
+    results = _gpu.Results(tmp_path / "rows.jsonl", "abc")
+    _gpu.measured(lose, lambda error: row("a", "ours", "check", "failed", "1", [1], error=error), _gpu.Budget(300), results)
+    assert "illegal" in _gpu.Results(tmp_path / "rows.jsonl", "abc").find(op="a")[0]["error"]
+    assert started == [[sys.executable, "bench.py", "--seconds", "500", "--seconds", "300"]]
+
+
 def test_tables_show_the_worst_first_and_every_failure():
     rows = [row(op, "cuda", "device", "time over floor", "1", [value]) for op, value in (("a", 1.5), ("b", 3.0))]
-    rows.append(row("c", "cuda", "check", "error", "1", [0.5], failed=True))
+    rows.append(row("c", "cuda", "check", "failed", "1", [1], error="off by 0.5"))
     lines = bench_kernels.table(rows).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["b", "a", "c"] and "WRONG" in lines[-1]
+    assert [line.split()[0] for line in lines[1:]] == ["b", "a", "c"] and "off by 0.5" in lines[-1]
     rows = [row("densenet121", "fast", "train", "images", "1/s", [5000.0], shape=[32, 3, 224, 224])]
     rows.append(row("densenet121", "compile", "train", "failed", "1", [1], shape=[32, 3, 224, 224], error="no triton"))
     text = bench_models.table(rows, "densenet121")
     assert "5000" in text and "failed: no triton" in text
+    shapes = [[n, 3, 224, 224] for n in (32, 256)]
+    rows += [row("densenet121", "fast", "train", "peak", "B", [2**30 + s[0] * 2**26], shape=s) for s in shapes]
+    assert bench_models.table(rows, "densenet121").splitlines()[1].split()[-3:] == ["240", "368", "1264"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

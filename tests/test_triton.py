@@ -43,7 +43,7 @@ INTERPRETED = {
 """Files, and which of their tests are run again in the interpreter."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from triton_kernels import CHECKS, Kernels  # noqa: E402
+from triton_kernels import CHECKS, Kernels, fewer_cases  # noqa: E402, F401
 
 
 def interpret(file: str, which: str) -> subprocess.CompletedProcess:
@@ -87,6 +87,12 @@ def test_which_convolutions_that_move_positions_are_ours():
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_on_the_gpu(check):
     check(Kernels(), "cuda")
+
+
+def test_sizes_of_one_compile():
+    triton_aot = pytest.importorskip("triton_aot")
+    for launch in triton_aot.launches_of_ones():
+        assert triton_aot.compile_launch(launch, 90).stack == 0
 
 
 def test_resources_of_every_shipped_configuration(capsys):

@@ -154,6 +154,18 @@ def _elementwise(last: bool) -> dict[str, Launch]:
     return found
 
 
+def launches_of_ones() -> list[Launch]:
+    """Launches in which every size is 1, which Triton takes as a constant: not all that a tensor can do works with it."""
+    x, v, conv, norm = torch.empty((1, 1, 1, 1)), torch.empty(1), Conv(torch.empty((1, 1, 1, 1))), BatchNorm(torch.empty(1))
+    with recorded() as launches:
+        channel_stats.channel_stats(x)
+        bn_act_conv(x, v, v, Activation(), conv, x, None, 1.0, (v, v), norm)
+        bn_act_conv_data_backward(x, (x, v, v, v), conv, x, (v,) * 4, 1, Activation(), x, (v, v))
+        bn_act_conv_weight_backward(x, (x, v, v, v), conv, x, v, v, Activation())
+        bn_act_pool.bn_act_global_pool(x, v, v, Activation())
+    return launches
+
+
 class Entry(NamedTuple):
     """A row of the table: of the configurations' table where ``key`` is there, else the kernel of that name."""
 

@@ -81,11 +81,11 @@ def kernels(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def fewer_cases(monkeypatch):
-    """The interpreter is slow. The steps are prime to the numbers of layouts and of dtypes, so that all come in turn."""
-    if interpreting():
-        for module, step in ((cuda_cases, 17), (cuda_residual_cases, 23), (cuda_pool_cases, 11)):
-            few = lambda cases=module.cases, step=step: itertools.islice(cases(), 0, None, step)  # noqa: E731
-            monkeypatch.setattr(module, "cases", few)
+    """The interpreter is slow, and so is the compiler, which takes up to a second for every layout and size. The steps are prime
+    to the numbers of layouts and of dtypes, so that all come in turn."""
+    for module, step in ((cuda_cases, 17), (cuda_residual_cases, 23), (cuda_pool_cases, 11)):
+        few = lambda cases=module.cases, step=step: itertools.islice(cases(), 0, None, step)  # noqa: E731
+        monkeypatch.setattr(module, "cases", few)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

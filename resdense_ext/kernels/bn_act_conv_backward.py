@@ -207,7 +207,7 @@ def bn_act_conv_bwd_weight_kernel(
         a = activate(scale[None, :] * x + shift[None, :], SLOPE, ACT)
         acc = product(tl.trans(rounded(a, COMPUTE)), rounded(dz, COMPUTE), acc, PRECISION)
 
-    size = (KERNEL[0] * KERNEL[1] * KERNEL[2] * C).to(tl.int64) * K
+    size = tl.cast(KERNEL[0] * KERNEL[1] * KERNEL[2] * C, tl.int64) * K  # where C is 1 it is no tensor, but known when compiled
     at = ((tap * C + channels[:, None]) * K + outputs[None, :]).to(tl.int64)
     mask = channel_mask[:, None] & output_mask[None, :]
     tl.store(part_ptr + split * size + at, acc, mask=mask)

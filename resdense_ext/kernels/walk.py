@@ -27,10 +27,10 @@ class Tiling(NamedTuple):
         return {"BLOCK_M": self.BLOCK_M, "BLOCK_C": self.BLOCK_C, "num_warps": 8}
 
 
-def tiling_of(m: Map) -> Tiling:
-    """4096 elements a tile, 16 a thread: long along what is adjacent in memory."""
+def tiling_of(m: Map, elements: int = 4096) -> Tiling:
+    """Tiles of so many elements, by default 16 a thread: long along what is adjacent in memory."""
     BLOCK_C = power_of_two(m.C, 1, 128) if m.last else power_of_two(m.C, 1, 4)
-    BLOCK_M = power_of_two(m.count, 16, 4096 // BLOCK_C)
+    BLOCK_M = power_of_two(m.count, 16, elements // BLOCK_C)
     return Tiling(BLOCK_M, BLOCK_C, ceil_div(m.count, BLOCK_M), ceil_div(m.C, BLOCK_C))
 
 

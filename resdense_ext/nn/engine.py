@@ -610,7 +610,7 @@ def is_transformed(x: Tensor | Halves) -> bool:
     Of these the engine has none but ``torch.compile``'s; the stock path is right under all of them, and is taken without a word.
     """
     return (
-        torch.compiler.is_exporting()
+        torch.compiler._is_exporting_flag  # `is_exporting()` reads it, but is True in all that torch.compile of torch 2.11 traces
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

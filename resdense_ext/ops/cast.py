@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from resdense_ext.checks import has_autocast
 from resdense_ext.reference import Conv, ConvGraph, DenseLayer, DualPathBlock, ResidualBlock, Unit
 
 __all__ = [
@@ -43,6 +44,9 @@ class CastFunction(torch.autograd.Function):
 
 
 def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        # The compiler makes few launches of these; torch 2.11's would leave out of a backward what is only written in place.
+        return [t.to(dtype) for t, dtype in zip(tensors, dtypes)]
     results = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes)]
     if results:
         torch._foreach_copy_(results, list(tensors))
@@ -100,6 +104,6 @@ def _changes(tensor: Optional[Tensor], dtype: torch.dtype) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """The engines have their dtypes already; an inner convolution is to take them as they are."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
