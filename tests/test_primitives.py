@@ -17,8 +17,8 @@ from resdense_ext import reference
 from resdense_ext.ops import _library
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
+from resdense_ext.ops.activation import activation_backward
 from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
-from resdense_ext.ops.conv1x1_bn_add_act import activation_backward
 from resdense_ext.ops.triton import architecture_refusal, interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -153,6 +153,8 @@ CASES = {name: (conv, shape, bias) for name, conv, shape, bias in conv_cases()}
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 class TestConvolution:
+    activation = Activation("relu")
+
     def inputs(self, case, dtype, sizes=(3, 11, 9)):
         conv, shape, bias = CASES[case]
         channels = shape[1] * conv.groups
@@ -169,7 +171,7 @@ class TestConvolution:
     @pytest.mark.parametrize("masked", [False, True])
     def test_forward(self, backend, case, dtype, channels_last, masked):
         conv, tensors = self.inputs(case, dtype)
-        activation = Activation("relu")
+        activation = self.activation
         outputs, *sizes = tensors["weight"].shape[0], *conv._replace(weight=tensors["weight"]).outputs((11, 9))
         mask = torch.rand(3, outputs, *sizes) > 0.5 if masked else None
         source, _ = buffer_slice(tensors["x"], channels_last)
@@ -202,7 +204,7 @@ class TestConvolution:
     @pytest.mark.parametrize("accumulate", [False, True])
     def test_backward(self, backend, case, dtype, channels_last, accumulate, pending):
         conv, tensors = self.inputs(case, dtype)
-        activation = Activation("relu")
+        activation = self.activation
         outputs, *sizes = tensors["weight"].shape[0], *conv._replace(weight=tensors["weight"]).outputs((11, 9))
         for name in ("dy", "z"):
             tensors[name] = torch.randn(3, outputs, *sizes).to(dtype)
@@ -562,6 +564,30 @@ def test_narrower_instruction_sets(capability):
     assert answer.returncode == 0, answer.stdout[-4000:]
 
 
+@built
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", [Activation(name) for name in ("relu6", "elu", "silu")], ids=str)
+class TestFrameworksActivations:
+    """Those that the CPU's operators do not know."""
+
+    def test_elementwise(self, activation, dtype, channels_last):
+        backend, cases = backends.get("cpu"), TestElementwise()
+        assert backends.choose(torch.zeros(1, 1, 1, dtype=dtype), dtype, activation) is backend
+        for shape in (SHAPES[1], SHAPES[5]):
+            cases.test_bn_act(backend, shape, dtype, channels_last, activation)
+            for accumulate in (False, True):
+                cases.test_bn_act_backward(backend, shape, dtype, channels_last, activation, accumulate)
+
+    @pytest.mark.parametrize("case", ["1x1", "3x3"])
+    def test_convolution(self, activation, dtype, channels_last, case):
+        backend, cases = backends.get("cpu"), TestConvolution()
+        cases.activation = activation
+        cases.test_forward(backend, case, dtype, channels_last, False)
+        for accumulate in (False, True):
+            cases.test_backward(backend, case, dtype, channels_last, accumulate, True)
+
+
 @pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "elu", "silu", "identity"])
 def test_slopes_of_activations(name):
     """At the input and, where that tells, at the output; torch's at the kinks, too."""
@@ -610,8 +636,8 @@ class TestBackendChoice:
         [
             (torch.zeros(1, 1, 1, device="meta"), torch.float32, Activation(), "on meta"),
             (torch.zeros(1, 1, 1), torch.bfloat16, Activation(), "compute in torch.bfloat16"),
-            (torch.zeros(1, 1, 1), torch.float32, Activation("silu"), "silu"),
-            (torch.zeros(1, 1, 1), torch.float32, Activation("relu6"), "relu6"),
+            (torch.zeros(1, 1, 1).bfloat16(), torch.bfloat16, Activation("silu"), "the activation is silu"),
+            (torch.zeros(1, 1, 1).half(), torch.float16, Activation("relu6"), "the activation is relu6"),
         ],
     )
     def test_what_the_cpu_backend_refuses_goes_to_the_reference(self, x, compute, activation, reason):

@@ -17,10 +17,10 @@ inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-// The maps of one call are walked together, so all get one layout. A map of one channel, or of one position a sample, can
-// be read in either.
+// The maps of one call are walked together, so all get one layout. A map of one channel whose positions are adjacent, or of
+// one position a sample, can be read in either.
 inline void unify(std::initializer_list<Map*> maps, const char* op) {
-  const auto fixed = [](const Map* m) { return m->C > 1 && (m->S > 1 || m->sc > 1); };
+  const auto fixed = [](const Map* m) { return m->C > 1 ? m->S > 1 || m->sc > 1 : m->S > 1 && m->ss > 1; };
   bool channels_last = (*maps.begin())->channels_last;
   for (const Map* m : maps)
     if (fixed(m)) { channels_last = m->channels_last; break; }
@@ -29,8 +29,7 @@ inline void unify(std::initializer_list<Map*> maps, const char* op) {
     RESDENSE_CHECK(!fixed(m), op, ": expected all maps in one layout, got channels-first and channels-last together");
     m->channels_last = channels_last;
     if (channels_last) m->sc = 1;
-    else if (m->S == 1) m->ss = 1;
-    else RESDENSE_CHECK(m->ss == 1, op, ": expected all maps in one layout, got a strided map of one channel");
+    else m->ss = 1;
   }
 }
 

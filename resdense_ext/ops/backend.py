@@ -123,9 +123,9 @@ class ReferenceBackend:
         """The ranges of samples whose activations may be in memory at once."""
         return [slice(0, x.shape[0])]
 
-    def fuses_moments(self, x: Tensor, conv: Conv) -> bool:
+    def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
         """Whether there are `moments` and `moments_backward`, see `resdense_ext.ops.conv1x1_bn_add_act`, for a 1x1 convolution
-        of stride 1 and no padding."""
+        of stride 1 and no padding, behind this activation."""
         return False
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:

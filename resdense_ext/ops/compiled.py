@@ -12,10 +12,15 @@ from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Reference
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, Pool, accumulation_dtype
 
-__all__ = ["CompiledBackend", "slope_of"]
+__all__ = ["CompiledBackend", "knows", "slope_of"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SLOPES = {"relu": 0.0, "identity": 1.0}
+
+
+def knows(activation: Activation) -> bool:
+    """Whether the operators have it."""
+    return activation.name in (*_SLOPES, "leaky_relu")
 
 
 def slope_of(activation: Activation) -> float:
@@ -35,7 +40,7 @@ class CompiledBackend(ReferenceBackend):
         supported = x.dtype in _DTYPES and compute_dtype in _DTYPES
         if not supported or accumulation_dtype(x.dtype) != accumulation_dtype(compute_dtype):
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        if activation.name not in (*_SLOPES, "leaky_relu"):
+        if not knows(activation):
             return f"the activation is {activation.name}"
         return None
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.convolve import sampled, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
@@ -41,7 +42,6 @@ __all__ = [
     "Gradients",
     "Moments",
     "Pointwise",
-    "activation_backward",
     "backward",
     "forward",
     "kept_for_backward",
@@ -49,8 +49,6 @@ __all__ = [
     "norm_gradients",
     "output_statistics",
 ]
-
-LINEAR = Activation("identity")
 
 
 def kept_for_backward(
@@ -112,7 +110,8 @@ class Pointwise(NamedTuple):
     @property
     def fuses(self) -> bool:
         """Whether the backend has kernels for what moments tell of it."""
-        return not any(self.conv.padding) and self.backend.fuses_moments(self.x, self.conv)
+        activation = LINEAR if self.fold is None else self.fold.affine.activation
+        return not any(self.conv.padding) and self.backend.fuses_moments(self.x, self.conv, activation)
 
     def dense(self) -> Pointwise:
         """The same of stride 1, of the positions alone that are read."""
@@ -422,19 +421,3 @@ def norm_gradients(g: Tensor, z: Tensor, fold: Fold, backend: ReferenceBackend) 
     """Of a norm that reads ``z``, from the gradient of its output, which stays as it is: that of z, pending, and the norm's own."""
     _, *sums, _ = backend.bn_add_act_backward(g, g, z, fold.mean, None, None, LINEAR)
     return backend.norm_backward(g, z, fold, *sums)
-
-
-def activation_backward(grad: Tensor, mark: Optional[Tensor], activation: Activation) -> Tensor:
-    """``grad * act'``, in one pass; the mark is what `reference.marked_slope` asks for. Of the identity it is ``grad`` itself."""
-    aten, name = torch.ops.aten, activation.name
-    if name == "identity":
-        return grad
-    if name == "relu":
-        return aten.threshold_backward(grad, mark, 0)
-    if name == "relu6":
-        return aten.hardtanh_backward(grad, mark, 0, 6)
-    if name == "leaky_relu":
-        return aten.leaky_relu_backward(grad, mark, activation.slope, False)
-    if name == "elu":
-        return aten.elu_backward(grad, 1, 1, 1, True, mark)
-    return aten.silu_backward(grad, mark)

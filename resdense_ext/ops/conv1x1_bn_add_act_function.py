@@ -13,9 +13,10 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops._library import LIBRARY
+from resdense_ext.ops.activation import LINEAR, activation_backward
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.conv1x1_bn_add_act import LINEAR, Branch, Carried, Moments, Pointwise
+from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointwise
 from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
@@ -149,7 +150,7 @@ def _conv1x1_bn_add_act_backward(
     def record(unit: int, *values: Optional[Tensor]) -> None:
         results[2 + len(GRADS) * unit : 2 + len(GRADS) * unit + len(values)] = values
 
-    g = engine.activation_backward(grad, mark, pieces.activations[1]).contiguous(memory_format=memory_format_of(x))
+    g = activation_backward(grad, mark, pieces.activations[1]).contiguous(memory_format=memory_format_of(x))
     need_input, need_weight = any(needs[i] for i in (0, 2, 3)), any(needs[4:6])
     if need_input or need_weight or any(needs[6:8]):
         if config.keep == "z":

@@ -1,7 +1,8 @@
 """The CPU backend: the bandwidth-bound primitives in C++ (``csrc/cpu``), other convolutions through the framework.
 
 No input is activated whole: a 1x1 convolution goes tile by tile through the cache, any other some samples at a time through the
-framework's convolution.
+framework's convolution. Activations that the operators do not know are the framework's, behind the norm as an operator; such an
+input goes to the framework's convolution whatever the kernel size.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from resdense_ext import reference
 from resdense_ext.ops import _library
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Stats, register
-from resdense_ext.ops.compiled import CompiledBackend, slope_of
+from resdense_ext.ops.activation import LINEAR, activate_, activation_backward
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
+from resdense_ext.ops.compiled import CompiledBackend, knows, slope_of
 from resdense_ext.ops.layout import map_beside, memory_format_of
-from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
 __all__ = ["CpuBackend"]
 
@@ -53,6 +56,11 @@ def _suits_winograd(x: Tensor, conv: Conv) -> bool:
     )
 
 
+def _linear(affine: Affine) -> Affine:
+    """The norm alone."""
+    return affine._replace(activation=LINEAR)
+
+
 class _Ends:
     """The operators of residual blocks' ends, whose maps the CPU's kernels walk together: in one layout."""
 
@@ -81,7 +89,9 @@ class CpuBackend(CompiledBackend):
             return f"the input is on {x.device.type}"
         if x.dtype != compute_dtype:
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        return super().refusal(x, compute_dtype, activation)
+        if knows(activation) or x.dtype not in (torch.float32, torch.float64):
+            return super().refusal(x, compute_dtype, activation)
+        return None
 
     def chunks(self, x: Tensor) -> list[slice]:
         """Of a bottleneck so many samples that every thread's share of an activation stays in its cache; of a buffer one."""
@@ -107,6 +117,50 @@ class CpuBackend(CompiledBackend):
         scale, mean, rstd = fold.affine.scale, fold.mean, fold.rstd
         return torch.ops.resdense.bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, fold.count, into.beta, into.delta)
 
+    def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
+        if knows(affine.activation):
+            return super().bn_act(x, affine, out)
+        return activate_(super().bn_act(x, _linear(affine), out), affine.activation)
+
+    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
+        if knows(affine.activation):
+            return super().bn_act_backward(grad, x, affine, center)
+        return super().bn_act_backward(grad.copy_(self._masked(grad, x, affine)), x, _linear(affine), center)
+
+    def bn_act_backward_accumulate(
+        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if knows(affine.activation):
+            return super().bn_act_backward_accumulate(out, grad, x, affine, center)
+        return super().bn_act_backward_accumulate(out, self._masked(grad, x, affine), x, _linear(affine), center)
+
+    def _masked(self, grad: Tensor, x: Tensor, affine: Affine) -> Tensor:
+        mark = affine if reference.determined(affine.activation) else _linear(affine)
+        return activation_backward(grad, self.bn_act(x, mark), affine.activation)
+
+    def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
+        backend = CompiledBackend if knows(affine.activation) else ReferenceBackend
+        return backend.bn_act_pool(self, x, affine, pool)
+
+    def bn_act_pool_backward(
+        self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
+    ) -> ConvGrads:
+        backend = CompiledBackend if knows(fold.affine.activation) else ReferenceBackend
+        return backend.bn_act_pool_backward(self, grad, taps, x, fold, pool, into)
+
+    def bn_add_act(
+        self, z: Tensor, affine: Affine, identity: Tensor, identity_affine: Optional[Affine], activation: Activation
+    ) -> Tensor:
+        if knows(activation) or identity.dtype != z.dtype:
+            return super().bn_add_act(z, affine, identity, identity_affine, activation)
+        return activate_(super().bn_add_act(z, affine, identity, identity_affine, LINEAR), activation)
+
+    def bn_add_act_backward(self, grad: Tensor, mark: Tensor, z: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *centers, activation = rest
+        if not knows(activation) and grad.dtype == z.dtype:
+            grad, activation = activation_backward(grad, mark, activation), LINEAR
+        return super().bn_add_act_backward(grad, mark, z, *centers, activation)
+
     def bn_act_conv(
         self,
         x: Tensor,
@@ -118,9 +172,10 @@ class CpuBackend(CompiledBackend):
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
     ) -> Optional[Fold]:
-        if mask is None and _is_matrix_product(conv):
+        known = mask is None and (affine is None or knows(affine.activation))
+        if known and _is_matrix_product(conv):
             op, weight = torch.ops.resdense.bn_act_conv1x1, conv.weight.flatten(1)
-        elif mask is None and _suits_winograd(x, conv):
+        elif known and _suits_winograd(x, conv):
             op, weight = torch.ops.resdense.bn_act_winograd, conv.weight
         else:
             return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
@@ -134,8 +189,8 @@ class CpuBackend(CompiledBackend):
         self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
         # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
-        fused = isinstance(grad, Pending) and conv.bias is None
         prologue = fold or Fold.linear(x)
+        fused = isinstance(grad, Pending) and conv.bias is None and knows(prologue.affine.activation)
         scale, shift, activation = prologue.affine
         vectors = scale, shift, prologue.mean, slope_of(activation)
         if fused and _is_matrix_product(conv):
@@ -155,8 +210,9 @@ class CpuBackend(CompiledBackend):
         increment_version(dy)
         return self._grads(x, fold, weight, None, dy, into, *sums)
 
-    def fuses_moments(self, x: Tensor, conv: Conv) -> bool:
-        return conv.groups == 1 and x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.float64)
+    def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
+        one_dtype = x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.float64)
+        return conv.groups == 1 and one_dtype and knows(activation)
 
     def moments(self, x: Tensor, affine: Affine, near: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of what a convolution reads, and with the gradient of what it writes: the mean ``[C]`` in float64, R, ``1^T g`` in
