@@ -27,7 +27,7 @@ from torch import Tensor
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
-from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.layout import empty_map, gradient_like
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import GRADS, UNIT, geometry_of, new_stats, units_from
 from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
@@ -214,7 +214,7 @@ def backward(
         values = (grads.norm_weight, grads.norm_bias, grads.weight, grads.bias)
         for i, (value, position) in enumerate(zip(values, GRADS)):
             if needs[1 + 4 * unit + i]:
-                results[1 + 4 * unit + i] = value.to(tensors[UNIT * unit + position].dtype)
+                results[1 + 4 * unit + i] = gradient_like(value, tensors[UNIT * unit + position])
 
     def wants_weight(unit: int) -> bool:
         return any(needs[3 + 4 * unit : 5 + 4 * unit])
@@ -281,7 +281,7 @@ def backward_fake(buffer: Tensor, tensors, masks, config: DenseBlockConfig, need
     for unit in range(len(config.eps)):
         wanted += [tensors[UNIT * unit + position] for position in GRADS]
     return [
-        (value if i == 0 else value.new_empty(value.shape)) if need else buffer.new_empty(0)
+        (value if i == 0 else torch.empty_like(value)) if need else buffer.new_empty(0)
         for i, (need, value) in enumerate(zip(needs, wanted))
     ]
 

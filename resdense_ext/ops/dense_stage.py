@@ -65,7 +65,7 @@ def _dense_stage_backward_fake(grad: Tensor, grad_buffer, buffer: Tensor, tensor
     grads = dense_block.backward_fake(buffer, tensors, masks, config, needs[:-4])
     targets = [unit_tensors[position] for position in GRADS]
     return grads + [
-        target.new_empty(target.shape) if need else buffer.new_empty(0) for need, target in zip(needs[-4:], targets)
+        torch.empty_like(target) if need else buffer.new_empty(0) for need, target in zip(needs[-4:], targets)
     ]
 
 

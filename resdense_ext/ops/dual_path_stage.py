@@ -31,7 +31,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
-from resdense_ext.ops.layout import empty_map, map_beside
+from resdense_ext.ops.layout import empty_map, gradient_like, map_beside
 from resdense_ext.ops.split_unit import Source, SplitUnit
 from resdense_ext.ops.units import GRADS, UNIT, Gradients, geometry_of, new_stats, units_from
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
@@ -335,11 +335,13 @@ def _targets(xs: Sequence[Tensor], tensors) -> list[Optional[Tensor]]:
 
 
 def _wanted(results: Sequence[Optional[Tensor]], xs: Sequence[Tensor], tensors) -> list[Tensor]:
-    """In the dtypes of what they are of; empty tensors for those that are not wanted."""
-    return [
-        xs[0].new_empty(0) if value is None else value.to(target.dtype)
-        for value, target in zip(results, _targets(xs, tensors))
+    """In the dtypes of what they are of, those of parameters in their layouts, too; empty tensors for those not wanted."""
+    wanted = [value if value is None else value.to(x.dtype) for value, x in zip(results, xs)]
+    wanted += [
+        value if value is None else gradient_like(value, target)
+        for value, target in zip(results[len(xs) :], _targets((), tensors))
     ]
+    return [xs[0].new_empty(0) if value is None else value for value in wanted]
 
 
 def _dual_path_stage(x: list[Tensor], tensors, *numbers) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -387,7 +389,7 @@ def _dual_path_stage_backward_fake(grad_residual, grad_dense, dense: Tensor, x: 
     # The inputs' gradients are maps in the layout of the first.
     wanted = [empty_map(x[0], t.shape[1], t.dtype, t.shape[2:]) for t in x] + targets[len(x) :]
     return [
-        value.new_empty(value.shape) if need and i >= len(x) else value if need else x[0].new_empty(0)
+        torch.empty_like(value) if need and i >= len(x) else value if need else x[0].new_empty(0)
         for i, (value, need) in enumerate(zip(wanted, rest[-1]))
     ]
 

@@ -31,7 +31,7 @@ from resdense_ext.ops.activation import LINEAR, activation_backward
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
-from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
+from resdense_ext.ops.layout import dense_map, empty_map, gradient_like, memory_format_of, walkable_map
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
     Maps,
@@ -168,10 +168,11 @@ def _targets(x: Tensor, tensors) -> list[Optional[Tensor]]:
 
 
 def _wanted(results: Sequence[Optional[Tensor]], x: Tensor, tensors) -> list[Tensor]:
-    """In the dtypes of what they are of; empty tensors for those that are not wanted."""
-    return [
-        x.new_empty(0) if value is None else value.to(target.dtype) for value, target in zip(results, _targets(x, tensors))
-    ]
+    """In the dtypes of what they are of, those of parameters in their layouts, too; empty tensors for those not wanted."""
+    _, *targets = _targets(x, tensors)
+    wanted = [value if value is None else gradient_like(value, target) for value, target in zip(results[1:], targets)]
+    dx = None if results[0] is None else results[0].to(x.dtype)
+    return [x.new_empty(0) if value is None else value for value in (dx, *wanted)]
 
 
 def _residual_block(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:
