@@ -1,6 +1,7 @@
 """`torch.compile` of converted models: one graph, for all batch sizes; the same numbers, and the same bytes kept."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -40,6 +41,31 @@ def found(model, call, x):
     output.square().sum().backward()
     gradients = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters()}
     return {"output": output.detach(), "grad x": x.grad, **gradients, **{n: b.clone() for n, b in model.named_buffers()}}
+
+
+def dual_path():
+    torch.manual_seed(0)
+    stage = randomise(rd.nn.DualPathStage(2, 3, 4, 6, 3, groups=1)).double()
+    return nn.Sequential(rd.revert(stage), Joined())
+
+
+class Joined(nn.Module):
+    def forward(self, halves):
+        return torch.cat(halves, 1)
+
+
+@pytest.mark.parametrize("formats", list(itertools.product((torch.contiguous_format, torch.channels_last), repeat=2)), ids=str)
+@pytest.mark.parametrize("network", [dense, residual, dual_path])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_have_the_layouts_of_their_parameters(network, policy, formats):
+    """As the fake kernels promise; the compiler checks them where it uses them."""
+    of_weights, of_input = formats
+    model = rd.convert(network().float().to(memory_format=of_weights), policy)
+    parameters = [p for name, p in model.named_parameters() if "conv0" not in name]  # the stem's convolution is PyTorch's
+    x = images(2, 3, 32, 32).float().contiguous(memory_format=of_input)
+    for p, grad in zip(parameters, torch.autograd.grad(model(x).square().sum(), parameters)):
+        steps = [[stride for size, stride in zip(t.shape, t.stride()) if size > 1] for t in (torch.empty_like(p), grad)]
+        assert steps[0] == steps[1]
 
 
 CASES = [

@@ -121,7 +121,7 @@ def python(code, *arguments, **environment):
     """Starts Python with what a test replaces, on two threads as the tests."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     code = f"import sys, train_nets; train_nets.install()\n{code}"
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
