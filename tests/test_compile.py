@@ -7,6 +7,8 @@ import pytest
 import torch
 from small_nets import assert_same, images, randomise, small_block, small_densenet, torchvision_models
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import resdense_ext as rd
 
@@ -105,6 +107,21 @@ def test_a_residual_block_that_computes_again():
         x = images(batch, 3, 8, 8, seed=batch)
         with torch.compiler.set_stance(stance):
             assert_same(found(model, compiled, x), found(stock, stock, x))
+
+
+def test_no_gradient_is_made_of_a_buffer_that_only_the_block_reads():
+    """It would be zeros, as large as the buffer."""
+    graphs = []
+
+    def backward(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    model, x = rd.convert(dense()), images(2, 3, 32, 32)
+    compiler = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=backward)
+    torch.compile(model, fullgraph=True, backend=compiler)(x).square().sum().backward()
+    op = torch.ops.resdense.dense_stage_backward.default
+    assert [node.args[1] for graph in graphs for node in graph.graph.nodes if node.target is op] == [None]
 
 
 def test_evaluation():

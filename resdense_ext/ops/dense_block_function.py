@@ -85,10 +85,12 @@ class DenseBlockFunction(torch.autograd.Function):
 def _backward(grads, buffer, config, unit, tensors, masks, stats, kept, needs) -> list[Optional[Tensor]]:
     layers, unit_tensors = _split(tensors, unit)
     *upstream, grad_buffer = grads
+    if upstream and torch.compiler.is_compiling():
+        grad_buffer = None  # zeros there, a buffer of them: only a second derivative has more
     with without_autocast(buffer.device):
         if upstream and upstream[0] is not None:
             return torch.ops.resdense.dense_stage_backward(
-                *grads, buffer, layers, masks, *config, unit_tensors, *unit, stats, kept, needs
+                *upstream, grad_buffer, buffer, layers, masks, *config, unit_tensors, *unit, stats, kept, needs
             )
         # No unit behind the block, or none whose output was used.
         of_block = needs[: 1 + len(GRADS) * len(layers) // UNIT]
