@@ -24,16 +24,15 @@ MODES = {"train": "one training step", "inference": "inference"}
 
 
 def tables(rows: list[dict]) -> str:
-    """The newest run of every network, mode, dtype and layout, a table each."""
+    """The newest run of every network, mode, dtype, layout and shape, a table each."""
     text = []
-    for (network, mode, dtype, layout), newest in _runs(rows).items():
+    for (network, mode, dtype, layout, (images, *shape)), newest in _runs(rows).items():
         columns = {"saved for backward, MB an image": "saved"} if mode == "train" else {}
         columns |= {"peak, MB an image": "peak", f"seconds a {'step' if mode == 'train' else 'batch'}": "step"}
         columns |= {"time over the best stock": "step of best stock"}
         found = {name: {m: newest.get((name, m)) for m in columns.values()} for name in PROVIDERS}
         found = {name: metrics for name, metrics in found.items() if metrics["step"]}
         first = found["fast"]["step"]
-        images, *shape = first["shape"]
         text.append(
             f"Measured: {MODES[mode]} of {network}, batch {images}, {'x'.join(map(str, shape))}, {dtype} "
             f"({layout.replace('_', ' ')} where nothing else is said), on {_machine(first)}; medians of {first['count']} "
@@ -46,11 +45,10 @@ def tables(rows: list[dict]) -> str:
 
 
 def overview(rows: list[dict]) -> str:
-    """The newest training step of every network, a line each."""
+    """The newest training step of every network and shape, a line each."""
     lines, machines = [], {}
-    for (network, _, dtype, _), newest in _runs(rows).items():
+    for (network, _, dtype, _, (images, *shape)), newest in _runs(rows).items():
         best = newest["fast", "step of best stock"]["best"]
-        images, *shape = newest["fast", "step"]["shape"]
         columns = [("saved", (best, "fast", "min")), ("peak", (best, "fast", "min"))]
         columns += [("step of best stock", ("fast", "min")), ("step of best stock", ("fast compiled", "min compiled"))]
         cells = [" / ".join(filter(None, (_cell(newest.get((name, metric))) for name in names))) for metric, names in columns]
@@ -63,11 +61,11 @@ def overview(rows: list[dict]) -> str:
     )
 
 
-def _runs(rows: list[dict]) -> dict[tuple[str, str, str, str], dict[tuple[str, str], dict]]:
-    """The newest rows by network, mode, dtype and layout, and in these by provider and metric."""
+def _runs(rows: list[dict]) -> dict[tuple, dict[tuple[str, str], dict]]:
+    """The newest rows by network, mode, dtype, layout and shape, and in these by provider and metric."""
     runs: dict = {}
     for r in rows:
-        runs.setdefault((r["op"], r["mode"], r["dtype"], r["layout"]), {})[r["provider"], r["metric"]] = r
+        runs.setdefault((r["op"], r["mode"], r["dtype"], r["layout"], tuple(r["shape"])), {})[r["provider"], r["metric"]] = r
     return runs
 
 

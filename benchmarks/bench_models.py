@@ -120,7 +120,7 @@ def peak_of(step: Callable[[], object]) -> float:
     return float(torch.cuda.max_memory_allocated())
 
 
-_checked = functools.cache(lambda model, policy: disagreement(model, policy))
+_checked = functools.cache(disagreement)
 
 
 def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dict]:

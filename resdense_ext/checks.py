@@ -70,8 +70,8 @@ def check_same(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def has_autocast(device: str) -> bool:
-    # What `torch.amp.is_autocast_available` says of the devices that tensors have; torch.compile of torch 2.11 does not trace it.
-    return device != "meta"
+    # torch.compile of torch 2.11 does not trace the question; what it compiles for has autocast.
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
 
 
 def autocasts(device: str) -> bool:

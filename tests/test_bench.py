@@ -228,7 +228,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_shown_on_a_terminal_alone(bench, monkeypatch):
-    """What is going on, of how many; `test_models` sees that nothing is written elsewhere."""
+    """What is going on, of how many; elsewhere nothing is written."""
     command = ("models", "tiny", *TINY, "--providers", "ours", "--policy", "min")
     _, said, _ = bench(*command)
     assert said.err == ""

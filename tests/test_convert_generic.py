@@ -355,8 +355,11 @@ def test_left_alone_with_the_reason(name, engine):
     assert model.calls == 0
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same(dict(model.state_dict()), dict(state), tolerance=0)
-    assert_same(steps(model, x, call=seeded), steps(stock, x, call=seeded))
-    assert not engine  # a convolution behind norm and activation may be on one, by itself
+    # A convolution behind norm and activation may be on an engine, by itself.
+    untouched = not any(isinstance(m, Stranger) for m in model.modules())
+    exact = {"tolerance": 0} if untouched else {}
+    assert_same(steps(model, x, call=seeded), steps(stock, x, call=seeded), **exact)
+    assert not engine
 
 
 def test_what_does_not_trace_is_named_and_looked_into(policy, engine):

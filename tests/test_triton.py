@@ -43,6 +43,7 @@ INTERPRETED = {
 """Files, and which of their tests are run again in the interpreter."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
+import triton_aot  # noqa: E402
 from triton_kernels import CHECKS, Kernels, fewer_cases  # noqa: E402, F401
 
 
@@ -90,14 +91,12 @@ def test_on_the_gpu(check):
 
 
 def test_sizes_of_one_compile():
-    triton_aot = pytest.importorskip("triton_aot")
     for launch in triton_aot.launches_of_ones():
         assert triton_aot.compile_launch(launch, 90).stack == 0
 
 
 def test_resources_of_every_shipped_configuration(capsys):
     """No spills, within the card's shared memory, on Hopper's matrix units; and as in the table that reviewers see."""
-    triton_aot = pytest.importorskip("triton_aot")
     answer = subprocess.run([sys.executable, str(TESTS / "triton_aot.py")], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-4000:]
     with capsys.disabled():

@@ -17,10 +17,10 @@ from resdense_ext.ops.activation import LINEAR, activation_backward
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointwise
-from resdense_ext.ops.layout import dense_map, empty_map, gradient_like, map_beside, memory_format_of, walkable_map
+from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats
+from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["Conv1x1BNAddActConfig", "conv1x1_bn_add_act"]
@@ -175,10 +175,8 @@ def _conv1x1_bn_add_act_backward(
     elif results[1] is grad:
         # An operator may not return its input.
         results[1] = grad.clone()
-    maps = [v.to(t.dtype) if need else v for v, t, need in zip(results, (x, g if identity is None else identity), needs)]
-    _, _, *targets = _targets(x, identity, tensors)
-    wanted = [gradient_like(v, t) if need else v for v, t, need in zip(results[2:], targets, needs[2:])]
-    return [value if need else x.new_empty(0) for value, need in zip((*maps, *wanted), needs)]
+    found = [v if need else None for v, need in zip(results, needs)]
+    return wanted_gradients(found, [x, g if identity is None else identity], tensors)
 
 
 def _targets(x: Tensor, identity: Tensor, tensors) -> list[Optional[Tensor]]:

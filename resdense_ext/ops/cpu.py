@@ -1,8 +1,8 @@
 """The CPU backend: the bandwidth-bound primitives in C++ (``csrc/cpu``), other convolutions through the framework.
 
-No input is activated whole: a 1x1 convolution goes tile by tile through the cache, any other some samples at a time through the
-framework's convolution. Activations that the operators do not know are the framework's, behind the norm as an operator; such an
-input goes to the framework's convolution whatever the kernel size.
+No convolution's input is activated whole: a 1x1 convolution goes tile by tile through the cache, any other some samples at a time
+through the framework's convolution. Activations that the operators do not know are the framework's, behind the norm as an operator;
+such an input goes to the framework's convolution whatever the kernel size, and whole to its pools.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from torch import Tensor
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
-from resdense_ext.ops.layout import empty_map, gradient_like
+from resdense_ext.ops.layout import empty_map
 from resdense_ext.ops.ranks import Ranks
-from resdense_ext.ops.units import GRADS, UNIT, geometry_of, new_stats, units_from
+from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, new_stats, units_from
 from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
 
 __all__ = [

@@ -15,7 +15,7 @@ from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Stats
 from resdense_ext.ops.dense_block import BufferGradient, DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
-from resdense_ext.ops.units import GRADS
+from resdense_ext.ops.units import GRADS, wanted_gradients
 
 __all__: list[str] = []
 
@@ -50,7 +50,8 @@ def _dense_stage_backward(grad: Tensor, grad_buffer, buffer: Tensor, tensors, ma
     _, values = pooled_unit.backward(grad, buffer, None, unit, fold, backend, into, unit_needs)
     gradient = gradient._replace(deferred=unit_config.batch_stats)
     grads = dense_block.backward(gradient, buffer, tensors, masks, config, stats, kept, needs)
-    _, *unit_grads = pooled_unit.wanted_grads([False, *unit_needs[1:]], [None, *values], buffer, unit_tensors)
+    found = [v if need else None for v, need in zip(values, unit_needs[1:])]
+    _, *unit_grads = wanted_gradients([None, *found], [buffer], unit_tensors)
     return grads + unit_grads
 
 

@@ -31,9 +31,9 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
-from resdense_ext.ops.layout import empty_map, gradient_like, map_beside
+from resdense_ext.ops.layout import empty_map, map_beside
 from resdense_ext.ops.split_unit import Source, SplitUnit
-from resdense_ext.ops.units import GRADS, UNIT, Gradients, geometry_of, new_stats, units_from
+from resdense_ext.ops.units import GRADS, UNIT, Gradients, geometry_of, new_stats, units_from, wanted_gradients
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
 
 __all__ = ["DualPathStageConfig", "cost_of", "saved_inputs", "statistics_of", "units_of"]
@@ -289,7 +289,7 @@ def _backward(
         _, values = stage.unit(stage.projection, sources).backward(upstream, intos, grads.wants_weight(0))
         grads.record(0, *values)
     _record_inputs(grads, stage, gradient, G, buffer, intos)
-    return _wanted(grads.found, xs, tensors)
+    return wanted_gradients(grads.found, xs, tensors)
 
 
 def _opened(
@@ -332,16 +332,6 @@ def _copied(grad: Optional[Tensor], to: Tensor) -> Tensor:
 def _targets(xs: Sequence[Tensor], tensors) -> list[Optional[Tensor]]:
     """What gradients are of: the inputs, and `GRADS` of every unit."""
     return [*xs, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
-
-
-def _wanted(results: Sequence[Optional[Tensor]], xs: Sequence[Tensor], tensors) -> list[Tensor]:
-    """In the dtypes of what they are of, those of parameters in their layouts, too; empty tensors for those not wanted."""
-    wanted = [value if value is None else value.to(x.dtype) for value, x in zip(results, xs)]
-    wanted += [
-        value if value is None else gradient_like(value, target)
-        for value, target in zip(results[len(xs) :], _targets((), tensors))
-    ]
-    return [xs[0].new_empty(0) if value is None else value for value in wanted]
 
 
 def _dual_path_stage(x: list[Tensor], tensors, *numbers) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ["dense_map", "empty_map", "gradient_like", "is_map", "map_beside", "memory_format_of", "walkable_map"]
+__all__ = ["dense_map", "empty_map", "is_map", "map_beside", "memory_format_of", "walkable_map"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -51,17 +51,3 @@ def empty_map(like: Tensor, channels: int, dtype: torch.dtype, sizes: Optional[S
     sizes or others."""
     shape = (like.shape[0], channels, *(like.shape[2:] if sizes is None else sizes))
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format_of(like))
-
-
-def gradient_like(value: Tensor, target: Tensor) -> Tensor:
-    """A parameter's gradient in its dtype and in the layout of ``torch.empty_like(target)``, as fake kernels promise it.
-
-    A layout of its own would be copied when it is accumulated into ``target.grad``, too.
-    """
-    value = value.to(target.dtype)
-    return value if _steps(value) == _steps(target) else torch.empty_like(target).copy_(value)
-
-
-def _steps(x: Tensor) -> list[int]:
-    """The strides that mean something."""
-    return [stride for size, stride in zip(x.shape, x.stride()) if size != 1]

@@ -21,9 +21,9 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
-from resdense_ext.ops.layout import dense_map, empty_map, gradient_like, memory_format_of
+from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.ops.ranks import Ranks
-from resdense_ext.ops.units import group_of
+from resdense_ext.ops.units import group_of, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit, accumulation_dtype
 
 __all__ = ["SCHEMA", "PooledUnitConfig", "backward", "forward", "output_like"]
@@ -143,15 +143,7 @@ def _bn_act_pool_backward(grad: Tensor, x: Tensor, tensors, *rest) -> list[Tenso
     pending, values = backward(grad, x, taps if taps.numel() else None, unit, fold, backend, None, needs)
     ranks = Ranks(config.group, x.numel() // x.shape[1], *total)
     dx = backend.pending_grad_(ranks.share_(pending)) if needs[0] else None
-    return wanted_grads(needs, [dx, *values], x, tensors)
-
-
-def wanted_grads(needs: Sequence[bool], values: Sequence[Optional[Tensor]], x: Tensor, tensors) -> list[Tensor]:
-    """The gradients that are wanted, in the dtypes of what they are of, those of parameters in their layouts, too; empty tensors
-    for the rest."""
-    targets = (tensors[0], tensors[1], tensors[4], tensors[5])
-    wanted = [gradient_like(value, target) if need else x.new_empty(0) for need, value, target in zip(needs[1:], values[1:], targets)]
-    return [values[0].to(x.dtype) if needs[0] else x.new_empty(0), *wanted]
+    return wanted_gradients([v if need else None for v, need in zip((dx, *values), needs)], [x], tensors)
 
 
 def output_like(x: Tensor, tensors, config: PooledUnitConfig) -> Tensor:

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.backend import ConvGrads, Pending
 from resdense_ext.ops.activation import LINEAR, activation_backward
+from resdense_ext.ops.backend import ConvGrads, Pending
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
-from resdense_ext.ops.layout import dense_map, empty_map, gradient_like, memory_format_of, walkable_map
+from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
     Maps,
@@ -40,7 +40,7 @@ from resdense_ext.ops.residual_maps import (
     sizes_of,
     takes_stats,
 )
-from resdense_ext.ops.units import GRADS, UNIT, Gradients, new_stats
+from resdense_ext.ops.units import GRADS, UNIT, Gradients, new_stats, wanted_gradients
 
 __all__: list[str] = []
 
@@ -111,7 +111,7 @@ def _backward(
             backend.avg_pool_backward_accumulate(into.dy, target.dy, x, pool)
     if needs[0]:
         grads.found[0] = backend.pending_grad_(walk.share_(0, into)) if takes_stats(walk.norms[0]) else into.dy
-    return _wanted(grads.found, x, tensors)
+    return wanted_gradients(grads.found, [x], tensors)
 
 
 def _end(
@@ -165,14 +165,6 @@ def _through(
 def _targets(x: Tensor, tensors) -> list[Optional[Tensor]]:
     """What gradients are of: x, and `GRADS` of every unit."""
     return [x, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
-
-
-def _wanted(results: Sequence[Optional[Tensor]], x: Tensor, tensors) -> list[Tensor]:
-    """In the dtypes of what they are of, those of parameters in their layouts, too; empty tensors for those not wanted."""
-    _, *targets = _targets(x, tensors)
-    wanted = [value if value is None else gradient_like(value, target) for value, target in zip(results[1:], targets)]
-    dx = None if results[0] is None else results[0].to(x.dtype)
-    return [x.new_empty(0) if value is None else value for value in (dx, *wanted)]
 
 
 def _residual_block(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from resdense_ext.ops.backend import Stats
 from resdense_ext.reference import BatchNorm, Conv, Unit, accumulation_dtype
 
-__all__ = ["GRADS", "UNIT", "Gradients", "conv_of", "flat_tensors", "geometry_of", "group_of", "new_stats", "units_from"]
+__all__ = [
+    "GRADS",
+    "UNIT",
+    "Gradients",
+    "conv_of",
+    "flat_tensors",
+    "geometry_of",
+    "gradient_like",
+    "group_of",
+    "new_stats",
+    "units_from",
+    "wanted_gradients",
+]
 
 UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
@@ -88,3 +101,26 @@ class Gradients:
 
     def _begin(self, unit: int) -> int:
         return self._inputs + len(GRADS) * unit
+
+
+def wanted_gradients(found: Sequence[Optional[Tensor]], inputs: Sequence[Tensor], tensors: Sequence[Optional[Tensor]]) -> list[Tensor]:
+    """What an operator returns of the gradients found, of the inputs and of `GRADS` of every unit of ``tensors``.
+
+    They are in the dtypes of what they are of, those of parameters in their layouts, too, as fake kernels promise it; empty
+    tensors stand for those that are None.
+    """
+    parameters = [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
+    wanted = [v if v is None else v.to(x.dtype) for v, x in zip(found, inputs)]
+    wanted += [v if v is None else gradient_like(v, p) for v, p in zip(found[len(inputs) :], parameters)]
+    return [inputs[0].new_empty(0) if v is None else v for v in wanted]
+
+
+def gradient_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """As ``torch.empty_like(parameter)`` lies; in another layout it would be copied when it is accumulated, too."""
+    value = value.to(parameter.dtype)
+    return value if _steps(value) == _steps(parameter) else torch.empty_like(parameter).copy_(value)
+
+
+def _steps(x: Tensor) -> list[int]:
+    """The strides that mean something."""
+    return [stride for size, stride in zip(x.shape, x.stride()) if size != 1]

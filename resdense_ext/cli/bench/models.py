@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with torch.nn.LeakyReLU in the place of every torch.nn.ReLU, for all providers: inplace_abn knows no ReLU")  # fmt: skip
     add("--activation-budget", metavar="A", type=float, default=0.5,
         help="of compile_budget: the share of what torch.compile keeps by itself (default: %(default)s); "
-        "its partitioner takes many minutes on a deep DenseNet")  # fmt: skip
+        "on a deep DenseNet it takes minutes to compile")  # fmt: skip
     add("--policy", nargs="+", choices=POLICIES, default=POLICIES, help="of ours (default: both)")
     add("--budget", metavar="B", help='of ours, too: "8GiB", or below 1 a share of what stock keeps')
     add_shared(parser, repeats=7, batch=8)

@@ -41,7 +41,7 @@ METRICS = (
 
 
 def draw(rows: list[dict], path: Path, providers: Sequence[str] | None = None) -> None:
-    """One group of bars an operation and dtype, in the order in which they were measured; the newest row of each counts.
+    """One group of bars an operation, shape and dtype, in the order in which they were measured; the newest row of each counts.
 
     Args:
         rows: as `comparison.compare` gives them.
@@ -52,9 +52,9 @@ def draw(rows: list[dict], path: Path, providers: Sequence[str] | None = None) -
 
     if providers is None:
         providers = [name for name in dict.fromkeys(r["provider"] for r in rows) if name != "floor"]
-    newest = {(r["op"], r["dtype"], r["provider"], r["metric"]): r["median"] for r in rows}
-    groups = list(dict.fromkeys(key[:2] for key in newest))
-    shown = [m for m in METRICS if any(key[3] == m[0] for key in newest)]
+    newest = {(r["op"], tuple(r["shape"]), r["dtype"], r["provider"], r["metric"]): r["median"] for r in rows}
+    groups = list(dict.fromkeys(key[:3] for key in newest))
+    shown = [m for m in METRICS if any(key[4] == m[0] for key in newest)]
     tall = 0.9 + max(0.75, 0.19 * len(providers)) * len(groups)
     figure = Figure(figsize=(13, tall), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
@@ -72,7 +72,7 @@ def draw(rows: list[dict], path: Path, providers: Sequence[str] | None = None) -
         axis.set_xlim(right=axis.get_xlim()[1] * 1.1)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].axvline(1, color="black", linewidth=0.8, zorder=2)
-    axes[0].set_yticks(range(len(groups)), [f"{network}\n{dtype}" for network, dtype in groups])
+    axes[0].set_yticks(range(len(groups)), [f"{op}, batch {shape[0]}\n{dtype}" for op, shape, dtype in groups])
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(providers), 5), frameon=False)
     figure.savefig(path, dpi=110)
