@@ -222,6 +222,15 @@ def test_an_interrupted_run_keeps_its_complete_rounds(steps, message, counts, be
     assert (tmp_path / "out/models.png").exists()
 
 
+def test_every_round_has_an_order_of_its_own():
+    """What a provider leaves behind falls on the next, which must not be the same one every time."""
+    ran = []
+    found = comparison.times({name: functools.partial(ran.append, name) for name in "abc"}, 30, "cpu")
+    rounds = ["".join(ran[i : i + 3]) for i in range(0, 90, 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"} and len(set(rounds)) == 6
+    assert [*found] == ["a", "b", "c"] and all(len(seconds) == 30 for seconds in found.values())
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -1,6 +1,7 @@
 """Steps compared: correctness first, memory by exact bytes, times by medians of interleaved rounds.
 
-What else the machine does falls on all providers of a round alike, so ratios are taken round by round.
+What else the machine does falls on all providers of a round alike, so ratios are taken round by round. What a provider leaves behind
+(in caches, in the allocator) falls on the next, so every round has an order of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import chain
 from math import inf, isfinite
+from random import Random
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -204,10 +206,11 @@ def times(runs: Mapping[Hashable, Callable[[], object]], repeats: int, device: s
     found: dict[Hashable, list[float]] = {name: [] for name in runs}
     try:
         with progress((), f"{label}: rounds", total=repeats * len(runs)) as bar:
+            order = Random(0)
             for _ in range(repeats):
                 new = {}
-                for name, run in runs.items():
-                    new[name] = _seconds(run, device)
+                for name in order.sample(list(runs), len(runs)):
+                    new[name] = _seconds(runs[name], device)
                     bar.update()
                 for name, seconds in new.items():
                     found[name].append(seconds)
