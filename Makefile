@@ -35,7 +35,7 @@ help:
 	@echo "make tables  write the README's measured tables from the rows in benchmarks/results"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made);"
-	@echo "             in parts of at most nine minutes: make gpu PART=test, PART=kernels, PART=models MODEL=densenet201"
+	@echo "             in parts of at most nine minutes: make gpu PART=test, PART=kernels, PART=models MODEL=\"densenet201 resnet50\""
 	@echo "make clean   remove what was built (not $(VENV))"
 	@echo "Variables: TORCH='$(TORCH)' PYTHON=$(PYTHON) VENV=$(VENV) ARGS='$(ARGS)'"
 

@@ -1,6 +1,6 @@
 """Every primitive of the dense engine on a GPU, at the layers of densenet121 and densenet201, beside plain PyTorch's.
 
-And ResNet-50's convolutions with a stride, by our kernels and by the vendor's on an activation in memory: `ops.triton` chooses.
+And ResNet-50's 3x3 convolutions, by our kernels and by the vendor's on an activation in memory: `ops.triton` chooses.
 
 Time is set against two floors of the same run: the bytes of every operand, read or written once, over the bandwidth of a large
 copy; and the products over the rate of a large matrix product. Each is preceded by a comparison with the reference in float32.
@@ -59,6 +59,12 @@ def shapes() -> Iterator[Shape]:
             channels, side = buffer // 2, side // 2
 
 
+def square_shapes() -> Iterator[Shape]:
+    """ResNet-50's 3x3 convolutions with stride 1."""
+    for block, channels, side in ((1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7)):
+        yield Shape("resnet50", block, channels, channels, side)
+
+
 def strided_shapes() -> Iterator[Shape]:
     """ResNet-50's 3x3 convolutions with stride 2."""
     for block, channels, side in ((2, 128, 56), (3, 256, 28), (4, 512, 14)):
@@ -113,20 +119,26 @@ class Operands:
         return Pending(dy, z, ones, 0.01 * ones, 0.02 * ones)
 
 
-class StridedOperands(Operands):
-    """Those of a bottleneck's 3x3 convolution with stride 2, which are no slices."""
+class SquareOperands(Operands):
+    """Those of a bottleneck's 3x3 convolution, which are no slices."""
+
+    STEP = 1
 
     def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(0)
         C, side = shape.channels, shape.side
         self.x = _maps(batch, C, side, dtype, device)
-        self.z, self.dy = (_maps(batch, C, (side + 1) // 2, dtype, device) for _ in range(2))
+        self.z, self.dy = (_maps(batch, C, -(-side // self.STEP), dtype, device) for _ in range(2))
         self.fold = _fold(C, batch * side**2, device)
         self.norm = BatchNorm(*(torch.rand(C, device=device) for _ in range(2)))
-        self.conv = Conv(_weight(C, C, 3, dtype, device), padding=(1, 1), stride=(2, 2))
+        self.conv = Conv(_weight(C, C, 3, dtype, device), padding=(1, 1), stride=(self.STEP,) * 2)
 
     def slice(self) -> None:
         pass
+
+
+class StridedOperands(SquareOperands):
+    STEP = 2
 
 
 def _maps(batch: int, channels: int, side: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -190,11 +202,12 @@ def _backward(conv: str, x: str, fold: str, dy: str, z: str, need_weight: bool):
     return run
 
 
-def _strided(run, ours: bool):
+def _by(run, ours: bool):
     """By our kernels, or by the vendor's, whatever the shape."""
+    most = float("inf") if ours else 0
 
     def limited(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
-        with mock.patch.object(triton, "STRIDED_PRODUCTS", float("inf") if ours else 0):
+        with mock.patch.multiple(triton, PRODUCTS=most, STRIDED_PRODUCTS=most):
             return run(backend, t)
 
     return limited
@@ -240,17 +253,23 @@ OPERATIONS = (
 )  # fmt: skip
 
 VENDORS = ", vendor's"
-STRIDED = tuple(
-    Operation(f"{name} strided{suffix}", _strided(run, not suffix), channels, flops, None if suffix else stock, StridedOperands)
-    for name, run, channels, flops, stock in (
-        ("bn_act_conv", _conv("conv", "x", "fold", "z", True), lambda C: C + C // 4, lambda C: 2 * 9 * C * C // 4,
-         _stock("x", "conv", False)),
-        ("bn_act_conv_backward", _backward("conv", "x", "fold", "dy", "z", True),
-         lambda C: 4 * C, lambda C: 4 * 9 * C * C // 4, _stock("x", "conv", True)),
-    )
-    for suffix in ("", VENDORS)
-)  # fmt: skip
-"""Positions are the input's; of the output's there are a quarter as many."""
+
+
+def _residual(suffix: str, step: int, operands: type[Operands]) -> Iterator[Operation]:
+    """A bottleneck's 3x3 convolution, forward and backward, by ours and by the vendor's; positions are the input's."""
+    area = step * step  # positions of the input for one of the output
+    for name, run, moved, passes, stock in (
+        ("bn_act_conv", _conv("conv", "x", "fold", "z", True), lambda C: C + C // area, 1, _stock("x", "conv", False)),
+        ("bn_act_conv_backward", _backward("conv", "x", "fold", "dy", "z", True), lambda C: 3 * C + 4 * C // area, 2,
+         _stock("x", "conv", True)),
+    ):  # fmt: skip
+        flops = lambda C, passes=passes: 2 * passes * 9 * C * C // area  # noqa: E731
+        yield Operation(f"{name} {suffix}", _by(run, True), moved, flops, stock, operands)
+        yield Operation(f"{name} {suffix}{VENDORS}", _by(run, False), moved, flops, None, operands)
+
+
+SQUARE = tuple(_residual("square", 1, SquareOperands))
+STRIDED = tuple(_residual("strided", 2, StridedOperands))
 
 
 def worst_error(operation: Operation, backend: ReferenceBackend, t: Operands) -> float:
@@ -309,14 +328,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def strided_table(rows: list[dict]) -> str:
-    """Our time over the vendor's by products a value of the input: `STRIDED_PRODUCTS` is to be where it passes 1."""
+def vendor_table(rows: list[dict]) -> str:
+    """Our time over the vendor's by products a value of the input: `PRODUCTS` and `STRIDED_PRODUCTS` are to be where it passes 1."""
     times = {(r["op"], r["provider"], *r["shape"]): r["median"] for r in rows if r["metric"] == "time"}
     lines = [f"{'operation':34} {'backend':8} {'batch':>5} {'products':>8} {'over the vendor':>15}"]
     for (op, provider, batch, channels, *sides), ours in times.items():
         theirs = times.get((op + VENDORS, provider, batch, channels, *sides))
         if theirs is not None:
-            lines.append(f"{op:34} {provider:8} {batch:5} {channels * 9 // 4:8} {ours / theirs:15.2f}")
+            products = channels * 9 // (4 if op.endswith("strided") else 1)
+            lines.append(f"{op:34} {provider:8} {batch:5} {products:8} {ours / theirs:15.2f}")
     return "\n".join(lines)
 
 
@@ -335,7 +355,8 @@ def main() -> None:
     results.add(rows)
     probe = torch.zeros(1, 1, 1, device=DEVICE)
     chosen = [b for b in map(backends.get, options.backend) if b.refusal(probe, probe.dtype, Activation()) is None]
-    layers = [(s, op) for of, ops in ((shapes(), OPERATIONS), (strided_shapes(), STRIDED)) for s in of for op in ops]
+    groups = ((shapes(), OPERATIONS), (square_shapes(), SQUARE), (strided_shapes(), STRIDED))
+    layers = [(s, op) for of, operations in groups for s in of for op in operations]
     convolutions = chosen[:1]  # Triton's kernels in either backend
     todo = [(op, b, s, n) for n in options.batch for s, op in layers
             for b in (convolutions if op.name.startswith("bn_act_conv") else chosen)]  # fmt: skip
@@ -351,7 +372,7 @@ def main() -> None:
                 measured(lambda: measure(operation, backend, shape, batch, tuple(peak)), failed, budget, results)
     finally:  # interrupted, too
         print(table(results.find()))
-        print(strided_table(results.find()))
+        print(vendor_table(results.find()))
 
 
 if __name__ == "__main__":

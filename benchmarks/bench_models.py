@@ -1,4 +1,4 @@
-"""A DenseNet's training step on a GPU in bfloat16 autocast and channels-last: stock, its checkpoint, torch.compile, ours.
+"""A training step of a DenseNet or ResNet on a GPU in bfloat16 autocast and channels-last: stock, its checkpoint, torch.compile, ours.
 
 Images a second, the host's time and the launches of a step, what is kept for backward, the peak, and the largest batch that fits
 (from a line through the peaks at two batches). Gradients are compared with stock's before anything is timed.
@@ -12,13 +12,14 @@ import argparse
 import functools
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from _gpu import Budget, Results, ceilings, device_times, measured, require_gpu
+from _traffic import step_bytes
 from tqdm import tqdm
 
 import resdense_ext as rd
@@ -28,8 +29,7 @@ from resdense_ext.cli.bench.rows import conditions, row
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from stock import import_torchvision  # noqa: E402
 
-BYTES_AN_IMAGE = {"densenet121": 4.3e12 / 21900, "densenet169": 4.3e12 / 18500, "densenet201": 4.3e12 / 14700, "densenet161": 4.3e12 / 12000}
-"""What the dense engine must move in a training step at 224x224 in bfloat16, calculated: every operand of every layer once."""
+MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "resnet18", "resnet50", "resnext50_32x4d")
 CARDS = (16, 24, 80)
 DEVICE, SIZE = "cuda", 224
 PROVIDERS = ("stock", "fast", "min", "fast graph", "min graph", "memory_efficient", "compile")
@@ -37,11 +37,16 @@ CHECKED = 32
 """Images with which gradients are compared: a batch that is measured, since another costs torch.compile minutes."""
 
 
+def providers_of(model: str, providers: Sequence[str]) -> list[str]:
+    """Those that there are: ResNets have no checkpoint of their own."""
+    return [p for p in providers if p != "memory_efficient" or model.startswith("densenet")]
+
+
 def network(model: str, provider: str) -> torch.nn.Module:
     """The same weights whatever the provider."""
     build = getattr(import_torchvision().models, model)
     torch.manual_seed(0)
-    net = build(memory_efficient=provider == "memory_efficient")
+    net = build(memory_efficient=True) if provider == "memory_efficient" else build()
     policy = provider.split()[0]
     if policy in ("fast", "min"):
         rd.convert(net, policy)
@@ -120,6 +125,13 @@ def peak_of(step: Callable[[], object]) -> float:
     return float(torch.cuda.max_memory_allocated())
 
 
+@functools.cache
+def bytes_of(model: str) -> int:
+    """What the engines must move in a training step, an image (`step_bytes`)."""
+    with torch.device("meta"):
+        return step_bytes(getattr(import_torchvision().models, model)(), torch.empty(1, 3, SIZE, SIZE))
+
+
 _checked = functools.cache(disagreement)
 
 
@@ -144,7 +156,7 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     times = device_times(run, 3.0)
     add("step", "s", times)
     add("images", "1/s", [batch / s for s in times])
-    add("share of the byte floor", "1", [BYTES_AN_IMAGE[model] * batch / bandwidth / s for s in times])
+    add("share of the byte floor", "1", [bytes_of(model) * batch / bandwidth / s for s in times])
     add("host", "s", host_times(run))
     add("launches", "1", [launches(run)])
     if not provider.endswith("graph"):
@@ -178,7 +190,7 @@ def table(rows: list[dict], model: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", default=["densenet121"], choices=list(BYTES_AN_IMAGE))
+    parser.add_argument("--model", nargs="+", default=["densenet121"], choices=MODELS)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--provider", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after so long")
@@ -189,7 +201,7 @@ def main() -> None:
     results = Results(options.out / "models.jsonl", conditions("cuda")["commit"])
     rows, bandwidth, _ = ceilings()
     results.add(rows)
-    todo = [(m, p, n) for m in options.model for n in options.batch for p in options.provider]
+    todo = [(m, p, n) for m in options.model for n in options.batch for p in providers_of(m, options.provider)]
     todo.sort(key=lambda case: case[1] == "compile")  # what there may be no time for
     try:
         for model, provider, batch in tqdm(todo, disable=None, unit="case"):

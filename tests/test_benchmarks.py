@@ -19,6 +19,7 @@ import _gpu  # noqa: E402
 import _tables  # noqa: E402
 import bench_kernels  # noqa: E402
 import bench_models  # noqa: E402
+from _traffic import step_bytes  # noqa: E402
 from stock import import_torchvision  # noqa: E402
 
 from resdense_ext.cli.bench import picture  # noqa: E402
@@ -55,7 +56,7 @@ def test_layers():
     assert [s.side for s in found[:8:2]] == [56, 28, 14, 7] and len(found) == 16
 
 
-@pytest.mark.parametrize("operation", bench_kernels.OPERATIONS + bench_kernels.STRIDED, ids=lambda o: o.name)
+@pytest.mark.parametrize("operation", bench_kernels.OPERATIONS + bench_kernels.SQUARE + bench_kernels.STRIDED, ids=lambda o: o.name)
 def test_every_operation_runs_and_is_checked(operation):
     shape = bench_kernels.Shape("tiny", 1, 16, 64, 5)
     t = operation.operands(shape, 2, torch.bfloat16, "cpu")
@@ -92,11 +93,11 @@ def test_floors():
     assert clocks("bn_act_conv_backward 3x3 data", 0) == pytest.approx(4400, rel=0.02)
 
 
-def test_a_stride_is_set_beside_the_vendors():
-    found = (("a", 128, 1.0), ("a, vendor's", 128, 2.0), ("a, vendor's", 256, 4.0), ("a", 256, 6.0), ("b", 64, 1.0))
+def test_ours_is_set_beside_the_vendors():
+    found = (("a strided", 128, 1.0), ("a strided, vendor's", 128, 2.0), ("a square, vendor's", 256, 4.0), ("a square", 256, 6.0), ("b", 64, 1.0))
     rows = [row(op, "triton", "device", "time", "s", [seconds], shape=[8, C, 56, 56]) for op, C, seconds in found]
-    lines = [line.split() for line in bench_kernels.strided_table(rows).splitlines()]
-    assert lines[1:] == [["a", "triton", "8", "288", "0.50"], ["a", "triton", "8", "576", "1.50"]]
+    lines = [line.split() for line in bench_kernels.vendor_table(rows).splitlines()]
+    assert lines[1:] == [["a", "strided", "triton", "8", "288", "0.50"], ["a", "square", "triton", "8", "2304", "1.50"]]
 
 
 def test_rows_of_the_same_commit_are_found_again(tmp_path):
@@ -118,29 +119,58 @@ def test_budget():
     assert budget.left() == 1.0
 
 
+def test_what_a_step_must_move():
+    """By hand for a block and its stem; DenseNets at the images a second to which 4.3 TB/s limit them by the kernels' own table."""
+    models = import_torchvision().models
+    with torch.device("meta"):
+        net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2)
+        moved = step_bytes(net, torch.empty(1, 3, 64, 64))
+    maps = lambda channels, side: channels * side**2  # noqa: E731
+    expected = 2 * maps(3, 64) + 3 * maps(64, 32)  # the stem: forward and weight gradient
+    inner = maps(64, 16)
+    expected += (4 + 5 + 4 + 5 + 1 + 6) * inner  # two convolutions, of which one adds to the shortcut's gradient; the end
+    for channels in (64, 128, 256):
+        side = 16 * 64 // channels
+        old, new = maps(channels, side), maps(2 * channels, side // 2)
+        expected += (4 * old + 5 * new + old) + 9 * new + (4 * old + 5 * new) + 6 * new
+    assert moved == 2 * expected
+    for model, images in (("densenet121", 21900), ("densenet169", 18500), ("densenet201", 14700), ("densenet161", 12000)):
+        assert 4.3e12 / bench_models.bytes_of(model) == pytest.approx(images, rel=0.04)
+
+
+@pytest.mark.parametrize("model", bench_models.MODELS)
+def test_every_network_has_its_providers(model, monkeypatch):
+    monkeypatch.setattr(bench_models, "DEVICE", "meta")
+    found = bench_models.providers_of(model, bench_models.PROVIDERS)
+    assert ("memory_efficient" in found) == model.startswith("densenet") and bench_models.bytes_of(model) > 0
+    kind = getattr(import_torchvision().models, "DenseNet" if model.startswith("densenet") else "ResNet")
+    with torch.device("meta"):
+        assert all(isinstance(bench_models.network(model, p), kind) for p in found if p != "compile")
+
+
 def test_largest_batches():
     """1 GiB of constants and 64 MiB an image."""
     peaks = [(n, 2**30 + n * 2**26) for n in (16, 32)]
     assert bench_models.largest_batches(*peaks) == {16: 240, 24: 368, 80: 1264}
 
 
-@pytest.mark.parametrize("provider", ["fast graph", "min"])
-def test_the_models_benchmark_checks_gradients(provider, monkeypatch):
+@pytest.mark.parametrize(("model", "provider"), [("densenet121", "fast graph"), ("densenet121", "min"), ("resnet18", "fast")])
+def test_the_models_benchmark_checks_gradients(model, provider, monkeypatch):
     """On the CPU and small images: as good as stock's in bfloat16, and found out where a layer's are wrong."""
     monkeypatch.setattr(bench_models, "DEVICE", "cpu")
     monkeypatch.setattr(bench_models, "SIZE", 32)
     monkeypatch.setattr(bench_models, "CHECKED", 16)
-    assert 0 < bench_models.disagreement("densenet121", provider) < 2
+    assert 0 < bench_models.disagreement(model, provider) < 2
 
     def spoiled(model, name):
         net = network(model, name)
         if name != "stock":
-            net.features.conv0.weight.register_hook(lambda grad: 9 * grad)
+            next(net.parameters()).register_hook(lambda grad: 9 * grad)
         return net
 
     network = bench_models.network
     monkeypatch.setattr(bench_models, "network", spoiled)
-    assert not bench_models.disagreement("densenet121", provider) < 2
+    assert not bench_models.disagreement(model, provider) < 2
 
 
 class Device:
@@ -202,6 +232,7 @@ def test_one_operations_failure_stops_no_other(device, monkeypatch, tmp_path, ca
     tiny = [bench_kernels.Shape(network, 1, 16, 64, 5) for network in ("densenet201", "densenet121")]
     monkeypatch.setattr(bench_kernels, "DEVICE", "cpu")
     monkeypatch.setattr(bench_kernels, "OPERATIONS", operations)
+    monkeypatch.setattr(bench_kernels, "SQUARE", ())
     monkeypatch.setattr(bench_kernels, "STRIDED", ())
     monkeypatch.setattr(bench_kernels, "shapes", lambda: iter(tiny))
     arguments = ["bench_kernels.py", "--batch", "2", "--backend", "cpu", "--out", str(tmp_path)]

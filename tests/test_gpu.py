@@ -57,9 +57,11 @@ def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("by_us", [True, False])
-def test_a_strided_block_of_resnet50(backend, policy, channels_last, by_us, monkeypatch):
-    monkeypatch.setattr(triton, "STRIDED_PRODUCTS", float("inf") if by_us else 0)
-    block = Block((256, 128, 128, 512), (1, 3, 1), stride=2, projection="normed", policy=policy).cuda()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_block_of_resnet50(backend, policy, channels_last, by_us, stride, monkeypatch):
+    for limit in ("PRODUCTS", "STRIDED_PRODUCTS"):
+        monkeypatch.setattr(triton, limit, float("inf") if by_us else 0)
+    block = Block((256, 128, 128, 512), (1, 3, 1), stride=stride, projection="normed", policy=policy).cuda()
     plain = copy.deepcopy(block)
     plain.policy = None
     params, inputs = state(block), {"x": maps((8, 256, 56, 57), channels_last=channels_last)}

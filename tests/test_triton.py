@@ -73,7 +73,7 @@ def test_in_the_interpreter(interpreted, name):
     assert " passed" in answer.stdout
 
 
-def test_which_convolutions_that_move_positions_are_ours():
+def test_which_convolutions_are_ours():
     def conv(K, C=64, dtype=torch.bfloat16, **kwargs):
         return Conv(torch.empty(K, C, 3, 3, dtype=dtype), **{"padding": (1, 1), "stride": (2, 2), **kwargs})
 
@@ -81,7 +81,10 @@ def test_which_convolutions_that_move_positions_are_ours():
     assert is_ours(conv(32, padding=(0, 0), stride=())) and not is_ours(conv(64, padding=(0, 0), stride=()))
     for other in (conv(64, dtype=torch.float32), conv(64, dilation=(2, 2)), conv(64, 2, groups=32)):
         assert not is_ours(other)
-    assert is_ours(conv(512, dtype=torch.float32, stride=())) and not is_ours(conv(64, 2, groups=32, stride=()))
+    in_place = lambda K, *args, **kwargs: is_ours(conv(K, *args, stride=(), **kwargs))  # noqa: E731
+    assert [in_place(K) for K in (32, 48, 64, 128, 256, 512)] == [True, True, True, False, False, False]
+    assert in_place(64, dtype=torch.float32) and not in_place(64, 2, groups=32)
+    assert is_ours(Conv(torch.empty(2048, 512, 1, 1))) and is_ours(Conv(torch.empty(32, 128, 3, 3, 3), padding=(1, 1, 1)))
 
 
 @pytest.mark.gpu

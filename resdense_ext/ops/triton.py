@@ -20,7 +20,7 @@ from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Reference
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
-__all__ = ["STRIDED_PRODUCTS", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
+__all__ = ["PRODUCTS", "STRIDED_PRODUCTS", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
 
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "identity")
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -45,14 +45,17 @@ def architecture_refusal(device: torch.device) -> Optional[str]:
     return None if major >= 8 else f"{device} is sm_{major}{minor}, and the kernels are for sm_80 and later"
 
 
-STRIDED_PRODUCTS = 368
-"""The most multiply-adds a value of the input with which a convolution in 16 bits that moves positions is ours.
+PRODUCTS, STRIDED_PRODUCTS = 918, 368
+"""The most multiply-adds a value of the input with which a convolution larger than 1x1 is ours, without and with a stride.
 
 By bytes on an H200, not measured yet (`make gpu PART=kernels` times ours and the vendor's): the vendor's library wants the
-activation in memory, written and read, 4 bytes a value or 4 / 4.3e12 s. P multiply-adds a value take it 2 P / 790e12 s, and ours
-twice that if our kernels reach half its rate: with P = 368 both are as fast. Backward has twice the bytes, as the data gradient
-is written and read before its mask, and twice the products. Of ResNet-50's 3x3 convolutions with stride 2 the first has P = 288,
-the others 576 and 1152.
+activation in memory, written and read, 4 bytes a value; what it computes is copied to its place and read for its statistics, 6
+bytes a value of the output, which with a stride are few. B bytes take B / 4.3e12 s. P multiply-adds a value take the vendor's
+2 P / 790e12 s, and ours twice that if our kernels, which activate a value anew for every tap, reach half its rate: P is where both
+are as fast. Backward has twice the bytes, as the data gradient is written and read before its mask, and twice the products.
+
+Of ResNet-50's 3x3 convolutions the first has P = 576, those with a stride of 2 from 288 on; the last of either has 4608 and 1152.
+A dense layer's has 9 times its growth, and 27 times in three dimensions.
 """
 
 
@@ -61,12 +64,15 @@ def is_ours(conv: Conv) -> bool:
 
     Grouped convolutions are the vendor's: with ResNeXt's 4 channels a group, 16x16 blocks of the matrix units would be filled
     to a sixteenth, and even 32 are one short product between a prologue and an epilogue. In float32, strided ones are, too: for
-    IEEE products P is 56, and tf32 is not worth its nine configurations.
+    IEEE products P is 56, and tf32 is not worth its nine configurations; with stride 1 they are ours as in 16 bits, so that a dense
+    layer allocates nothing of its input's size.
     """
-    if conv.groups > 1 or conv.keeps_size:
-        return conv.groups == 1
+    if conv.groups > 1:
+        return False
     outputs, _, *kernel = conv.weight.shape
     products = outputs * math.prod(kernel) / math.prod(conv.steps)
+    if conv.keeps_size:
+        return max(kernel) == 1 or products <= PRODUCTS
     return conv.weight.dtype in _SIXTEEN_BITS and max(conv.dilation) == 1 and products <= STRIDED_PRODUCTS
 
 
