@@ -126,10 +126,10 @@ def peak_of(step: Callable[[], object]) -> float:
 
 
 @functools.cache
-def bytes_of(model: str) -> int:
-    """What the engines must move in a training step, an image (`step_bytes`)."""
+def bytes_of(model: str, batch: int) -> int:
+    """What the engines must move in a training step (`step_bytes`)."""
     with torch.device("meta"):
-        return step_bytes(getattr(import_torchvision().models, model)(), torch.empty(1, 3, SIZE, SIZE))
+        return step_bytes(getattr(import_torchvision().models, model)(), torch.empty(batch, 3, SIZE, SIZE))
 
 
 _checked = functools.cache(disagreement)
@@ -156,7 +156,7 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     times = device_times(run, 3.0)
     add("step", "s", times)
     add("images", "1/s", [batch / s for s in times])
-    add("share of the byte floor", "1", [bytes_of(model) * batch / bandwidth / s for s in times])
+    add("share of the byte floor", "1", [bytes_of(model, batch) / bandwidth / s for s in times])
     add("host", "s", host_times(run))
     add("launches", "1", [launches(run)])
     if not provider.endswith("graph"):

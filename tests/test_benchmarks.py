@@ -135,14 +135,14 @@ def test_what_a_step_must_move():
         expected += (4 * old + 5 * new + old) + 9 * new + (4 * old + 5 * new) + 6 * new
     assert moved == 2 * expected
     for model, images in (("densenet121", 21900), ("densenet169", 18500), ("densenet201", 14700), ("densenet161", 12000)):
-        assert 4.3e12 / bench_models.bytes_of(model) == pytest.approx(images, rel=0.04)
+        assert 8 * 4.3e12 / bench_models.bytes_of(model, 8) == pytest.approx(images, rel=0.04)
 
 
 @pytest.mark.parametrize("model", bench_models.MODELS)
 def test_every_network_has_its_providers(model, monkeypatch):
     monkeypatch.setattr(bench_models, "DEVICE", "meta")
     found = bench_models.providers_of(model, bench_models.PROVIDERS)
-    assert ("memory_efficient" in found) == model.startswith("densenet") and bench_models.bytes_of(model) > 0
+    assert ("memory_efficient" in found) == model.startswith("densenet") and bench_models.bytes_of(model, 2) > 0
     kind = getattr(import_torchvision().models, "DenseNet" if model.startswith("densenet") else "ResNet")
     with torch.device("meta"):
         assert all(isinstance(bench_models.network(model, p), kind) for p in found if p != "compile")
