@@ -336,6 +336,16 @@ def test_a_missing_library_names_what_to_install(name, bench, monkeypatch):
         assert "did you mean tiny" in said and "pip install torchvision" in said
 
 
+def test_a_library_that_does_not_import_is_said_beside_near_names(bench, monkeypatch):
+    def broken(module):
+        raise RuntimeError("operator nms does not exist\nand more")
+
+    monkeypatch.setattr(sources, "importlib", SimpleNamespace(import_module=broken))
+    said = refusal(bench("models", "tinny"))
+    assert "did you mean tiny" in said and "torchvision does not import (operator nms does not exist)\n" in said
+    assert "timm:tinny: timm does not import (operator nms does not exist)\n" in refusal(bench("models", "timm:tinny"))
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18", "monai:resnet10", "monai:DenseNet121",
                                   "pytorchcv:resnet20_cifar10"])  # fmt: skip
 def test_networks_of_other_libraries(name):

@@ -87,13 +87,13 @@ def build(name: str) -> nn.Module:
     known = {} if colon else {"": models.names()}
     try:
         module = importlib.import_module(source.module)
-    except ModuleNotFoundError as error:
-        missing = f"{library} could not be looked into ({error}): pip install {library}"
-        if colon:
-            raise CommandError(f"{name}: {missing}") from None
-        raise CommandError(f"{_unknown(name, network, known)}; {missing}") from None
-    except Exception as error:  # its compiled part fits another torch, say
-        raise CommandError(f"{name}: {library} does not import ({str(error).strip().partition(chr(10))[0]})") from error
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        if isinstance(error, ModuleNotFoundError):
+            why = f"{library} could not be looked into ({said}): pip install {library}"
+        else:  # its compiled part fits another torch, say
+            why = f"{library} does not import ({said})"
+        raise CommandError(f"{name}: {why}" if colon else f"{_unknown(name, network, known)}; {why}") from error
     names = source.names(module)
     if network not in names:
         raise CommandError(_unknown(name, network, {**known, library if colon else "": [*known.get("", []), *names]}))
