@@ -97,11 +97,14 @@ class TestElementwise:
         coefficients = dict(zip(("alpha", "beta", "delta"), vectors(dy.shape[1], dtype, 3)))
         target, untouched = buffer_slice(dy, channels_last)
         source, _ = buffer_slice(z, channels_last)
-        version = target._version
-        backend.pending_grad_(Pending(target, source, **coefficients))
+        pending, version = Pending(target, source, **coefficients), target._version
+        new = backend.pending_grad(pending)
+        assert target._version == version and torch.equal(target, dy)
+        backend.pending_grad_(pending)
         assert target._version > version
         untouched()
-        close([target], lambda t: [reference.pending_grad(**t)], {"dy": dy, "z": z, **coefficients}, dtype)
+        for found in (new, target):
+            close([found], lambda t: [reference.pending_grad(**t)], {"dy": dy, "z": z, **coefficients}, dtype)
 
     @pytest.mark.parametrize("accumulate", [False, True])
     @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)

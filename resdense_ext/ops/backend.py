@@ -91,8 +91,8 @@ class Pending(NamedTuple):
         return Pending(dy, x, dy.new_ones(dy.shape[1], dtype=dtype), *dy.new_zeros((2, dy.shape[1]), dtype=dtype))
 
     def part(self, samples: slice) -> Pending:
-        """That of some samples, in memory of their own."""
-        return self._replace(dy=self.dy[samples].clone(), z=self.z[samples])
+        """That of some samples."""
+        return self._replace(dy=self.dy[samples], z=self.z[samples])
 
 
 class ConvGrads(NamedTuple):
@@ -154,6 +154,12 @@ class ReferenceBackend:
         """Finishes a gradient in place, and returns it."""
         return pending.dy.copy_(reference.pending_grad(*pending))
 
+    def pending_grad(self, pending: Pending) -> Tensor:
+        """The finished gradient, a new dense tensor."""
+        dy, z, alpha, beta, delta = pending
+        alone = Activation("identity")
+        return self.bn_add_act(dy, Affine(alpha, delta, alone), z, Affine(beta, torch.zeros_like(beta), alone), alone)
+
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         """A batch norm over ``count`` positions with these statistics, or over its running ones."""
         if norm.batch_stats:
@@ -210,10 +216,11 @@ class ReferenceBackend:
         dtype = conv.weight.dtype
         dimensions = x.dim() - 2
         total: list[Optional[Tensor]] = [None, None, None, None]
-        dy = torch.empty_like(x) if into is None else None
-        for part in self.chunks(x):
+        parts = self.chunks(x)
+        dy = torch.empty_like(x) if into is None and len(parts) > 1 else None
+        for part in parts:
             activated = x[part] if fold is None else self.bn_act(x[part], fold.affine)
-            upstream = self.pending_grad_(grad.part(part)) if isinstance(grad, Pending) else grad[part]
+            upstream = self.pending_grad(grad.part(part)) if isinstance(grad, Pending) else grad[part]
             dx, weight, bias = torch.ops.aten.convolution_backward(
                 upstream.to(dtype),
                 activated.to(dtype),
@@ -234,7 +241,10 @@ class ReferenceBackend:
             if into is None:
                 if fold is not None:
                     sums = self.bn_act_backward(dx, x[part], fold.affine, fold.mean)
-                dy[part] = dx
+                if dy is None:
+                    dy = dx
+                else:
+                    dy[part] = dx
             elif fold is None:
                 into.dy[part].add_(dx)
             else:

@@ -171,7 +171,7 @@ def _conv1x1_bn_add_act_backward(
         record(2, shortcut.norm_weight, shortcut.norm_bias)
         if needs[1]:
             pending = shortcut.input
-            results[1] = backend.pending_grad_(pending.part(slice(None)) if pending.dy is grad else pending)
+            results[1] = (backend.pending_grad if pending.dy is grad else backend.pending_grad_)(pending)
     elif results[1] is grad:
         # An operator may not return its input.
         results[1] = grad.clone()

@@ -76,7 +76,7 @@ class SplitUnit:
                 ]
             )
         norm_weight, norm_bias = (
-            _joined([sum(getattr(found, at) for found in column) for column in columns], 0) for at in ("norm_weight", "norm_bias")
+            _joined([_sum([getattr(found, at) for found in column]) for column in columns], 0) for at in ("norm_weight", "norm_bias")
         )
         weight = bias = None
         if need_weight:
@@ -89,21 +89,30 @@ class SplitUnit:
         conv, inputs = self.conv, [x.shape[1] for x, _ in self.sources]
         if len(inputs) == len(outputs) == 1:
             return [[conv]]
-        biases = [None] * len(outputs) if conv.bias is None else conv.bias.split(list(outputs))
+        biases = [None] * len(outputs) if conv.bias is None else conv.bias.split_with_sizes(list(outputs))
         return [
             [
-                conv._replace(weight=part.contiguous(), bias=None if j else bias)
-                for j, part in enumerate(rows.split(inputs, 1))
+                conv._replace(weight=_dense(part), bias=None if j else bias)
+                for j, part in enumerate(rows.split_with_sizes(inputs, 1))
             ]
-            for rows, bias in zip(conv.weight.split(list(outputs)), biases)
+            for rows, bias in zip(conv.weight.split_with_sizes(list(outputs)), biases)
         ]
 
 
 def split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:
     """The norms of maps of these widths, which ``norm`` reads side by side; the first one counts the batches."""
-    vectors = [[None] * len(widths) if v is None else v.split(list(widths)) for v in norm[:4]]
+    vectors = [[None] * len(widths) if v is None else v.split_with_sizes(list(widths)) for v in norm[:4]]
     norms = [norm._replace(weight=w, bias=b, running_mean=m, running_var=v) for w, b, m, v in zip(*vectors)]
     return [norms[0], *(other._replace(num_batches_tracked=None) for other in norms[1:])]
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Kernels in 16 bits want two numbers of a row at a time; others take any strides."""
+    return weight.contiguous() if weight.dtype.itemsize == 2 else weight
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0])
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
