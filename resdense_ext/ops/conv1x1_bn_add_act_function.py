@@ -20,7 +20,7 @@ from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointw
 from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats, wanted_gradients
+from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats, parameters_of, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["Conv1x1BNAddActConfig", "conv1x1_bn_add_act"]
@@ -181,7 +181,7 @@ def _conv1x1_bn_add_act_backward(
 
 def _targets(x: Tensor, identity: Tensor, tensors) -> list[Optional[Tensor]]:
     """What gradients are of."""
-    return [x, identity, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
+    return [x, identity, *parameters_of(tensors)]
 
 
 def _conv1x1_bn_add_act_fake(x: Tensor, identity: Tensor, tensors, *numbers):
@@ -252,9 +252,7 @@ class Conv1x1BNAddActFunction(torch.autograd.Function):
         mark, x, identity, *saved = saved_tensors(ctx, "conv1x1_bn_add_act", why)
         saved = iter(saved)
         tensors, stats = (list(islice(saved, size)) for size in ctx.counts)
-        needs = list(ctx.needs_input_grad[2:4])
-        for at in range(4, 4 + len(tensors), UNIT):
-            needs += [ctx.needs_input_grad[at + position] for position in GRADS]
+        needs = [*ctx.needs_input_grad[2:4], *parameters_of(ctx.needs_input_grad[4 : 4 + len(tensors)])]
         if grad is None and grad_before is None:
             found = [None] * len(needs)
         elif torch.is_grad_enabled() or grad_before is not None:

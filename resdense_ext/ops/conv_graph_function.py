@@ -17,7 +17,7 @@ from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_nor
 from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, parameters_of
 from resdense_ext.reference import ConvGraph
 
 __all__ = ["conv_graph"]
@@ -74,7 +74,7 @@ class ConvGraphFunction(torch.autograd.Function):
 def _needs(ctx, count: int) -> list[bool]:
     """Which gradients are asked for, of `_targets`."""
     sources, tensors = ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]
-    return [*sources, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
+    return [*sources, *parameters_of(tensors)]
 
 
 def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
@@ -91,7 +91,7 @@ def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
 
 def _targets(sources: Sequence[Tensor], tensors: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
     """What gradients are of: the sources, and `GRADS` of every convolution and norm."""
-    return [*sources, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
+    return [*sources, *parameters_of(tensors)]
 
 
 def _differentiable_backward(upstream, sources, tensors, graph, needs) -> list[Optional[Tensor]]:

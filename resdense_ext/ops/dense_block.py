@@ -29,7 +29,7 @@ from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.ops.ranks import Ranks
-from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, new_stats, units_from
+from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, new_stats, parameters_of, units_from
 from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
 
 __all__ = [
@@ -277,9 +277,7 @@ def forward_fake(x: Tensor, tensors, masks, config: DenseBlockConfig) -> tuple[T
 
 def backward_fake(buffer: Tensor, tensors, masks, config: DenseBlockConfig, needs) -> list[Tensor]:
     growth = sum(layer.units[-1].conv.weight.shape[0] for layer in config.layers(tensors, masks))
-    wanted = [empty_map(buffer, buffer.shape[1] - growth, buffer.dtype)]
-    for unit in range(len(config.eps)):
-        wanted += [tensors[UNIT * unit + position] for position in GRADS]
+    wanted = [empty_map(buffer, buffer.shape[1] - growth, buffer.dtype), *parameters_of(tensors)]
     return [
         (value if i == 0 else torch.empty_like(value)) if need else buffer.new_empty(0)
         for i, (need, value) in enumerate(zip(needs, wanted))

@@ -17,7 +17,7 @@ from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, group_of
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, group_of, parameters_of
 from resdense_ext.reference import Activation, BatchNorm, DenseLayer, PooledUnit
 
 __all__ = ["DenseBlockFunction", "dense_block"]
@@ -65,9 +65,7 @@ class DenseBlockFunction(torch.autograd.Function):
         saved = iter(saved)
         tensors, masks, stats = (list(islice(saved, size)) for size in ctx.counts)
         config, unit = ctx.configs
-        needs = [ctx.needs_input_grad[4]]
-        for at in range(0, len(tensors), UNIT):
-            needs += [ctx.needs_input_grad[5 + at + position] for position in GRADS]
+        needs = [ctx.needs_input_grad[4], *parameters_of(ctx.needs_input_grad[5 : 5 + len(tensors)])]
         if all(grad is None for grad in grads):
             found = [None] * len(needs)
         elif torch.is_grad_enabled():
@@ -127,7 +125,7 @@ def _differentiable_backward(grads, buffer, channels, config, unit, tensors, mas
     check_one_process(config.group)
     x = buffer[:, :channels].view_as(buffer[:, :channels])
     tensors = [t if t is None else t.view_as(t) for t in tensors]
-    inputs = [x] + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
+    inputs = [x, *parameters_of(tensors)]
     wanted = [value for value, need in zip(inputs, needs) if need]
     layers, unit_tensors = _split(tensors, unit)
     y = reference.dense_block(x, config.layers(layers, masks), Activation(config.activation, config.slope))

@@ -15,7 +15,7 @@ from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Stats
 from resdense_ext.ops.dense_block import BufferGradient, DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
-from resdense_ext.ops.units import GRADS, wanted_gradients
+from resdense_ext.ops.units import parameters_of, wanted_gradients
 
 __all__: list[str] = []
 
@@ -64,9 +64,8 @@ def _dense_stage_fake(x: Tensor, tensors, masks, *numbers) -> tuple[Tensor, Tens
 def _dense_stage_backward_fake(grad: Tensor, grad_buffer, buffer: Tensor, tensors, masks, *numbers) -> list[Tensor]:
     config, unit_tensors, _, (_, _, needs) = _split(numbers)
     grads = dense_block.backward_fake(buffer, tensors, masks, config, needs[:-4])
-    targets = [unit_tensors[position] for position in GRADS]
     return grads + [
-        torch.empty_like(target) if need else buffer.new_empty(0) for need, target in zip(needs[-4:], targets)
+        torch.empty_like(target) if need else buffer.new_empty(0) for need, target in zip(needs[-4:], parameters_of(unit_tensors))
     ]
 
 

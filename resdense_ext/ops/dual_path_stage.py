@@ -33,7 +33,7 @@ from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
 from resdense_ext.ops.layout import empty_map, map_beside
 from resdense_ext.ops.split_unit import Source, SplitUnit
-from resdense_ext.ops.units import GRADS, UNIT, Gradients, geometry_of, new_stats, units_from, wanted_gradients
+from resdense_ext.ops.units import Gradients, geometry_of, new_stats, parameters_of, units_from, wanted_gradients
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
 
 __all__ = ["DualPathStageConfig", "cost_of", "saved_inputs", "statistics_of", "units_of"]
@@ -331,7 +331,7 @@ def _copied(grad: Optional[Tensor], to: Tensor) -> Tensor:
 
 def _targets(xs: Sequence[Tensor], tensors) -> list[Optional[Tensor]]:
     """What gradients are of: the inputs, and `GRADS` of every unit."""
-    return [*xs, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
+    return [*xs, *parameters_of(tensors)]
 
 
 def _dual_path_stage(x: list[Tensor], tensors, *numbers) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:

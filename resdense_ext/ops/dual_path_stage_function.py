@@ -15,7 +15,7 @@ from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dual_path_stage import DualPathStageConfig, saved_inputs, statistics_of, units_of
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.ops.units import GRADS, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, DualPathBlock
 
 __all__ = ["dual_path_stage"]
@@ -48,9 +48,7 @@ class DualPathStageFunction(torch.autograd.Function):
         inputs = len(ctx.channels)
         if len(xs) < inputs:
             xs.append(dense[:, : ctx.channels[1]])
-        needs = list(ctx.needs_input_grad[3 : 3 + inputs])
-        for at in range(3 + inputs, 3 + inputs + len(tensors), UNIT):
-            needs += [ctx.needs_input_grad[at + position] for position in GRADS]
+        needs = [*ctx.needs_input_grad[3 : 3 + inputs], *parameters_of(ctx.needs_input_grad[3 + inputs : 3 + inputs + len(tensors)])]
         if all(grad is None for grad in grads):
             found: Sequence[Optional[Tensor]] = [None] * len(needs)
         elif torch.is_grad_enabled():
@@ -72,7 +70,7 @@ def _differentiable_backward(grads, xs, tensors, config, needs) -> list[Optional
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     xs = [x.view_as(x) for x in xs]
     tensors = [t if t is None else t.view_as(t) for t in tensors]
-    inputs = xs + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
+    inputs = [*xs, *parameters_of(tensors)]
     wanted = [value for value, need in zip(inputs, needs) if need]
     x = xs[0] if len(xs) == 1 else tuple(xs)
     halves = reference.dual_path_stage(x, config.blocks(tensors), Activation(config.activation, config.slope))

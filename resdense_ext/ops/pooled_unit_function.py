@@ -13,7 +13,7 @@ from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.running import update_running_statistics
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.ops.units import UNIT, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, BatchNorm, PooledUnit
 
 __all__ = ["bn_act_pool"]
@@ -36,7 +36,7 @@ class BNActPoolFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, *saved = ctx.saved_tensors
         (*tensors, taps), stats = saved[: UNIT + 1], saved[UNIT + 1 :]
-        needs = [ctx.needs_input_grad[2], *(ctx.needs_input_grad[3 + position] for position in GRADS)]
+        needs = [ctx.needs_input_grad[2], *parameters_of(ctx.needs_input_grad[3 : 3 + UNIT])]
         if torch.is_grad_enabled():
             grads = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
@@ -51,7 +51,7 @@ def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[T
     check_one_process(config.group)
     x = x.view_as(x)
     tensors = [t if t is None else t.view_as(t) for t in tensors]
-    inputs = [x, *(tensors[position] for position in GRADS)]
+    inputs = [x, *parameters_of(tensors)]
     wanted = [value for value, need in zip(inputs, needs) if need]
     y = reference.bn_act_pool(x, config.unit(*tensors), Activation(config.activation, config.slope))
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))

@@ -40,7 +40,7 @@ from resdense_ext.ops.residual_maps import (
     sizes_of,
     takes_stats,
 )
-from resdense_ext.ops.units import GRADS, UNIT, Gradients, new_stats, wanted_gradients
+from resdense_ext.ops.units import Gradients, new_stats, parameters_of, wanted_gradients
 
 __all__: list[str] = []
 
@@ -164,7 +164,7 @@ def _through(
 
 def _targets(x: Tensor, tensors) -> list[Optional[Tensor]]:
     """What gradients are of: x, and `GRADS` of every unit."""
-    return [x, *(tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS)]
+    return [x, *parameters_of(tensors)]
 
 
 def _residual_block(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Tensor], list[Tensor]]:

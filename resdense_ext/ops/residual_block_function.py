@@ -15,7 +15,7 @@ from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.residual_maps import ResidualBlockConfig, counts_of, norms_of, plan_of, reads_out, units_of
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors
+from resdense_ext.ops.units import GRADS, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, ResidualBlock
 
 __all__ = ["residual_block"]
@@ -42,9 +42,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         out, x, *saved = saved_tensors(ctx, "residual_block", why)
         saved = iter(saved)
         tensors, stats = (list(islice(saved, size)) for size in ctx.counts)
-        needs = [ctx.needs_input_grad[2]]
-        for at in range(0, len(tensors), UNIT):
-            needs += [ctx.needs_input_grad[3 + at + position] for position in GRADS]
+        needs = [ctx.needs_input_grad[2], *parameters_of(ctx.needs_input_grad[3 : 3 + len(tensors)])]
         if torch.is_grad_enabled():
             found = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
@@ -65,7 +63,7 @@ def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[T
     check_one_process(config.group)
     x = x.view_as(x)
     tensors = [t if t is None else t.view_as(t) for t in tensors]
-    inputs = [x] + [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
+    inputs = [x, *parameters_of(tensors)]
     wanted = [value for value, need in zip(inputs, needs) if need]
     y = reference.residual_block(x, config.block(tensors), *config.activations)
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))

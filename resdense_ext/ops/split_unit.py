@@ -107,11 +107,12 @@ def split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """Kernels in 16 bits want two numbers of a row at a time; others take any strides."""
+    """The CPU's kernels in 16 bits want the rows of a weight without gaps; all others take any strides."""
     return weight.contiguous() if weight.dtype.itemsize == 2 else weight
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Without the zero that `sum` begins with, which is one more operator."""
     return sum(tensors[1:], tensors[0])
 
 

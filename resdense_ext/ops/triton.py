@@ -64,8 +64,8 @@ def is_ours(conv: Conv) -> bool:
 
     Grouped convolutions are the vendor's: with ResNeXt's 4 channels a group, 16x16 blocks of the matrix units would be filled
     to a sixteenth, and even 32 are one short product between a prologue and an epilogue. In float32, strided ones are, too: for
-    IEEE products P is 56, and tf32 is not worth its nine configurations; with stride 1 they are ours as in 16 bits, so that a dense
-    layer allocates nothing of its input's size.
+    IEEE products P is 56, and tf32 is not worth its nine configurations; with stride 1 they are ours as in 16 bits, so that dense
+    layers allocate nothing of their inputs' size: up to a growth of 102, in three dimensions of 34.
     """
     if conv.groups > 1:
         return False

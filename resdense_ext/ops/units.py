@@ -21,6 +21,7 @@ __all__ = [
     "gradient_like",
     "group_of",
     "new_stats",
+    "parameters_of",
     "units_from",
     "wanted_gradients",
 ]
@@ -28,7 +29,7 @@ __all__ = [
 UNIT = 6
 """Tensors of a unit: norm weight, norm bias, running mean, running variance, convolution weight and bias."""
 GRADS = (0, 1, 4, 5)
-"""Those of them that can have a gradient."""
+"""Those of them that can have a gradient; see `parameters_of`."""
 
 
 def flat_tensors(units: Iterable[tuple[Optional[BatchNorm], Optional[Conv]]]) -> list[Optional[Tensor]]:
@@ -42,6 +43,11 @@ def flat_tensors(units: Iterable[tuple[Optional[BatchNorm], Optional[Conv]]]) ->
             flat += [norm.weight, norm.bias, *running]
         flat += [None, None] if conv is None else [conv.weight, conv.bias]
     return flat
+
+
+def parameters_of(tensors: Sequence) -> list:
+    """`GRADS` of every unit, of its tensors or of what else there is one a tensor."""
+    return [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
 
 
 def geometry_of(conv: Conv) -> list[int]:
@@ -109,9 +115,8 @@ def wanted_gradients(found: Sequence[Optional[Tensor]], inputs: Sequence[Tensor]
     They are in the dtypes of what they are of, those of parameters in their layouts, too, as fake kernels promise it; empty
     tensors stand for those that are None.
     """
-    parameters = [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
     wanted = [v if v is None else v.to(x.dtype) for v, x in zip(found, inputs)]
-    wanted += [v if v is None else gradient_like(v, p) for v, p in zip(found[len(inputs) :], parameters)]
+    wanted += [v if v is None else gradient_like(v, p) for v, p in zip(found[len(inputs) :], parameters_of(tensors))]
     return [inputs[0].new_empty(0) if v is None else v for v in wanted]
 
 
