@@ -169,6 +169,29 @@ class ReferenceBackend:
         scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
         return Fold(Affine(scale, shift, activation), mean, rstd, count if norm.batch_stats else None)
 
+    def convolve(self, a: Tensor, conv: Conv, out: Tensor) -> None:
+        """Writes ``conv(a)`` into ``out``."""
+        out.copy_(reference.convolution(a, conv))
+
+    def convolution_backward(
+        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """The gradients of ``a``, of the weight and of the bias from that of ``conv(a)``; the latter two where they are needed."""
+        outputs, dimensions = conv.weight.shape[0], a.dim() - 2
+        return torch.ops.aten.convolution_backward(
+            grad,
+            a,
+            conv.weight,
+            None if conv.bias is None else [outputs],
+            conv.steps,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0] * dimensions,
+            conv.groups,
+            [True, need_weight, need_weight and conv.bias is not None],
+        )
+
     def bn_act_conv(
         self,
         x: Tensor,
@@ -187,8 +210,11 @@ class ReferenceBackend:
         """
         for part in self.chunks(x):
             activated = x[part] if affine is None else self.bn_act(x[part], affine)
-            new = reference.convolution(activated.to(conv.weight.dtype), conv)
-            out[part].copy_(new if mask is None else new * mask[part] * mask_scale)
+            activated = activated.to(conv.weight.dtype)
+            if mask is None:
+                self.convolve(activated, conv, out[part])
+            else:
+                out[part].copy_(reference.convolution(activated, conv) * mask[part] * mask_scale)
         activation = Activation() if affine is None else affine.activation
         return self._read(out, self.channel_stats(out) if stats else (), stats, reader, activation)
 
@@ -196,8 +222,8 @@ class ReferenceBackend:
         self, out: Tensor, found: tuple[Tensor, ...], stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation
     ) -> Optional[Fold]:
         """Puts the statistics where they are wanted, and folds the norm that reads them."""
-        for to, value in zip(stats or (), found):
-            to.copy_(value)
+        if stats is not None:
+            torch._foreach_copy_(list(stats), list(found))
         if reader is None:
             return None
         if stats is None:
@@ -214,26 +240,14 @@ class ReferenceBackend:
         to that one (whose ``alpha`` is 1). Without a fold the convolution's input is ``x`` as it is.
         """
         dtype = conv.weight.dtype
-        dimensions = x.dim() - 2
         total: list[Optional[Tensor]] = [None, None, None, None]
         parts = self.chunks(x)
         dy = torch.empty_like(x) if into is None and len(parts) > 1 else None
         for part in parts:
-            activated = x[part] if fold is None else self.bn_act(x[part], fold.affine)
+            # What only the weight's gradient reads; the other's takes the shape alone.
+            activated = self.bn_act(x[part], fold.affine) if fold is not None and need_weight else x[part]
             upstream = self.pending_grad(grad.part(part)) if isinstance(grad, Pending) else grad[part]
-            dx, weight, bias = torch.ops.aten.convolution_backward(
-                upstream.to(dtype),
-                activated.to(dtype),
-                conv.weight,
-                None if conv.bias is None else [conv.weight.shape[0]],
-                conv.steps,
-                conv.padding,
-                conv.dilation,
-                False,
-                [0] * dimensions,
-                conv.groups,
-                [True, need_weight, need_weight and conv.bias is not None],
-            )
+            dx, weight, bias = self.convolution_backward(upstream.to(dtype), activated.to(dtype), conv, need_weight)
             del activated, upstream
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
@@ -382,8 +396,7 @@ def _add_up(total: list[Optional[Tensor]], parts: Sequence[Optional[Tensor]]) ->
     """``total += parts``, one by one and in a wide dtype; a sum begins as None, and remains it where there is nothing to add."""
     for i, new in enumerate(parts):
         if new is not None:
-            wide = new.to(accumulation_dtype(new.dtype))
-            total[i] = wide if total[i] is None else total[i].add_(wide)
+            total[i] = new if total[i] is None else new + total[i].to(accumulation_dtype(new.dtype))
 
 
 def _affine(x: Tensor, affine: Affine) -> Tensor:

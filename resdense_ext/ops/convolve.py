@@ -10,7 +10,13 @@ from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend,
 from resdense_ext.ops.layout import dense_map
 from resdense_ext.reference import Conv
 
-__all__ = ["convolve", "convolve_backward", "sampled", "sampling"]
+__all__ = ["convolve", "convolve_backward", "is_matrix_product", "sampled", "sampling"]
+
+
+def is_matrix_product(conv: Conv) -> bool:
+    """Whether every output is made of one position of the input, in its place, and of all its channels."""
+    outputs, inputs = conv.weight.shape[:2]
+    return conv.groups == 1 and conv.weight.numel() == outputs * inputs and conv.keeps_size
 
 
 def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:

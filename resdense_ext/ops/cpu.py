@@ -18,6 +18,7 @@ from resdense_ext.ops import _library
 from resdense_ext.ops.activation import LINEAR, activate_, activation_backward
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
 from resdense_ext.ops.compiled import CompiledBackend, knows, slope_of
+from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import map_beside, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
@@ -26,11 +27,6 @@ __all__ = ["CpuBackend"]
 
 _CACHED = 2**18
 """Values of an activation for a thread, 1 MB in float32: then it is read by the convolution from where it was written."""
-
-
-def _is_matrix_product(conv: Conv) -> bool:
-    outputs, inputs = conv.weight.shape[:2]
-    return conv.groups == 1 and conv.weight.numel() == outputs * inputs and conv.keeps_size
 
 
 _HAS_GEMM = (_library.build_info() or {}).get("cpu_capability", "DEFAULT") != "DEFAULT"
@@ -173,7 +169,7 @@ class CpuBackend(CompiledBackend):
         reader: Optional[BatchNorm] = None,
     ) -> Optional[Fold]:
         known = mask is None and (affine is None or knows(affine.activation))
-        if known and _is_matrix_product(conv):
+        if known and is_matrix_product(conv):
             op, weight = torch.ops.resdense.bn_act_conv1x1, conv.weight.flatten(1)
         elif known and _suits_winograd(x, conv):
             op, weight = torch.ops.resdense.bn_act_winograd, conv.weight
@@ -193,7 +189,7 @@ class CpuBackend(CompiledBackend):
         fused = isinstance(grad, Pending) and conv.bias is None and knows(prologue.affine.activation)
         scale, shift, activation = prologue.affine
         vectors = scale, shift, prologue.mean, slope_of(activation)
-        if fused and _is_matrix_product(conv):
+        if fused and is_matrix_product(conv):
             dy = torch.empty_like(x) if into is None else into.dy
             weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
                 x, *vectors, conv.weight.flatten(1), *grad, dy, into is not None, need_weight

@@ -1,0 +1,84 @@
+"""The CUDA backend's way through the vendor's libraries, on the CPU, whose operators have the same names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_dense_block import POLICIES, maps, random_block, state, stock_of
+from test_residual_block import BLOCKS, Block, input_of
+from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
+
+import resdense_ext as rd
+from resdense_ext.ops import vendor
+from resdense_ext.ops.compiled import CompiledBackend
+from resdense_ext.ops.cuda import CudaBackend
+from resdense_ext.reference import Conv
+
+pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
+
+
+@pytest.fixture(autouse=True)
+def posing(monkeypatch):
+    """Tensors on the CPU pass for a GPU's."""
+    monkeypatch.setattr(CudaBackend, "refusal", CompiledBackend.refusal)
+    with rd.use_backend("cuda"):
+        yield
+
+
+@pytest.fixture(params=["whole", "sample by sample"])
+def scratch(request, monkeypatch):
+    if request.param != "whole":
+        monkeypatch.setattr(vendor, "SCRATCH", 1)
+
+
+def agrees(block, stock, x, dtype):
+    """By the rule in 16 bits under autocast, in float32 and, by the network's own noise, in float64."""
+    params, inputs, run = state(block), {"x": x}, module_run(stock, dtype if dtype == torch.bfloat16 else None)
+    if dtype == torch.float64:
+        params, inputs = ({name: t.double() if t.is_floating_point() else t for name, t in of.items()} for of in (params, inputs))
+    ours = module_run(block, dtype if dtype == torch.bfloat16 else None)({"x": inputs["x"].clone()}, copy.deepcopy(params))
+    if dtype == torch.float64:
+        noise = rounding_noise(run, inputs, params)
+        return assert_within_noise(ours, run({"x": inputs["x"].clone()}, copy.deepcopy(params)), noise)
+    assert_within_rule(ours, true_run(module_run(stock), inputs, params), torch_runs(run, inputs, params), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dense_blocks(channels_last, policy, dtype, scratch):
+    block = random_block(channels=8, growth=8, policy=policy)
+    agrees(block, stock_of(block), maps((3, 8, 7, 6), channels_last), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["bottleneck down", "grouped", "stride first", "pre bottleneck"])
+def test_residual_blocks(kind, policy, dtype, scratch):
+    block = Block(**BLOCKS[kind], policy=policy)
+    stock = copy.deepcopy(block)
+    stock.policy = None
+    agrees(block, stock, input_of(block, channels_last=True), dtype)
+
+
+def test_a_pointwise_convolution_copies_nothing():
+    """It is one product, which reads a slice of a buffer and writes one."""
+    backend, conv = CudaBackend(), Conv(torch.randn(8, 16, 1, 1))
+    buffer = torch.randn(3, 32, 5, 4).to(memory_format=torch.channels_last)
+    out = torch.zeros(3, 24, 5, 4).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(buffer[:, 8:24], conv.weight)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        backend.convolve(buffer[:, 8:24], conv, out[:, 8:16])
+    names = {e.name for e in profile.events()}
+    assert "aten::mm" in names and not names & {"aten::copy_", "aten::clone", "aten::empty", "aten::conv2d"}
+    torch.testing.assert_close(out[:, 8:16], expected)
+    assert not out[:, :8].any() and not out[:, 16:].any()
+
+
+def test_samples_share_the_scratch(monkeypatch):
+    monkeypatch.setattr(vendor, "SCRATCH", 2 * 4 * 6 * 5 * 4)
+    x = torch.empty(5, 4, 6, 5)
+    assert CudaBackend().chunks(x) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert CudaBackend().chunks(x[:0]) == [slice(0, 0)]
