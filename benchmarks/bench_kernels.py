@@ -1,6 +1,7 @@
 """Every primitive of the dense engine on a GPU, at the layers of densenet121 and densenet201, beside plain PyTorch's.
 
-And ResNet-50's 3x3 convolutions, by our kernels and by the vendor's on an activation in memory: `ops.triton` chooses.
+And ResNet-50's 3x3 convolutions. The Triton backend's are our own kernels here, whatever `ops.triton` would choose; the CUDA
+backend's are the vendor's on an activation in memory, but for the 3x3 of dense layers.
 
 Time is set against two floors of the same run: the bytes of every operand, read or written once, over the bandwidth of a large
 copy; and the products over the rate of a large matrix product. Each is preceded by a comparison with the reference in float32.
@@ -176,14 +177,6 @@ def _conv(conv: str, x: str, fold: str, out: str, reader: bool):
     return run
 
 
-def _halo(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
-    """The 3x3 in CUDA C++, which activates its halo once; elsewhere the backend's own."""
-    if backend.name != "cuda":
-        return _conv("conv3", "z", "inner", "new", False)(backend, t)
-    scale, shift, _ = t.inner.affine
-    return [t.new, *torch.ops.resdense.bn_act_conv3x3(t.z, scale, shift, 0.0, t.conv3.weight, t.new, True)]
-
-
 def _backward1(need_weight: bool):
     def run(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
         into = Pending(t.D, t.x, None, t.beta, t.delta)
@@ -202,15 +195,14 @@ def _backward(conv: str, x: str, fold: str, dy: str, z: str, need_weight: bool):
     return run
 
 
-def _by(run, ours: bool):
-    """By our kernels, or by the vendor's, whatever the shape."""
-    most = float("inf") if ours else 0
+def _ours(run):
+    """By Triton's kernels, where that is the backend, whatever the shape."""
 
-    def limited(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
-        with mock.patch.multiple(triton, PRODUCTS=most, STRIDED_PRODUCTS=most):
+    def unlimited(backend: ReferenceBackend, t: Operands) -> list[Tensor]:
+        with mock.patch.multiple(triton, PRODUCTS=float("inf"), STRIDED_PRODUCTS=float("inf")):
             return run(backend, t)
 
-    return limited
+    return unlimited
 
 
 def _stock(x: str, conv: str, backward: bool):
@@ -240,7 +232,6 @@ OPERATIONS = (
               _stock("x", "conv1", False)),
     Operation("bn_act_conv 3x3", _conv("conv3", "z", "inner", "new", False), lambda C: 160, lambda C: 2 * 9 * 128 * 32,
               _stock("z", "conv3", False)),
-    Operation("bn_act_conv3x3", _halo, lambda C: 160, lambda C: 2 * 9 * 128 * 32),
     Operation("bn_act_conv_backward 1x1 data", _backward1(False), lambda C: 3 * C + 256, lambda C: 2 * C * 128),
     Operation("bn_act_conv_backward 1x1", _backward1(True), lambda C: 4 * C + 512, lambda C: 4 * C * 128,
               _stock("x", "conv1", True)),
@@ -252,11 +243,9 @@ OPERATIONS = (
               lambda t: F.relu(t.z + t.dy)),
 )  # fmt: skip
 
-VENDORS = ", vendor's"
-
 
 def _residual(suffix: str, step: int, operands: type[Operands]) -> Iterator[Operation]:
-    """A bottleneck's 3x3 convolution, forward and backward, by ours and by the vendor's; positions are the input's."""
+    """A bottleneck's 3x3 convolution, forward and backward; positions are the input's."""
     area = step * step  # positions of the input for one of the output
     for name, run, moved, passes, stock in (
         ("bn_act_conv", _conv("conv", "x", "fold", "z", True), lambda C: C + C // area, 1, _stock("x", "conv", False)),
@@ -264,8 +253,7 @@ def _residual(suffix: str, step: int, operands: type[Operands]) -> Iterator[Oper
          _stock("x", "conv", True)),
     ):  # fmt: skip
         flops = lambda C, passes=passes: 2 * passes * 9 * C * C // area  # noqa: E731
-        yield Operation(f"{name} {suffix}", _by(run, True), moved, flops, stock, operands)
-        yield Operation(f"{name} {suffix}{VENDORS}", _by(run, False), moved, flops, None, operands)
+        yield Operation(f"{name} {suffix}", _ours(run), moved, flops, stock, operands)
 
 
 SQUARE = tuple(_residual("square", 1, SquareOperands))
@@ -329,14 +317,15 @@ def table(rows: list[dict]) -> str:
 
 
 def vendor_table(rows: list[dict]) -> str:
-    """Our time over the vendor's by products a value of the input: `PRODUCTS` and `STRIDED_PRODUCTS` are to be where it passes 1."""
+    """Triton's time over the CUDA backend's, the vendor's, by products a value of the input: `PRODUCTS` and `STRIDED_PRODUCTS` are
+    to be where it passes 1."""
     times = {(r["op"], r["provider"], *r["shape"]): r["median"] for r in rows if r["metric"] == "time"}
-    lines = [f"{'operation':34} {'backend':8} {'batch':>5} {'products':>8} {'over the vendor':>15}"]
+    lines = [f"{'operation':34} {'batch':>5} {'products':>8} {'over the vendor':>15}"]
     for (op, provider, batch, channels, *sides), ours in times.items():
-        theirs = times.get((op + VENDORS, provider, batch, channels, *sides))
-        if theirs is not None:
+        theirs = times.get((op, "cuda", batch, channels, *sides))
+        if provider == "triton" and op.endswith(("square", "strided")) and theirs is not None:
             products = channels * 9 // (4 if op.endswith("strided") else 1)
-            lines.append(f"{op:34} {provider:8} {batch:5} {products:8} {ours / theirs:15.2f}")
+            lines.append(f"{op:34} {batch:5} {products:8} {ours / theirs:15.2f}")
     return "\n".join(lines)
 
 
@@ -357,9 +346,7 @@ def main() -> None:
     chosen = [b for b in map(backends.get, options.backend) if b.refusal(probe, probe.dtype, Activation()) is None]
     groups = ((shapes(), OPERATIONS), (square_shapes(), SQUARE), (strided_shapes(), STRIDED))
     layers = [(s, op) for of, operations in groups for s in of for op in operations]
-    convolutions = chosen[:1]  # Triton's kernels in either backend
-    todo = [(op, b, s, n) for n in options.batch for s, op in layers
-            for b in (convolutions if op.name.startswith("bn_act_conv") else chosen)]  # fmt: skip
+    todo = [(op, b, s, n) for n in options.batch for s, op in layers for b in chosen]
     todo.sort(key=lambda case: case[2].network == "densenet201")  # what there may be no time for
     try:
         for operation, backend, shape, batch in tqdm(todo, disable=None, unit="case"):

@@ -1,7 +1,7 @@
 """A training step of a DenseNet or ResNet on a GPU in bfloat16 autocast and channels-last: stock, its checkpoint, torch.compile, ours.
 
 Images a second, the host's time and the launches of a step, what is kept for backward, the peak, and the largest batch that fits
-(from a line through the peaks at two batches). Gradients are compared with stock's before anything is timed.
+(from a line through the peaks at two batches). Our gradients are compared with stock's before anything is timed.
 
     python benchmarks/bench_models.py [--model densenet121] [--batch 32 256] [--seconds 500] [--out benchmarks/results]
 """
@@ -34,7 +34,7 @@ CARDS = (16, 24, 80)
 DEVICE, SIZE = "cuda", 224
 PROVIDERS = ("stock", "fast", "min", "fast graph", "min graph", "memory_efficient", "compile")
 CHECKED = 32
-"""Images with which gradients are compared: a batch that is measured, since another costs torch.compile minutes."""
+"""Images with which gradients are compared."""
 
 
 def providers_of(model: str, providers: Sequence[str]) -> list[str]:
@@ -142,10 +142,11 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     def add(metric: str, unit: str, values: list[float], mode: str = "train") -> None:
         rows.append(row(model, provider, mode, metric, unit, values, **setting))
 
-    ratio = _checked(model, provider.split()[0])
-    add("gradient error over stock's", "1", [ratio], "check")
-    if not ratio < 2:
-        raise RuntimeError(f"gradients are {ratio:.2f} times as far from float32 as stock's in bfloat16")
+    if provider not in ("stock", "compile"):
+        ratio = _checked(model, provider.split()[0])
+        add("gradient error over stock's", "1", [ratio], "check")
+        if not ratio < 2:
+            raise RuntimeError(f"gradients are {ratio:.2f} times as far from float32 as stock's in bfloat16")
     _clear()
     step = training_step(model, provider, batch)
     if not provider.endswith("graph"):
