@@ -51,7 +51,7 @@ inline ReducePlan plan_reduce(std::initializer_list<Map> maps, int multiprocesso
   const auto power = [](int64_t n) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n))); };
   const int64_t across = p.rows ? ceil_div(m.C, vec) : m.C;
   s.tx = p.rows ? static_cast<int>(std::min<int64_t>(32, power(across))) : 1;
-  s.tiles = ceil_div(across, s.tx);
+  s.tiles = static_cast<unsigned>(ceil_div(across, s.tx));
   // A small plane takes a small block: the merge across its threads is then not what it waits for.
   p.threads = std::clamp<int64_t>(power(ceil_div(s.items, kLeastItems)) * s.tx, 32, kReduceThreads);
 
