@@ -17,7 +17,7 @@ constexpr int kReduceThreads = 256;
 
 // How many items a thread loads at once.
 template <int MAPS>
-constexpr int kAtOnce = MAPS == 1 ? 4 : 2;
+constexpr int kAtOnce = MAPS == 1 ? 8 : MAPS == 2 ? 4 : 2;
 
 // Sums of two quantities of K channels.
 template <typename W, int K>
@@ -114,8 +114,10 @@ __device__ inline void leave(const Share& share, const Lane& lane, const A& gath
     if (k < lane.count) mine.put(k, first + at + k, second + at + k);
 }
 
-// 32 bytes of neighbouring channels, the least that memory gives, and many threads a channel: their chains are short then.
-constexpr int kFinishChannels = 8;
+// Few neighbouring channels and many threads for each: their chains are short then. A thread has so many chunks' results under
+// way at once.
+constexpr int kFinishChannels = 4;
+constexpr int kFinishAtOnce = 8;
 
 // The second stage: merges the chunks' results, always in the same order. A is of one channel.
 template <typename A>
@@ -124,14 +126,24 @@ __global__ void __launch_bounds__(kReduceThreads)
                          int64_t positions, int64_t chunk_positions, int64_t chunks, typename A::Value* first,
                          typename A::Value* second) {
   using W = typename A::Value;
+  constexpr int STEP = kReduceThreads / kFinishChannels;
   const int y = threadIdx.x / kFinishChannels, x = threadIdx.x - y * kFinishChannels;
   const int64_t channel = int64_t(blockIdx.x) * kFinishChannels + x;
   A all;
   if (channel < channels) {
-    for (int64_t chunk = y; chunk < chunks; chunk += kReduceThreads / kFinishChannels) {
-      const int64_t left = positions - chunk * chunk_positions;
-      const int64_t at = chunk * channels + channel;
-      all.merge(W(left < chunk_positions ? left : chunk_positions), part_first[at], part_second[at]);
+    for (int64_t begin = y; begin < chunks; begin += STEP * kFinishAtOnce) {
+      W a[kFinishAtOnce], b[kFinishAtOnce];
+#pragma unroll
+      for (int u = 0; u < kFinishAtOnce; ++u) {
+        const int64_t chunk = begin + u * STEP, at = chunk * channels + channel;
+        a[u] = chunk < chunks ? part_first[at] : W(0);
+        b[u] = chunk < chunks ? part_second[at] : W(0);
+      }
+#pragma unroll
+      for (int u = 0; u < kFinishAtOnce; ++u) {
+        const int64_t left = positions - (begin + u * STEP) * chunk_positions;
+        if (left > 0) all.merge(W(left < chunk_positions ? left : chunk_positions), a[u], b[u]);
+      }
     }
   }
   merge_block(all, kFinishChannels);
