@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
-      "Tensor(b!) delta) -> Tensor dgamma");
+      "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "

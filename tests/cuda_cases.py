@@ -281,6 +281,36 @@ def check_bn_act_backward_long(ops, device: str) -> None:
         assert_within_rule(ours, true_run(run, inputs, params), torch_runs(run, inputs, params), torch.float32)
 
 
+def check_bn_fold(ops, device: str) -> None:
+    for channels, dtype, affine in itertools.product((1, 7, 129), (torch.float32, torch.float64), (True, False)):
+        mean, m2, weight, bias = vectors(4, channels, dtype, device)
+        m2 = m2.square() * 50
+        ours = ops.bn_fold(mean, m2, 50.0, 1e-5, *((weight, bias) if affine else (None, None)))
+        rstd = (m2.double() / 50 + 1e-5).rsqrt()
+        scale = weight.double() * rstd if affine else rstd
+        shift = bias.double() if affine else torch.zeros_like(rstd)
+        truths = (scale, shift - mean.double() * scale, rstd)
+        sizes = (scale.abs(), shift.abs() + (mean.double() * scale).abs(), rstd)
+        for value, truth, size in zip(ours, truths, sizes):
+            assert value.dtype == dtype
+            assert_rounded(value, truth, size, (channels, dtype, affine))
+
+
+def check_bn_correction(ops, device: str) -> None:
+    for channels, dtype, accumulate in itertools.product((1, 7, 129), (torch.float32, torch.float64), (True, False)):
+        sum_dy, sum_dy_xc, scale, mean, rstd, *into = vectors(7, channels, dtype, device)
+        truths = [t.double() if accumulate else torch.zeros_like(t).double() for t in into]
+        sizes = [t.abs() for t in truths]
+        beta, delta = (t.clone() if accumulate else torch.full_like(t, math.nan) for t in into)
+        dgamma = ops.bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, 50.0, beta, delta, accumulate)
+        truth = rstd.double() * sum_dy_xc.double()
+        assert_rounded(dgamma, truth, truth.abs(), (channels, dtype))
+        slope = -scale.double() / 50 * rstd.double() * truth
+        terms = [(slope,), (-scale.double() / 50 * sum_dy.double(), -slope * mean.double())]
+        for ours, start, size, more in zip((beta, delta), truths, sizes, terms):
+            assert_rounded(ours, start + sum(more), size + sum(t.abs() for t in more), (channels, dtype, accumulate))
+
+
 def check_copy_map(ops, device: str) -> None:
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32))
     for shape, dtype, layout in cases():
@@ -331,6 +361,9 @@ def check_empty(ops, device: str) -> None:
         sums = ops.bn_act_backward(x, x, channels, channels, channels, 0.0)
         sums += ops.bn_act_backward_accumulate(x, x, x, channels, channels, channels, 0.0)
         assert all(torch.equal(t, torch.zeros_like(channels)) for t in sums)
+        folded = ops.bn_fold(channels, channels, 1.0, 1e-5, None, None)
+        correction = (*[channels] * 5, 1.0, channels, channels, False)
+        assert all(t.shape == channels.shape for t in (*folded, ops.bn_correction(*correction)))
         mean, m2 = ops.channel_stats(x)
         assert bool(mean.isnan().all()) and torch.equal(m2, torch.zeros_like(channels))
 
@@ -349,6 +382,12 @@ def check_errors(ops, device: str) -> None:
         (r"scale: expected shape \(3,\), one value a channel of z, got \(2\)",
          lambda: ops.bn_add_act(x, vector[:2], vector, x, None, None, 0.0)),
         (r"shift: expected dtype float32, got float64", lambda: ops.bn_add_act(x, vector, vector.double(), x, None, None, 0.0)),
+        (r"m2: expected shape \(3,\), one value a channel of mean, got \(2\)",
+         lambda: ops.bn_fold(vector, vector[:2], 1.0, 1e-5, None, None)),
+        (r"weight: expected dtype float32, got float64",
+         lambda: ops.bn_fold(vector, vector, 1.0, 1e-5, vector.double(), None)),
+        (r"beta: expected a contiguous vector, got stride 2",
+         lambda: ops.bn_correction(*[vector] * 5, 1.0, torch.zeros(6, device=device)[::2], vector, False)),
         (r"out: expected dtype float32, got bfloat16", lambda: ops.bn_act(x, vector, vector, 0.0, x.bfloat16())),
         (r"grad: expected a tensor whose elements do not overlap",
          lambda: ops.bn_act_backward(x[:1].expand(2, 3, 4, 4), x, vector, vector, vector, 0.0)),
@@ -373,6 +412,8 @@ CHECKS = (
     check_bn_act,
     check_bn_act_backward,
     check_bn_act_backward_long,
+    check_bn_fold,
+    check_bn_correction,
     check_copy_map,
     check_repeats,
     check_special_values,

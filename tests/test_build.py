@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(resdense_ext.__file__).resolve().parent
 SCHEMAS = {
     "channel_stats": "(Tensor x) -> (Tensor mean, Tensor m2)",
+    "bn_fold": "(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    "bn_correction": "(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
+    "Tensor(b!) delta, bool accumulate) -> Tensor dgamma",
     "bn_act": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()",
     "bn_act_backward": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope)"
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",

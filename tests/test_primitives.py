@@ -397,6 +397,8 @@ class TestOperators:
         taps = torch.full_like(small, 2, dtype=torch.uint8)
         return {
             "channel_stats": (x,),
+            "bn_fold": (a, b.square(), 40, 1e-5, c, None),
+            "bn_correction": (*torch.randn(5, 6).unbind(), 40, a, b, True),
             "bn_act": (x, a, b, 0.0, torch.empty_like(x)),
             "bn_act_backward": (x.clone(), x, a, b, c, 0.1),
             "bn_act_backward_accumulate": (x.clone(), x.clone(), x, a, b, c, 0.0),
@@ -428,6 +430,8 @@ class TestOperators:
         "name",
         [
             "channel_stats",
+            "bn_fold",
+            "bn_correction",
             "bn_act",
             "bn_act_backward",
             "bn_act_backward_accumulate",

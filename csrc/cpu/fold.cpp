@@ -47,10 +47,10 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2,
   return {scale, shift, rstd};
 }
 
-// From the sums of dy and of dy * (x - mean): returns dgamma, and adds to beta and delta the norm's correction of the gradient
-// of its input, which is beta * x + delta.
+// From the sums of dy and of dy * (x - mean): returns dgamma, and writes to beta and delta, or adds to them, the norm's
+// correction of the gradient of its input, which is beta * x + delta.
 Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor& scale, const Tensor& mean, const Tensor& rstd,
-                     double count, const Tensor& beta, const Tensor& delta) {
+                     double count, const Tensor& beta, const Tensor& delta, bool accumulate) {
   const int64_t C = mean.size(0);
   const Tensor dgamma = torch::stable::empty({C}, mean.scalar_type());
   by_type(mean, [&](auto type) {
@@ -66,8 +66,9 @@ Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor
     for (int64_t c = 0; c < C; ++c) {
       const double shared = s[c] / count, dg = static_cast<double>(r[c]) * dy_xc[c], slope = -shared * r[c] * dg;
       g[c] = static_cast<A>(dg);
-      b[c] += static_cast<A>(slope);
-      d[c] -= static_cast<A>(shared * dy[c] + slope * m[c]);
+      const A to_beta = static_cast<A>(slope), to_delta = static_cast<A>(-(shared * dy[c] + slope * m[c]));
+      b[c] = accumulate ? b[c] + to_beta : to_beta;
+      d[c] = accumulate ? d[c] + to_delta : to_delta;
     }
   });
   return dgamma;

@@ -12,12 +12,12 @@ Tensor add_act(const Tensor& x, const Tensor& y, double negative_slope) {
   if (a.numel() == 0) return out;
 
   const Map to = mutable_map_of(out, "out");
-  const WalkPlan p = plan_walk({a, b, to}, false);
   const Launch on(x);
+  const WalkPlan p = plan_walk({a, b, to}, false, on.multiprocessors());
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     on.run(p.vectors ? add_act_fwd_kernel<T, kVector<T>> : add_act_fwd_kernel<T, 1>, p.blocks, p.threads, p.walk,
-           operand<const T>(p, a), operand<const T>(p, b), operand<T>(p, to), negative_slope);
+           items<const T>(p, a), items<const T>(p, b), items<T>(p, to), negative_slope);
   });
   return out;
 }
@@ -31,12 +31,12 @@ Tensor add_act_backward(const Tensor& grad, const Tensor& out, double negative_s
   if (y.numel() == 0) return dx;
 
   const Map to = mutable_map_of(dx, "dx");
-  const WalkPlan p = plan_walk({g, y, to}, false);
   const Launch on(out);
+  const WalkPlan p = plan_walk({g, y, to}, false, on.multiprocessors());
   dispatch(y.dtype, [&](auto zero) {
     using T = decltype(zero);
     on.run(p.vectors ? add_act_bwd_kernel<T, kVector<T>> : add_act_bwd_kernel<T, 1>, p.blocks, p.threads, p.walk,
-           operand<const T>(p, g), operand<const T>(p, y), operand<T>(p, to), negative_slope);
+           items<const T>(p, g), items<const T>(p, y), items<T>(p, to), negative_slope);
   });
   return dx;
 }

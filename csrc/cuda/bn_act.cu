@@ -13,13 +13,13 @@ void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double ne
   check_vector(shift, "shift", from.C, x, "x");
   if (from.numel() == 0) return;
 
-  const WalkPlan p = plan_walk({from, to}, true);
   const Launch on(x);
+  const WalkPlan p = plan_walk({from, to}, true, on.multiprocessors());
   dispatch(from.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
-    on.run(p.vectors ? bn_act_fwd_kernel<T, kVector<T>> : bn_act_fwd_kernel<T, 1>, p.blocks, p.threads, p.walk, p.positions,
-           operand<const T>(p, from), operand<T>(p, to), vector(scale), vector(shift), negative_slope);
+    on.run(p.vectors ? bn_act_fwd_kernel<T, kVector<T>> : bn_act_fwd_kernel<T, 1>, p.blocks, p.threads, p.walk,
+           items<const T>(p, from), items<T>(p, to), vector(scale), vector(shift), negative_slope);
   });
 }
 

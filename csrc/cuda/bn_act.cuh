@@ -7,18 +7,15 @@ namespace resdense::cuda {
 
 // out = act(scale * x + shift). Twice the map's bytes: at 4.3 TB/s a bf16 map of 64 x 56 x 56 x 32 samples takes 6 us.
 template <typename T, int VEC>
-__global__ void bn_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T> x, Operand<T> out,
-                                  const wide_t<T>* scale, const wide_t<T>* shift, wide_t<T> slope) {
+__global__ void __launch_bounds__(kWalkThreads)
+    bn_act_fwd_kernel(Walk walk, Items<const T> x, Items<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
+                      wide_t<T> slope) {
   using W = wide_t<T>;
-  const Place place = place_of<VEC>(walk);
-  if (place.count <= 0) return;
-
+  const Lane lane = lane_of<VEC>(walk);
   W a[VEC], b[VEC];
-  each_channel<VEC>(place, positions, [&](int k, int64_t channel) {
-    a[k] = scale[channel];
-    b[k] = shift[channel];
-  });
-  walk_rows<T, VEC>(walk, place, x, out, [&](int k, W value) { return activate(a[k] * value + b[k], slope); });
+  load_coefficients(walk, lane, scale, a);
+  load_coefficients(walk, lane, shift, b);
+  walk_rows<VEC>(walk, lane, x, out, [&](int k, W value) { return activate(a[k] * value + b[k], slope); });
 }
 
 // What every backward of act(scale * x + shift) does in one pass: dy = gradient * act'(scale * x + shift), its sum and that of
@@ -33,34 +30,26 @@ __device__ inline void mask_and_sum(const Share& share, const Lane& lane, const 
   using W = wide_t<T>;
   constexpr int CHANNELS = ROWS ? VEC : 1;
 
-  W a[CHANNELS] = {}, b[CHANNELS] = {}, c[CHANNELS] = {};
-#pragma unroll
-  for (int k = 0; k < CHANNELS; ++k) {
-    if (k < lane.count) {
-      a[k] = scale[lane.channel + k];
-      b[k] = shift[lane.channel + k];
-      c[k] = center[lane.channel + k];
-    }
-  }
+  W a[CHANNELS], b[CHANNELS], c[CHANNELS];
+  load_neighbours(scale + lane.channel, lane.count, a);
+  load_neighbours(shift + lane.channel, lane.count, b);
+  load_neighbours(center + lane.channel, lane.count, c);
   Sums<W, VEC> sums;
   walk_items<T, VEC, AT_ONCE>(share, lane, maps, [&]<int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       W g[VEC];
       gradient(at, values, u, g);
-      Vector<T, VEC> result;
+      W result[VEC];
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
         const int channel = ROWS ? k : 0;
         const W value = widen(values[0][u].v[k]);
         const W dy = activate_backward(g[k], a[channel] * value + b[channel], slope);
         sums.add(k, dy, dy * (value - c[channel]));
-        if constexpr (ACCUMULATE)
-          narrow(widen(values[1][u].v[k]) + a[channel] * dy, result.v[k]);
-        else
-          narrow(dy, result.v[k]);
+        result[k] = ACCUMULATE ? widen(values[ACCUMULATE][u].v[k]) + a[channel] * dy : dy;
       }
-      store_first(out.at(at, lane.channel), result, lane.count);
+      store_first(out.at(at, lane.channel), narrow<T>(result), lane.count);
       at.advance();
     }
   });

@@ -27,14 +27,14 @@ Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, con
   if (a.numel() == 0) return out;
 
   const Map to = mutable_map_of(out, "out");
-  const WalkPlan p = plan_walk({a, b, to}, true);
   const Launch on(z);
+  const WalkPlan p = plan_walk({a, b, to}, true, on.multiprocessors());
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
     const auto start = [&](auto* kernel) {
-      on.run(kernel, p.blocks, p.threads, p.walk, p.positions, operand<const T>(p, a), operand<const T>(p, b),
-             operand<T>(p, to), vector(scale), vector(shift), projected ? vector(*identity_scale) : nullptr,
+      on.run(kernel, p.blocks, p.threads, p.walk, items<const T>(p, a), items<const T>(p, b), items<T>(p, to),
+             vector(scale), vector(shift), projected ? vector(*identity_scale) : nullptr,
              projected ? vector(*identity_shift) : nullptr, negative_slope);
     };
     constexpr int VEC = kVector<T>;

@@ -9,24 +9,22 @@ namespace resdense::cuda {
 // identity_shift). Three times the map's bytes; stock takes seven (each batch norm reads and writes, the sum reads two and
 // writes one, the activation works in place), or nine with a projection.
 template <typename T, int VEC, bool PROJECTED>
-__global__ void bn_add_act_fwd_kernel(Walk walk, int64_t positions, Operand<const T> z, Operand<const T> identity,
-                                      Operand<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
-                                      const wide_t<T>* identity_scale, const wide_t<T>* identity_shift,
-                                      wide_t<T> slope) {
+__global__ void __launch_bounds__(kWalkThreads)
+    bn_add_act_fwd_kernel(Walk walk, Items<const T> z, Items<const T> identity, Items<T> out, const wide_t<T>* scale,
+                          const wide_t<T>* shift, const wide_t<T>* identity_scale, const wide_t<T>* identity_shift,
+                          wide_t<T> slope) {
   using W = wide_t<T>;
-  const Place place = place_of<VEC>(walk);
-  if (place.count <= 0) return;
-
-  W a[VEC], b[VEC], c[VEC];
-  each_channel<VEC>(place, positions, [&](int k, int64_t channel) {
-    a[k] = scale[channel];
-    b[k] = shift[channel];
-    if (PROJECTED) {
-      c[k] = identity_scale[channel];
-      b[k] += identity_shift[channel];
-    }
-  });
-  walk_rows<T, VEC>(walk, place, z, identity, out, [&](int k, W value, W other) {
+  const Lane lane = lane_of<VEC>(walk);
+  W a[VEC], b[VEC], c[VEC] = {};
+  load_coefficients(walk, lane, scale, a);
+  load_coefficients(walk, lane, shift, b);
+  if constexpr (PROJECTED) {
+    load_coefficients(walk, lane, identity_shift, c);
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) b[k] += c[k];
+    load_coefficients(walk, lane, identity_scale, c);
+  }
+  walk_rows<VEC>(walk, lane, z, identity, out, [&](int k, W value, W other) {
     return activate(a[k] * value + b[k] + (PROJECTED ? c[k] * other : other), slope);
   });
 }
@@ -43,28 +41,23 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
   constexpr int CHANNELS = ROWS ? VEC : 1;
   const Lane lane = lane_of<VEC, ROWS>(share);
 
-  W c[CHANNELS] = {}, d[CHANNELS] = {};
-#pragma unroll
-  for (int k = 0; k < CHANNELS; ++k) {
-    if (k < lane.count) {
-      c[k] = center[lane.channel + k];
-      if (PROJECTED) d[k] = identity_center[lane.channel + k];
-    }
-  }
+  W c[CHANNELS], d[CHANNELS];
+  load_neighbours(center + lane.channel, lane.count, c);
+  if constexpr (PROJECTED) load_neighbours(identity_center + lane.channel, lane.count, d);
   Sums<W, VEC> sums, identity_sums;
   const auto step = [&]<int MAPS, int UNROLL>(Cursor at, const Vector<T, VEC>(&values)[MAPS][UNROLL]) {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      Vector<T, VEC> result;
+      W result[VEC];
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
         const int channel = ROWS ? k : 0;
         const W masked = activate_backward(widen(values[0][u].v[k]), widen(values[1][u].v[k]), slope);
         sums.add(k, masked, masked * (widen(values[2][u].v[k]) - c[channel]));
         if constexpr (PROJECTED) identity_sums.add(k, masked, masked * (widen(values[3][u].v[k]) - d[channel]));
-        narrow(masked, result.v[k]);
+        result[k] = masked;
       }
-      store_first(g.at(at, lane.channel), result, lane.count);
+      store_first(g.at(at, lane.channel), narrow<T>(result), lane.count);
       at.advance();
     }
   };

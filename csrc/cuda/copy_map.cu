@@ -19,9 +19,9 @@ void run(const Launch& on, const Map& from, const Map& to) {
            static_cast<const From*>(from.data), static_cast<To*>(to.data));
     return;
   }
-  const WalkPlan p = plan_walk({from, to}, false);
+  const WalkPlan p = plan_walk({from, to}, false, on.multiprocessors());
   on.run(p.vectors ? copy_map_kernel<From, To, kCopyVector<From, To>> : copy_map_kernel<From, To, 1>, p.blocks, p.threads,
-         p.walk, operand<const From>(p, from), operand<To>(p, to));
+         p.walk, items<const From>(p, from), items<To>(p, to));
 }
 
 void copy_map(const Tensor& x, const Tensor& out) {

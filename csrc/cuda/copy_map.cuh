@@ -18,10 +18,9 @@ constexpr int kCopyVector = kVector<From> < kVector<To> ? kVector<From> : kVecto
 
 // out = x, where both have one layout. Each map's bytes once.
 template <typename From, typename To, int VEC>
-__global__ void copy_map_kernel(Walk walk, Operand<const From> x, Operand<To> out) {
-  const Place place = place_of<VEC>(walk);
-  if (place.count <= 0) return;
-  walk_rows<From, VEC>(walk, place, x, out, [](int, wide_t<From> value) { return static_cast<wide_t<To>>(value); });
+__global__ void __launch_bounds__(kWalkThreads)
+    copy_map_kernel(Walk walk, Items<const From> x, Items<To> out) {
+  walk_rows<VEC>(walk, lane_of<VEC>(walk), x, out, [](int, wide_t<From> value) { return static_cast<wide_t<To>>(value); });
 }
 
 constexpr int kTile = 32;

@@ -35,6 +35,10 @@ __device__ inline void narrow(double v, double& to) { to = v; }
 __device__ inline void narrow(float v, __half& to) { to = __float2half_rn(v); }
 __device__ inline void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16_rn(v); }
 
+// Of 16 bits two are rounded by one instruction, and lie in one register then.
+__device__ inline __half2 narrow_pair(float a, float b, __half) { return __floats2half2_rn(a, b); }
+__device__ inline __nv_bfloat162 narrow_pair(float a, float b, __nv_bfloat16) { return __floats2bfloat162_rn(a, b); }
+
 // 16 bytes, the widest access that all supported architectures have.
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
@@ -55,6 +59,22 @@ __device__ inline void store(T* to, const Vector<T, VEC>& from) {
   *reinterpret_cast<Vector<T, VEC>*>(to) = from;
 }
 
+template <typename T, typename W, int VEC>
+__device__ inline Vector<T, VEC> narrow(const W (&from)[VEC]) {
+  Vector<T, VEC> result;
+  if constexpr (sizeof(T) == 2 && VEC % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < VEC; k += 2) {
+      const auto pair = narrow_pair(from[k], from[k + 1], T{});
+      result.v[k] = pair.x, result.v[k + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < VEC; ++k) narrow(from[k], result.v[k]);
+  }
+  return result;
+}
+
 // The first `count` values of a vector, and 0 for the others: all at once where all are wanted.
 template <typename T, int VEC>
 __device__ inline Vector<T, VEC> load_first(const T* from, int count) {
@@ -71,6 +91,23 @@ __device__ inline void store_first(T* to, const Vector<T, VEC>& from, int count)
 #pragma unroll
   for (int k = 0; k < VEC; ++k)
     if (k < count) to[k] = from.v[k];
+}
+
+// `count` neighbouring values, and 0 for the others: 16 bytes at a time where their address allows it.
+template <typename W, int K>
+__device__ inline void load_neighbours(const W* from, int count, W (&to)[K]) {
+  constexpr int VEC = K < kVector<W> ? 1 : kVector<W>;
+  if (VEC > 1 && count == K && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+#pragma unroll
+    for (int k = 0; k < K; k += VEC) {
+      const auto values = load<W, VEC>(from + k);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) to[k + j] = values.v[j];
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) to[k] = k < count ? from[k] : W(0);
 }
 
 // act(y) = y for y > 0, else slope * y. NaN stays NaN, and the ReLU of -inf is 0, which 0 * -inf is not.

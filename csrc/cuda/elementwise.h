@@ -13,13 +13,17 @@ enum class RowOf { everything, sample, position };
 struct WalkPlan {
   Walk walk;
   RowOf row;
-  int64_t positions;  // neighbours of a row that share a channel, as the kernels take it
-  bool vectors;       // 16-byte accesses are possible
+  bool vectors;  // 16-byte accesses are possible
   int64_t blocks, threads;
 };
 
+// So many blocks a multiprocessor keep it busy to the end; only then does a thread take more rows, up to so many, to which it
+// applies the coefficients that it has loaded once.
+constexpr int64_t kWalkBlocksPerMultiprocessor = 32;
+constexpr int64_t kMostRows = 16;
+
 // `maps` have one shape and at least one element; `channels` says that the kernel looks at them.
-inline WalkPlan plan_walk(std::initializer_list<Map> maps, bool channels) {
+inline WalkPlan plan_walk(std::initializer_list<Map> maps, bool channels, int multiprocessors) {
   const Map& m = *maps.begin();
   const auto all = [&](auto holds) { return std::all_of(maps.begin(), maps.end(), holds); };
   const bool last = all([](const Map& a) { return a.channels_last; });
@@ -27,48 +31,51 @@ inline WalkPlan plan_walk(std::initializer_list<Map> maps, bool channels) {
   const bool dense = all([](const Map& a) { return a.dense(); });
 
   WalkPlan p{};
-  Walk& w = p.walk;
-  p.positions = 1;
-  if (!channels && dense && (last || first)) {
-    p.row = RowOf::everything;
-    w.rows = w.rows_per_sample = 1;
-    w.inner = m.numel();
-  } else if (first) {
-    p.row = RowOf::sample;
-    w.rows = w.rows_per_sample = m.N;
-    w.inner = m.C * m.S;
-    p.positions = m.S;
-  } else {
-    // Right for any mixture of layouts; what is not channels-last is then read with a stride.
-    p.row = RowOf::position;
-    w.rows = m.rows();
-    w.rows_per_sample = all([](const Map& a) { return a.sn == a.S * a.ss; }) ? w.rows : m.S;
-    w.inner = m.C;
-  }
-
+  p.row = !channels && dense && (last || first) ? RowOf::everything : first ? RowOf::sample : RowOf::position;
   int64_t vec = 8;
   for (const Map& a : maps) vec = std::min(vec, vector_length(a.dtype));
   p.vectors = (last || first) && all([&](const Map& a) {
     if (!aligned(a.data)) return false;
-    if (p.row == RowOf::everything) return true;
+    if (p.row == RowOf::everything) return a.numel() % vec == 0;  // a row may be cut off, a vector may not
     return (a.N == 1 || a.sn % vec == 0) && (p.row == RowOf::sample || a.S == 1 || a.ss % vec == 0);
   });
+  if (!p.vectors) vec = 1;
 
-  constexpr int64_t kThreads = 256;
-  const int64_t across = ceil_div(w.inner, p.vectors ? vec : 1);
-  w.inner_tiles = ceil_div(across, kThreads);
-  w.tx = static_cast<int>(ceil_div(across, w.inner_tiles));
-  w.ty = static_cast<int>(std::min<int64_t>(kThreads / w.tx, w.rows));
-  p.threads = ceil_div(w.tx * w.ty, 32) * 32;
-  p.blocks = w.inner_tiles * ceil_div(w.rows, int64_t(w.ty) * kRowsPerThread);
+  Walk& w = p.walk;
+  Share& s = w.share;
+  w.positions = 1;
+  if (p.row == RowOf::everything) {
+    s.channels = std::min(m.numel(), kWalkThreads * vec);
+    s.items = s.sample_items = ceil_div(m.numel(), s.channels);
+    w.last = m.numel() - (s.items - 1) * s.channels;
+  } else if (p.row == RowOf::sample) {
+    s.channels = w.last = m.C * m.S;
+    s.items = s.sample_items = m.N;
+    w.positions = m.S;
+  } else {
+    // Right for any mixture of layouts; what is not channels-last is then read with a stride.
+    s.channels = w.last = m.C;
+    s.items = m.rows();
+    s.sample_items = all([](const Map& a) { return a.sn == a.S * a.ss; }) ? s.items : m.S;
+  }
+
+  const int64_t across = ceil_div(s.channels, vec);
+  const int64_t tiles = ceil_div(across, kWalkThreads);
+  s.tx = static_cast<int>(ceil_div(across, tiles));
+  p.threads = std::min<int64_t>(kWalkThreads, ceil_div(s.tx * s.items, 32) * 32);
+  const int64_t step = p.threads / s.tx * kRowsAtOnce;
+  const int64_t wanted = ceil_div(multiprocessors * kWalkBlocksPerMultiprocessor, tiles);
+  s.chunk_items = std::clamp<int64_t>(s.items / (wanted * step), 1, kMostRows / kRowsAtOnce) * step;
+  p.blocks = tiles * ceil_div(s.items, s.chunk_items);
+  s.tiles = static_cast<unsigned>(tiles);
   return p;
 }
 
 template <typename T>
-inline Operand<T> operand(const WalkPlan& p, const Map& m) {
+inline Items<T> items(const WalkPlan& p, const Map& m) {
   T* data = static_cast<T*>(m.data);
   switch (p.row) {
-    case RowOf::everything: return {data, 0, 0, 1};
+    case RowOf::everything: return {data, 0, p.walk.share.channels, 1};
     case RowOf::sample: return {data, 0, m.sn, 1};
     default: return {data, m.sn, m.ss, m.sc};
   }

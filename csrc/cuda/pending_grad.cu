@@ -13,14 +13,13 @@ void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const 
   check_vector(delta, "delta", to.C, dy, "dy");
   if (to.numel() == 0) return;
 
-  const WalkPlan p = plan_walk({to, from}, true);
   const Launch on(dy);
+  const WalkPlan p = plan_walk({to, from}, true, on.multiprocessors());
   dispatch(to.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
     on.run(p.vectors ? pending_grad_kernel<T, kVector<T>> : pending_grad_kernel<T, 1>, p.blocks, p.threads, p.walk,
-           p.positions, operand<const T>(p, to), operand<const T>(p, from), operand<T>(p, to), vector(alpha),
-           vector(beta), vector(delta));
+           items<const T>(p, to), items<const T>(p, from), items<T>(p, to), vector(alpha), vector(beta), vector(delta));
   });
 }
 

@@ -10,11 +10,12 @@
 
 namespace resdense::cuda {
 
-// Enough blocks to fill the device, and no more: each leaves a partial result behind.
-constexpr int64_t kBlocksPerMultiprocessor = 4;
+// The blocks that a multiprocessor has at once. There are as many as fill the device, or, where a thread would have too many
+// items, twice as many and so on: each leaves a partial result behind, and the last ones should not be alone.
+constexpr int64_t kBlocksPerMultiprocessor = 2;
 // A thread takes a multiple of so many items, as it loads up to that many at once, and at most so many: a longer chain of float32
 // additions loses digits.
-constexpr int64_t kLeastItems = 4;
+constexpr int64_t kLeastItems = 8;
 constexpr int64_t kMostItems = 64;
 
 struct ReducePlan {
@@ -51,14 +52,14 @@ inline ReducePlan plan_reduce(std::initializer_list<Map> maps, int multiprocesso
   const auto power = [](int64_t n) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n))); };
   const int64_t across = p.rows ? ceil_div(m.C, vec) : m.C;
   s.tx = p.rows ? static_cast<int>(std::min<int64_t>(32, power(across))) : 1;
-  s.tiles = ceil_div(across, s.tx);
+  s.tiles = static_cast<unsigned>(ceil_div(across, s.tx));
   // A small plane takes a small block: the merge across its threads is then not what it waits for.
   p.threads = std::clamp<int64_t>(power(ceil_div(s.items, kLeastItems)) * s.tx, 32, kReduceThreads);
 
-  // As few chunks as fill the device, unless they would be too long.
   const int64_t step = p.threads / s.tx * kLeastItems;
   const int64_t wanted = ceil_div(multiprocessors * kBlocksPerMultiprocessor, s.tiles);
-  s.chunk_items = std::clamp<int64_t>(s.items / (wanted * step), 1, kMostItems / kLeastItems) * step;
+  const int64_t rounds = ceil_div(s.items, wanted * step * (kMostItems / kLeastItems));
+  s.chunk_items = ceil_div(s.items, wanted * rounds * step) * step;
   p.chunks = ceil_div(s.items, s.chunk_items);
   p.blocks = p.chunks * s.tiles;
   return p;

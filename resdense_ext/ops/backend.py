@@ -357,20 +357,25 @@ class ReferenceBackend:
         """Makes of the sums the norm's gradients and its correction of the gradient of ``x``."""
         if fold is None:
             return ConvGrads(into or Pending.of(dy, x), weight, bias, None, None)
+        dgamma, beta, delta = self._correct(fold, sum_dy, sum_dy_xc, into)
         if into is None:
             # Of a layer's own: alpha is that of its norm.
-            into = Pending(dy, x, fold.affine.scale, *torch.zeros((2, len(fold.mean)), dtype=fold.mean.dtype, device=x.device))
-        dgamma = self._correct(fold, sum_dy, sum_dy_xc, into)
+            into = Pending(dy, x, fold.affine.scale, beta, delta)
         return ConvGrads(into, weight, bias, dgamma, sum_dy)
 
-    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
-        """Adds the norm's correction to a pending gradient; returns the gradient of the norm's weight."""
+    def _correct(
+        self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Optional[Pending]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of the norm's weight, and ``(beta, delta)`` of the gradient of the norm's input: those of ``into``, to
+        which the norm's are added, or new ones."""
         dgamma = fold.rstd * sum_dy_xc
-        if fold.count is not None:
+        if fold.count is None:
+            beta, delta = dgamma.new_zeros((2, len(dgamma))) if into is None else (into.beta, into.delta)
+        else:
             beta, delta = fold.correction(sum_dy, dgamma)
-            into.beta.add_(beta)
-            into.delta.add_(delta)
-        return dgamma
+            if into is not None:
+                beta, delta = into.beta.add_(beta), into.delta.add_(delta)
+        return dgamma, beta, delta
 
     @staticmethod
     def _masked(grad: Tensor, x: Tensor, affine: Affine) -> Tensor:

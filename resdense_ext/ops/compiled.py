@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.pool import run_pool, run_pool_backward
-from resdense_ext.reference import Activation, Pool, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Pool, accumulation_dtype
 
 __all__ = ["CompiledBackend", "knows", "slope_of"]
 
@@ -43,6 +43,30 @@ class CompiledBackend(ReferenceBackend):
         if not knows(activation):
             return f"the activation is {activation.name}"
         return None
+
+    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
+        dtype, batch_stats = stats.mean.dtype, norm.batch_stats
+        mean, m2 = stats if batch_stats else (norm.running_mean, norm.running_var)
+        # One of the right dtype, which almost all are, is not touched: a call costs as much as the fold.
+        mean, m2, weight, bias = (
+            v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in (mean, m2, norm.weight, norm.bias)
+        )
+        scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, count if batch_stats else 1, norm.eps, weight, bias)
+        return Fold(Affine(scale, shift, activation), mean, rstd, count if batch_stats else None)
+
+    def _correct(
+        self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Optional[Pending]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if fold.count is None:
+            return super()._correct(fold, sum_dy, sum_dy_xc, into)
+        scale, mean, rstd = fold.affine.scale, fold.mean, fold.rstd
+        if into is None:
+            beta, delta = torch.empty_like(mean), torch.empty_like(mean)
+        else:
+            beta, delta = into.beta, into.delta
+            increment_version((beta, delta))
+        vectors = (sum_dy, sum_dy_xc, scale, mean, rstd, fold.count, beta, delta)
+        return torch.ops.resdense.bn_correction(*vectors, into is not None), beta, delta
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.resdense.channel_stats(x)

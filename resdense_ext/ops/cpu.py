@@ -96,23 +96,6 @@ class CpuBackend(CompiledBackend):
         size = max(1, _CACHED * torch.get_num_threads() // max(x[0].numel(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)]
 
-    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
-        dtype, batch_stats = stats.mean.dtype, norm.batch_stats
-        mean, m2 = stats if batch_stats else (norm.running_mean, norm.running_var)
-        # One of the right dtype, which almost all are, is not touched: a call costs as much as the fold.
-        mean, m2, weight, bias = (
-            v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in (mean, m2, norm.weight, norm.bias)
-        )
-        scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, count if batch_stats else 1, norm.eps, weight, bias)
-        return Fold(Affine(scale, shift, activation), mean, rstd, count if batch_stats else None)
-
-    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
-        if fold.count is None:
-            return super()._correct(fold, sum_dy, sum_dy_xc, into)
-        increment_version((into.beta, into.delta))
-        scale, mean, rstd = fold.affine.scale, fold.mean, fold.rstd
-        return torch.ops.resdense.bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, fold.count, into.beta, into.delta)
-
     def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
         if knows(affine.activation):
             return super().bn_act(x, affine, out)

@@ -7,6 +7,7 @@
 #include "cuda/bn_add_act.cu"
 #include "cuda/channel_stats.cu"
 #include "cuda/copy_map.cu"
+#include "cuda/fold.cu"
 #include "cuda/pending_grad.cu"
 
 static void configure(int64_t order, int64_t multiprocessors) {
@@ -17,6 +18,10 @@ static void configure(int64_t order, int64_t multiprocessors) {
 STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("configure(int order, int multiprocessors) -> ()");
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
+      "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
