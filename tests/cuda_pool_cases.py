@@ -159,7 +159,8 @@ def check_global_pool(ops, device: str) -> None:
 
 def pooled_gradient(kind: str, y: Tensor, pool: Pool, grad: Tensor) -> Tensor:
     """Of the activated map, by autograd; in float64."""
-    y = y.detach().requires_grad_()
+    # torch's own average pool on CUDA has wrong gradients where a channels-last map has overlapping windows (2.11).
+    y = y.detach().contiguous().requires_grad_()
     spatial = list(range(2, y.dim()))
     pooled = {
         "avg": lambda: average(y, pool),

@@ -72,7 +72,7 @@ def steps(model, x, count=1, call=None):
     x = x.clone().requires_grad_()
     for _ in range(count):
         output = model(x) if call is None else call(model, x)
-        weights = images(*output.shape, seed=1).to(output.dtype)
+        weights = images(*output.shape, seed=1).to(output)
         (output * weights).sum().backward()
     gradients = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     buffers = {f"buffer {name}": b for name, b in model.named_buffers()}

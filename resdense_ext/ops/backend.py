@@ -421,6 +421,9 @@ def _unpool(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
     fill = ((1,) * missing, (1,) * missing, (0,) * missing)
     windows = [[*of, *sizes] for of, sizes in zip(fill, pool.windows)]
     if pool.kind == "average":
+        if deep.is_cuda:
+            # There torch's kernel for channels-last maps is wrong where windows overlap (2.11).
+            grad, deep = grad.contiguous(), deep.contiguous()
         backward = torch.ops.aten.avg_pool2d_backward if rank == 2 else torch.ops.aten.avg_pool3d_backward
         result = backward(grad, deep, *windows, pool.ceil_mode, True, None)
     else:
