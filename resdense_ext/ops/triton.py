@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from resdense_ext.ops import moments
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
@@ -128,6 +129,23 @@ class TritonBackend(ReferenceBackend):
         increment_version(out)
         scale, shift, activation = affine
         return bn_act_backward_accumulate(out, grad, x, scale, shift, center, activation)
+
+    def multiplies_moments(self, x: Tensor, conv: Conv) -> bool:
+        return not missing() and moments.suits(x, conv)
+
+    def deviations(self, x: Tensor, affine: Optional[Affine], center: Tensor) -> Tensor:
+        from resdense_ext.kernels.moments import deviations
+
+        out = self._deviations_of(x)
+        deviations(x, *(affine or (None, None, Activation("identity"))), center, out)
+        return out
+
+    def moments_terms(
+        self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
+    ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
+        from resdense_ext.kernels.moments import moments_terms
+
+        return moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
 
     def pending_grad_(self, pending: Pending) -> Tensor:
         from resdense_ext.kernels.elementwise import pending_grad
