@@ -10,6 +10,7 @@ from test_residual_block import BLOCKS, Block, input_of, stock_of
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
+from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops import moments
@@ -94,6 +95,67 @@ def test_a_gradient_with_a_mean_and_of_any_size(backend, scale, shift):
     # All positions together: what is left of the mean.
     errors = [(t.double().sum((0, 2, 3)) - truth["grad x"].sum((0, 2, 3))).norm() for t in (found.input.dy, runs[0]["grad x"])]
     assert errors[0] <= 2 * errors[1], errors
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("leaky_relu", 0.2), Activation("silu")], ids=str)
+@pytest.mark.parametrize("channels", [1, 6, 14, 130])
+def test_deviations(backend, dtype, activation, channels):
+    """To half a unit in the last place, at means of up to thousands; of a slice of channels; ones and zeros behind them."""
+    whole = channels_last(torch.randn(3, 2 * channels, 5, 7) + 100 * torch.arange(2 * channels).view(-1, 1, 1)).to(dtype)
+    x, center = whole[:, :channels], torch.arange(channels) * 100.0 + 0.3
+    affine = None if activation is None else backends.Affine(torch.rand(channels) + 0.5, torch.randn(channels), activation)
+    b = backends.get(backend).deviations(x, affine, center)
+    rows, near = moments._matrix(x).double(), center.double()
+    if affine is not None:
+        rows, near = (reference.activate(affine.scale * t + affine.shift, activation) for t in (rows, near))
+    half, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
+    # Each of the operations in float32 rounds once.
+    before = 4 * torch.finfo(torch.float32).eps * (rows.abs() + near.abs())
+    assert ((b[:, :channels] - (rows - near)).abs() <= half * (rows - near).abs().clamp(min=least) + before).all()
+    assert b.shape[1] % 8 == 0 and b.dtype == dtype
+    assert (b[:, channels : channels + 2] == 1).all() and (b[:, channels + 2 :] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 5), (40, 24), (130, 70), (4100, 64)], ids=str)
+@pytest.mark.parametrize("need_weight", [False, True])
+def test_terms(backend, sizes, need_weight):
+    """What is not rounded in float32, the rest by one rounding; the offset of the matrices as they are rounded."""
+    (K, C), count, dtype = sizes, 4096, torch.bfloat16
+    b, g = torch.randn(count, C) / 2 + 0.3, torch.randn(count, K) + 0.2
+    b = torch.cat([b, torch.ones(count, 2), torch.zeros(count, -(C + 2) % 8)], 1)
+    R, G, weight = b.T @ b, g.T @ b, torch.randn(K, C).to(dtype)
+    vectors = [torch.rand(K) + 0.5 for _ in range(4)]
+    fold = backends.Fold(backends.Affine(*vectors[:2], Activation("identity")), *vectors[2:], count)
+    dgamma, dbeta, dW, V, T = backends.get(backend).moments_terms(R, G, weight, fold, 64.0, need_weight)
+    wide = fold._replace(affine=fold.affine._replace(scale=vectors[0].double()), rstd=vectors[3].double())
+    truth = backends.ReferenceBackend().moments_terms(R.double(), G.double(), weight.double(), wide, 64.0, need_weight)
+    single, half = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 2
+    assert torch.equal(dbeta, G[:, C]) and V.dtype == T.dtype == dtype
+    assert (dgamma - truth[0]).norm() <= C * single * (weight.abs().float() * G[:, :C].abs()).sum(1).norm()
+    assert (V - truth[3]).abs().le((half + single) * truth[3].abs()).all()
+    # Of T, one rounding more: it is made of V.
+    assert (T[:C] - truth[4][:C]).norm() <= 4 * half * truth[4][:C].norm()
+    offset = -(64.0 * dbeta.double() @ V.double() + R[C, :C].double() @ T[:C].double()) / count
+    assert (T[C].double() + T[C + 1] - offset).norm() <= 2 * half**2 * offset.norm() + K * single * offset.norm()
+    assert not T[C + 2 :].any()
+    assert (dW is None) == (not need_weight)
+    if need_weight:
+        assert dW.dtype == dtype and (dW - truth[2]).norm() <= 2 * half * truth[2].norm()
+
+
+@pytest.mark.parametrize("channels", [1, 300])
+def test_correction(backend, channels):
+    """That of a norm, in one launch where there are kernels."""
+    x, (scale, mean, rstd, sum_dy, sum_dy_xc, beta, delta) = torch.randn(2, channels, 3), torch.randn(7, channels).unbind()
+    fold = backends.Fold(backends.Affine(scale, mean, Activation()), mean, rstd, 6)
+    results = []
+    for chosen in (backends.get(backend), backends.ReferenceBackend()):
+        into = backends.Pending(x, x, scale, beta.clone(), delta.clone())
+        version = into.beta._version
+        results.append((chosen._correct(fold, sum_dy, sum_dy_xc, into), into.beta, into.delta))
+        assert into.beta._version > version
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (1024, 7, 3), (3 * 2048, 130, 9)], ids=str)

@@ -44,7 +44,9 @@ def deviations_fwd_kernel(
         store_tile(out_ptr, rows, (C + behind).to(tl.int64), tail, row_mask, C + behind < width, True)
 
 
-def deviations(x: Tensor, scale: Optional[Tensor], shift: Optional[Tensor], activation: Activation, center: Tensor, out: Tensor) -> None:
+def deviations(
+    x: Tensor, scale: Optional[Tensor], shift: Optional[Tensor], activation: Activation, center: Tensor, out: Tensor
+) -> None:
     """``out[:, :C] = act(scale * x + shift) - act(scale * center + shift)``, then two columns of ones and zeros: ``[M, width]``.
 
     Without a scale and a shift it is ``x - center``.
@@ -62,7 +64,7 @@ def deviations(x: Tensor, scale: Optional[Tensor], shift: Optional[Tensor], acti
 @triton.jit
 def moments_weight_kernel(
     r_ptr, g_ptr, weight_ptr, scale_ptr, rstd_ptr, sums_ptr, scaled_ptr, dw_ptr, width, count, K, C,
-    WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """``dbeta``, ``dgamma`` and ``dgamma * rstd / count``, ``scale * W``, and the gradient of W: a block of it a program."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -73,8 +75,8 @@ def moments_weight_kernel(
     rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
 
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, C, BLOCK):
-        of = start + tl.arange(0, BLOCK)
+    for start in range(0, C, INNER):
+        of = start + tl.arange(0, INNER)
         weight = load_tile(weight_ptr, rows * C, of, row_mask, of < C, True).to(tl.float32)
         mean = tl.load(r_ptr + C * width + of, mask=of < C, other=0.0) / count
         g = load_tile(g_ptr, rows * width, of, row_mask, of < C, True) - dbeta[:, None] * mean[None, :]
@@ -91,8 +93,8 @@ def moments_weight_kernel(
     if WEIGHT:
         mean = tl.load(r_ptr + C * width + columns, mask=mask, other=0.0) / count
         of_products = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for start in range(0, C, BLOCK):
-            of = start + tl.arange(0, BLOCK)
+        for start in range(0, C, INNER):
+            of = start + tl.arange(0, INNER)
             weight = load_tile(weight_ptr, rows * C, of, row_mask, of < C, True).to(tl.float32)
             shift = tl.load(r_ptr + C * width + of, mask=of < C, other=0.0)  # the sum of deviations, count * mean
             r = load_tile(r_ptr, of * width, columns, of < C, mask, True) - shift[:, None] * mean[None, :]
@@ -104,15 +106,15 @@ def moments_weight_kernel(
 
 @triton.jit
 def moments_products_kernel(
-    weight_ptr, scaled_ptr, sums_ptr, out_ptr, unit, K, C, BLOCK: tl.constexpr,
+    weight_ptr, scaled_ptr, sums_ptr, out_ptr, unit, K, C, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """``-unit * W^T diag(share) scaled``: a block of it a program."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_mask, mask = rows < C, columns < C
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+    for start in range(0, K, INNER):
+        k = start + tl.arange(0, INNER)
         share = tl.load(sums_ptr + 2 * K + k, mask=k < K, other=0.0)
         weight = load_tile(weight_ptr, k * C, rows, k < K, row_mask, True).to(tl.float32) * share[:, None]
         scaled = load_tile(scaled_ptr, k * C, columns, k < K, mask, True).to(tl.float32)
@@ -150,7 +152,8 @@ def moments_terms(
     R: Tensor, G: Tensor, weight: Tensor, scale: Tensor, rstd: Tensor, count: int, unit: float, need_weight: bool
 ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
     """As `ReferenceBackend.moments_terms`, of contiguous matrices."""
-    (K, C), width, BLOCK = weight.shape, R.shape[1], 32
+    (K, C), width = weight.shape, R.shape[1]
+    BLOCK, num_warps = (64, 8) if K * C >= 1 << 18 else (32, 4)  # few reads, or many programs
     sums = torch.empty((3, K), dtype=torch.float32, device=R.device)
     scaled, dw = torch.empty_like(weight), torch.empty_like(weight) if need_weight else None
     terms = weight.new_empty((width, C))
@@ -158,14 +161,14 @@ def moments_terms(
     launch(
         moments_weight_kernel, (blocks, columns), R,
         R, G, weight, scale, rstd, sums, scaled, dw, width, float(count), K, C,
-        WEIGHT=need_weight, BLOCK=BLOCK, num_warps=4,
+        WEIGHT=need_weight, BLOCK=BLOCK, INNER=32, num_warps=num_warps,
     )  # fmt: skip
     launch(
         moments_products_kernel, (columns, columns), R,
-        weight, scaled, sums, terms, float(unit), K, C, BLOCK=BLOCK, num_warps=4,
+        weight, scaled, sums, terms, float(unit), K, C, BLOCK=BLOCK, INNER=32, num_warps=num_warps,
     )  # fmt: skip
     launch(
-        moments_offset_kernel, (columns,), R,
-        R, scaled, sums, terms, float(unit), width, float(count), K, C, BLOCK_ROWS=128, BLOCK=BLOCK, num_warps=4,
+        moments_offset_kernel, (ceil_div(C, 32),), R,
+        R, scaled, sums, terms, float(unit), width, float(count), K, C, BLOCK_ROWS=256, BLOCK=32, num_warps=8,
     )  # fmt: skip
     return sums[1], sums[0], dw, scaled, terms

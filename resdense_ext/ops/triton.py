@@ -166,6 +166,17 @@ class TritonBackend(ReferenceBackend):
             folded = fold(mean, norm.running_var, 1, norm.eps, norm.weight, norm.bias)
         return self._folded(folded, mean, count if norm.batch_stats else None, activation)
 
+    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
+        operands = (sum_dy, sum_dy_xc, fold.affine.scale, fold.mean, fold.rstd, into.beta, into.delta)
+        ours = all(t.dtype == torch.float32 and t.is_contiguous() for t in operands)
+        if missing() or fold.count is None or not ours:
+            return super()._correct(fold, sum_dy, sum_dy_xc, into)
+        from resdense_ext.kernels.fold import correct
+
+        for t in operands[5:]:
+            increment_version(t)
+        return correct(*operands[:5], fold.count, *operands[5:])
+
     @staticmethod
     def _folded(folded: Tensor, mean: Tensor, count: Optional[int], activation: Activation) -> Fold:
         scale, shift, rstd = folded.unbind()
