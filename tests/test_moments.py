@@ -41,34 +41,36 @@ def channels_last(x):
 
 
 def assert_rule(stock, ours, x, params, dtype):
-    run, inputs = module_run(stock), {"x": channels_last(x)}
+    run, inputs = module_run(stock), {"x": x}
     found = module_run(ours)({"x": inputs["x"].clone()}, copy.deepcopy(params))
     assert_within_rule(found, true_run(run, inputs, params), torch_runs(run, inputs, params), dtype)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_norm_before_and_behind(backend, taken, monkeypatch, dtype, bias):
+@pytest.mark.parametrize("formatted", [channels_last, torch.Tensor.contiguous], ids=["last", "first"])
+def test_a_norm_before_and_behind(backend, taken, monkeypatch, dtype, bias, formatted):
     monkeypatch.setattr(engine, "kept_for_backward", lambda *sizes: "nothing")
     stock, ours = Stock(bias=bias), Ours(bias=bias)
     ours.load_state_dict(stock.state_dict())
     stock, ours = stock.to(dtype), ours.to(dtype)
-    assert_rule(stock, ours, torch.randn(4, 16, 9, 7).to(dtype), dict(stock.state_dict()), dtype)
+    assert_rule(stock, ours, formatted(torch.randn(4, 16, 9, 7)).to(dtype), dict(stock.state_dict()), dtype)
     assert taken == [16]
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("far", [0, 30])
+@pytest.mark.parametrize("formatted", [channels_last, torch.Tensor.contiguous], ids=["last", "first"])
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [("bottleneck", [4]), ("bottleneck down", [4, 8]), ("stride first", [4, 6]), ("pooled", [6])],
 )
-def test_blocks(backend, taken, dtype, policy, far, name, wanted):
+def test_blocks(backend, taken, dtype, policy, far, formatted, name, wanted):
     """``far`` is the mean of the input in deviations, which a projection sees."""
     block = Block(**BLOCKS[name], policy=policy)
     params = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state(block).items()}
-    assert_rule(stock_of(block), block, (input_of(block, (9, 7)) + far).to(dtype), params, dtype)
+    assert_rule(stock_of(block), block, formatted(input_of(block, (9, 7)) + far).to(dtype), params, dtype)
     assert taken == wanted
 
 
@@ -174,6 +176,6 @@ def test_parts_fill_a_card_and_divide_the_positions():
 def test_what_suits():
     conv = Conv(torch.zeros(8, 4, 1, 1, dtype=torch.bfloat16))
     x = torch.zeros(2, 4, 3, 3, dtype=torch.bfloat16)
-    assert moments.suits(channels_last(x), conv) and moments.suits(x[..., :1, :1].contiguous(), conv)
-    assert not moments.suits(x, conv) and not moments.suits(channels_last(x).float(), conv)
-    assert not moments.suits(channels_last(torch.cat([x, x], 1)), conv._replace(groups=2))
+    assert moments.suits(x, conv)
+    assert not moments.suits(x.float(), conv) and not moments.suits(x.half(), conv)
+    assert not moments.suits(torch.cat([x, x], 1), conv._replace(groups=2))

@@ -1,11 +1,14 @@
-"""The backward of section "moments" of `resdense_ext.ops.conv1x1_bn_add_act` in 16 bits: products of matrices of 16-bit values that
-add up in float32, as the matrix units of GPUs do.
+"""The backward of `resdense_ext.ops.conv1x1_bn_add_act` in 16 bits: products of matrices of 16-bit values that add up in float32,
+as the matrix units of GPUs do.
 
-Of a channels-last map, a matrix ``[M, C]`` as it lies in memory, the deviations are made once, rounded, with columns of ones
-behind them: ``b = [a - near, 1, 1, 0 ..]``. Then two products have all sums over positions, and two the gradient::
+Of a map as a matrix ``[M, C]``, which a channels-last one is as it lies in memory, the deviations are made once, rounded, with
+columns of ones behind them: ``b = [a - near, 1, 1, 0 ..]``. Then two products have all sums over positions, and two the gradient::
 
     R = b^T b,  G = g^T b           the last columns are the sums of the deviations and of g
     da = g V + b T / unit           V = s W rounded;  T = unit * [-W^T diag(r dgamma / M) V; an offset; its rounding; 0 ..]
+
+With C inputs and K outputs these read or write ``(11 C + 2 K) M`` values where x has a norm, the passes of that norm's backward
+included, and ``(9 C + 2 K) M`` where it has none and a gradient is added to.
 
 The point near the mean is what the norm and the activation make of the mean of x. The offset, ``-V^T dbeta / M`` and that of the
 deviations' own mean, is of the rounded matrices and goes in before the sum is rounded: rounded on its own it would be wrong by
@@ -37,9 +40,7 @@ this size, of at least so many positions each. Short chains of sums also round l
 
 def suits(x: Tensor, conv: Conv) -> bool:
     """Whether this is the way for a convolution of kernel size 1 without padding, on a backend whose device has matrix units."""
-    is_matrix = memory_format_of(x) != torch.contiguous_format or all(size == 1 for size in x.shape[2:])
-    sixteen_bits = x.dtype == conv.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return conv.groups == 1 and is_matrix and sixteen_bits
+    return conv.groups == 1 and x.dtype == conv.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -62,7 +63,7 @@ def gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """A dense channels-last map as ``[positions, C]``, without a copy."""
+    """A map as ``[positions, C]``; a channels-last one is not copied."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
@@ -107,7 +108,7 @@ def _data_gradient(
         target.addmm_(dy, scaled).addmm_(b, terms, alpha=1 / UNIT)
         return ConvGrads(into, None, None, None, None)
     da = torch.mm(dy, scaled).addmm_(b, terms, alpha=1 / UNIT)
-    da = da.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    da = da.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1).contiguous(memory_format=memory_format_of(x))
     if prologue is not None:
         return backend.norm_act_backward(da, x, prologue, into)
     if into is None:
