@@ -15,7 +15,7 @@ from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops import triton
+from resdense_ext.ops import moments, triton
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -68,6 +68,49 @@ def test_a_block_of_resnet50(backend, policy, channels_last, by_us, stride, monk
     run = module_run(plain, torch.bfloat16)
     ours = module_run(block, torch.bfloat16)({"x": inputs["x"].clone()}, copy.deepcopy(params))
     assert_within_rule(ours, true_run(module_run(plain), inputs, params), torch_runs(run, inputs, params), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(256 * 56**2, 256, 72), (256 * 7**2, 2048, 520), (10007, 70, 40)], ids=str)
+def test_products_of_moments_add_up_in_float32(dtype, sizes):
+    """The first and the last stage of a ResNet-50, and a prime number of positions."""
+    count, *channels = sizes
+    a, b = (torch.randn(count, n, device="cuda").to(dtype) for n in channels)
+    found = moments.gram(a, b)
+    assert found.dtype == torch.float32
+    of_magnitudes = a.double().abs().T @ b.double().abs()
+    assert (found - a.double().T @ b.double()).norm() <= torch.finfo(torch.float32).eps * of_magnitudes.norm()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_graph_of_a_residual_block_replays_it_and_the_host_never_waits(backend, policy, stride, monkeypatch):
+    """Where a bottleneck's last convolution and its projection go by `resdense_ext.ops.moments`."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    block = Block((256, 128, 128, 512), (1, 3, 1), stride=stride, projection="normed", policy=policy).cuda()
+    x = maps((8, 256, 28, 28), torch.bfloat16).requires_grad_()
+
+    def gradients():
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(x)
+        return torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            expected = gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
 
 
 def step(net, x, target, optimizer):

@@ -31,6 +31,7 @@ INTERPRETED = {
         "test_forms and bottleneck and down or "
         "test_lower_precision and (float32 and fast and basic or bfloat16 and min and activated)",
     ),
+    "moments": ("test_moments.py", "not float16 or bfloat16 and (not test_blocks or fast and (down or first))"),
     "residual ends": (
         "test_residual_ends.py",
         "(test_fused_bn_add_act and leaky_relu and True) or test_fused_bn_add_act_of_maps or test_add_act",

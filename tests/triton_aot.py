@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, configs, elementwise, fold, launch, tune  # noqa: E402
+from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, configs, elementwise, fold, launch, moments, tune  # noqa: E402
 from resdense_ext.kernels.bn_act_conv import bn_act_conv  # noqa: E402
 from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward  # noqa: E402
 from resdense_ext.reference import Activation, BatchNorm, Conv  # noqa: E402
@@ -128,6 +128,8 @@ def _elementwise(last: bool) -> dict[str, Launch]:
     calls = {
         "channel_stats": lambda: channel_stats.channel_stats(x),
         "fold": lambda: fold.fold(v, v, 9.0, 1e-5, v, v),
+        "correct": lambda: fold.correct(v, v, v, v, v, 9.0, v, v),
+        "deviations": lambda: moments.deviations(x, v, v, relu, v, torch.empty((8 * 56 * 56, 104), dtype=x.dtype)),
         "bn_act": lambda: bn_act.bn_act(x, v, v, relu, y),
         "bn_act_backward": lambda: bn_act.bn_act_backward(y, x, v, v, v, relu),
         "bn_act_backward_accumulate": lambda: bn_act.bn_act_backward_accumulate(y, x, x, v, v, v, relu),
@@ -151,6 +153,17 @@ def _elementwise(last: bool) -> dict[str, Launch]:
         with recorded() as launches:
             call()
         (found[name],) = launches
+    return found | _moments()
+
+
+def _moments() -> dict[str, Launch]:
+    """Those of the small products, whose operands have one layout: of a ResNet-50's first and last stage, in bfloat16."""
+    found = {}
+    for K, C in ((256, 64), (2048, 512)):
+        R, G, weight = torch.empty((C + 8, C + 8)), torch.empty((K, C + 8)), torch.empty((K, C), dtype=torch.bfloat16)
+        with recorded() as launches:
+            moments.moments_terms(R, G, weight, torch.empty(K), torch.empty(K), 9, 64.0, True)
+        found |= {f"{of.kernel.__name__.removesuffix('_kernel')}_{C}": of for of in launches}
     return found
 
 
@@ -163,6 +176,9 @@ def launches_of_ones() -> list[Launch]:
         bn_act_conv_data_backward(x, (x, v, v, v), conv, x, (v,) * 4, 1, Activation(), x, (v, v))
         bn_act_conv_weight_backward(x, (x, v, v, v), conv, x, v, v, Activation())
         bn_act_pool.bn_act_global_pool(x, v, v, Activation())
+        moments.deviations(x, v, v, Activation(), v, torch.empty((1, 8)))
+        moments.moments_terms(torch.empty((8, 8)), torch.empty((1, 8)), torch.empty((1, 1)), v, v, 1, 64.0, True)
+        fold.correct(v, v, v, v, v, 1, v, v)
     return launches
 
 

@@ -145,6 +145,30 @@ def test_a_stride_takes_three_launches_and_no_activation(monkeypatch):
     assert all(backward[name] == 1 for name in ("bn_act_fwd_kernel", "convolution_backward", "bn_act_bwd_kernel"))
 
 
+def test_moments_take_four_products_and_five_launches():
+    """Of a bottleneck's last convolution in bfloat16; a projection adds to the gradient that is there, and copies what a stride
+    skips."""
+    products, ours = {"bmm": 2, "mm": 1, "addmm_": 1}, ("deviations_fwd", "moments_weight", "moments_products", "moments_offset")
+    plain, down = (
+        Counter(name for name in backward_of(name) if name in products or name.startswith(("deviations", "moments", "correct")))
+        for name in ("bottleneck", "bottleneck down")
+    )
+    launches = {f"{name}_kernel": 1 for name in ours}
+    assert plain == products | launches | {"correct_kernel": 1}
+    assert down - plain == launches | {"bmm": 2, "addmm_": 2}
+
+
+def backward_of(name: str) -> list[str]:
+    """The launches of the backward of a block in bfloat16."""
+    block = Block(**BLOCKS[name], policy="fast").to(torch.bfloat16)
+    x = input_of(block, (5, 4), True).to(torch.bfloat16).requires_grad_()
+    with rd.use_backend("triton"):
+        y = block(x)
+        with Device() as device:
+            torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y))
+    return device.launches
+
+
 @pytest.mark.parametrize("taps", tune.LAYERS)
 def test_what_is_tuned_runs(taps):
     for run in tune.layer_runs(taps, torch.bfloat16, "cpu", batch=1, side=5).values():

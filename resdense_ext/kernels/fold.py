@@ -1,4 +1,5 @@
-"""``scale = weight * rstd`` and ``shift = bias - mean * scale`` of a batch norm whose statistics are known."""
+"""What a batch norm amounts to, a vector an operand: ``scale = weight * rstd`` and ``shift = bias - mean * scale`` where its
+statistics are known, and its correction of a gradient where the sums are."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from resdense_ext.kernels.launch import ceil_div, launch
 
-__all__ = ["fold", "fold_columns"]
+__all__ = ["correct", "fold", "fold_columns"]
 
 
 @triton.jit
@@ -52,3 +53,33 @@ def fold(
         WEIGHT=weight is not None, BIAS=bias is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return result
+
+
+@triton.jit
+def correct_kernel(
+    sum_dy_ptr, sum_dy_xc_ptr, scale_ptr, mean_ptr, rstd_ptr, count, beta_ptr, delta_ptr, dgamma_ptr, C, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < C
+    rstd = tl.load(rstd_ptr + columns, mask=mask, other=0.0)
+    dgamma = rstd * tl.load(sum_dy_xc_ptr + columns, mask=mask, other=0.0)
+    shared = tl.load(scale_ptr + columns, mask=mask, other=0.0) / count
+    beta = -shared * rstd * dgamma
+    mean = tl.load(mean_ptr + columns, mask=mask, other=0.0)
+    delta = -(shared * tl.load(sum_dy_ptr + columns, mask=mask, other=0.0) + beta * mean)
+    tl.store(beta_ptr + columns, tl.load(beta_ptr + columns, mask=mask, other=0.0) + beta, mask=mask)
+    tl.store(delta_ptr + columns, tl.load(delta_ptr + columns, mask=mask, other=0.0) + delta, mask=mask)
+    tl.store(dgamma_ptr + columns, dgamma, mask=mask)
+
+
+def correct(
+    sum_dy: Tensor, sum_dy_xc: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, count: float, beta: Tensor, delta: Tensor
+) -> Tensor:
+    """Adds `resdense_ext.ops.backend.Fold.correction` to ``beta`` and ``delta``; returns dgamma. All ``[C]`` in float32."""
+    C, BLOCK = mean.shape[0], 256
+    dgamma = torch.empty_like(sum_dy)
+    launch(
+        correct_kernel, (ceil_div(C, BLOCK),), mean,
+        sum_dy, sum_dy_xc, scale, mean, rstd, float(count), beta, delta, dgamma, C, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return dgamma

@@ -128,6 +128,51 @@ class ReferenceBackend:
         of stride 1 and no padding, behind this activation."""
         return False
 
+    def multiplies_moments(self, x: Tensor, conv: Conv) -> bool:
+        """Whether `resdense_ext.ops.moments` is the way through a 1x1 convolution without padding and the norm behind it."""
+        return False
+
+    def deviations(self, x: Tensor, affine: Optional[Affine], center: Tensor) -> Tensor:
+        """``act(scale * x + shift) - act(scale * center + shift)``, or ``x - center``, as a matrix ``[positions, C + 2 ..]`` in
+        the dtype of x: behind the deviations are two columns of ones and, up to a multiple of 8, of zeros."""
+        y, near = (t.to(center.dtype) for t in (x, center.view(1, -1, *[1] * (x.dim() - 2))))
+        if affine is not None:
+            y, near = (reference.activate(_affine(t, affine), affine.activation) for t in (y, near))
+        out = self._deviations_of(x).fill_(0)
+        out[:, : x.shape[1]] = (y - near).movedim(1, -1).flatten(0, -2)
+        out[:, x.shape[1] : x.shape[1] + 2] = 1
+        return out
+
+    @staticmethod
+    def _deviations_of(x: Tensor) -> Tensor:
+        """Uninitialised memory for them; rows of a multiple of 16 bytes suit the matrix units."""
+        channels = x.shape[1]
+        return x.new_empty((x.numel() // channels, -(-(channels + 2) // 8) * 8))
+
+    def moments_terms(
+        self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
+    ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
+        """What follows from the products of `deviations` ``b``: ``R = b^T b`` and ``G = g^T b``, in float32.
+
+        The gradients ``dgamma`` and ``dbeta`` of the norm behind the convolution, which ``fold`` is, and that of its weight ``[K,
+        C]``, then ``V = scale * weight`` and ``T`` with which that of its input is ``g V + b T / unit``, in the weight's dtype.
+        """
+        count, (K, C) = fold.count, weight.shape
+        W, mean, dbeta = weight.to(R.dtype), R[C, :C] / count, G[:, C].contiguous()
+        G = G[:, :C] - dbeta[:, None] * mean
+        dgamma = fold.rstd * (W * G).sum(1)
+        scale, share = fold.affine.scale[:, None], (fold.rstd * dgamma / count)[:, None]
+        V = (scale * W).to(weight.dtype)
+        dW = None
+        if need_weight:
+            dW = (scale * (G - share * (W @ (R[:C, :C] - R[:C, C:][:, :1] * mean)))).to(weight.dtype)
+        T = weight.new_zeros((R.shape[1], C))
+        T[:C] = -unit * ((share * W).T @ V.to(R.dtype))
+        offset = -(unit * dbeta @ V.to(R.dtype)) / count - mean @ T[:C].to(R.dtype)
+        T[C] = offset
+        T[C + 1] = offset - T[C]
+        return dgamma, dbeta, dW, V, T
+
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return reference.channel_stats(x)
 

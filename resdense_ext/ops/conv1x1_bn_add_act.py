@@ -16,7 +16,8 @@ R is added up for the deviations from a point near the mean, whose distance from
 with W. So var has an error of some units in the last place of ``|w|^T |R| |w| / M``, whatever the mean; where a row of W is nearly
 orthogonal to strongly correlated inputs that is more than var itself, as the same error is of stock's (see the tests).
 
-``a`` is never whole in memory: it is made from the raw ``x``, some samples at a time, wherever it is read.
+``a`` is never whole in memory: it is made from the raw ``x``, some samples at a time, wherever it is read. In 16 bits on a GPU
+backward makes it once, as deviations, and is a matter of products: `resdense_ext.ops.moments`.
 
 Source: the composition is that of He et al., Deep Residual Learning for Image Recognition (2016); the algebra is this library's.
 """
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops import moments as by_products
 from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.convolve import sampled, sampling
@@ -112,6 +114,11 @@ class Pointwise(NamedTuple):
         """Whether the backend has kernels for what moments tell of it."""
         activation = LINEAR if self.fold is None else self.fold.affine.activation
         return not any(self.conv.padding) and self.backend.fuses_moments(self.x, self.conv, activation)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether backward is that of `resdense_ext.ops.moments`."""
+        return not any(self.conv.padding) and self.backend.multiplies_moments(self.x, self.conv)
 
     def dense(self) -> Pointwise:
         """The same of stride 1, of the positions alone that are read."""
@@ -301,6 +308,8 @@ def backward(
     conv, groups, wide = source.conv, source.conv.groups, fold.mean.dtype
     column = lambda vector: vector.view(groups, -1, 1)  # noqa: E731
 
+    if of_input is None and fold.count is not None and source.multiplies:
+        return _by_products(branch, g, into, need_input, need_weight)
     dense = source.dense() if fold.count is not None and source.fuses else None
     if of_input is None and dense is not None:
         of_input, dbeta, G = _moments_and_gradient_products(dense, g)
@@ -336,6 +345,23 @@ def backward(
         terms = terms._replace(products=products, offset=offset.to(wide))
     found = _through_prologue(source, terms, g, into) if dense is None else _through_kernel(source, dense.x, terms, g, into)
     return Gradients(found._replace(weight=dW, bias=db), *norm_grads)
+
+
+def _by_products(branch: Branch, g: Tensor, into: Optional[Pending], need_input: bool, need_weight: bool) -> Gradients:
+    """As `backward`, by `resdense_ext.ops.moments`; of a sampled x, the gradient is made apart."""
+    (x, prologue, conv, backend), fold = branch
+    at = sampling(conv)
+    if at is None:
+        return Gradients(*by_products.backward(x, prologue, conv, fold, g, into, backend, need_input, need_weight))
+    read, dense = sampled(x, conv)
+    if into is None and need_input:
+        into = Pending.of(torch.zeros_like(x), x)
+    part = None if into is None else into._replace(dy=dense_map(into.dy[at]), z=read)
+    found, *of_norm = by_products.backward(read, prologue, dense, fold, g, part, backend, need_input, need_weight)
+    if need_input:
+        into.dy[at].copy_(part.dy)
+        found = found._replace(input=into)
+    return Gradients(found, *of_norm)
 
 
 def _moments_and_gradient_products(source: Pointwise, g: Tensor) -> tuple[Moments, Tensor, Tensor]:

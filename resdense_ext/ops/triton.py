@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from resdense_ext.ops import moments
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
@@ -129,6 +130,23 @@ class TritonBackend(ReferenceBackend):
         scale, shift, activation = affine
         return bn_act_backward_accumulate(out, grad, x, scale, shift, center, activation)
 
+    def multiplies_moments(self, x: Tensor, conv: Conv) -> bool:
+        return not missing() and moments.suits(x, conv)
+
+    def deviations(self, x: Tensor, affine: Optional[Affine], center: Tensor) -> Tensor:
+        from resdense_ext.kernels.moments import deviations
+
+        out = self._deviations_of(x)
+        deviations(x, *(affine or (None, None, Activation("identity"))), center, out)
+        return out
+
+    def moments_terms(
+        self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
+    ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
+        from resdense_ext.kernels.moments import moments_terms
+
+        return moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
+
     def pending_grad_(self, pending: Pending) -> Tensor:
         from resdense_ext.kernels.elementwise import pending_grad
 
@@ -147,6 +165,17 @@ class TritonBackend(ReferenceBackend):
             mean = norm.running_mean.to(torch.float32)
             folded = fold(mean, norm.running_var, 1, norm.eps, norm.weight, norm.bias)
         return self._folded(folded, mean, count if norm.batch_stats else None, activation)
+
+    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
+        operands = (sum_dy, sum_dy_xc, fold.affine.scale, fold.mean, fold.rstd, into.beta, into.delta)
+        ours = all(t.dtype == torch.float32 and t.is_contiguous() for t in operands)
+        if missing() or fold.count is None or not ours:
+            return super()._correct(fold, sum_dy, sum_dy_xc, into)
+        from resdense_ext.kernels.fold import correct
+
+        for t in operands[5:]:
+            increment_version(t)
+        return correct(*operands[:5], fold.count, *operands[5:])
 
     @staticmethod
     def _folded(folded: Tensor, mean: Tensor, count: Optional[int], activation: Activation) -> Fold:
