@@ -128,7 +128,7 @@ def _elementwise(last: bool) -> dict[str, Launch]:
     calls = {
         "channel_stats": lambda: channel_stats.channel_stats(x),
         "fold": lambda: fold.fold(v, v, 9.0, 1e-5, v, v),
-        "correct": lambda: fold.correct(v, v, v, v, v, 9.0, v, v),
+        "correct": lambda: fold.correct(v, v, v, v, v, 9.0, v, v, True),
         "deviations": lambda: moments.deviations(x, v, v, relu, v, torch.empty((8 * 56 * 56, 104), dtype=x.dtype)),
         "bn_act": lambda: bn_act.bn_act(x, v, v, relu, y),
         "bn_act_backward": lambda: bn_act.bn_act_backward(y, x, v, v, v, relu),
@@ -178,7 +178,7 @@ def launches_of_ones() -> list[Launch]:
         bn_act_pool.bn_act_global_pool(x, v, v, Activation())
         moments.deviations(x, v, v, Activation(), v, torch.empty((1, 8)))
         moments.moments_terms(torch.empty((8, 8)), torch.empty((1, 8)), torch.empty((1, 1)), v, v, 1, 64.0, True)
-        fold.correct(v, v, v, v, v, 1, v, v)
+        fold.correct(v, v, v, v, v, 1, v, v, False)
     return launches
 
 

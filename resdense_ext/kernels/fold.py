@@ -57,7 +57,8 @@ def fold(
 
 @triton.jit
 def correct_kernel(
-    sum_dy_ptr, sum_dy_xc_ptr, scale_ptr, mean_ptr, rstd_ptr, count, beta_ptr, delta_ptr, dgamma_ptr, C, BLOCK: tl.constexpr,
+    sum_dy_ptr, sum_dy_xc_ptr, scale_ptr, mean_ptr, rstd_ptr, count, beta_ptr, delta_ptr, dgamma_ptr, C,
+    ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < C
@@ -67,19 +68,25 @@ def correct_kernel(
     beta = -shared * rstd * dgamma
     mean = tl.load(mean_ptr + columns, mask=mask, other=0.0)
     delta = -(shared * tl.load(sum_dy_ptr + columns, mask=mask, other=0.0) + beta * mean)
-    tl.store(beta_ptr + columns, tl.load(beta_ptr + columns, mask=mask, other=0.0) + beta, mask=mask)
-    tl.store(delta_ptr + columns, tl.load(delta_ptr + columns, mask=mask, other=0.0) + delta, mask=mask)
+    if ACCUMULATE:
+        beta += tl.load(beta_ptr + columns, mask=mask, other=0.0)
+        delta += tl.load(delta_ptr + columns, mask=mask, other=0.0)
+    tl.store(beta_ptr + columns, beta, mask=mask)
+    tl.store(delta_ptr + columns, delta, mask=mask)
     tl.store(dgamma_ptr + columns, dgamma, mask=mask)
 
 
 def correct(
-    sum_dy: Tensor, sum_dy_xc: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, count: float, beta: Tensor, delta: Tensor
-) -> Tensor:
-    """Adds `resdense_ext.ops.backend.Fold.correction` to ``beta`` and ``delta``; returns dgamma. All ``[C]`` in float32."""
+    sum_dy: Tensor, sum_dy_xc: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, count: float, beta: Tensor, delta: Tensor,
+    accumulate: bool,
+) -> Tensor:  # fmt: skip
+    """Writes `resdense_ext.ops.backend.Fold.correction` into ``beta`` and ``delta``, or adds it; returns dgamma. All ``[C]`` in
+    float32."""
     C, BLOCK = mean.shape[0], 256
     dgamma = torch.empty_like(sum_dy)
     launch(
         correct_kernel, (ceil_div(C, BLOCK),), mean,
-        sum_dy, sum_dy_xc, scale, mean, rstd, float(count), beta, delta, dgamma, C, BLOCK=BLOCK, num_warps=4,
+        sum_dy, sum_dy_xc, scale, mean, rstd, float(count), beta, delta, dgamma, C,
+        ACCUMULATE=accumulate, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return dgamma

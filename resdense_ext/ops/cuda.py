@@ -1,4 +1,7 @@
-"""The CUDA backend: what ``csrc/cuda`` has kernels for in C++, other convolutions by the vendor's libraries."""
+"""The CUDA backend: what ``csrc/cuda`` has kernels for in C++, other convolutions by the vendor's libraries.
+
+What moments take beside products is Triton's here, too.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from torch.autograd.graph import increment_version
 from resdense_ext.ops import _library, conv3x3
 from resdense_ext.ops.backend import Affine, Fold, Stats, register
 from resdense_ext.ops.compiled import CompiledBackend, slope_of
-from resdense_ext.ops.triton import architecture_refusal
+from resdense_ext.ops.triton import MomentsBackend, architecture_refusal
 from resdense_ext.ops.vendor import VendorBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
 __all__ = ["CudaBackend"]
 
 
-class CudaBackend(CompiledBackend, VendorBackend):
+class CudaBackend(CompiledBackend, MomentsBackend, VendorBackend):
     name = "cuda"
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:

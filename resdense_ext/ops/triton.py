@@ -21,7 +21,7 @@ from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Reference
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
-__all__ = ["PRODUCTS", "STRIDED_PRODUCTS", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
+__all__ = ["PRODUCTS", "STRIDED_PRODUCTS", "MomentsBackend", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
 
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "identity")
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -81,7 +81,28 @@ def _serves(x: Tensor, conv: Conv) -> bool:
     return missing() is None and is_ours(conv) and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
 
 
-class TritonBackend(ReferenceBackend):
+class MomentsBackend(ReferenceBackend):
+    """What moments take beside products: kernels of either backend for GPUs."""
+
+    def multiplies_moments(self, x: Tensor, conv: Conv) -> bool:
+        return not missing() and moments.suits(x, conv)
+
+    def deviations(self, x: Tensor, affine: Optional[Affine], center: Tensor) -> Tensor:
+        from resdense_ext.kernels.moments import deviations
+
+        out = self._deviations_of(x)
+        deviations(x, *(affine or (None, None, Activation("identity"))), center, out)
+        return out
+
+    def moments_terms(
+        self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
+    ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
+        from resdense_ext.kernels.moments import moments_terms
+
+        return moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
+
+
+class TritonBackend(MomentsBackend):
     name = "triton"
 
     @property
@@ -130,23 +151,6 @@ class TritonBackend(ReferenceBackend):
         scale, shift, activation = affine
         return bn_act_backward_accumulate(out, grad, x, scale, shift, center, activation)
 
-    def multiplies_moments(self, x: Tensor, conv: Conv) -> bool:
-        return not missing() and moments.suits(x, conv)
-
-    def deviations(self, x: Tensor, affine: Optional[Affine], center: Tensor) -> Tensor:
-        from resdense_ext.kernels.moments import deviations
-
-        out = self._deviations_of(x)
-        deviations(x, *(affine or (None, None, Activation("identity"))), center, out)
-        return out
-
-    def moments_terms(
-        self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
-    ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
-        from resdense_ext.kernels.moments import moments_terms
-
-        return moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
-
     def pending_grad_(self, pending: Pending) -> Tensor:
         from resdense_ext.kernels.elementwise import pending_grad
 
@@ -166,16 +170,18 @@ class TritonBackend(ReferenceBackend):
             folded = fold(mean, norm.running_var, 1, norm.eps, norm.weight, norm.bias)
         return self._folded(folded, mean, count if norm.batch_stats else None, activation)
 
-    def _correct(self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Pending) -> Tensor:
-        operands = (sum_dy, sum_dy_xc, fold.affine.scale, fold.mean, fold.rstd, into.beta, into.delta)
-        ours = all(t.dtype == torch.float32 and t.is_contiguous() for t in operands)
+    def _correct(
+        self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Optional[Pending]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        vectors = (sum_dy, sum_dy_xc, fold.affine.scale, fold.mean, fold.rstd)
+        ours = all(t.dtype == torch.float32 and t.is_contiguous() for t in (*vectors, *(into or ())[3:]))
         if missing() or fold.count is None or not ours:
             return super()._correct(fold, sum_dy, sum_dy_xc, into)
         from resdense_ext.kernels.fold import correct
 
-        for t in operands[5:]:
-            increment_version(t)
-        return correct(*operands[:5], fold.count, *operands[5:])
+        beta, delta = (torch.empty_like(sum_dy), torch.empty_like(sum_dy)) if into is None else (into.beta, into.delta)
+        increment_version((beta, delta))
+        return correct(*vectors, fold.count, beta, delta, into is not None), beta, delta
 
     @staticmethod
     def _folded(folded: Tensor, mean: Tensor, count: Optional[int], activation: Activation) -> Fold:
