@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     }
   }
   Sum<W, VEC> sum;
-  walk_items<T, VEC, kAtOnce<1>>(share, lane, {x}, [&]<int UNROLL>(const Cursor&, const Vector<T, VEC>(&values)[1][UNROLL]) {
+  // As many at once as of two maps: the coefficients take registers, too.
+  walk_items<T, VEC, kAtOnce<2>>(share, lane, {x}, [&]<int UNROLL>(const Cursor&, const Vector<T, VEC>(&values)[1][UNROLL]) {
 #pragma unroll
     for (int k = 0; k < VEC; ++k) {
       W group = 0;
