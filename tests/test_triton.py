@@ -7,9 +7,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from resdense_ext.ops.triton import is_ours
 from resdense_ext.reference import Conv
@@ -44,8 +46,13 @@ INTERPRETED = {
 """Files, and which of their tests are run again in the interpreter."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 import triton_aot  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton_kernels import CHECKS, Kernels, fewer_cases  # noqa: E402, F401
+
+from resdense_ext.kernels import launch  # noqa: E402
 
 
 def interpret(file: str, which: str) -> subprocess.CompletedProcess:
@@ -92,6 +99,76 @@ def test_which_convolutions_are_ours():
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_on_the_gpu(check):
     check(Kernels(), "cuda")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What reaches the driver, which makes no launch: the compiled kernel, the grid, the arguments. Tensors pass for a GPU's."""
+    calls = []
+
+    def launcher(source, metadata):
+        # Of what Triton gives it beside the grid and the arguments: stream, function, metadata twice, hooks twice.
+        return lambda x, y, z, *rest: calls.append((metadata.hash, (x, y, z), *rest[6:]))
+
+    utilities = SimpleNamespace(
+        load_binary=lambda *_: (None, None, 0, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 2**18}
+    )
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=launcher,
+        utils=utilities,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(launch, "_compiled", {})
+    return calls
+
+
+@triton.jit
+def _probe(x_ptr, y_ptr, size, step, share, FLAG: tl.constexpr, SIZES: tl.constexpr, DTYPE: tl.constexpr):
+    value = (share + size) * SIZES[0]
+    if y_ptr is not None:
+        value += tl.load(y_ptr + step)
+    tl.store(x_ptr + tl.arange(0, 16), tl.full((16,), 1, DTYPE) * (value + FLAG))
+
+
+def test_a_launch_takes_the_kernel_that_triton_would_take(launched, monkeypatch):
+    """Whatever was launched before; and gives it the same arguments."""
+    buffer, half = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
+    usual = dict(x=buffer, y=buffer, size=48, step=2, share=0.5, FLAG=True, SIZES=(1, 2), DTYPE=tl.float32, num_warps=4)
+    others = dict(
+        x=[buffer[1:], buffer[4:], half, half[1:], nn.Parameter(buffer)],
+        y=[None, buffer[1:], half],
+        size=[1, 2, 7, 0, 2**31, 2**40, 3.0, 1.0, -16],
+        step=[1, 16],
+        share=[1.0, 1, 2.0, 0.0],
+        FLAG=[False, 1],
+        SIZES=[(2, 2)],
+        DTYPE=[tl.float64],
+        num_warps=[8],
+    )
+    cases = [usual, *({**usual, name: value} for name, values in others.items() for value in values)]
+    other_order = dict.fromkeys(("num_warps", "SIZES", "DTYPE", "FLAG"))
+    cases += [{**usual, "FLAG": 8}, {**other_order, **usual, "num_warps": 8, "FLAG": 4}]  # the same values by other names
+    searches = []
+    search = triton.runtime.JITFunction.run
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda *args, **kw: searches.append(1) or search(*args, **kw))
+    for grid in ((5,), (5, 3)):
+        for case in [*cases, *reversed(cases)]:
+            x, y, size, step, share = (case[name] for name in ("x", "y", "size", "step", "share"))
+            constants = {name: value for name, value in case.items() if name.isupper() or name == "num_warps"}
+            launch.launch(_probe, grid, x, x, y, size, step, share, **constants)
+            found = len(searches)
+            _probe[grid](x, y, size, step, share, **constants, enable_fp_fusion=True)
+            ours, theirs = launched[-2:]
+            assert ours[:2] == theirs[:2] and len(ours) == len(theirs), case
+            assert all(a is b or a == b for a, b in zip(ours[2:], theirs[2:])), case
+            del searches[found:]
+    assert len({name for name, *_ in launched}) > 15
+    assert len(searches) == len(launch._compiled) == len(cases) - 1, "buffer[4:] is aligned as buffer is"
 
 
 def test_sizes_of_one_compile():

@@ -191,12 +191,12 @@ def bn_act_conv(
         folded = torch.empty((3, K), dtype=torch.float32, device=x.device)
     norm = reader or BatchNorm()
     dropout = None if mask is None else Map.of(mask.expand(out.shape), "mask")
-    weight = conv.weight
+    weight = Map.of(conv.weight, "weight")  # its taps are positions
     launch(
         bn_act_conv_fwd_kernel, (shared, blocks), x,
         x, source.sn, source.ss, source.sc,
         scale, shift,
-        weight, weight.stride(0), weight.stride(1), geometry.tap_stride(weight), conv.bias,
+        conv.weight, weight.sn, weight.sc, weight.ss, conv.bias,
         mask, *(dropout.sn, dropout.ss, dropout.sc) if dropout else (0, 0, 0), float(mask_scale),
         out, target.sn, target.ss, target.sc,
         *stats or (None, None), parts, counts, ticket,

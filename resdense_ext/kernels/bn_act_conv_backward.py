@@ -276,12 +276,12 @@ def bn_act_conv_data_backward(
         (torch.zeros if count is None else torch.empty)((2, C), dtype=torch.float32, device=x.device).unbind()
     )
     arguments, constants = _grad_arguments(dy, pending)
-    weight = conv.weight
+    weight = Map.of(conv.weight, "weight")  # its taps are positions
     scale, shift, mean, rstd = fold
     launch(
         bn_act_conv_bwd_data_kernel, (shared * blocks,), x,
         *arguments,
-        weight, weight.stride(0), weight.stride(1), geometry.tap_stride(weight),
+        conv.weight, weight.sn, weight.sc, weight.ss,
         x, source.sn, source.ss, source.sc, scale, shift, mean, rstd,
         out, target.sn, target.ss, target.sc,
         torch.empty((2, shared, C), dtype=torch.float32, device=x.device), tickets(x, blocks),
@@ -316,12 +316,13 @@ def bn_act_conv_weight_backward(
     splits = programs(x, ceil_div(M, config.BLOCK_K), blocks, config.each)
     group = math.isqrt(splits - 1) + 1
     dweight = torch.empty_like(conv.weight)
+    weight = Map.of(dweight, "weight")
     arguments, constants = _grad_arguments(dy, pending)
     launch(
         bn_act_conv_bwd_weight_kernel, (splits, blocks), x,
         *arguments,
         x, source.sn, source.ss, source.sc, scale, shift,
-        dweight, dweight.stride(0), dweight.stride(1), geometry.tap_stride(dweight),
+        dweight, weight.sn, weight.sc, weight.ss,
         torch.empty((splits, dweight.numel()), dtype=torch.float32, device=x.device),
         tickets(x, blocks * (ceil_div(splits, group) + 1)), group,
         M, S, C, K, *geometry.sizes, *geometry.outputs[1:], *geometry.dilation,

@@ -6,6 +6,7 @@ Backward gathers: an input looks up the windows that cover it, so that no two pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -269,7 +270,7 @@ def bn_act_global_pool(x: Tensor, scale: Tensor, shift: Tensor, activation: Acti
     out = torch.empty(_means(x), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    tiling = tiling_of(m._replace(N=1))
+    tiling = tiling_of(replace(m, N=1))
     launch(
         bn_act_global_pool_fwd_kernel, (m.N, tiling.columns), x, x, m.sn, m.ss, m.sc, scale, shift, out, m.S, m.C,
         ACT=activation.name, SLOPE=activation.slope, LAST=m.last, WIDE=wide(x.dtype), **tiling.constants(),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from resdense_ext.kernels.launch import power_of_two, tf32
+from resdense_ext.kernels.launch import power_of_two, remembered, tf32
 
 __all__ = ["CANDIDATES", "OPS", "TABLE", "Config", "Key", "config_of", "key_of", "table"]
 
@@ -31,6 +31,7 @@ class Config(NamedTuple):
     num_stages: int
     each: int
 
+    @remembered
     def constants(self) -> dict[str, int]:
         """What a launch takes."""
         return {name: value for name, value in self._asdict().items() if name != "each"}
@@ -81,7 +82,11 @@ def config_of(op: str, device: torch.device, dtype: torch.dtype, taps: str, rows
 
     The weight gradient has ``rows`` by ``columns`` results, and sums over positions.
     """
-    config = table()[key_of(op, device, dtype, taps)]
     across = "BLOCK_M" if op == "bn_act_conv_backward_weight" else "BLOCK_K"
+    return _narrowed(table()[key_of(op, device, dtype, taps)], across, rows, columns)
+
+
+@remembered
+def _narrowed(config: Config, across: str, rows: int, columns: int) -> Config:
     narrow = {across: power_of_two(rows, 16, getattr(config, across)), "BLOCK_N": power_of_two(columns, 16, config.BLOCK_N)}
     return config._replace(**narrow)

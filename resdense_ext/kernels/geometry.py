@@ -7,13 +7,16 @@ data gradient goes by residue classes: all positions with the same remainders by
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Optional
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resdense_ext.kernels.launch import ceil_div
+from resdense_ext.kernels.launch import ceil_div, remembered
 from resdense_ext.kernels.windows import coordinates, input_of
 from resdense_ext.reference import Conv
 
@@ -22,7 +25,8 @@ __all__ = ["Geometry", "class_place", "class_tap", "class_taps", "shifted"]
 Sizes = tuple[int, int, int]
 
 
-class Geometry(NamedTuple):
+@dataclass(frozen=True)
+class Geometry:
     """Three dimensions: those that a map lacks come first, with size and kernel 1. Stride and padding are None where every
     position stays in its place."""
 
@@ -35,26 +39,23 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def of(x: Tensor, conv: Conv) -> Geometry:
-        fill, none = (1,) * (5 - x.dim()), (0,) * (5 - x.dim())
-        stride, padding = (None, None) if conv.keeps_size else ((*fill, *conv.steps), (*none, *conv.padding))
-        sizes, outputs = (*fill, *x.shape[2:]), (*fill, *conv.outputs(x.shape[2:]))
-        return Geometry(sizes, outputs, (*fill, *conv.weight.shape[2:]), (*fill, *conv.dilation), stride, padding)
+        return _geometry_of(x.shape[2:], conv.weight.shape, tuple(conv.padding), tuple(conv.dilation), tuple(conv.stride))
 
-    @property
+    @cached_property
     def taps(self) -> int:
         return math.prod(self.kernel)
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """``taps`` of `resdense_ext.kernels.configs.Key`."""
         return "strided" if self.stride else "1" if self.taps == 1 else "many"
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """Residue classes of the input's positions; 1 where these stay in their places."""
         return math.prod(self.stride or ())
 
-    @property
+    @cached_property
     def class_size(self) -> int:
         """The positions of the largest residue class, that of remainder 0, in a sample."""
         return math.prod(map(ceil_div, self.sizes, self.stride or (1, 1, 1)))
@@ -63,10 +64,15 @@ class Geometry(NamedTuple):
         """What a launch takes."""
         return {"KERNEL": self.kernel, "STRIDE": self.stride, "PADDING": self.padding}
 
-    def tap_stride(self, weight: Tensor) -> int:
-        """From one tap of the weight to the next: both memory formats have a single such stride."""
-        sized = [step for size, step in zip(weight.shape[2:], weight.stride()[2:]) if size > 1]
-        return sized[-1] if sized else 0
+
+@remembered
+def _geometry_of(
+    sizes: Sizes, weight: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
+) -> Geometry:
+    conv = Conv(torch.empty(weight, device="meta"), None, padding, dilation, stride=stride)
+    fill, none = (1,) * (3 - len(sizes)), (0,) * (3 - len(sizes))
+    steps, zeros = (None, None) if conv.keeps_size else ((*fill, *conv.steps), (*none, *padding))
+    return Geometry((*fill, *sizes), (*fill, *conv.outputs(sizes)), (*fill, *weight[2:]), (*fill, *dilation), steps, zeros)
 
 
 @triton.jit

@@ -1,16 +1,21 @@
-"""What the launchers share on the host: the device's size, its tickets, and a launch on the tensors' own device."""
+"""What the launchers share on the host: the device's size, its tickets, what is remembered, and a launch on the tensors' own device."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-__all__ = ["ceil_div", "launch", "power_of_two", "programs", "tf32", "tickets"]
+__all__ = ["ceil_div", "launch", "power_of_two", "programs", "remembered", "tf32", "tickets"]
 
 # More than most launches draw.
 _TICKETS = 4096
+_MOST = 10_000  # more shapes, and launches of different ones, than a network has
+remembered = functools.lru_cache(_MOST)
+"""Decorates functions of sizes and strides, which a launch would else take as long to work out as it takes itself."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -56,8 +61,38 @@ def tf32() -> str:
 def launch(kernel, grid: tuple[int, ...], x: Tensor, *args, **constants) -> None:
     """Launches on the device of ``x``: Triton itself takes the current one."""
     constants["enable_fp_fusion"] = True  # a scale and shift is one operation; Triton's own default is about to change
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernel[grid](*args, **constants)
-    else:
+    if not x.is_cuda:
         kernel[grid](*args, **constants)
+    elif x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            _launch(kernel, grid, x.device, args, constants)
+    else:
+        _launch(kernel, grid, x.device, args, constants)
+
+
+# By what Triton compiles a kernel for: the compiled one, and the values of its constants.
+_compiled: dict[tuple, tuple[CompiledKernel, tuple]] = {}
+_PLAIN = frozenset((int, float, type(None)))  # an argument of another type is a tensor: to ask whether it is one takes longer
+
+
+def _launch(kernel, grid: tuple[int, ...], device: torch.device, args: tuple, constants: dict) -> None:
+    """``kernel[grid](*args, **constants)``, without Triton's search for the compiled kernel where it has been found before.
+
+    That takes the host longer than many a launch takes the device. Triton tells tensors apart by their dtypes and by whether
+    their addresses are multiples of 16, and numbers by no more than their types and values: what has one key has one kernel.
+    """
+    types = (*map(type, args), *map(type, constants.values()))  # too, since 1 == 1.0 == True
+    known = [a if kind in _PLAIN else (a.dtype, a.data_ptr() % 16 == 0) for a, kind in zip(args, types)]
+    key = (kernel.fn, device, *known, *constants, *constants.values(), *types)  # a kernel's own hash is that of its source
+    found = _compiled.get(key)
+    debugging = triton.knobs.runtime.debug or triton.knobs.compilation.instrumentation_mode  # choose other kernels
+    if found is not None and not debugging:
+        compiled, values = found
+        compiled[(*grid, 1, 1)](*args, *values)
+        return
+    compiled = kernel[grid](*args, **constants)
+    ours = isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda" and not kernel.pre_run_hooks
+    if ours and not debugging:
+        if len(_compiled) >= _MOST:
+            _compiled.clear()
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])

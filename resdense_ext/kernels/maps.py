@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
+
+from resdense_ext.kernels.launch import remembered
 
 __all__ = ["Map"]
 
 
-class Map(NamedTuple):
+@dataclass(frozen=True)
+class Map:
     """A tensor as ``N`` samples of ``C`` channels at ``S`` positions; ``sn``, ``sc``, ``ss`` are their strides in elements.
 
     ``last`` says that the channels are adjacent (channels-last); else the positions of a channel are walked side by side.
     """
 
-    data: Tensor
     N: int
     C: int
     S: int
@@ -26,24 +29,29 @@ class Map(NamedTuple):
     @staticmethod
     def of(x: Tensor, name: str = "x") -> Map:
         """Raises ValueError where the spatial positions of a channel cannot be walked with one stride."""
-        if x.dim() < 2:
-            raise ValueError(f"{name}: expected shape (N, C, ...), got {tuple(x.shape)}")
-        positions, stride = 1, 0
-        for size, step in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
-            if size != 1:
-                stride = step if positions == 1 else stride
-                if step != stride * positions:
-                    raise ValueError(
-                        f"{name}: expected spatial positions with one stride, got shape {tuple(x.shape)} and strides {x.stride()}"
-                    )
-            positions *= size
-        return Map(x, x.shape[0], x.shape[1], positions, x.stride(0), x.stride(1), stride)
+        return _map_of(x.shape, x.stride(), name)
 
-    @property
+    @cached_property
     def last(self) -> bool:
         return self.sc == 1 and not (self.ss == 1 and self.S > 1 and self.C > 1)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """The number of positions, over all samples."""
         return self.N * self.S
+
+
+@remembered
+def _map_of(shape: tuple[int, ...], strides: tuple[int, ...], name: str) -> Map:
+    if len(shape) < 2:
+        raise ValueError(f"{name}: expected shape (N, C, ...), got {tuple(shape)}")
+    positions, stride = 1, 0
+    for size, step in zip(reversed(shape[2:]), reversed(strides[2:])):
+        if size != 1:
+            stride = step if positions == 1 else stride
+            if step != stride * positions:
+                raise ValueError(
+                    f"{name}: expected spatial positions with one stride, got shape {tuple(shape)} and strides {strides}"
+                )
+        positions *= size
+    return Map(shape[0], shape[1], positions, strides[0], strides[1], stride)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from resdense_ext.kernels.launch import ceil_div, power_of_two
+from resdense_ext.kernels.launch import ceil_div, power_of_two, remembered
 from resdense_ext.kernels.maps import Map
 from resdense_ext.kernels.tiles import positions_from
 
@@ -23,10 +23,12 @@ class Tiling(NamedTuple):
     rows: int
     columns: int
 
+    @remembered
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.BLOCK_M, "BLOCK_C": self.BLOCK_C, "num_warps": 8}
 
 
+@remembered
 def tiling_of(m: Map, elements: int = 4096) -> Tiling:
     """Tiles of so many elements, by default 16 a thread: long along what is adjacent in memory."""
     BLOCK_C = power_of_two(m.C, 1, 128) if m.last else power_of_two(m.C, 1, 4)
