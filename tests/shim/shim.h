@@ -38,6 +38,31 @@ struct __nv_bfloat162 {
 inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
 
+template <typename T>
+struct alignas(4) Pair {
+  T x, y;
+};
+using __half2 = Pair<__half>;
+using __nv_bfloat162 = Pair<__nv_bfloat16>;
+inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+template <typename T, typename F>
+inline uint32_t pair_mask(Pair<T> a, Pair<T> b, F holds) {
+  return (holds(float(a.x), float(b.x)) ? 0xffffu : 0) | (holds(float(a.y), float(b.y)) ? 0xffff0000u : 0);
+}
+template <typename T>
+inline uint32_t __hgt2_mask(Pair<T> a, Pair<T> b) {
+  return pair_mask(a, b, std::greater<>());
+}
+template <typename T>
+inline uint32_t __hle2_mask(Pair<T> a, Pair<T> b) {
+  return pair_mask(a, b, std::less_equal<>());
+}
+template <typename T>
+inline uint32_t __hneu2_mask(Pair<T> a, Pair<T> b) {
+  return pair_mask(a, b, std::not_equal_to<>());
+}
+
 namespace shim {
 
 struct Index {
