@@ -109,11 +109,6 @@ __device__ inline To bit_copy(const From& from) {
   return to;
 }
 
-__device__ inline __half2 narrow_pair(float first, float second, __half) { return __floats2half2_rn(first, second); }
-__device__ inline __nv_bfloat162 narrow_pair(float first, float second, __nv_bfloat16) {
-  return __floats2bfloat162_rn(first, second);
-}
-
 // The same of 16-bit values, two at a time as they lie in registers: half the instructions, of which windows that overlap take
 // more than the memory has time for.
 template <typename T, int VEC>
