@@ -43,7 +43,8 @@ LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice", "offse
 
 
 def cases() -> Iterator[tuple[tuple[int, ...], torch.dtype, str, Pool]]:
-    """Every shape in every layout and two dtypes, with the windows in turn; and one shape with all windows."""
+    """Every shape in every layout and two dtypes, with the windows in turn; one shape with all windows; and what has kernels of
+    its own: whole vectors of channels, with windows that fill the map."""
     turn = itertools.count()
     for shape, dtype, layout in itertools.product(SHAPES, (torch.float32, torch.bfloat16), LAYOUTS):
         yield shape, dtype, layout, pools(len(shape) - 2)[next(turn) % 5]
@@ -51,6 +52,8 @@ def cases() -> Iterator[tuple[tuple[int, ...], torch.dtype, str, Pool]]:
         yield (2, 16, 9, 6), torch.float64, layout, pool
         yield (2, 16, 9, 6), torch.float16, layout, pool
         yield (2, 16, 9, 6), torch.bfloat16, layout, pool
+    for pool, dtype in itertools.product(pools(2)[:2], (torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+        yield (2, 16, 10, 6), dtype, "channels_last_slice", pool
 
 
 def average(y: Tensor, pool: Pool) -> Tensor:

@@ -211,11 +211,20 @@ struct PooledGrad {
   Vector<uint8_t, VEC> tap[COUNT];
 };
 
+// How many blocks a multiprocessor is to hold at least: two, unless what is read at once takes more registers than that leaves;
+// on Blackwell, whose arithmetic on pairs of float32 wants them side by side, it does so earlier.
+template <bool MAXIMUM, bool ACCUMULATE, bool KNOWN>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBackwardBlocks = KNOWN && (MAXIMUM || ACCUMULATE) ? 1 : 2;
+#else
+constexpr int kBackwardBlocks = KNOWN && MAXIMUM && ACCUMULATE ? 1 : 2;
+#endif
+
 // As `mask_and_sum`, of the gradient that a pool passes back to an input: from every window that covers it its share, or, of
 // MAXIMUM, all of it where the input was the largest. Two or three times the map's bytes and the outputs'. An item is a cell of
 // inputs: what their windows share is read once, and all of it at once.
 template <typename T, int VEC, bool MAXIMUM, bool ACCUMULATE, typename WINDOWS>
-__global__ void __launch_bounds__(kReduceThreads, MAXIMUM && ACCUMULATE && WINDOWS::kKnown ? 1 : 2)
+__global__ void __launch_bounds__(kReduceThreads, kBackwardBlocks<MAXIMUM, ACCUMULATE, WINDOWS::kKnown>)
     bn_act_pool_bwd_kernel(Share share, WINDOWS windows, Items<const T> grad, Items<const uint8_t> taps,
                            Items<const T> x, Items<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
                            const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc) {
