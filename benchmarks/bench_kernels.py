@@ -339,7 +339,7 @@ def main() -> None:
     require_gpu()
     budget = Budget(options.seconds)
     torch.backends.cuda.matmul.allow_tf32 = False
-    results = Results(options.out / "kernels.jsonl", conditions("cuda")["commit"])
+    results = Results(options.out / "gpu_kernels.jsonl", conditions("cuda")["commit"])
     rows, *peak = ceilings()
     results.add(rows)
     probe = torch.zeros(1, 1, 1, device=DEVICE)

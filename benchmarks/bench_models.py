@@ -199,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     budget = Budget(options.seconds)
-    results = Results(options.out / "models.jsonl", conditions("cuda")["commit"])
+    results = Results(options.out / "gpu_models.jsonl", conditions("cuda")["commit"])
     rows, bandwidth, _ = ceilings()
     results.add(rows)
     todo = [(m, p, n) for m in options.model for n in options.batch for p in providers_of(m, options.provider)]

@@ -214,13 +214,13 @@ def test_one_models_failure_stops_no_other(device, monkeypatch, tmp_path, capsys
     arguments = ["bench_models.py", "--provider", "min", "stock", "fast", "--batch", "2", "4", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     bench_models.main()
-    first, text = (tmp_path / "models.jsonl").read_text(), capsys.readouterr().out
+    first, text = (tmp_path / "gpu_models.jsonl").read_text(), capsys.readouterr().out
     lines = [line.split() for line in text.splitlines() if line.startswith(("min", "stock", "fast"))]
     assert [line[:2] for line in lines] == [[p, n] for n in "24" for p in ("min", "stock", "fast")]
     assert all("9.00 times as far" in " ".join(line) for line in lines if line[0] == "min")
     assert all(line[2] in ("4", "8") and line[5] == "7" and "-" not in line[:8] for line in lines if line[0] != "min")
     bench_models.main()
-    more = (tmp_path / "models.jsonl").read_text()[len(first) :].splitlines()
+    more = (tmp_path / "gpu_models.jsonl").read_text()[len(first) :].splitlines()
     assert [json.loads(line)["op"] for line in more] == ["copy"] and len(checked) == 6  # nothing is measured twice
 
 
@@ -239,7 +239,7 @@ def test_one_operations_failure_stops_no_other(device, monkeypatch, tmp_path, ca
     arguments = ["bench_kernels.py", "--batch", "2", "--backend", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     bench_kernels.main()
-    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "gpu_kernels.jsonl").read_text().splitlines()]
     found = [(r["network"], r["op"]) for r in rows if r["metric"] in ("time", "failed")]
     assert found == [(network, op) for network in ("densenet121", "densenet201") for op in ("right", "wrong")]
     assert "failed: ValueError: out of resources" in capsys.readouterr().out

@@ -29,14 +29,6 @@ inline float __half2float(__half v) { return v; }
 inline float __bfloat162float(__nv_bfloat16 v) { return v; }
 inline __half __float2half_rn(float v) { return v; }
 inline __nv_bfloat16 __float2bfloat16_rn(float v) { return v; }
-struct __half2 {
-  __half x, y;
-};
-struct __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
-inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
 
 template <typename T>
 struct alignas(4) Pair {
