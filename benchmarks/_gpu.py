@@ -15,6 +15,9 @@ from resdense_ext.cli.bench.rows import append, read, row
 
 __all__ = ["Budget", "Results", "ceilings", "device_times", "measured", "require_gpu"]
 
+_AHEAD = 10_000_000
+"""Clocks of the device in which a host issues some runs of an operation: 5 ms."""
+
 NO_GPU = "needs a CUDA device: torch.cuda.is_available() is False"
 
 
@@ -68,8 +71,11 @@ def measured(measure: Callable[[], list[dict]], failed: Callable[..., dict], bud
         os.execv(sys.executable, [sys.executable, *sys.argv, "--seconds", f"{max(budget.left(), 0):.0f}"])
 
 
-def device_times(fn: Callable[[], object], seconds: float = 0.2, least: int = 5) -> list[float]:
-    """Seconds of single runs by device events, with a cold second-level cache; repeated for a time."""
+def device_times(fn: Callable[[], object], seconds: float = 0.2, least: int = 5, ahead: bool = False) -> list[float]:
+    """Seconds of single runs by device events, with a cold second-level cache; repeated for a time.
+
+    With ``ahead`` the device waits until the host has issued some runs, so that none waits for the host.
+    """
     cache = torch.empty(2**26, dtype=torch.int32, device="cuda")  # 256 MiB, several times any second-level cache
     fn()
     torch.cuda.synchronize()
@@ -77,6 +83,8 @@ def device_times(fn: Callable[[], object], seconds: float = 0.2, least: int = 5)
     start = time.monotonic()
     while len(times) < least or time.monotonic() - start < seconds:
         events = []
+        if ahead:
+            torch.cuda._sleep(_AHEAD)
         for _ in range(least):
             cache.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

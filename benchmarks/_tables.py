@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 from resdense_ext.cli.bench.picture import draw
 from resdense_ext.cli.bench.rows import read
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
+GPU_BEGIN, GPU_END = "<!-- measured on a GPU: begin -->\n", "<!-- measured on a GPU: end -->"
 PROVIDERS = {
     "floor": "the bare convolutions",
     "stock contiguous": "stock, contiguous",
@@ -18,6 +20,20 @@ PROVIDERS = {
     "fast": '`"fast"`',
     "min": '`"min"`',
 }
+GPU_PROVIDERS = {
+    "stock": "stock",
+    "memory_efficient": "`memory_efficient=True`",
+    "compile": "`torch.compile`",
+    "fast": '`"fast"`',
+    "fast graph": '`"fast"`, a CUDA graph',
+    "min": '`"min"`',
+    "min graph": '`"min"`, a CUDA graph',
+}
+GPU_COLUMNS = {"images": "images/s", "share of the byte floor": "of the byte floor", "kernels": "kernels, ms", "host": "host, ms",
+               "launches": "launches", "saved": "saved, MB an image", "peak": "peak, GB"}  # fmt: skip
+GPU_SCALE = {"kernels": 1e3, "host": 1e3, "saved": 1 / 2**20, "peak": 1e-9}
+LARGE = 28
+"""Sides of the maps from which a kernel takes longer than its launch."""
 DRAWN = ("stock channels_last", "memory_efficient", "fast", "min")
 MIB = 2**20
 MODES = {"train": "one training step", "inference": "inference"}
@@ -69,6 +85,40 @@ def _runs(rows: list[dict]) -> dict[tuple, dict[tuple[str, str], dict]]:
     return runs
 
 
+def gpu_steps(rows: list[dict]) -> str:
+    """The newest measurement of every network, provider and metric, a line a network and provider."""
+    newest = {(r["op"], r["provider"], r["metric"]): r for r in rows if r["mode"] == "train"}
+    lines = []
+    for network in dict.fromkeys(op for op, *_ in newest):
+        for provider, name in GPU_PROVIDERS.items():
+            cells = [_gpu_cell(newest.get((network, provider, metric)), metric) for metric in GPU_COLUMNS]
+            if any(cells):
+                lines.append(f"| {network}, {name} | {' | '.join(cells)} |\n")
+    first = next(iter(newest.values()))
+    return (
+        f"Measured: training steps of batch {first['shape'][0]}, {'x'.join(map(str, first['shape'][1:]))}, {first['dtype']} autocast, channels "
+        f"last, on an {first['hardware']}, torch {first['versions']['torch']}; kernels is the sum of their times by torch's profiler.\n\n"
+        f"| | {' | '.join(GPU_COLUMNS.values())} |\n|{'---|' * (1 + len(GPU_COLUMNS))}\n{''.join(lines)}"
+    )
+
+
+def _gpu_cell(row: dict | None, metric: str) -> str:
+    return "" if row is None else f"{row['median'] * GPU_SCALE.get(metric, 1):.4g}"
+
+
+def gpu_kernels(rows: list[dict]) -> str:
+    """Time over the floor of every operation on large maps, its median over layers, worst first."""
+    newest = {(r["op"], r["provider"], *r["shape"]): r["median"] for r in rows if r["metric"] == "time over floor" and r["shape"][-1] >= LARGE}
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for (op, provider, *_), value in newest.items():
+        ratios.setdefault(op, {}).setdefault(provider, []).append(value)
+    lines = [(found, op) for op, found in ratios.items() if "cuda" in found]
+    lines.sort(key=lambda line: -median(line[0]["cuda"]))
+    cells = lambda found: " | ".join(f"{median(found[p]):.1f}" if p in found else "" for p in ("cuda", "triton"))  # noqa: E731
+    body = "".join(f"| `{op}` | {cells(found)} |\n" for found, op in lines)
+    return f"| maps of {LARGE}x{LARGE} and more: time over the floor of bytes or products | CUDA backend | Triton backend |\n|---|---|---|\n{body}"
+
+
 def _machine(row: dict) -> str:
     return f"{row['hardware']} with {row['versions']['cpu_capability']}, torch {row['versions']['torch']}"
 
@@ -89,13 +139,23 @@ def measured() -> str:
     return f"{tables(rows['densenet'])}\n{overview(rows['models'])}"
 
 
+def measured_on_a_gpu() -> str:
+    steps, kernels = (read(ROOT / f"benchmarks/results/gpu_{name}.jsonl") for name in ("models", "kernels"))
+    return f"{gpu_steps(steps)}\n{gpu_kernels(kernels)}"
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}{new}{end}{after}"
+
+
 def main() -> None:
     readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    _, after = rest.split(END)
     rows, drawn = [r for rows in committed().values() for r in rows], ("train", "channels_last", "float32")
     draw([r for r in rows if (r["mode"], r["layout"], r["dtype"]) == drawn], ROOT / "docs/benchmark.png", DRAWN)
-    readme.write_text(f"{before}{BEGIN}{measured()}{END}{after}")
+    text = _between(readme.read_text(), BEGIN, END, measured())
+    readme.write_text(_between(text, GPU_BEGIN, GPU_END, measured_on_a_gpu()))
 
 
 if __name__ == "__main__":

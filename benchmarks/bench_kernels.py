@@ -287,7 +287,7 @@ def measure(operation: Operation, backend: ReferenceBackend, shape: Shape, batch
     moved = 2 * positions * operation.channels(shape.channels)
     floor = max(moved / bandwidth, positions * operation.flops(shape.channels) / rate)
     with rd.use_backend(backend.name):
-        times = device_times(lambda: operation.run(backend, t), SECONDS)
+        times = device_times(lambda: operation.run(backend, t), SECONDS, ahead=True)
     rows = [
         row(operation.name, backend.name, "device", "time", "s", times, **setting),
         row(operation.name, backend.name, "device", "bytes over copy bandwidth", "1", [moved / s / bandwidth for s in times], **setting),
@@ -297,7 +297,7 @@ def measure(operation: Operation, backend: ReferenceBackend, shape: Shape, batch
         row(operation.name, backend.name, "check", "error", "1", [error], **setting),
     ]  # fmt: skip
     if operation.stock is not None:
-        times = device_times(lambda: operation.stock(t), SECONDS)
+        times = device_times(lambda: operation.stock(t), SECONDS, ahead=True)
         rows.append(row(operation.name, "torch", "device", "time", "s", times, **setting))
     return rows
 

@@ -294,6 +294,8 @@ def check_bn_fold(ops, device: str) -> None:
         for value, truth, size in zip(ours, truths, sizes):
             assert value.dtype == dtype
             assert_rounded(value, truth, size, (channels, dtype, affine))
+    none = torch.empty(0, device=device)
+    assert all(t.shape == (0,) for t in ops.bn_fold(none, none, 1.0, 1e-5, None, None))
 
 
 def check_bn_correction(ops, device: str) -> None:
@@ -309,6 +311,8 @@ def check_bn_correction(ops, device: str) -> None:
         terms = [(slope,), (-scale.double() / 50 * sum_dy.double(), -slope * mean.double())]
         for ours, start, size, more in zip((beta, delta), truths, sizes, terms):
             assert_rounded(ours, start + sum(more), size + sum(t.abs() for t in more), (channels, dtype, accumulate))
+    none = torch.empty(0, device=device)
+    assert ops.bn_correction(*[none] * 5, 1.0, none, none, False).shape == (0,)
 
 
 def check_copy_map(ops, device: str) -> None:
@@ -361,9 +365,6 @@ def check_empty(ops, device: str) -> None:
         sums = ops.bn_act_backward(x, x, channels, channels, channels, 0.0)
         sums += ops.bn_act_backward_accumulate(x, x, x, channels, channels, channels, 0.0)
         assert all(torch.equal(t, torch.zeros_like(channels)) for t in sums)
-        folded = ops.bn_fold(channels, channels, 1.0, 1e-5, None, None)
-        correction = (*[channels] * 5, 1.0, channels, channels, False)
-        assert all(t.shape == channels.shape for t in (*folded, ops.bn_correction(*correction)))
         mean, m2 = ops.channel_stats(x)
         assert bool(mean.isnan().all()) and torch.equal(m2, torch.zeros_like(channels))
 

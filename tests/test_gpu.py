@@ -178,7 +178,8 @@ def test_a_side_stream_is_respected(backend):
         assert torch.equal(got, expected)
 
 
-def test_gradients_repeat_bitwise(backend):
+def test_gradients_repeat_bitwise(backend, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     block, x = block_of(), maps((16, 64, 28, 28)).requires_grad_()
     results = []
     for _ in range(3):

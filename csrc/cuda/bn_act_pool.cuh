@@ -211,14 +211,9 @@ struct PooledGrad {
   Vector<uint8_t, VEC> tap[COUNT];
 };
 
-// How many blocks a multiprocessor is to hold at least: two, unless what is read at once takes more registers than that leaves;
-// on Blackwell, whose arithmetic on pairs of float32 wants them side by side, it does so earlier.
+// How many blocks a multiprocessor is to hold at least: two, unless what is read at once takes more registers than that leaves.
 template <bool MAXIMUM, bool ACCUMULATE, bool KNOWN>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBackwardBlocks = KNOWN && (MAXIMUM || ACCUMULATE) ? 1 : 2;
-#else
-constexpr int kBackwardBlocks = KNOWN && MAXIMUM && ACCUMULATE ? 1 : 2;
-#endif
+constexpr int kBackwardBlocks = KNOWN && (kPairs ? MAXIMUM || ACCUMULATE : MAXIMUM && ACCUMULATE) ? 1 : 2;
 
 // As `mask_and_sum`, of the gradient that a pool passes back to an input: from every window that covers it its share, or, of
 // MAXIMUM, all of it where the input was the largest. Two or three times the map's bytes and the outputs'. An item is a cell of

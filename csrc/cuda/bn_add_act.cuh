@@ -9,7 +9,7 @@ namespace resdense::cuda {
 // identity_shift). Three times the map's bytes; stock takes seven (each batch norm reads and writes, the sum reads two and
 // writes one, the activation works in place), or nine with a projection.
 template <typename T, int VEC, bool PROJECTED>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     bn_add_act_fwd_kernel(Walk walk, Items<const T> z, Items<const T> identity, Items<T> out, const wide_t<T>* scale,
                           const wide_t<T>* shift, const wide_t<T>* identity_scale, const wide_t<T>* identity_shift,
                           wide_t<T> slope) {

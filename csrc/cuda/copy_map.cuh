@@ -18,7 +18,7 @@ constexpr int kCopyVector = kVector<From> < kVector<To> ? kVector<From> : kVecto
 
 // out = x, where both have one layout. Each map's bytes once.
 template <typename From, typename To, int VEC>
-__global__ void __launch_bounds__(kWalkThreads, 4)
+__global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     copy_map_kernel(Walk walk, Items<const From> x, Items<To> out) {
   walk_rows<VEC>(walk, lane_of<VEC>(walk), x, out, [](int, wide_t<From> value) { return static_cast<wide_t<To>>(value); });
 }

@@ -13,6 +13,13 @@
 
 namespace resdense::cuda {
 
+// Whether this is compiled for Blackwell, whose arithmetic on pairs of float32 wants them side by side: that takes more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
 // The type that a value is computed in, and its sums are kept in.
 template <typename T>
 struct Wide {

@@ -7,6 +7,8 @@ namespace resdense::cuda {
 
 // Small blocks, as many as the registers allow: what a multiprocessor holds is a multiple of them.
 constexpr int kWalkThreads = 128;
+// At least so many a multiprocessor: 128 registers a thread, of which all leave some.
+constexpr int kWalkBlocks = 4;
 
 // A map seen as rows, the items of the walk. Channels-last: a row a position, of its channels; channels-first: a row a sample,
 // of all its values; dense and free of channels: rows of what one block takes. What is called a channel there is the place in

@@ -17,7 +17,7 @@ constexpr int kReduceThreads = 256;
 
 // How many items a thread loads at once.
 template <int MAPS>
-constexpr int kAtOnce = MAPS == 1 ? 8 : MAPS == 2 ? 4 : 2;
+constexpr int kAtOnce = MAPS == 1 ? 8 : MAPS == 2 && !kPairs ? 4 : 2;
 
 // Sums of two quantities of K channels.
 template <typename W, int K>

@@ -157,7 +157,7 @@ class ReferenceBackend:
         The gradients ``dgamma`` and ``dbeta`` of the norm behind the convolution, which ``fold`` is, and that of its weight ``[K,
         C]``, then ``V = scale * weight`` and ``T`` with which that of its input is ``g V + b T / unit``, in the weight's dtype.
         """
-        count, (K, C) = fold.count, weight.shape
+        count, C = fold.count, weight.shape[1]
         W, mean, dbeta = weight.to(R.dtype), R[C, :C] / count, G[:, C].contiguous()
         G = G[:, :C] - dbeta[:, None] * mean
         dgamma = fold.rstd * (W * G).sum(1)
@@ -204,6 +204,11 @@ class ReferenceBackend:
         dy, z, alpha, beta, delta = pending
         alone = Activation("identity")
         return self.bn_add_act(dy, Affine(alpha, delta, alone), z, Affine(beta, torch.zeros_like(beta), alone), alone)
+
+    def finished(self, pending: Pending) -> Tensor | Pending:
+        """A gradient that nobody else reads, as it takes this backend's `bn_act_conv_backward` the least memory: finished in its
+        place, or pending where that one finishes it as it reads."""
+        return pending
 
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         """A batch norm over ``count`` positions with these statistics, or over its running ones."""

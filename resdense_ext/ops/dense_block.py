@@ -243,7 +243,7 @@ def backward(
             inner = backend.fold(second.norm, z_stats, count, activation)
             grads = backend.bn_act_conv_backward(z, inner, second.conv, upstream, None, wants_weight(unit + 1))
             record(unit + 1, grads)
-            upstream = ranks.share_(grads.input) if second.norm.batch_stats else grads.input
+            upstream = backend.finished(ranks.share_(grads.input) if second.norm.batch_stats else grads.input)
             del z, grads
         into = gradient.pending(buffer, 0, C)
         record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, into, wants_weight(unit)))

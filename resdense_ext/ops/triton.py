@@ -49,14 +49,15 @@ def architecture_refusal(device: torch.device) -> Optional[str]:
 PRODUCTS, STRIDED_PRODUCTS = 918, 368
 """The most multiply-adds a value of the input with which a convolution larger than 1x1 is ours, without and with a stride.
 
-By bytes on an H200, not measured yet (`make gpu PART=kernels` times ours and the vendor's): the vendor's library wants the
-activation in memory, written and read, 4 bytes a value; what it computes is copied to its place and read for its statistics, 6
-bytes a value of the output, which with a stride are few. B bytes take B / 4.3e12 s. P multiply-adds a value take the vendor's
-2 P / 790e12 s, and ours twice that if our kernels, which activate a value anew for every tap, reach half its rate: P is where both
-are as fast. Backward has twice the bytes, as the data gradient is written and read before its mask, and twice the products.
+By the bytes of an H200, on paper: the vendor's library wants the activation in memory, written and read, 4 bytes a value; what it
+computes is copied to its place and read for its statistics, 6 bytes a value of the output, which with a stride are few. B bytes take
+B / 4.3e12 s. P multiply-adds a value take the vendor's 2 P / 790e12 s, and ours twice that if our kernels, which activate a value
+anew for every tap, reach half its rate: P is where both are as fast. Backward has twice the bytes, as the data gradient is written
+and read before its mask, and twice the products.
 
-Of ResNet-50's 3x3 convolutions the first has P = 576, those with a stride of 2 from 288 on; the last of either has 4608 and 1152.
-A dense layer's has 9 times its growth, and 27 times in three dimensions.
+Measured there they reach less: with the CUDA backend's passes around it the vendor's route takes a half to a fifth of the time of ours
+for ResNet-50's 3x3 convolutions, of which the first has P = 576 and those with a stride of 2 from 288 on. So that backend takes it; here,
+whose passes are slower, ours remain for their memory. A dense layer's has 9 times its growth, and 27 times in three dimensions.
 """
 
 

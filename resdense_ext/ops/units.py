@@ -123,7 +123,8 @@ def wanted_gradients(found: Sequence[Optional[Tensor]], inputs: Sequence[Tensor]
 def gradient_like(value: Tensor, parameter: Tensor) -> Tensor:
     """As ``torch.empty_like(parameter)`` lies; in another layout it would be copied when it is accumulated, too."""
     value = value.to(parameter.dtype)
-    return value if _steps(value) == _steps(parameter) else torch.empty_like(parameter).copy_(value)
+    alike = value.stride() == parameter.stride() or _steps(value) == _steps(parameter)
+    return value if alike else torch.empty_like(parameter).copy_(value)
 
 
 def _steps(x: Tensor) -> list[int]:

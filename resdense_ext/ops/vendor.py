@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.backend import Pending, ReferenceBackend
 from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Conv, accumulation_dtype
@@ -38,6 +38,9 @@ class VendorBackend(ReferenceBackend):
     def chunks(self, x: Tensor) -> list[slice]:
         size = max(1, SCRATCH * x.shape[0] // max(x.numel() * x.element_size(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)] or [slice(0, 0)]
+
+    def finished(self, pending: Pending) -> Tensor:
+        return self.pending_grad_(pending)
 
     def convolve(self, a: Tensor, conv: Conv, out: Tensor) -> None:
         rows, products = _rows(a), _rows(out)
