@@ -1,7 +1,7 @@
 """A training step of a DenseNet or ResNet on a GPU in bfloat16 autocast and channels-last: stock, its checkpoint, torch.compile, ours.
 
-Images a second, the host's time and the launches of a step, what is kept for backward, the peak, and the largest batch that fits
-(from a line through the peaks at two batches). Our gradients are compared with stock's before anything is timed.
+Images a second, the host's time, the launches of a step and their kernels' time, what is kept for backward, the peak, and the largest
+batch that fits (from a line through the peaks at two batches). Our gradients are compared with stock's before anything is timed.
 
     python benchmarks/bench_models.py [--model densenet121] [--batch 32 256] [--seconds 500] [--out benchmarks/results]
 """
@@ -101,12 +101,13 @@ def host_times(run: Callable[[], object], repeats: int = 9) -> list[float]:
     return times
 
 
-def launches(run: Callable[[], object]) -> int:
-    """Kernels on the device in one step."""
+def kernels(run: Callable[[], object]) -> list[float]:
+    """The seconds that each kernel on the device takes in one step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [e.time_range.elapsed_us() / 1e6 for e in on_device]
 
 
 def largest_batches(small: tuple[int, float], large: tuple[int, float]) -> dict[int, int]:
@@ -159,7 +160,9 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     add("images", "1/s", [batch / s for s in times])
     add("share of the byte floor", "1", [bytes_of(model, batch) / bandwidth / s for s in times])
     add("host", "s", host_times(run))
-    add("launches", "1", [launches(run)])
+    launched = kernels(run)
+    add("launches", "1", [len(launched)])
+    add("kernels", "s", [sum(launched)])
     if not provider.endswith("graph"):
         add("peak", "B", [peak_of(step)])
     return rows

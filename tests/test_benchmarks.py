@@ -189,7 +189,7 @@ class Device:
             monkeypatch.setattr(module, "conditions", lambda device: {"commit": "abc"})
             monkeypatch.setattr(module, "ceilings", lambda: ([row("copy", "torch", "ceiling", "bandwidth", "B/s", [1e12])], 1e12, 1e15))
             monkeypatch.setattr(module, "device_times", self.times)
-        monkeypatch.setattr(bench_models, "launches", lambda run: 7)
+        monkeypatch.setattr(bench_models, "kernels", lambda run: [0.01] * 7)
 
     def synchronize(self) -> None:
         if self.lost:

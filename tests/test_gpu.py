@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from small_nets import small_densenet
 from test_dense_block import POLICIES, random_block, state, stock_of
+from test_moments import assert_gram
 from test_residual_block import Block
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops import moments, triton
+from resdense_ext.ops import triton
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -56,7 +57,7 @@ def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes)
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("by_us", [True, False])
+@pytest.mark.parametrize(("backend", "by_us"), [("triton", True), ("triton", False), ("cuda", False)], indirect=["backend"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_block_of_resnet50(backend, policy, channels_last, by_us, stride, monkeypatch):
     for limit in ("PRODUCTS", "STRIDED_PRODUCTS"):
@@ -75,11 +76,7 @@ def test_a_block_of_resnet50(backend, policy, channels_last, by_us, stride, monk
 def test_products_of_moments_add_up_in_float32(dtype, sizes):
     """The first and the last stage of a ResNet-50, and a prime number of positions."""
     count, *channels = sizes
-    a, b = (torch.randn(count, n, device="cuda").to(dtype) for n in channels)
-    found = moments.gram(a, b)
-    assert found.dtype == torch.float32
-    of_magnitudes = a.double().abs().T @ b.double().abs()
-    assert (found - a.double().T @ b.double()).norm() <= torch.finfo(torch.float32).eps * of_magnitudes.norm()
+    assert_gram(*(torch.randn(count, n, device="cuda").to(dtype) for n in channels))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -18,6 +18,15 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
   walk_rows<VEC>(walk, lane, x, out, [&](int k, W value) { return activate(a[k] * value + b[k], slope); });
 }
 
+// One value of a backward of act(a * x + b): adds dy = g * act'(a * x + b) and dy * (x - c) to the sums of the k-th channel, and
+// returns what is to be written, dy or, to ACCUMULATE, before + a * dy.
+template <bool ACCUMULATE, typename W, int K>
+__device__ inline W mask_value(W g, W value, W before, W a, W b, W c, W slope, int k, Sums<W, K>& sums) {
+  const W dy = activate_backward(g, a * value + b, slope);
+  sums.add(k, dy, dy * (value - c));
+  return ACCUMULATE ? before + a * dy : dy;
+}
+
 // What every backward of act(scale * x + shift) does in one pass: dy = gradient * act'(scale * x + shift), its sum and that of
 // dy * (x - center), and out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into, and what
 // gradient(at, values, u, g) takes g from, the gradients of the u-th vector; `at` is its place. The sums are of dy before it
@@ -44,10 +53,8 @@ __device__ inline void mask_and_sum(const Share& share, const Lane& lane, const 
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
         const int channel = ROWS ? k : 0;
-        const W value = widen(values[0][u].v[k]);
-        const W dy = activate_backward(g[k], a[channel] * value + b[channel], slope);
-        sums.add(k, dy, dy * (value - c[channel]));
-        result[k] = ACCUMULATE ? widen(values[ACCUMULATE][u].v[k]) + a[channel] * dy : dy;
+        result[k] = mask_value<ACCUMULATE>(g[k], widen(values[0][u].v[k]), widen(values[ACCUMULATE][u].v[k]), a[channel],
+                                           b[channel], c[channel], slope, k, sums);
       }
       store_first(out.at(at, lane.channel), narrow<T>(result), lane.count);
       at.advance();

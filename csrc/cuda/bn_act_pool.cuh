@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(kReduceThreads, kBackwardBlocks<MAXIMUM, ACCUM
 #pragma unroll
         for (int i = 0; i < INPUTS; ++i) {
           const W g = MAXIMUM ? gradient(i, k) : gradient(i, k) * weight;
-          const W value = widen(values[i].v[k]);
-          const W dy = activate_backward(g, a[k] * value + b[k], slope);
-          sums.add(k, dy, dy * (value - c[k]));
-          narrow(ACCUMULATE ? widen(results[i].v[k]) + a[k] * dy : dy, results[i].v[k]);
+          const W before = ACCUMULATE ? widen(results[i].v[k]) : W(0);
+          const W result =
+              mask_value<ACCUMULATE>(g, widen(values[i].v[k]), before, a[k], b[k], c[k], slope, k, sums);
+          narrow(result, results[i].v[k]);
         }
       }
 #pragma unroll

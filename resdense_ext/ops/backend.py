@@ -206,8 +206,8 @@ class ReferenceBackend:
         return self.bn_add_act(dy, Affine(alpha, delta, alone), z, Affine(beta, torch.zeros_like(beta), alone), alone)
 
     def finished(self, pending: Pending) -> Tensor | Pending:
-        """A gradient that nobody else reads, as it takes this backend's `bn_act_conv_backward` the least memory: finished in its
-        place, or pending where that one finishes it as it reads."""
+        """A gradient that nobody else reads, as this backend's `bn_act_conv_backward` takes it with the least memory: finished in
+        its place, or pending where that one finishes it as it reads."""
         return pending
 
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:

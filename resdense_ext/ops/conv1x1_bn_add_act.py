@@ -16,8 +16,8 @@ R is added up for the deviations from a point near the mean, whose distance from
 with W. So var has an error of some units in the last place of ``|w|^T |R| |w| / M``, whatever the mean; where a row of W is nearly
 orthogonal to strongly correlated inputs that is more than var itself, as the same error is of stock's (see the tests).
 
-``a`` is never whole in memory: it is made from the raw ``x``, some samples at a time, wherever it is read. In 16 bits on a GPU
-backward makes it once, as deviations, and is a matter of products: `resdense_ext.ops.moments`.
+``a`` is not kept: it is made from the raw ``x``, some samples at a time, wherever it is read. In 16 bits on a GPU backward makes it
+once and whole, as deviations, and is a matter of products: `resdense_ext.ops.moments`.
 
 Source: the composition is that of He et al., Deep Residual Learning for Image Recognition (2016); the algebra is this library's.
 """

@@ -8,7 +8,7 @@ columns of ones behind them: ``b = [a - near, 1, 1, 0 ..]``. Then two products h
     da = g V + b T / unit           V = s W rounded;  T = unit * [-W^T diag(r dgamma / M) V; an offset; its rounding; 0 ..]
 
 With C inputs and K outputs these read or write ``(11 C + 2 K) M`` values where x has a norm, the passes of that norm's backward
-included, and ``(9 C + 2 K) M`` where it has none and a gradient is added to.
+included, and ``(9 C + 2 K) M`` where it has none and a gradient is added to. While it lasts, b and da are as large as x, each.
 
 The point near the mean is what the norm and the activation make of the mean of x. The offset, ``-V^T dbeta / M`` and that of the
 deviations' own mean, is of the rounded matrices and goes in before the sum is rounded: rounded on its own it would be wrong by

@@ -55,7 +55,7 @@ B / 4.3e12 s. P multiply-adds a value take the vendor's 2 P / 790e12 s, and ours
 anew for every tap, reach half its rate: P is where both are as fast. Backward has twice the bytes, as the data gradient is written
 and read before its mask, and twice the products.
 
-Measured there they reach less: with the CUDA backend's passes around it the vendor's route takes a half to a fifth of the time of ours
+Measured there they reach less: with the CUDA backend's passes around it the vendor's route takes a half to a tenth of the time of ours
 for ResNet-50's 3x3 convolutions, of which the first has P = 576 and those with a stride of 2 from 288 on. So that backend takes it; here,
 whose passes are slower, ours remain for their memory. A dense layer's has 9 times its growth, and 27 times in three dimensions.
 """
