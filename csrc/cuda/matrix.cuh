@@ -25,6 +25,14 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
                : "memory");
 }
 
+// The same of the matrices' transposes, for 16-bit values: a lane gets the values l / 4 of the rows 2 * (l % 4) and the next.
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // c += a * b for 16 x 16 of a (matrices: upper left, lower left, upper right, lower right) and 16 x 8 of b (upper, lower; each
 // stored a column a row). Of c a lane has columns 2 * (l % 4) and the next, in rows l / 4 and l / 4 + 8.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
@@ -39,13 +47,23 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes from global to shared memory, or zeros; they are there after `finish_copies` and a barrier.
+// 16 bytes from global to shared memory, or zeros; they are there after a wait and a barrier.
 __device__ inline void copy_16_bytes(void* to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(__cvta_generic_to_global(from)), "r"(exists ? 16 : 0)
                : "memory");
 }
 
+// Closes a group of this thread's copies.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all closed groups but the latest LEFT.
+template <int LEFT>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Waits for all copies.
 __device__ inline void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace resdense::cuda

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -88,6 +89,7 @@ class Block {
     for (Fiber& fiber : fibers_) {
       fiber.state = State::ready;
       fiber.exchanges = 0;
+      fiber.groups = 0;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
@@ -139,19 +141,24 @@ class Block {
 
   static unsigned char* shared() { return current_->shared_[0].bytes; }
 
-  // 16 bytes, or zeros where there is no `from`, at some time before `finish_copies`: every other thread at once, the others
+  // 16 bytes, or zeros where there is no `from`, at some time before they are waited for: every other thread at once, the others
   // as late as can be, so that both a missing wait and a place that is still being read show.
   static void copy(void* to, const void* from) {
-    auto& copies = current_->fibers_[threadIdx.x].copies;
-    copies.emplace_back(static_cast<Piece*>(to), static_cast<const Piece*>(from));
-    if (threadIdx.x % 2) finish_copies();
+    Fiber& fiber = current_->fibers_[threadIdx.x];
+    const Copy mine{static_cast<Piece*>(to), static_cast<const Piece*>(from), fiber.groups};
+    threadIdx.x % 2 ? mine.run() : fiber.copies.push_back(mine);
   }
 
-  static void finish_copies() {
-    auto& copies = current_->fibers_[threadIdx.x].copies;
-    for (const auto& [to, from] : copies) *to = from ? *from : Piece{};
-    copies.clear();
+  // Closes a group of copies.
+  static void commit_copies() { ++current_->fibers_[threadIdx.x].groups; }
+
+  // Waits for all closed groups but the latest `left`.
+  static void wait_for_copies(int left) {
+    Fiber& fiber = current_->fibers_[threadIdx.x];
+    finish_copies(fiber.groups - left);
   }
+
+  static void finish_copies() { finish_copies(std::numeric_limits<int>::max()); }
 
  private:
   static constexpr size_t kStack = 64 * 1024;
@@ -160,14 +167,30 @@ class Block {
   struct alignas(16) Piece {
     unsigned char bytes[16];
   };
+  struct Copy {
+    Piece* to;
+    const Piece* from;
+    int group;
+    void run() const { *to = from ? *from : Piece{}; }
+  };
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state;
     unsigned exchanges;
     unsigned char slots[2][kSlot];
-    std::vector<std::pair<Piece*, const Piece*>> copies;
+    std::vector<Copy> copies;
+    int groups;
   };
+
+  static void finish_copies(int groups) {
+    auto& copies = current_->fibers_[threadIdx.x].copies;
+    std::erase_if(copies, [=](const Copy& copy) {
+      if (copy.group >= groups) return false;
+      copy.run();
+      return true;
+    });
+  }
 
   static void enter() {
     current_->kernel_();

@@ -14,6 +14,18 @@ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   for (unsigned matrix = 0; matrix < 4; ++matrix) to[matrix] = rows(8 * matrix + lane / 4).words[lane % 4];
 }
 
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  struct alignas(16) Row {
+    uint16_t values[8];
+  };
+  const auto rows = shim::Block::exchange(*static_cast<const Row*>(row));
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    const unsigned first = 8 * matrix + 2 * (lane % 4);
+    to[matrix] = rows(first).values[lane / 4] | uint32_t(rows(first + 1).values[lane / 4]) << 16;
+  }
+}
+
 template <typename T>
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   struct Fragments {
@@ -37,6 +49,13 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 inline void copy_16_bytes(void* to, const void* from, bool exists) { shim::Block::copy(to, exists ? from : nullptr); }
+
+inline void commit_copies() { shim::Block::commit_copies(); }
+
+template <int LEFT>
+inline void wait_for_copies() {
+  shim::Block::wait_for_copies(LEFT);
+}
 
 inline void finish_copies() { shim::Block::finish_copies(); }
 
