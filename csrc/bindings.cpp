@@ -83,6 +83,14 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
       "-> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_act_conv(Tensor x, Tensor? scale, Tensor? shift, float negative_slope, Tensor weight, Tensor? bias, int[] stride, "
+      "int[] padding, int[] dilation, int groups, int scratch, Tensor(a!) out) -> ()");
+  m.def(
+      "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, float negative_slope, Tensor weight, "
+      "int[] stride, int[] padding, int[] dilation, int groups, int scratch, Tensor grad, Tensor? z, Tensor? alpha, "
+      "Tensor? beta, Tensor? delta, Tensor(a!)? out, bool need_weight, bool need_bias) "
+      "-> (Tensor? dy, Tensor? dweight, Tensor? dbias, Tensor? sum_dy, Tensor? sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

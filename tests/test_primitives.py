@@ -395,6 +395,7 @@ class TestOperators:
         p, q, r = torch.randn(3), torch.randn(3), torch.randn(3)
         windows, small = ([3, 2], [2, 2], [1, 0]), torch.randn(2, 6, 3, 2)
         taps = torch.full_like(small, 2, dtype=torch.uint8)
+        geometry = ([1, 1], [1, 1], [1, 1], 1)
         return {
             "channel_stats": (x,),
             "bn_fold": (a, b.square(), 40, 1e-5, c, None),
@@ -420,6 +421,10 @@ class TestOperators:
             "bn_act_global_pool": (x, a, b, 0.1),
             "bn_act_global_pool_backward": (torch.randn(2, 6, 1, 1), x, a, b, c, 0.1, x.clone(), True),
             "bn_act_conv3x3": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), True),
+            "bn_act_conv": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, 2**20, z.clone()),
+            "bn_act_conv_backward": (
+                *(x, a, b, c, 0.0, torch.randn(3, 6, 3, 3), *geometry, 2**20, z, z.clone(), p, q, r, None, True, True),
+            ),
             "add_act": (x, x.clone(), 0.0),
             "add_act_backward": (x, x.clone(), 0.0),
             "bn_add_act": (x, a, b, x.clone(), c, a.clone(), 0.0),
@@ -450,6 +455,8 @@ class TestOperators:
             "bn_act_global_pool",
             "bn_act_global_pool_backward",
             "bn_act_conv3x3",
+            "bn_act_conv",
+            "bn_act_conv_backward",
             "add_act",
             "add_act_backward",
             "bn_add_act",

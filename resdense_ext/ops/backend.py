@@ -219,29 +219,6 @@ class ReferenceBackend:
         scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
         return Fold(Affine(scale, shift, activation), mean, rstd, count if norm.batch_stats else None)
 
-    def convolve(self, a: Tensor, conv: Conv, out: Tensor) -> None:
-        """Writes ``conv(a)`` into ``out``."""
-        out.copy_(reference.convolution(a, conv))
-
-    def convolution_backward(
-        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-        """The gradients of ``a``, of the weight and of the bias from that of ``conv(a)``; the latter two where they are needed."""
-        outputs, dimensions = conv.weight.shape[0], a.dim() - 2
-        return torch.ops.aten.convolution_backward(
-            grad,
-            a,
-            conv.weight,
-            None if conv.bias is None else [outputs],
-            conv.steps,
-            conv.padding,
-            conv.dilation,
-            False,
-            [0] * dimensions,
-            conv.groups,
-            [True, need_weight, need_weight and conv.bias is not None],
-        )
-
     def bn_act_conv(
         self,
         x: Tensor,
@@ -261,10 +238,8 @@ class ReferenceBackend:
         for part in self.chunks(x):
             activated = x[part] if affine is None else self.bn_act(x[part], affine)
             activated = activated.to(conv.weight.dtype)
-            if mask is None:
-                self.convolve(activated, conv, out[part])
-            else:
-                out[part].copy_(reference.convolution(activated, conv) * mask[part] * mask_scale)
+            z = reference.convolution(activated, conv)
+            out[part].copy_(z if mask is None else z * mask[part] * mask_scale)
         activation = Activation() if affine is None else affine.activation
         return self._read(out, self.channel_stats(out) if stats else (), stats, reader, activation)
 
@@ -297,7 +272,7 @@ class ReferenceBackend:
             # What only the weight's gradient reads; the other's takes the shape alone.
             activated = self.bn_act(x[part], fold.affine) if fold is not None and need_weight else x[part]
             upstream = self.pending_grad(grad.part(part)) if isinstance(grad, Pending) else grad[part]
-            dx, weight, bias = self.convolution_backward(upstream.to(dtype), activated.to(dtype), conv, need_weight)
+            dx, weight, bias = _convolution_backward(upstream.to(dtype), activated.to(dtype), conv, need_weight)
             del activated, upstream
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
@@ -445,6 +420,26 @@ def end_slope(activation: Activation) -> Optional[float]:
     """
     slope = {"relu": 0.0, "identity": 1.0, "leaky_relu": activation.slope}.get(activation.name)
     return None if slope is None or slope < 0 else slope
+
+
+def _convolution_backward(
+    grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """The gradients of ``a``, of the weight and of the bias from that of ``conv(a)``; the latter two where they are needed."""
+    outputs, dimensions = conv.weight.shape[0], a.dim() - 2
+    return torch.ops.aten.convolution_backward(
+        grad,
+        a,
+        conv.weight,
+        None if conv.bias is None else [outputs],
+        conv.steps,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0] * dimensions,
+        conv.groups,
+        [True, need_weight, need_weight and conv.bias is not None],
+    )
 
 
 def _add_up(total: list[Optional[Tensor]], parts: Sequence[Optional[Tensor]]) -> None:

@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from resdense_ext.ops import _library, conv3x3
 from resdense_ext.ops.backend import Affine, Fold, Stats, register
 from resdense_ext.ops.compiled import CompiledBackend, slope_of
+from resdense_ext.ops.out_of_memory import watch
 from resdense_ext.ops.triton import MomentsBackend, architecture_refusal
 from resdense_ext.ops.vendor import VendorBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv
@@ -29,6 +30,7 @@ class CudaBackend(CompiledBackend, MomentsBackend, VendorBackend):
             return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
         if not x.is_cuda:
             return f"the input is on {x.device.type}"
+        watch()
         return architecture_refusal(x.device) or super().refusal(x, compute_dtype, activation)
 
     def bn_act_conv(

@@ -86,6 +86,20 @@ def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):
     return _vectors(out, out.shape[1] if stats else 0)
 
 
+def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding, dilation, groups, scratch, out):
+    return None
+
+
+def _bn_act_conv_backward(
+    x, scale, shift, center, negative_slope, weight, stride, padding, dilation, groups, scratch,
+    grad, z, alpha, beta, delta, out, need_weight, need_bias,
+):  # fmt: skip
+    dy = torch.empty_like(x) if out is None else None
+    dweight = torch.empty_like(weight) if need_weight else None
+    dbias = weight.new_empty(weight.shape[0]) if need_bias else None
+    return dy, dweight, dbias, *((None, None) if scale is None else _vectors(x, x.shape[1]))
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -140,6 +154,8 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_winograd,
         _bn_act_winograd_backward,
         _bn_act_conv3x3,
+        _bn_act_conv,
+        _bn_act_conv_backward,
         _add_act,
         _add_act_backward,
         _bn_add_act,

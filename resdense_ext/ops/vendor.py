@@ -1,7 +1,7 @@
 """Convolutions by the vendor's libraries, on activations in memory: of some samples at a time, and without other copies.
 
 On an H200 this is faster than kernels that activate as they multiply: cuBLAS and cuDNN run close to the memory's bandwidth, and so
-does the pass that writes the activation; `make gpu PART=kernels` times both.
+does the pass that writes the activation; `make gpu PART=kernels` times both. All of a convolution is one operator, ``csrc/vendor``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from resdense_ext.ops.backend import Pending, ReferenceBackend
-from resdense_ext.ops.convolve import is_matrix_product
-from resdense_ext.ops.layout import empty_map
-from resdense_ext.reference import Conv, accumulation_dtype
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.compiled import slope_of
+from resdense_ext.ops.out_of_memory import told
+from resdense_ext.reference import Activation, BatchNorm, Conv
 
 __all__ = ["SCRATCH", "VendorBackend"]
 
@@ -22,14 +23,7 @@ SCRATCH = 2**28
 """Bytes of an activation that may be in memory at once, and in backward as many of its gradient: a bottleneck of a DenseNet-121's
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
-
-def _rows(x: Tensor) -> Optional[Tensor]:
-    """A map as a matrix ``[positions, channels]``, as channels-last ones and slices of their channels lie in memory; None where that
-    would copy it."""
-    try:
-        return x.movedim(1, -1).view(x.numel() // x.shape[1], x.shape[1])
-    except RuntimeError:
-        return None
+_NONE = (None, None, None, None)
 
 
 class VendorBackend(ReferenceBackend):
@@ -42,25 +36,41 @@ class VendorBackend(ReferenceBackend):
     def finished(self, pending: Pending) -> Tensor:
         return self.pending_grad_(pending)
 
-    def convolve(self, a: Tensor, conv: Conv, out: Tensor) -> None:
-        rows, products = _rows(a), _rows(out)
-        if rows is None or products is None or conv.bias is not None or not is_matrix_product(conv):
-            return super().convolve(a, conv, out)
-        torch.mm(rows, conv.weight.flatten(1).T, out=products)
+    def bn_act_conv(
+        self,
+        x: Tensor,
+        affine: Optional[Affine],
+        conv: Conv,
+        out: Tensor,
+        mask: Optional[Tensor],
+        mask_scale: float,
+        stats: Optional[Stats],
+        reader: Optional[BatchNorm] = None,
+    ) -> Optional[Fold]:
+        scale, shift, activation = affine or (None, None, Activation())
+        weight, bias, padding, dilation, groups, _ = conv
+        increment_version(out)
+        geometry = (conv.steps, padding, dilation, groups, SCRATCH)
+        told(torch.ops.resdense.bn_act_conv, x, scale, shift, slope_of(activation), weight, bias, *geometry, out)
+        if mask is not None:
+            out.mul_(mask).mul_(mask_scale)
+        return self._read(out, self.channel_stats(out) if stats else (), stats, reader, activation)
 
-    def convolution_backward(
-        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-        bias = None
-        if conv.bias is not None and need_weight:
-            # Of some samples only: it is not rounded before all have been added up.
-            bias = grad.sum((0, *range(2, grad.dim())), dtype=accumulation_dtype(grad.dtype))
-        conv = conv._replace(bias=None)
-        dz, rows = _rows(grad), _rows(a)
-        if dz is None or rows is None or not is_matrix_product(conv):
-            dx, weight, _ = super().convolution_backward(grad, a, conv, need_weight)
-        else:
-            dx = empty_map(a, a.shape[1], a.dtype)
-            torch.mm(dz, conv.weight.flatten(1), out=_rows(dx))
-            weight = (dz.T @ rows).view_as(conv.weight) if need_weight else None
-        return dx, weight, bias
+    def bn_act_conv_backward(
+        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+    ) -> ConvGrads:
+        scale = shift = center = out = None
+        slope = 1.0
+        if fold is not None:
+            (scale, shift, activation), center, *_ = fold
+            slope = slope_of(activation)
+        if into is not None:
+            out = into.dy
+            increment_version(out)
+        weight, bias, padding, dilation, groups, _ = conv
+        upstream = grad if isinstance(grad, Pending) else (grad, *_NONE)
+        dy, dweight, dbias, *sums = told(
+            torch.ops.resdense.bn_act_conv_backward, x, scale, shift, center, slope, weight, conv.steps, padding, dilation, groups,
+            SCRATCH, *upstream, out, need_weight, need_weight and bias is not None,
+        )  # fmt: skip
+        return self._grads(x, fold, dweight, dbias, dy, into, *sums)
