@@ -27,6 +27,7 @@
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def("channel_stats_into(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()");
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
@@ -81,16 +82,17 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
-      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
-      "-> (Tensor mean, Tensor m2)");
+      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
+      "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
       "bn_act_conv(Tensor x, Tensor? scale, Tensor? shift, float negative_slope, Tensor weight, Tensor? bias, int[] stride, "
-      "int[] padding, int[] dilation, int groups, int scratch, Tensor(a!) out) -> ()");
+      "int[] padding, int[] dilation, int groups, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
-      "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, float negative_slope, Tensor weight, "
-      "int[] stride, int[] padding, int[] dilation, int groups, int scratch, Tensor grad, Tensor? z, Tensor? alpha, "
-      "Tensor? beta, Tensor? delta, Tensor(a!)? out, bool need_weight, bool need_bias) "
-      "-> (Tensor? dy, Tensor? dweight, Tensor? dbias, Tensor? sum_dy, Tensor? sum_dy_xc)");
+      "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
+      "float negative_slope, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int scratch, Tensor grad, "
+      "Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, Tensor(c!)? out_delta, "
+      "bool need_weight, bool need_bias) "
+      "-> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

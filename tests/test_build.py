@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(resdense_ext.__file__).resolve().parent
 SCHEMAS = {
     "channel_stats": "(Tensor x) -> (Tensor mean, Tensor m2)",
+    "channel_stats_into": "(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()",
     "bn_fold": "(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     "bn_correction": "(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
     "Tensor(b!) delta, bool accumulate) -> Tensor dgamma",
@@ -58,8 +59,8 @@ SCHEMAS = {
     "bn_act_global_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope) -> Tensor",
     "bn_act_global_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
     "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats)"
-    " -> (Tensor mean, Tensor m2)",
+    "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
+    "Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
     "add_act": "(Tensor x, Tensor y, float negative_slope) -> Tensor",
     "add_act_backward": "(Tensor grad, Tensor out, float negative_slope) -> Tensor",
     "bn_add_act": "(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, Tensor? identity_shift, "

@@ -398,6 +398,7 @@ class TestOperators:
         geometry = ([1, 1], [1, 1], [1, 1], 1)
         return {
             "channel_stats": (x,),
+            "channel_stats_into": (x, a.clone(), b.clone()),
             "bn_fold": (a, b.square(), 40, 1e-5, c, None),
             "bn_correction": (*torch.randn(5, 6).unbind(), 40, a, b, True),
             "bn_act": (x, a, b, 0.0, torch.empty_like(x)),
@@ -420,10 +421,11 @@ class TestOperators:
             "bn_act_max_pool_backward": (small, taps, x, a, b, c, 0.1, *windows, x.clone(), False),
             "bn_act_global_pool": (x, a, b, 0.1),
             "bn_act_global_pool_backward": (torch.randn(2, 6, 1, 1), x, a, b, c, 0.1, x.clone(), True),
-            "bn_act_conv3x3": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), True),
-            "bn_act_conv": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, 2**20, z.clone()),
+            "bn_act_conv3x3": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), q.clone(), r.clone()),
+            "bn_act_conv": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, 2**20, z.clone(), q.clone(), r.clone()),
             "bn_act_conv_backward": (
-                *(x, a, b, c, 0.0, torch.randn(3, 6, 3, 3), *geometry, 2**20, z, z.clone(), p, q, r, None, True, True),
+                *(x, a, b, c, c.clone(), 40, 0.0, torch.randn(3, 6, 3, 3), *geometry, 2**20),
+                *(z, z.clone(), p, q, r, None, None, None, True, True),
             ),
             "add_act": (x, x.clone(), 0.0),
             "add_act_backward": (x, x.clone(), 0.0),
@@ -435,6 +437,7 @@ class TestOperators:
         "name",
         [
             "channel_stats",
+            "channel_stats_into",
             "bn_fold",
             "bn_correction",
             "bn_act",

@@ -14,6 +14,19 @@ std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
   return stats.total(m);
 }
 
+void channel_stats_into(const Tensor& x, const Tensor& mean, const Tensor& m2) {
+  const int64_t channels = map_of(x, "x").C;
+  check_vector(mean, "mean", channels, x, "x");
+  check_vector(m2, "m2", channels, x, "x");
+  const auto [found, squares] = channel_stats(x);
+  Tensor to = mean, to_squares = m2;
+  torch::stable::copy_(to, found);
+  torch::stable::copy_(to_squares, squares);
+}
+
 }  // namespace resdense::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) { m.impl("channel_stats", TORCH_BOX(&resdense::cpu::channel_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
+  m.impl("channel_stats", TORCH_BOX(&resdense::cpu::channel_stats));
+  m.impl("channel_stats_into", TORCH_BOX(&resdense::cpu::channel_stats_into));
+}

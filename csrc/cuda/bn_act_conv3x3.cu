@@ -1,11 +1,14 @@
 #include "bn_act_conv3x3.cuh"
 
+#include <optional>
 #include <tuple>
 
 #include "launch.h"
 
 namespace resdense::cuda {
 namespace {
+
+using Optional = std::optional<Tensor>;
 
 constexpr int64_t kConvChannels = 256, kConvOutputs = 64;
 
@@ -31,7 +34,7 @@ Shape shape_of_tiles(int64_t stack, int64_t width, int64_t positions, int64_t ha
 }
 
 template <typename T, int N16, bool LARGE>
-void run(const Launch& on, Conv3x3<T> p, const Shape& shape, Tensor& mean, Tensor& m2) {
+void run(const Launch& on, Conv3x3<T> p, const Shape& shape, const Optional& mean, const Optional& m2) {
   using Tile = ConvTile<N16, LARGE>;
   const int64_t chunks = ceil_div(p.channels, kConvChunk), memory = on.shared_memory();
   const auto fits = [&](int64_t slots) { return Tile::kBlocks * (Tile::bytes(chunks, slots) + 1024) <= memory; };
@@ -39,20 +42,19 @@ void run(const Launch& on, Conv3x3<T> p, const Shape& shape, Tensor& mean, Tenso
   const int64_t blocks = std::min<int64_t>(shape.tiles, on.multiprocessors() * Tile::kBlocks);
 
   Tensor parts;
-  const bool stats = mean.numel() != 0;
-  if (stats) {
-    parts = torch::stable::new_empty(mean, {1 + 2 * p.outputs, blocks});
+  if (mean) {
+    parts = torch::stable::new_empty(*mean, {1 + 2 * p.outputs, blocks});
     p.parts = static_cast<float*>(parts.mutable_data_ptr());
   }
   on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
-  if (stats) {
+  if (mean) {
     on.run(bn_act_conv3x3_stats_kernel, p.outputs, 32, p.parts, blocks, p.outputs,
-           static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(m2.mutable_data_ptr()));
+           static_cast<float*>(mean->mutable_data_ptr()), static_cast<float*>(m2->mutable_data_ptr()));
   }
 }
 
 template <typename T, int N16>
-void run(const Launch& on, Conv3x3<T> p, Tensor& mean, Tensor& m2) {
+void run(const Launch& on, Conv3x3<T> p, const Optional& mean, const Optional& m2) {
   const auto shape = [&](auto tile) { return shape_of_tiles(p.rows, p.width, tile.kPositions, tile.kHalo); };
   const auto start = [&]<bool LARGE>(const Shape& s) {
     RESDENSE_CHECK(s.tiles <= std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 tiles, got ", s.tiles);
@@ -69,7 +71,7 @@ void run(const Launch& on, Conv3x3<T> p, Tensor& mean, Tensor& m2) {
 }
 
 template <typename T>
-void run(const Launch& on, const Conv3x3<T>& p, Tensor& mean, Tensor& m2) {
+void run(const Launch& on, const Conv3x3<T>& p, const Optional& mean, const Optional& m2) {
   switch (ceil_div(p.outputs, 16)) {
     case 1: return run<T, 1>(on, p, mean, m2);
     case 2: return run<T, 2>(on, p, mean, m2);
@@ -90,8 +92,8 @@ void check_rows(const Map& m, const Tensor& t, const char* name) {
                  aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
-std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
-                                          const Tensor& weight, const Tensor& out, bool stats) {
+void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
+                    const Tensor& out, const Optional& mean, const Optional& m2) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
   RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
@@ -112,11 +114,18 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, 
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  Tensor mean = torch::stable::new_empty(scale, {stats ? to.C : 0}), m2 = torch::stable::new_empty(scale, {stats ? to.C : 0});
+  RESDENSE_CHECK(mean.has_value() == m2.has_value(), "m2: expected to be given where mean is, and only there");
+  if (mean) {
+    check_vector(*mean, "mean", to.C, out, "out");
+    check_vector(*m2, "m2", to.C, out, "out");
+  }
+
   if (from.numel() == 0) {
-    torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
-    torch::stable::fill_(m2, 0.0);
-    return {mean, m2};
+    if (mean) {
+      torch::stable::fill_(*mean, std::numeric_limits<double>::quiet_NaN());
+      torch::stable::fill_(*m2, 0.0);
+    }
+    return;
   }
   check_rows(from, x, "x");
   check_rows(to, out, "out");
@@ -144,7 +153,6 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, 
     start(__half{});
   else
     start(__nv_bfloat16{});
-  return {mean, m2};
 }
 
 }  // namespace

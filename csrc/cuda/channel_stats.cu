@@ -7,15 +7,15 @@
 namespace resdense::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
+void channel_stats_into(const Tensor& x, const Tensor& mean, const Tensor& m2) {
   const Map m = map_of(x, "x");
-  const Tensor mean = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
-  const Tensor m2 = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  check_vector(mean, "mean", m.C, x, "x");
+  check_vector(m2, "m2", m.C, x, "x");
   if (m.numel() == 0) {
     // The mean of nothing is not a number, as in torch.
     torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
     torch::stable::fill_(m2, 0.0);
-    return {mean, m2};
+    return;
   }
   const Launch on(x);
   const ReducePlan p = plan_reduce({m}, on.multiprocessors());
@@ -29,11 +29,21 @@ std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
       on.run(p.rows ? rows : planes, p.blocks, p.threads, p.share, items<const T>(p, m), to_mean, to_m2);
     });
   });
+}
+
+std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
+  const Map m = map_of(x, "x");
+  const Tensor mean = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  const Tensor m2 = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  channel_stats_into(x, mean, m2);
   return {mean, m2};
 }
 
 }  // namespace
 
-RESDENSE_CUDA_OPERATORS(m) { m.impl("channel_stats", TORCH_BOX(&channel_stats)); }
+RESDENSE_CUDA_OPERATORS(m) {
+  m.impl("channel_stats", TORCH_BOX(&channel_stats));
+  m.impl("channel_stats_into", TORCH_BOX(&channel_stats_into));
+}
 
 }  // namespace resdense::cuda

@@ -101,14 +101,39 @@ void convolve(const Tensor& a, const Conv& conv, const Optional& bias, const Ten
   torch::stable::copy_(target, made);
 }
 
+// Whether every position's channels are aligned to 16 bytes, and the positions of one stride.
+bool has_aligned_rows(const Tensor& t) {
+  bool nested = t.stride(1) == 1 && (t.size(2) == 1 || t.size(3) == 1 || t.stride(2) == t.size(3) * t.stride(3));
+  for (int64_t i : {0, 2, 3}) nested = nested && (t.size(i) == 1 || t.stride(i) % 8 == 0);
+  return nested && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+// Whether the operator bn_act_conv3x3 takes it, which activates what it reads as it goes.
+bool is_conv3x3(const Tensor& x, const Conv& conv, const Optional& bias, const Tensor& out) {
+  const ScalarType dtype = x.scalar_type();
+  const auto ones = [](const Sizes& sizes) { return sizes == Sizes{1, 1}; };
+  const auto takes = [&](const Tensor& t, int64_t most) {
+    const int64_t channels = t.size(1);
+    return t.scalar_type() == dtype && channels > 0 && channels % 8 == 0 && channels <= most && has_aligned_rows(t);
+  };
+  return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) && x.dim() == 4 && conv.weight.scalar_type() == dtype &&
+         conv.weight.size(2) == 3 && conv.weight.size(3) == 3 && conv.groups == 1 && !bias && ones(conv.stride) &&
+         ones(conv.padding) && ones(conv.dilation) && takes(x, 256) && takes(out, 64);
+}
+
 void bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double negative_slope, const Tensor& weight,
                  const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, int64_t scratch,
-                 const Tensor& out) {
+                 const Tensor& out, const Optional& mean, const Optional& m2) {
   const Conv conv{weight, stride, padding, dilation, groups};
+  if (scale && is_conv3x3(x, conv, bias, out)) {
+    call("resdense::bn_act_conv3x3", "", x, *scale, *shift, negative_slope, weight, out, mean, m2);
+    return;
+  }
   const Prologue activated{scale, shift, negative_slope};
   const Parts parts(x, scratch);
   for (int64_t part = 0; part < parts.count(); ++part)
     convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
+  if (mean) call("resdense::channel_stats_into", "", out, *mean, *m2);
 }
 
 // The gradients of the convolution's input, in the layout of `a`, and of its weight.
@@ -169,11 +194,14 @@ Tensor bias_gradient(const Tensor& grad) {
   return torch::stable::sum(grad, dimensions, false, stats_dtype(grad.scalar_type()));
 }
 
-std::tuple<Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
-    const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, double negative_slope,
-    const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, int64_t scratch, const Tensor& grad,
-    const Optional& z, const Optional& alpha, const Optional& beta, const Optional& delta, const Optional& out, bool need_weight,
-    bool need_bias) {
+// The gradients of the input, which are pending on `scale` and the vectors behind dy (or were added to `out` and its vectors), of
+// the convolution's weight and bias, and of the norm's. A norm whose statistics are not of the batch has an infinite count: it
+// corrects nothing.
+std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
+    const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
+    double negative_slope, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, int64_t scratch,
+    const Tensor& grad, const Optional& z, const Optional& alpha, const Optional& beta, const Optional& delta,
+    const Optional& out, const Optional& out_beta, const Optional& out_delta, bool need_weight, bool need_bias) {
   const Conv conv{weight, stride, padding, dilation, groups};
   const Prologue activated{scale, shift, negative_slope};
   const Parts parts(x, scratch);
@@ -215,8 +243,17 @@ std::tuple<Optional, Optional, Optional, Optional, Optional> bn_act_conv_backwar
       dy = dx;
     }
   }
-  const ScalarType of_sums = stats_dtype(x.scalar_type());
-  return {dy, dweight.total(dtype), dbias.total(dtype), sum_dy.total(of_sums), sum_dy_xc.total(of_sums)};
+  if (!scale) return {dy, std::nullopt, std::nullopt, dweight.total(dtype), dbias.total(dtype), std::nullopt, std::nullopt};
+
+  const ScalarType of_sums = scale->scalar_type();
+  const Tensor dbeta = *sum_dy.total(of_sums);
+  const Optional to_beta = out ? out_beta : Optional(torch::stable::empty_like(*scale));
+  const Optional to_delta = out ? out_delta : Optional(torch::stable::empty_like(*scale));
+  const auto [dgamma] =
+      call<std::tuple<Tensor>>("resdense::bn_correction", "", dbeta, *sum_dy_xc.total(of_sums), *scale, *center, *rstd, count,
+                               *to_beta, *to_delta, out.has_value());
+  if (out) return {dy, std::nullopt, std::nullopt, dweight.total(dtype), dbias.total(dtype), dgamma, dbeta};
+  return {dy, to_beta, to_delta, dweight.total(dtype), dbias.total(dtype), dgamma, dbeta};
 }
 
 }  // namespace

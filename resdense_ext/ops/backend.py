@@ -249,6 +249,11 @@ class ReferenceBackend:
         """Puts the statistics where they are wanted, and folds the norm that reads them."""
         if stats is not None:
             torch._foreach_copy_(list(stats), list(found))
+        return self._folded_reader(out, stats, reader, activation)
+
+    def _folded_reader(
+        self, out: Tensor, stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation
+    ) -> Optional[Fold]:
         if reader is None:
             return None
         if stats is None:

@@ -19,6 +19,10 @@ def _channel_stats(x):
     return _vectors(x, x.shape[1])
 
 
+def _channel_stats_into(x, mean, m2):
+    return None
+
+
 def _bn_fold(mean, m2, count, eps, weight, bias):
     return tuple(torch.empty_like(mean) for _ in range(3))
 
@@ -82,22 +86,22 @@ def _bn_act_winograd_backward(
     return weight.new_empty((outputs if need_weight else 0, 3, 3, inputs), dtype=torch.float32), *_vectors(x, inputs)
 
 
-def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):
-    return _vectors(out, out.shape[1] if stats else 0)
+def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, mean, m2):
+    return None
 
 
-def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding, dilation, groups, scratch, out):
+def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding, dilation, groups, scratch, out, mean, m2):
     return None
 
 
 def _bn_act_conv_backward(
-    x, scale, shift, center, negative_slope, weight, stride, padding, dilation, groups, scratch,
-    grad, z, alpha, beta, delta, out, need_weight, need_bias,
+    x, scale, shift, center, rstd, count, negative_slope, weight, stride, padding, dilation, groups, scratch,
+    grad, z, alpha, beta, delta, out, out_beta, out_delta, need_weight, need_bias,
 ):  # fmt: skip
-    dy = torch.empty_like(x) if out is None else None
+    norm = _vectors(x, x.shape[1], 4) if scale is not None else (None,) * 4
+    dy = (torch.empty_like(x), *norm[2:]) if out is None else (None, None, None)
     dweight = torch.empty_like(weight) if need_weight else None
-    dbias = weight.new_empty(weight.shape[0]) if need_bias else None
-    return dy, dweight, dbias, *((None, None) if scale is None else _vectors(x, x.shape[1]))
+    return *dy, dweight, weight.new_empty(len(weight)) if need_bias else None, *norm[:2]
 
 
 def _add_act(x, y, negative_slope):
@@ -123,10 +127,12 @@ def _copy_map_cpu(x, out):
     out.copy_(x)
 
 
-def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, stats):
+def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, mean, m2):
     activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
     out.copy_(reference.convolution(activated, Conv(weight, padding=(1, 1))))
-    return reference.channel_stats(out) if stats else _vectors(out, 0)
+    if mean is not None:
+        for to, found in zip((mean, m2), reference.channel_stats(out)):
+            to.copy_(found)
 
 
 def _add_act_cpu(x, y, negative_slope):
@@ -140,6 +146,7 @@ def _add_act_backward_cpu(grad, out, negative_slope):
 if CPU_LIBRARY is None:  # else there are no such operators
     for fake in (
         _channel_stats,
+        _channel_stats_into,
         _bn_fold,
         _bn_correction,
         _bn_act,

@@ -6,6 +6,7 @@ does the pass that writes the activation; `make gpu PART=kernels` times both. Al
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import torch
@@ -23,7 +24,7 @@ SCRATCH = 2**28
 """Bytes of an activation that may be in memory at once, and in backward as many of its gradient: a bottleneck of a DenseNet-121's
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
-_NONE = (None, None, None, None)
+_NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
 
 
 class VendorBackend(ReferenceBackend):
@@ -49,28 +50,31 @@ class VendorBackend(ReferenceBackend):
     ) -> Optional[Fold]:
         scale, shift, activation = affine or (None, None, Activation())
         weight, bias, padding, dilation, groups, _ = conv
-        increment_version(out)
         geometry = (conv.steps, padding, dilation, groups, SCRATCH)
-        told(torch.ops.resdense.bn_act_conv, x, scale, shift, slope_of(activation), weight, bias, *geometry, out)
+        increment_version((out, *(stats or ())))
+        found = (None, None) if stats is None or mask is not None else stats
+        told(torch.ops.resdense.bn_act_conv, x, scale, shift, slope_of(activation), weight, bias, *geometry, out, *found)
         if mask is not None:
             out.mul_(mask).mul_(mask_scale)
-        return self._read(out, self.channel_stats(out) if stats else (), stats, reader, activation)
+            if stats is not None:
+                torch.ops.resdense.channel_stats_into(out, *stats)
+        return self._folded_reader(out, stats, reader, activation)
 
     def bn_act_conv_backward(
         self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
-        scale = shift = center = out = None
-        slope = 1.0
-        if fold is not None:
-            (scale, shift, activation), center, *_ = fold
-            slope = slope_of(activation)
+        (scale, shift, activation), center, rstd, count = fold or _NO_NORM
+        out, beta, delta = (None, None, None) if into is None else (into.dy, into.beta, into.delta)
         if into is not None:
-            out = into.dy
-            increment_version(out)
+            increment_version((out, beta, delta))
         weight, bias, padding, dilation, groups, _ = conv
-        upstream = grad if isinstance(grad, Pending) else (grad, *_NONE)
-        dy, dweight, dbias, *sums = told(
-            torch.ops.resdense.bn_act_conv_backward, x, scale, shift, center, slope, weight, conv.steps, padding, dilation, groups,
-            SCRATCH, *upstream, out, need_weight, need_weight and bias is not None,
-        )  # fmt: skip
-        return self._grads(x, fold, dweight, dbias, dy, into, *sums)
+        dy, *correction, dweight, dbias, dgamma, dbeta = told(
+            torch.ops.resdense.bn_act_conv_backward,
+            *(x, scale, shift, center, rstd, math.inf if count is None else count, slope_of(activation)),
+            *(weight, conv.steps, padding, dilation, groups, SCRATCH),
+            *(grad if isinstance(grad, Pending) else (grad, None, None, None, None)),
+            *(out, beta, delta, need_weight, need_weight and bias is not None),
+        )
+        if into is None:
+            into = Pending.of(dy, x) if fold is None else Pending(dy, x, scale, *correction)
+        return ConvGrads(into, dweight, dbias, dgamma, dbeta)

@@ -18,6 +18,7 @@ static void configure(int64_t order, int64_t multiprocessors) {
 STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("configure(int order, int multiprocessors) -> ()");
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
+  m.def("channel_stats_into(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()");
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
@@ -49,8 +50,8 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
-      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
-      "-> (Tensor mean, Tensor m2)");
+      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
+      "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(
