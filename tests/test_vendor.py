@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 
 import pytest
+import test_primitives
 import torch
 from test_dense_block import POLICIES, maps, random_block, state, stock_of
 from test_residual_block import BLOCKS, Block, input_of
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 
 import resdense_ext as rd
-from resdense_ext.ops import vendor
-from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext import reference
+from resdense_ext.ops import out_of_memory, vendor
+from resdense_ext.ops.backend import Affine, ReferenceBackend
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.cuda import CudaBackend
-from resdense_ext.reference import Conv
+from resdense_ext.reference import Activation, Conv
 
 pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
 
@@ -67,6 +69,16 @@ def test_residual_blocks(kind, policy, dtype, scratch):
     agrees(block, stock, input_of(block, channels_last=True), dtype)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", test_primitives.CASES)
+def test_convolutions(case, channels_last, scratch):
+    suite, dtype = test_primitives.TestConvolution(), torch.bfloat16
+    for flag in (False, True):
+        suite.test_forward(CudaBackend(), case, dtype, channels_last, flag)
+        for pending in (False, True):
+            suite.test_backward(CudaBackend(), case, dtype, channels_last, flag, pending)
+
+
 def test_a_pointwise_convolution_copies_nothing():
     """It is one product, which reads a slice of a buffer and writes one."""
     backend, conv = CudaBackend(), Conv(torch.randn(8, 16, 1, 1))
@@ -86,3 +98,58 @@ def test_samples_share_the_scratch(monkeypatch):
     x = torch.empty(5, 4, 6, 5)
     assert CudaBackend().chunks(x) == [slice(0, 2), slice(2, 4), slice(4, 6)]
     assert CudaBackend().chunks(x[:0]) == [slice(0, 0)]
+
+
+def test_who_convolves():
+    """The operator with a halo where it serves, else the framework's convolution or product."""
+
+    def last(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def route(x, out, weight, affine=True, **geometry) -> str:
+        affine = Affine(*torch.ones(2, x.shape[1]), Activation()) if affine else None
+        with torch.profiler.profile() as profile:
+            CudaBackend().bn_act_conv(x, affine, Conv(weight, **{"padding": (1, 1), **geometry}), out, None, 1.0, None)
+        names = [e.name for e in profile.events()]
+        return next(name for name in ("resdense::bn_act_conv3x3", "aten::convolution", "aten::mm") if name in names)
+
+    x, out, weight = last(2, 16, 5, 6), last(2, 8, 5, 6), last(8, 16, 3, 3)
+    assert route(x, out, weight) == "resdense::bn_act_conv3x3"
+    assert route(last(2, 32, 5, 6)[:, 8:24], last(2, 24, 5, 6)[:, 16:], weight) == "resdense::bn_act_conv3x3"
+    assert route(x, out, last(8, 16, 1, 1), padding=(0, 0)) == "aten::mm"
+    for given in (
+        {"x": last(2, 20, 5, 6)[:, :16]},
+        {"x": last(2, 24, 5, 6)[:, 4:20]},
+        {"x": last(2, 12, 5, 6), "weight": last(8, 12, 3, 3)},
+        {"x": last(2, 264, 5, 6), "weight": last(8, 264, 3, 3)},
+        {"x": x.contiguous()},
+        {"x": last(2, 16, 5, 7)[..., :6].contiguous()},
+        {"out": out.contiguous()},
+        {"out": last(2, 72, 5, 6), "weight": last(72, 16, 3, 3)},
+        {"x": x.half(), "weight": weight.half(), "out": out.float()},
+        {"x": x.float(), "weight": weight.float(), "out": out.float()},
+        {"weight": last(8, 8, 3, 3), "groups": 2},
+        {"padding": (2, 2), "dilation": (2, 2)},
+        {"stride": (2, 2), "out": last(2, 8, 3, 3)},
+        {"bias": torch.zeros(8, dtype=torch.bfloat16)},
+        {"affine": False},
+    ):
+        assert route(**{"x": x, "out": out, "weight": weight, **given}) == "aten::convolution", given
+
+
+def test_memory_that_runs_out_in_an_operator(monkeypatch):
+    monkeypatch.setattr(out_of_memory, "_shortages", [])
+
+    def fails(short: bool):
+        if short:
+            out_of_memory._note(1, 3 * 2**30, 80 * 2**30, 2**29)
+        raise RuntimeError("API call failed")
+
+    with pytest.raises(RuntimeError, match="API call failed") as found:
+        out_of_memory.told(fails, False)
+    assert not isinstance(found.value, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate 3,072 MiB on cuda:1, which has 81,920 MiB, 512 MiB of them"):
+        out_of_memory.told(fails, True)
+    with pytest.raises(RuntimeError, match="API call failed"):  # the shortage before is not this one's
+        out_of_memory.told(fails, False)
+    assert out_of_memory.told(max, 1, 2) == 2
