@@ -20,7 +20,7 @@
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
 //   dy, xc          grad * act'(scale * x + shift), and x - center
 //   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
-//   pending grad    alpha * dy + beta * z + delta, by whoever reads it
+//   pending grad    alpha * dy + beta * z + delta, by whoever reads it; with a shift dy is first multiplied by act'(alpha * z + shift)
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // Only copy_map takes maps of different dtypes.
@@ -34,12 +34,17 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
   m.def(
+      "bn_act_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
       "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "bn_act_backward_accumulate(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)");
-  m.def("pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()");
+  m.def(
+      "pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
+      "float negative_slope=1.0) -> ()");
   m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
@@ -91,7 +96,7 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
       "float negative_slope, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int scratch, Tensor grad, "
       "Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, Tensor(c!)? out_delta, "
-      "bool need_weight, bool need_bias) "
+      "bool finish, bool need_weight, bool need_bias) "
       "-> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");

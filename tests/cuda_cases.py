@@ -198,14 +198,19 @@ def check_bn_add_act(ops, device: str) -> None:
 
 
 def check_pending_grad(ops, device: str) -> None:
+    slopes = itertools.cycle((None, 0.0, 0.1))
     for shape, dtype, layout in written_cases():
         for other in {layout, "channels_last"}:
             dy, z = make(shape, dtype, layout, device), make(shape, dtype, other, device, seed=1)
-            coefficients = vectors(3, shape[1], dtype, device)
-            alpha, beta, delta = columns(coefficients, len(shape))
-            terms = [alpha * dy.double(), beta * z.double(), delta.expand(shape)]
-            ops.pending_grad(dy, z, *coefficients)
-            note = (shape, dtype, layout, other)
+            coefficients = vectors(4, shape[1], dtype, device)
+            alpha, beta, delta, shift = columns(coefficients, len(shape))
+            slope = next(slopes)
+            g, mask = dy.double(), ()
+            if slope is not None:
+                g, mask = torch.where(alpha * z.double() + shift > 0, g, slope * g), (coefficients[3], slope)
+            terms = [alpha * g, beta * z.double(), delta.expand(shape)]
+            ops.pending_grad(dy, z, *coefficients[:3], *mask)
+            note = (shape, dtype, layout, other, slope)
             assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
             assert_nan_around(dy, note)
 
@@ -246,6 +251,7 @@ def check_bn_act_backward(ops, device: str) -> None:
                 if accumulate:
                     terms = [out.double().clone(), scale * dy]
                     sums = ops.bn_act_backward_accumulate(out, g, x, *coefficients, slope)
+                    sums += ops.bn_act_sums(g, x, *coefficients, slope)
                     assert torch.equal(g, make(shape, dtype, other, device, seed=1)), note
                     assert_rounded(out, sum(terms), sum(t.abs() for t in terms), note)
                     assert_nan_around(out, note)
@@ -253,7 +259,7 @@ def check_bn_act_backward(ops, device: str) -> None:
                     sums = ops.bn_act_backward(g, x, *coefficients, slope)
                     assert_rounded(g, dy, dy.abs(), note)
                     assert_nan_around(g, note)
-                for ours, truth, size in zip(sums, (dy, dy * xc), (dy.abs(), sizes)):
+                for ours, truth, size in zip(sums, (dy, dy * xc) * 2, (dy.abs(), sizes) * 2):
                     assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
                     truth, size = (t.movedim(1, 0).flatten(1).sum(1) for t in (truth, size))
                     bound = 4 * torch.finfo(ours.dtype).eps * size

@@ -29,7 +29,10 @@ SCHEMAS = {
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_backward_accumulate": "(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
     "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "pending_grad": "(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()",
+    "bn_act_sums": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope)"
+    " -> (Tensor sum_dy, Tensor sum_dy_xc)",
+    "pending_grad": "(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
+    "float negative_slope=1.) -> ()",
     "copy_map": "(Tensor x, Tensor(a!) out) -> ()",
     "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
     "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)",

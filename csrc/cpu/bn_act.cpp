@@ -42,13 +42,21 @@ std::tuple<Tensor, Tensor> bn_act_backward_accumulate(const Tensor& out, const T
                       "bn_act_backward_accumulate");
 }
 
-void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta) {
+// What `bn_act_backward` returns.
+std::tuple<Tensor, Tensor> bn_act_sums(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                       const Tensor& center, double negative_slope) {
+  return bn_act_backward(torch::stable::clone(grad), x, scale, shift, center, negative_slope);
+}
+
+void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
+                  const std::optional<Tensor>& shift, double negative_slope) {
   check_same(z, "z", dy, "dy");
   Map to = mutable_map_of(dy, "dy"), from = map_of(z, "z");
   unify({&to, &from}, "pending_grad");
   Sweep s{Pass::pending};
   s.coef[0] = coefficients(alpha, "alpha", to.C, dy), s.coef[1] = coefficients(beta, "beta", to.C, dy);
   s.coef[2] = coefficients(delta, "delta", to.C, dy);
+  if (shift) bn_act_backward(dy, z, alpha, *shift, alpha, negative_slope);
   sweep_maps(s, {&to, &from}, to);
 }
 
@@ -56,6 +64,7 @@ void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const 
 
 STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
   m.impl("bn_act", TORCH_BOX(&resdense::cpu::bn_act));
+  m.impl("bn_act_sums", TORCH_BOX(&resdense::cpu::bn_act_sums));
   m.impl("bn_act_backward", TORCH_BOX(&resdense::cpu::bn_act_backward));
   m.impl("bn_act_backward_accumulate", TORCH_BOX(&resdense::cpu::bn_act_backward_accumulate));
   m.impl("pending_grad", TORCH_BOX(&resdense::cpu::pending_grad));

@@ -23,10 +23,11 @@ void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double ne
   });
 }
 
-template <bool ACCUMULATE>
+template <bool WRITE, bool ACCUMULATE>
 std::tuple<Tensor, Tensor> mask_and_sum(const Tensor& out, const Tensor& grad, const Tensor& x, const Tensor& scale,
                                         const Tensor& shift, const Tensor& center, double negative_slope) {
-  const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, ACCUMULATE ? "out" : "grad");
+  const Map from = map_of(x, "x"), g = map_of(grad, "grad");
+  const Map to = WRITE ? mutable_map_of(out, ACCUMULATE ? "out" : "grad") : g;
   check_same(grad, "grad", x, "x");
   check_same(out, "out", x, "x");
   check_vector(scale, "scale", from.C, x, "x");
@@ -42,8 +43,10 @@ std::tuple<Tensor, Tensor> mask_and_sum(const Tensor& out, const Tensor& grad, c
     using W = wide_t<T>;
     constexpr int VEC = kVector<T>;
     const auto vector = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
-    const auto rows = p.vectors ? bn_act_bwd_kernel<T, VEC, true, ACCUMULATE> : bn_act_bwd_kernel<T, 1, true, ACCUMULATE>;
-    const auto planes = p.vectors ? bn_act_bwd_kernel<T, VEC, false, ACCUMULATE> : bn_act_bwd_kernel<T, 1, false, ACCUMULATE>;
+    const auto kernel = [&]<bool ROWS>() {
+      return p.vectors ? bn_act_bwd_kernel<T, VEC, ROWS, WRITE, ACCUMULATE> : bn_act_bwd_kernel<T, 1, ROWS, WRITE, ACCUMULATE>;
+    };
+    const auto rows = kernel.template operator()<true>(), planes = kernel.template operator()<false>();
     reduce<Sums<W, 1>>(on, p, std::get<0>(sums), std::get<1>(sums), [&](W* to_dy, W* to_dy_xc) {
       on.run(p.rows ? rows : planes, p.blocks, p.threads, p.share, items<const T>(p, g), items<const T>(p, from),
              items<T>(p, to), vector(scale), vector(shift), vector(center), negative_slope, to_dy, to_dy_xc);
@@ -54,19 +57,25 @@ std::tuple<Tensor, Tensor> mask_and_sum(const Tensor& out, const Tensor& grad, c
 
 std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                            const Tensor& center, double negative_slope) {
-  return mask_and_sum<false>(grad, grad, x, scale, shift, center, negative_slope);
+  return mask_and_sum<true, false>(grad, grad, x, scale, shift, center, negative_slope);
 }
 
 std::tuple<Tensor, Tensor> bn_act_backward_accumulate(const Tensor& out, const Tensor& grad, const Tensor& x,
                                                       const Tensor& scale, const Tensor& shift, const Tensor& center,
                                                       double negative_slope) {
-  return mask_and_sum<true>(out, grad, x, scale, shift, center, negative_slope);
+  return mask_and_sum<true, true>(out, grad, x, scale, shift, center, negative_slope);
+}
+
+std::tuple<Tensor, Tensor> bn_act_sums(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                       const Tensor& center, double negative_slope) {
+  return mask_and_sum<false, false>(grad, grad, x, scale, shift, center, negative_slope);
 }
 
 }  // namespace
 
 RESDENSE_CUDA_OPERATORS(m) {
   m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("bn_act_sums", TORCH_BOX(&bn_act_sums));
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
   m.impl("bn_act_backward_accumulate", TORCH_BOX(&bn_act_backward_accumulate));
 }

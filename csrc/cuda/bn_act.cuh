@@ -28,10 +28,10 @@ __device__ inline W mask_value(W g, W value, W before, W a, W b, W c, W slope, i
 }
 
 // What every backward of act(scale * x + shift) does in one pass: dy = gradient * act'(scale * x + shift), its sum and that of
-// dy * (x - center), and out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into, and what
-// gradient(at, values, u, g) takes g from, the gradients of the u-th vector; `at` is its place. The sums are of dy before it
-// is rounded.
-template <int VEC, bool ROWS, bool ACCUMULATE, int AT_ONCE, typename T, int MAPS, typename F>
+// dy * (x - center), and to WRITE, out = dy or, to ACCUMULATE, out += scale * dy. `maps` are x, out where it is accumulated into,
+// and what gradient(at, values, u, g) takes g from, the gradients of the u-th vector; `at` is its place. The sums are of dy before
+// it is rounded.
+template <int VEC, bool ROWS, bool WRITE, bool ACCUMULATE, int AT_ONCE, typename T, int MAPS, typename F>
 __device__ inline void mask_and_sum(const Share& share, const Lane& lane, const Items<const T> (&maps)[MAPS],
                                     const Items<T>& out, const wide_t<T>* scale, const wide_t<T>* shift,
                                     const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
@@ -56,16 +56,16 @@ __device__ inline void mask_and_sum(const Share& share, const Lane& lane, const 
         result[k] = mask_value<ACCUMULATE>(g[k], widen(values[0][u].v[k]), widen(values[ACCUMULATE][u].v[k]), a[channel],
                                            b[channel], c[channel], slope, k, sums);
       }
-      store_first(out.at(at, lane.channel), narrow<T>(result), lane.count);
+      if constexpr (WRITE) store_first(out.at(at, lane.channel), narrow<T>(result), lane.count);
       at.advance();
     }
   });
   leave<ROWS>(share, lane, sums, sum_dy, sum_dy_xc);
 }
 
-// `mask_and_sum` of a gradient that is a map: three or four times the map's bytes in one pass, where the mask, the sums and
+// `mask_and_sum` of a gradient that is a map: two, three or four times the map's bytes in one pass, where the mask, the sums and
 // the addition one by one take ten. A thread writes only what it has read itself, so out may be grad.
-template <typename T, int VEC, bool ROWS, bool ACCUMULATE>
+template <typename T, int VEC, bool ROWS, bool WRITE, bool ACCUMULATE>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> x, Items<T> out, const wide_t<T>* scale,
                       const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
 #pragma unroll
       for (int k = 0; k < VEC; ++k) g[k] = widen(values[MAPS - 1][u].v[k]);
     };
-    mask_and_sum<VEC, ROWS, ACCUMULATE, kAtOnce<MAPS>>(share, lane_of<VEC, ROWS>(share), maps, out, scale, shift, center, slope,
-                                                       sum_dy, sum_dy_xc, loaded);
+    mask_and_sum<VEC, ROWS, WRITE, ACCUMULATE, kAtOnce<MAPS>>(share, lane_of<VEC, ROWS>(share), maps, out, scale, shift, center,
+                                                              slope, sum_dy, sum_dy_xc, loaded);
   };
   if constexpr (ACCUMULATE)
     run({x, {out.data, out.sn, out.si, out.sc}, grad});

@@ -1,16 +1,20 @@
 #include "pending_grad.cuh"
 
+#include <optional>
+
 #include "elementwise.h"
 
 namespace resdense::cuda {
 namespace {
 
-void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta) {
+void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
+                  const std::optional<Tensor>& shift, double negative_slope) {
   const Map to = mutable_map_of(dy, "dy"), from = map_of(z, "z");
   check_same(z, "z", dy, "dy");
   check_vector(alpha, "alpha", to.C, dy, "dy");
   check_vector(beta, "beta", to.C, dy, "dy");
   check_vector(delta, "delta", to.C, dy, "dy");
+  if (shift) check_vector(*shift, "shift", to.C, dy, "dy");
   if (to.numel() == 0) return;
 
   const Launch on(dy);
@@ -18,8 +22,10 @@ void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const 
   dispatch(to.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
-    on.run(p.vectors ? pending_grad_kernel<T, kVector<T>> : pending_grad_kernel<T, 1>, p.blocks, p.threads, p.walk,
-           items<const T>(p, to), items<const T>(p, from), items<T>(p, to), vector(alpha), vector(beta), vector(delta));
+    const auto plain = p.vectors ? pending_grad_kernel<T, kVector<T>, false> : pending_grad_kernel<T, 1, false>;
+    const auto masked = p.vectors ? pending_grad_kernel<T, kVector<T>, true> : pending_grad_kernel<T, 1, true>;
+    on.run(shift ? masked : plain, p.blocks, p.threads, p.walk, items<const T>(p, to), items<const T>(p, from), items<T>(p, to),
+           vector(alpha), vector(beta), vector(delta), shift ? vector(*shift) : nullptr, negative_slope);
   });
 }
 

@@ -161,7 +161,7 @@ void add(const Tensor& to, const Tensor& from) {
   Tensor one = torch::stable::new_empty(to, {to.size(1)}, dtype);
   torch::stable::fill_(one, 1.0);
   const Tensor zero = torch::stable::new_zeros(to, {to.size(1)}, dtype);
-  call("resdense::pending_grad", "", to, from, one, one, zero);
+  call("resdense::pending_grad", "", to, from, one, one, zero, Optional(), 1.0);
 }
 
 // What every part has of a sum: added up once all are there, in the dtype of the statistics.
@@ -195,13 +195,13 @@ Tensor bias_gradient(const Tensor& grad) {
 }
 
 // The gradients of the input, which are pending on `scale` and the vectors behind dy (or were added to `out` and its vectors), of
-// the convolution's weight and bias, and of the norm's. A norm whose statistics are not of the batch has an infinite count: it
-// corrects nothing.
+// the convolution's weight and bias, and of the norm's. To `finish`, that of the input is finished: it is masked when the correction
+// is known, in the one pass. A norm whose statistics are not of the batch has an infinite count: it corrects nothing.
 std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
     const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
     double negative_slope, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, int64_t scratch,
     const Tensor& grad, const Optional& z, const Optional& alpha, const Optional& beta, const Optional& delta,
-    const Optional& out, const Optional& out_beta, const Optional& out_delta, bool need_weight, bool need_bias) {
+    const Optional& out, const Optional& out_beta, const Optional& out_delta, bool finish, bool need_weight, bool need_bias) {
   const Conv conv{weight, stride, padding, dilation, groups};
   const Prologue activated{scale, shift, negative_slope};
   const Parts parts(x, scratch);
@@ -230,8 +230,8 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
     if (scale) {
       const auto sums = out ? call<std::tuple<Tensor, Tensor>>("resdense::bn_act_backward_accumulate", "", to, dx, raw, *scale,
                                                                *shift, *center, negative_slope)
-                            : call<std::tuple<Tensor, Tensor>>("resdense::bn_act_backward", "", to, raw, *scale, *shift, *center,
-                                                               negative_slope);
+                            : call<std::tuple<Tensor, Tensor>>(finish ? "resdense::bn_act_sums" : "resdense::bn_act_backward", "",
+                                                               to, raw, *scale, *shift, *center, negative_slope);
       sum_dy.add(std::get<0>(sums)), sum_dy_xc.add(std::get<1>(sums));
     } else if (out) {
       add(to, dx);
@@ -253,6 +253,10 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
       call<std::tuple<Tensor>>("resdense::bn_correction", "", dbeta, *sum_dy_xc.total(of_sums), *scale, *center, *rstd, count,
                                *to_beta, *to_delta, out.has_value());
   if (out) return {dy, std::nullopt, std::nullopt, dweight.total(dtype), dbias.total(dtype), dgamma, dbeta};
+  if (finish) {
+    call("resdense::pending_grad", "", *dy, x, *scale, *to_beta, *to_delta, shift, negative_slope);
+    return {dy, std::nullopt, std::nullopt, dweight.total(dtype), dbias.total(dtype), dgamma, dbeta};
+  }
   return {dy, to_beta, to_delta, dweight.total(dtype), dbias.total(dtype), dgamma, dbeta};
 }
 

@@ -96,9 +96,10 @@ class Pending(NamedTuple):
 
 
 class ConvGrads(NamedTuple):
-    """The gradients of a norm, an activation and a convolution or a pool: of the input, and of the parameters."""
+    """The gradients of a norm, an activation and a convolution or a pool: of the input, which is pending unless it was to be
+    finished, and of the parameters."""
 
-    input: Pending
+    input: Pending | Tensor
     weight: Optional[Tensor]
     bias: Optional[Tensor]
     norm_weight: Optional[Tensor]
@@ -205,11 +206,6 @@ class ReferenceBackend:
         alone = Activation("identity")
         return self.bn_add_act(dy, Affine(alpha, delta, alone), z, Affine(beta, torch.zeros_like(beta), alone), alone)
 
-    def finished(self, pending: Pending) -> Tensor | Pending:
-        """A gradient that nobody else reads, as this backend's `bn_act_conv_backward` takes it with the least memory: finished in
-        its place, or pending where that one finishes it as it reads."""
-        return pending
-
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         """A batch norm over ``count`` positions with these statistics, or over its running ones."""
         if norm.batch_stats:
@@ -262,12 +258,21 @@ class ReferenceBackend:
         return self.fold(reader, stats, out.numel() // out.shape[1], activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self,
+        x: Tensor,
+        fold: Optional[Fold],
+        conv: Conv,
+        grad: Tensor | Pending,
+        into: Optional[Pending],
+        need_weight: bool,
+        finish: bool = False,
     ) -> ConvGrads:
         """From the gradient of the convolution's output, which is only read: its weight's, its bias's, the norm's and x's.
 
         The gradient of ``x`` is pending: ``scale * dy`` and the norm's correction, a new one or, where ``into`` is given, added
-        to that one (whose ``alpha`` is 1). Without a fold the convolution's input is ``x`` as it is.
+        to that one (whose ``alpha`` is 1). Without a fold the convolution's input is ``x`` as it is. To ``finish``, where nobody adds
+        to that gradient or its correction any more, it may also be a tensor: finished, if this backend's next convolution wants
+        it so.
         """
         dtype = conv.weight.dtype
         total: list[Optional[Tensor]] = [None, None, None, None]

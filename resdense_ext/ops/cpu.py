@@ -165,7 +165,14 @@ class CpuBackend(CompiledBackend):
         return self._read(out, found, stats, reader, activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self,
+        x: Tensor,
+        fold: Optional[Fold],
+        conv: Conv,
+        grad: Tensor | Pending,
+        into: Optional[Pending],
+        need_weight: bool,
+        finish: bool = False,
     ) -> ConvGrads:
         # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
         prologue = fold or Fold.linear(x)
@@ -185,7 +192,7 @@ class CpuBackend(CompiledBackend):
             )
             weight = weight.permute(0, 3, 1, 2) if need_weight else None
         else:
-            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)
         increment_version(dy)
         return self._grads(x, fold, weight, None, dy, into, *sums)
 

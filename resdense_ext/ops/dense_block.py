@@ -241,9 +241,11 @@ def backward(
                 z = empty_map(buffer, conv.weight.shape[0], conv.weight.dtype)
                 backend.bn_act_conv(source, fold.affine, conv, z, None, 1.0, None)
             inner = backend.fold(second.norm, z_stats, count, activation)
-            grads = backend.bn_act_conv_backward(z, inner, second.conv, upstream, None, wants_weight(unit + 1))
+            shared = bool(config.group) and second.norm.batch_stats
+            needed = wants_weight(unit + 1)
+            grads = backend.bn_act_conv_backward(z, inner, second.conv, upstream, None, needed, not shared)
             record(unit + 1, grads)
-            upstream = backend.finished(ranks.share_(grads.input) if second.norm.batch_stats else grads.input)
+            upstream = ranks.share_(grads.input) if shared else grads.input
             del z, grads
         into = gradient.pending(buffer, 0, C)
         record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, into, wants_weight(unit)))

@@ -35,6 +35,10 @@ def _bn_act(x, scale, shift, negative_slope, out):
     return None
 
 
+def _bn_act_sums(grad, x, scale, shift, center, negative_slope):
+    return _vectors(x, x.shape[1])
+
+
 def _bn_act_backward(grad, x, scale, shift, center, negative_slope):
     return _vectors(x, x.shape[1])
 
@@ -43,7 +47,7 @@ def _bn_act_backward_accumulate(out, grad, x, scale, shift, center, negative_slo
     return _vectors(x, x.shape[1])
 
 
-def _pending_grad(dy, z, alpha, beta, delta):
+def _pending_grad(dy, z, alpha, beta, delta, shift=None, negative_slope=1.0):
     return None
 
 
@@ -96,12 +100,13 @@ def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding,
 
 def _bn_act_conv_backward(
     x, scale, shift, center, rstd, count, negative_slope, weight, stride, padding, dilation, groups, scratch,
-    grad, z, alpha, beta, delta, out, out_beta, out_delta, need_weight, need_bias,
+    grad, z, alpha, beta, delta, out, out_beta, out_delta, finish, need_weight, need_bias,
 ):  # fmt: skip
     norm = _vectors(x, x.shape[1], 4) if scale is not None else (None,) * 4
-    dy = (torch.empty_like(x), *norm[2:]) if out is None else (None, None, None)
+    correction = norm[2:] if out is None and not finish else (None, None)
     dweight = torch.empty_like(weight) if need_weight else None
-    return *dy, dweight, weight.new_empty(len(weight)) if need_bias else None, *norm[:2]
+    dbias = weight.new_empty(len(weight)) if need_bias else None
+    return torch.empty_like(x) if out is None else None, *correction, dweight, dbias, *norm[:2]
 
 
 def _add_act(x, y, negative_slope):
@@ -150,6 +155,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_fold,
         _bn_correction,
         _bn_act,
+        _bn_act_sums,
         _bn_act_backward,
         _bn_act_backward_accumulate,
         _pending_grad,

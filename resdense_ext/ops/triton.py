@@ -214,10 +214,17 @@ class TritonBackend(MomentsBackend):
         return self._folded(folded, stats.mean, out.numel() // out.shape[1], affine.activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self,
+        x: Tensor,
+        fold: Optional[Fold],
+        conv: Conv,
+        grad: Tensor | Pending,
+        into: Optional[Pending],
+        need_weight: bool,
+        finish: bool = False,
     ) -> ConvGrads:
         if not _serves(x, conv) or (need_weight and conv.bias is not None):
-            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)
         from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward
 
         dy, *pending = grad if isinstance(grad, Pending) else (grad,)

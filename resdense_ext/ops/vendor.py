@@ -34,9 +34,6 @@ class VendorBackend(ReferenceBackend):
         size = max(1, SCRATCH * x.shape[0] // max(x.numel() * x.element_size(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)] or [slice(0, 0)]
 
-    def finished(self, pending: Pending) -> Tensor:
-        return self.pending_grad_(pending)
-
     def bn_act_conv(
         self,
         x: Tensor,
@@ -61,7 +58,14 @@ class VendorBackend(ReferenceBackend):
         return self._folded_reader(out, stats, reader, activation)
 
     def bn_act_conv_backward(
-        self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
+        self,
+        x: Tensor,
+        fold: Optional[Fold],
+        conv: Conv,
+        grad: Tensor | Pending,
+        into: Optional[Pending],
+        need_weight: bool,
+        finish: bool = False,
     ) -> ConvGrads:
         (scale, shift, activation), center, rstd, count = fold or _NO_NORM
         out, beta, delta = (None, None, None) if into is None else (into.dy, into.beta, into.delta)
@@ -73,8 +77,10 @@ class VendorBackend(ReferenceBackend):
             *(x, scale, shift, center, rstd, math.inf if count is None else count, slope_of(activation)),
             *(weight, conv.steps, padding, dilation, groups, SCRATCH),
             *(grad if isinstance(grad, Pending) else (grad, None, None, None, None)),
-            *(out, beta, delta, need_weight, need_weight and bias is not None),
+            *(out, beta, delta, finish, need_weight, need_weight and bias is not None),
         )
+        if finish:
+            return ConvGrads(dy, dweight, dbias, dgamma, dbeta)
         if into is None:
             into = Pending.of(dy, x) if fold is None else Pending(dy, x, scale, *correction)
         return ConvGrads(into, dweight, dbias, dgamma, dbeta)

@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
   m.def(
+      "bn_act_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
+      "-> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
       "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
@@ -60,7 +63,9 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "bn_add_act_backward(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
       "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)");
-  m.def("pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> ()");
+  m.def(
+      "pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
+      "float negative_slope=1.0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resdense_shim, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }
