@@ -83,6 +83,9 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
       "-> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
+      "-> Tensor dweight");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

@@ -86,6 +86,10 @@ def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):
     return _vectors(out, out.shape[1] if stats else 0)
 
 
+def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, negative_slope):
+    return x.new_empty((grad.shape[1], x.shape[1]), dtype=accumulation_dtype(x.dtype))
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -115,6 +119,12 @@ def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, stats):
     return reference.channel_stats(out) if stats else _vectors(out, 0)
 
 
+def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, negative_slope):
+    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+    grad, activated = (t.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1) for t in (grad, activated))
+    return grad @ activated.T
+
+
 def _add_act_cpu(x, y, negative_slope):
     return reference.add_act(x, y, Activation("leaky_relu", negative_slope))
 
@@ -140,6 +150,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_winograd,
         _bn_act_winograd_backward,
         _bn_act_conv3x3,
+        _bn_act_conv1x1_weight_backward,
         _add_act,
         _add_act_backward,
         _bn_add_act,
@@ -149,6 +160,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
     for kernel in (
         _copy_map_cpu,
         _bn_act_conv3x3_cpu,
+        _bn_act_conv1x1_weight_backward_cpu,
         _add_act_cpu,
         _add_act_backward_cpu,
     ):
