@@ -43,8 +43,8 @@ void check_factor_channels(const Map& m, const char* name, int64_t most) {
 
 void check_factor_rows(const Map& m, const Tensor& t, const char* name) {
   RESDENSE_CHECK(m.uniform_rows() && aligned(m.data) && m.ss % 8 == 0, name,
-                 ": expected channels_last, all positions with one stride and their channels aligned to 16 bytes, got strides ",
-                 stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
+                 ": expected channels_last, all positions with one stride and their channels aligned to 16 bytes, got "
+                 "strides ", stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
 Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -57,8 +57,8 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
   check_same_device(grad, "grad", x, "x");
   bool same = grad.dim() == x.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = i == 1 || grad.size(i) == x.size(i);
-  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x), ", got shape ",
-                 shape_string(grad));
+  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x),
+                 ", got shape ", shape_string(grad));
   check_factor_channels(of, "grad", kWeightOutputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
@@ -78,10 +78,12 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
     using T = decltype(zero);
     Conv1x1Weight<T> p{};
     p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
-    p.scale = static_cast<const float*>(scale.const_data_ptr()), p.shift = static_cast<const float*>(shift.const_data_ptr());
+    p.scale = static_cast<const float*>(scale.const_data_ptr());
+    p.shift = static_cast<const float*>(shift.const_data_ptr());
     p.slope = static_cast<float>(negative_slope);
     p.grad_ss = of.ss, p.x_ss = from.ss;
-    p.rows = static_cast<int>(from.rows()), p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
+    p.rows = static_cast<int>(from.rows());
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
     run(on, p, dweight);
   };
   if (from.dtype == ScalarType::Half)

@@ -1,10 +1,10 @@
 #pragma once
-// The weight gradient of a 1x1 convolution of act(scale * x + shift), channels-last: grad^T act(scale * x + shift), a product
-// summed over hundreds of thousands of positions.
+// The weight gradient of a 1x1 convolution of act(scale * x + shift), channels-last: grad^T act(scale * x + shift), a
+// product summed over hundreds of thousands of positions.
 //
-// A block takes all outputs, up to 256 channels and a range of the positions, a chunk of which it multiplies while the next
-// ones are on their way. Both operands have the summed dimension as their rows, so that both are read transposed; a lane then
-// has of eight channels a single one, and activates it in registers, where its scale and shift stay.
+// A block takes all outputs, up to 256 channels and a range of the positions, of which it multiplies a chunk while the
+// next ones are on their way. Both operands have the summed dimension as their rows, so that both are read transposed;
+// of eight channels a lane then has a single one, and activates it in registers, where its scale and shift stay.
 
 #include <algorithm>
 #include <bit>
@@ -17,11 +17,12 @@ constexpr int kWeightChunk = 32;    // positions
 constexpr int kWeightThreads = 256;
 constexpr int kWeightSumWarps = 8;  // that share the blocks' parts of an output out
 
-// In clocks of a multiprocessor, for C channels, 128 outputs and 128 positions: 13.8 (C + 128) for the bytes of memory and some
-// 13 C for those of the second-level cache, from which the gradient comes again for every 256 channels (for every 128 it would
-// be 17 C); 12.6 C for the products; 11 C for shared memory, of which every warp, with its 64 x 64 products, uses each fragment
-// four times (with 64 x 32 it would be 15 C); some 8 C for what is issued. Two warps activate the same values: it is cheaper
-// than to write them back.
+// In clocks of a multiprocessor, for C channels, 128 outputs and 128 positions: 13.8 (C + 128) for the bytes of memory;
+// 13 C for those of the second-level cache at 30 a clock, as the gradient comes again for every 256 channels (for every
+// 128 it would be 17 C); 12.6 C for the products; 11 C for shared memory, of which every warp, with its 64 x 64
+// products, uses each fragment four times (with 64 x 32 it would be 15 C); 9.5 C for what is issued. Two warps activate
+// the same values: it is cheaper than to write them back. With 64 outputs no values are activated twice, and two blocks
+// fit; with 192 there are registers for 192 channels, and the products take the longest, 18.9 C.
 template <int K64>
 struct WeightTile {
   static constexpr int kWarpsAlongOutputs = K64 == 1 ? 1 : 2;
@@ -90,12 +91,13 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   const int first_row = split * p.split_chunks * kWeightChunk;
   const int end_row = std::min(p.rows, first_row + p.split_chunks * kWeightChunk);
 
-  // A stage has K64 panels of the gradient and then those of x: rows of 64 channels in 16-byte pieces, of which the eight rows
-  // that ldmatrix reads at once have the same one in different banks.
+  // A stage has K64 panels of the gradient and then those of x: rows of 64 channels in 16-byte pieces. The eight rows
+  // that ldmatrix reads at once have the same piece in different banks.
   Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
   const auto swizzled = [](int row, int piece) { return row * 8 + (piece ^ (row & 7)); };
 
-  // A thread copies the same piece of a row of every panel, and of every kRowsAtOnce-th row, chunk after chunk; what does not exist is not read.
+  // A thread copies the same piece of a row of every panel, and of every kRowsAtOnce-th row, chunk after chunk; what
+  // does not exist is not read.
   const int copy_row = thread / 8, copy_piece = thread % 8;
   const int copy_to = swizzled(copy_row, copy_piece);
   const int grad_left = p.outputs - copy_piece * 8, x_left = end_channel - first_channel - copy_piece * 8;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   const T* x = p.x + (first_row + copy_row) * p.x_ss + first_channel + copy_piece * 8;
   // A group of copies, of none where no chunk is left: so the groups can be counted.
   const auto copy_chunk = [&](int from_row, int slot) {
-    for (int i = 0; i < kWeightChunk && from_row + i < end_row; i += kRowsAtOnce) {
+    for (int i = 0; i < kWeightChunk && from_row < end_row; i += kRowsAtOnce) {
       Piece* const to = s_stages + slot * Tile::kStagePieces + copy_to + i * 8;
       const bool inside = from_row + i + copy_row < end_row;
 #pragma unroll
@@ -127,8 +129,8 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
     shift[n] = channel < end_channel ? p.shift[channel] : 0;
   }
 
-  // Of the rows of a stage that this lane brings to ldmatrix, the first of the gradient's first panel and of the first panel of
-  // x that its warp has a part of.
+  // Of the rows of a stage that this lane brings to ldmatrix, the first of the gradient's first panel and of the first
+  // panel of x that its warp has a part of.
   const int load_row = lane % 8 + lane / 16 * 8, load_piece = lane / 8 % 2;
   int load_grad[4 / kWarpsM];
 #pragma unroll
@@ -137,8 +139,9 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
 
   float sums[Tile::kM16][2 * Tile::kN16][4] = {};
 
-  // Of `n16` times 16 channels a warp. Where not all rows of the chunk exist, what the activation makes of the others is
-  // not always 0 times their gradient of 0.
+  // Of the first N16 times 16 channels of every warp, of which some may not exist: nothing of them is stored. Rows that
+  // do not exist are part of every sum, and what the activation makes of them is not always 0 times their gradient of
+  // 0.
   const auto multiply = [&]<int N16, bool ALL_ROWS>(const Piece* stage, int rows, float slope) {
 #pragma unroll(ALL_ROWS ? kWeightChunk / 16 : 1)
     for (int row = 0; row < kWeightChunk; row += 16) {
@@ -166,7 +169,6 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
     }
   };
 
-#pragma unroll 1
   for (int slot = 0; slot < Tile::kStages - 1; ++slot) copy_chunk(first_row + slot * kWeightChunk, slot);
   int slot = 0, free_slot = Tile::kStages - 1;
   for (int row = first_row; row < end_row; row += kWeightChunk) {
@@ -203,15 +205,16 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
       for (int half = 0; half < 2; ++half) {
         const int output = (m * kWarpsM + warp_m) * 16 + half * 8 + lane / 4;
         const int channel = first_channel + (n / 2 * kWarpsN + warp_n) * 16 + n % 2 * 8 + lane % 4 * 2;
+        const auto& sum = sums[m][n];
         if (output < p.outputs && channel < end_channel)
-          store<float, 2>(part + int64_t(output) * p.channels + channel, {sums[m][n][2 * half], sums[m][n][2 * half + 1]});
+          store<float, 2>(part + int64_t(output) * p.channels + channel, {sum[2 * half], sum[2 * half + 1]});
       }
     }
   }
 }
 
-// Adds the splits' parts, always in the same order: a block four neighbouring values a lane, each warp every
-// kWeightSumWarps-th split.
+// Adds the splits' parts, always in the same order: a lane four neighbouring values, a warp every kWeightSumWarps-th
+// split.
 __global__ void __launch_bounds__(kWeightSumWarps * 32)
     conv1x1_weight_sum_kernel(const float* parts, int splits, int64_t size, float* sums) {
   using Four = Vector<float, 4>;
