@@ -98,6 +98,9 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, Tensor(c!)? out_delta, "
       "bool finish, bool need_weight, bool need_bias) "
       "-> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)");
+  m.def(
+      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
+      "-> Tensor dweight");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

@@ -109,6 +109,10 @@ def _bn_act_conv_backward(
     return torch.empty_like(x) if out is None else None, *correction, dweight, dbias, *norm[:2]
 
 
+def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, negative_slope):
+    return x.new_empty((grad.shape[1], x.shape[1]), dtype=accumulation_dtype(x.dtype))
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -140,6 +144,12 @@ def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, mean, m2):
             to.copy_(found)
 
 
+def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, negative_slope):
+    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+    grad, activated = (t.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1) for t in (grad, activated))
+    return grad @ activated.T
+
+
 def _add_act_cpu(x, y, negative_slope):
     return reference.add_act(x, y, Activation("leaky_relu", negative_slope))
 
@@ -169,6 +179,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_conv3x3,
         _bn_act_conv,
         _bn_act_conv_backward,
+        _bn_act_conv1x1_weight_backward,
         _add_act,
         _add_act_backward,
         _bn_add_act,
@@ -178,6 +189,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
     for kernel in (
         _copy_map_cpu,
         _bn_act_conv3x3_cpu,
+        _bn_act_conv1x1_weight_backward_cpu,
         _add_act_cpu,
         _add_act_backward_cpu,
     ):

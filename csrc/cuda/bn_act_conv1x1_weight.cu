@@ -1,0 +1,100 @@
+#include "bn_act_conv1x1_weight.cuh"
+
+#include "launch.h"
+
+namespace resdense::cuda {
+namespace {
+
+constexpr int64_t kWeightInputs = 65536, kWeightOutputs = 192;
+// A split takes at least so many chunks, as its part of the result is as large as some.
+constexpr int64_t kWeightLeastChunks = 4;
+
+template <typename T, int K64>
+void run(const Launch& on, Conv1x1Weight<T> p, const Tensor& dweight) {
+  using Tile = WeightTile<K64>;
+  const int64_t chunks = ceil_div(p.rows, kWeightChunk), blocks = on.multiprocessors() * Tile::kBlocks;
+  const int64_t tiles = ceil_div(p.channels, 64 * Tile::kPanels);
+  const int64_t split_chunks = std::max(kWeightLeastChunks, ceil_div(chunks, std::max<int64_t>(1, blocks / tiles)));
+  const int64_t splits = ceil_div(chunks, split_chunks), size = int64_t(p.outputs) * p.channels;
+  p.tiles = static_cast<int>(tiles), p.split_chunks = static_cast<int>(split_chunks);
+
+  float* const sums = static_cast<float*>(dweight.mutable_data_ptr());
+  Tensor parts;
+  if (splits > 1) parts = torch::stable::new_empty(dweight, {splits, size});
+  p.parts = splits > 1 ? static_cast<float*>(parts.mutable_data_ptr()) : sums;
+  on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
+  if (splits > 1)
+    on.run(conv1x1_weight_sum_kernel, ceil_div(size, 128), kWeightSumWarps * 32, p.parts, splits, size, sums);
+}
+
+template <typename T>
+void run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& dweight) {
+  switch (ceil_div(p.outputs, 64)) {
+    case 1: return run<T, 1>(on, p, dweight);
+    case 2: return run<T, 2>(on, p, dweight);
+    default: return run<T, 3>(on, p, dweight);
+  }
+}
+
+void check_factor_channels(const Map& m, const char* name, int64_t most) {
+  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
+                 ", got ", m.C);
+}
+
+void check_factor_rows(const Map& m, const Tensor& t, const char* name) {
+  RESDENSE_CHECK(m.uniform_rows() && aligned(m.data) && m.ss % 8 == 0, name,
+                 ": expected channels_last, all positions with one stride and their channels aligned to 16 bytes, got "
+                 "strides ", stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
+}
+
+Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                      double negative_slope) {
+  const Map from = map_of(x, "x"), of = map_of(grad, "grad");
+  RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
+                 "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
+  check_factor_channels(from, "x", kWeightInputs);
+  check_dtype(grad, "grad", from.dtype);
+  check_same_device(grad, "grad", x, "x");
+  bool same = grad.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = i == 1 || grad.size(i) == x.size(i);
+  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x),
+                 ", got shape ", shape_string(grad));
+  check_factor_channels(of, "grad", kWeightOutputs);
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+
+  Tensor dweight = torch::stable::new_empty(scale, {of.C, from.C});
+  if (from.numel() == 0) {
+    torch::stable::fill_(dweight, 0.0);
+    return dweight;
+  }
+  check_factor_rows(from, x, "x");
+  check_factor_rows(of, grad, "grad");
+  RESDENSE_CHECK(from.rows() < std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 positions, got ",
+                 from.rows());
+
+  const Launch on(x);
+  const auto start = [&](auto zero) {
+    using T = decltype(zero);
+    Conv1x1Weight<T> p{};
+    p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
+    p.scale = static_cast<const float*>(scale.const_data_ptr());
+    p.shift = static_cast<const float*>(shift.const_data_ptr());
+    p.slope = static_cast<float>(negative_slope);
+    p.grad_ss = of.ss, p.x_ss = from.ss;
+    p.rows = static_cast<int>(from.rows());
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
+    run(on, p, dweight);
+  };
+  if (from.dtype == ScalarType::Half)
+    start(__half{});
+  else
+    start(__nv_bfloat16{});
+  return dweight;
+}
+
+}  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_act_conv1x1_weight_backward", TORCH_BOX(&bn_act_conv1x1_weight_backward)); }
+
+}  // namespace resdense::cuda
