@@ -19,6 +19,7 @@
 //   act(y)          y where y > 0, else negative_slope * y (0 is the ReLU, 1 the identity)
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
 //   dy, xc          grad * act'(scale * x + shift), and x - center
+//                   (of bn_act_conv1x1_data_backward: grad * weight, of (outputs, inputs), in place of grad)
 //   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
 //   pending grad    alpha * dy + beta * z + delta, by whoever reads it
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
@@ -83,6 +84,9 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
       "-> (Tensor mean, Tensor m2)");
+  m.def(
+      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(

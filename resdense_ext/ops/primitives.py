@@ -86,6 +86,10 @@ def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, stats):
     return _vectors(out, out.shape[1] if stats else 0)
 
 
+def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+    return _vectors(x, x.shape[1])
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -115,6 +119,18 @@ def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, stats):
     return reference.channel_stats(out) if stats else _vectors(out, 0)
 
 
+def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+    wide = accumulation_dtype(x.dtype)
+    scale, shift, center = (reference.per_channel(v, x) for v in (scale, shift, center))
+    dy = torch.einsum("nk...,kc->nc...", grad.to(wide), weight.to(wide))
+    y = scale * x.to(wide) + shift
+    # Behind a ReLU that stops it even an infinite gradient is 0.
+    dy = torch.where(y <= 0, 0, dy) if negative_slope == 0 else torch.where(y > 0, dy, negative_slope * dy)
+    out.copy_(out.to(wide) + scale * dy if accumulate else dy)
+    positions = [d for d in range(x.dim()) if d != 1]
+    return dy.sum(positions), (dy * (x.to(wide) - center)).sum(positions)
+
+
 def _add_act_cpu(x, y, negative_slope):
     return reference.add_act(x, y, Activation("leaky_relu", negative_slope))
 
@@ -140,6 +156,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_winograd,
         _bn_act_winograd_backward,
         _bn_act_conv3x3,
+        _bn_act_conv1x1_data_backward,
         _add_act,
         _add_act_backward,
         _bn_add_act,
@@ -149,6 +166,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
     for kernel in (
         _copy_map_cpu,
         _bn_act_conv3x3_cpu,
+        _bn_act_conv1x1_data_backward_cpu,
         _add_act_cpu,
         _add_act_backward_cpu,
     ):
