@@ -19,11 +19,11 @@
 //   act(y)          y where y > 0, else negative_slope * y (0 is the ReLU, 1 the identity)
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
 //   dy, xc          grad * act'(scale * x + shift), and x - center
-//                   (of bn_act_conv1x1_data_backward: grad * weight, of (outputs, inputs), in place of grad)
 //   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
 //   pending grad    alpha * dy + beta * z + delta, by whoever reads it
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
+// bn_act_conv1x1_data_backward gets the gradient of what the convolution has put out: grad * weight is what dy is of.
 // Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {

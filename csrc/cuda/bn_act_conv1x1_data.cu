@@ -8,12 +8,12 @@
 namespace resdense::cuda {
 namespace {
 
-constexpr int64_t kMostDataOutputs = 192;
-// Of positions and of a row's stride: their numbers, and those of tiles yet to come, are 32-bit ones.
+constexpr int64_t kMostDataOutputs = 192, kMostDataChannels = int64_t(1) << 20;
+// Positions, and elements from one to the next: the numbers of those ahead, and strides in bytes, are 32-bit ones.
 constexpr int64_t kMostData = int64_t(1) << 30;
 
 template <typename T>
-Rows<T> rows_of(const Map& m) {
+DataRows<T> data_rows_of(const Map& m) {
   return {static_cast<T*>(m.data), static_cast<unsigned>(m.ss * sizeof(T))};
 }
 
@@ -29,9 +29,10 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const std::tuple<Tenso
   while (Tile::bytes(most, maps) + 1024 > memory) --most;
   const int64_t chunks = std::clamp(multiprocessors / tiles, ceil_div(groups, most), groups);
   const int warps = static_cast<int>(ceil_div(groups, chunks));
-  const int64_t bytes = Tile::bytes(warps, maps), blocks = std::min<int64_t>(Tile::kBlocks * Tile::kWarps / warps, memory / (bytes + 1024));
+  const int64_t bytes = Tile::bytes(warps, maps);
+  const int64_t blocks = std::min<int64_t>(Tile::kBlocks * Tile::kWarps / warps, memory / (bytes + 1024));
   const int64_t slices = std::clamp<int64_t>(multiprocessors * blocks / chunks, 1, tiles);
-  p.tiles = static_cast<int>(tiles), p.chunks = static_cast<int>(chunks);
+  p.tiles = static_cast<int>(tiles), p.slices = static_cast<int>(slices), p.chunks = static_cast<int>(chunks);
 
   // Every kDataChain tiles of a slice leave a part, and so does what remains of them.
   const int64_t round = slices * kDataChain;
@@ -47,30 +48,32 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const std::tuple<Tenso
 
 void check_data_rows(const Map& m, const Tensor& t, const char* name) {
   RESDENSE_CHECK(m.uniform_rows() && m.ss % 8 == 0 && aligned(m.data), name,
-                 ": expected channels_last with one stride between positions, the channels of each aligned to 16 bytes, got "
-                 "strides ", stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
-  RESDENSE_CHECK(m.rows() <= kMostData && m.ss <= kMostData, name, ": expected at most 2^30 positions and elements between two, got ",
-                 m.rows(), " and ", m.ss);
+                 ": expected channels_last with one stride between positions, the channels of each aligned to 16 "
+                 "bytes, got strides ", stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
+  RESDENSE_CHECK(m.rows() <= kMostData && m.ss <= kMostData, name,
+                 ": expected at most 2^30 positions, and elements from one to the next, got ", m.rows(), " and ", m.ss);
 }
 
 std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                        const Tensor& shift, const Tensor& center, double negative_slope,
-                                                        const Tensor& weight, const Tensor& out, bool accumulate) {
+                                                        const Tensor& shift, const Tensor& center,
+                                                        double negative_slope, const Tensor& weight, const Tensor& out,
+                                                        bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
                  "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
-  RESDENSE_CHECK(from.C > 0 && from.C % 8 == 0 && from.C <= kMostData, "x: expected a multiple of 8 channels, got ", from.C);
+  RESDENSE_CHECK(from.C > 0 && from.C % 8 == 0 && from.C <= kMostDataChannels,
+                 "x: expected a multiple of 8 channels, at most ", kMostDataChannels, ", got ", from.C);
   check_dtype(grad, "grad", from.dtype);
   check_same_device(grad, "grad", x, "x");
   bool same = grad.dim() == x.dim() && g.N == from.N;
   for (int64_t i = 2; same && i < x.dim(); ++i) same = grad.size(i) == x.size(i);
-  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x), ", got shape ",
-                 shape_string(grad));
-  RESDENSE_CHECK(g.C > 0 && g.C % 8 == 0 && g.C <= kMostDataOutputs, "grad: expected a multiple of 8 channels, at most ",
-                 kMostDataOutputs, ", got ", g.C);
+  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x),
+                 ", got shape ", shape_string(grad));
+  RESDENSE_CHECK(g.C > 0 && g.C % 8 == 0 && g.C <= kMostDataOutputs,
+                 "grad: expected a multiple of 8 channels, at most ", kMostDataOutputs, ", got ", g.C);
   check_same(out, "out", x, "x");
-  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == g.C && weight.size(1) == from.C, "weight: expected shape (", g.C, ", ",
-                 from.C, "), got ", shape_string(weight));
+  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == g.C && weight.size(1) == from.C,
+                 "weight: expected shape (", g.C, ", ", from.C, "), got ", shape_string(weight));
   check_dtype(weight, "weight", from.dtype);
   check_same_device(weight, "weight", x, "x");
   check_vector(scale, "scale", from.C, x, "x");
@@ -89,7 +92,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
     Conv1x1Data<T> p{};
-    p.grad = rows_of<const T>(g), p.x = rows_of<const T>(from), p.out = rows_of<T>(to);
+    p.grad = data_rows_of<const T>(g), p.x = data_rows_of<const T>(from), p.out = data_rows_of<T>(to);
     p.scale = vector(scale), p.shift = vector(shift), p.center = vector(center);
     p.weight = static_cast<const T*>(weights.const_data_ptr());
     p.slope = static_cast<float>(negative_slope), p.accumulate = accumulate;

@@ -1,11 +1,13 @@
 #pragma once
-// The data gradient of a 1x1 convolution of act(scale * x + shift), channels-last: the mask, the batch norm's sums and the
-// accumulation are done on the product where it arises.
+// The data gradient of a 1x1 convolution of act(scale * x + shift), channels-last: the mask, the batch norm's sums and
+// the accumulation are done on the product where it arises.
 //
-// A warp keeps the weights of kDataChannels of the input's channels in registers, as fragments, and walks down the positions.
-// The gradients of a tile of positions are shared by the warps of a block; everything else a lane reads, and writes, for itself:
-// the columns of the products are permuted so that it has 8 neighbouring channels, whose sums it keeps. So there is one
-// barrier a tile, and none waits for the copies that are under way.
+// A warp keeps the weights of kDataChannels of the input's channels in registers, as fragments, and walks down the
+// positions. The warps of a block share the gradients of a tile of positions; everything else a lane reads and writes
+// for itself: the columns of the products are permuted so that it has 8 neighbouring channels, whose sums it keeps. So
+// there is one barrier a tile, and copies stay under way across it.
+
+#include <type_traits>
 
 #include "bn_act.cuh"
 #include "matrix.cuh"
@@ -14,14 +16,15 @@ namespace resdense::cuda {
 
 constexpr int kDataPositions = 16;  // of a tile
 constexpr int kDataChannels = 32;   // of a warp
-// The tiles that have a place in shared memory, all but one of them under way: 16 KiB each for 6 warps, 128 outputs and two maps.
+// The tiles that have a place in shared memory, all but one of them under way: 16 KiB each for 6 warps that accumulate
+// and 128 outputs.
 constexpr int kDataStages = 6;
 // The tiles after which a warp leaves its sums: a lane adds up two positions of each, and a longer chain loses digits.
 constexpr int kDataChain = 32;
 
-// For 128 outputs and C channels 128 positions cost, in clocks of a multiprocessor: 41 C for the bytes of x and out, and 1,800
-// for those of the gradients, which L2 has for all but the first block that reads them; 13 C for the products; 17 C for
-// shared memory; some 20 C for the instructions.
+// For 128 outputs and C channels 128 positions cost, in clocks of a multiprocessor: 41 C for the bytes of x and out;
+// 1,800 for those of the gradients, which L2 has for all but the first block that reads them; 13 C for the products;
+// 18 C for shared memory; 23 C for the instructions.
 template <int N64>
 struct DataTile {
   static constexpr int kOutputs = 64 * N64;
@@ -34,31 +37,32 @@ struct DataTile {
   static constexpr int stage(int warps, int maps) { return kGrad + warps * maps * kMap; }
   static constexpr int64_t bytes(int warps, int maps) { return int64_t(kDataStages) * 16 * stage(warps, maps); }
 
-  // The eight rows that ldmatrix reads at once have their pieces permuted so that all of them lie in different banks.
-  __device__ static int place(int row, int piece) { return row * kPieces + (piece ^ (row & 7)); }
+  // Every 8 pieces of a row are permuted so that those that ldmatrix reads at once, of 8 rows, lie in different banks.
+  __device__ static int place(int row, int eight, int piece) { return row * kPieces + eight * 8 + (piece ^ (row & 7)); }
 };
 
 // A matrix as its rows lie in memory. An address is one instruction, a product of 32-bit numbers.
 template <typename T>
-struct Rows {
+struct DataRows {
   T* data;
   unsigned stride;  // in bytes
 
   __device__ T* at(unsigned row, int column) const {
-    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data + column) + uint64_t(row) * stride);
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data + column) + uint64_t(row) * stride);
   }
 };
 
 template <typename T>
 struct Conv1x1Data {
-  Rows<const T> grad, x;
+  DataRows<const T> grad, x;
   const float *scale, *shift, *center;
   const T* weight;  // [outputs][channels]
-  Rows<T> out;
+  DataRows<T> out;
   float slope;
   bool accumulate;
   int positions, channels, outputs;
-  int tiles, chunks;          // of positions, and of the channels that a block has
+  int tiles, slices, chunks;  // a block has every slices-th tile of the positions, and one of the channels' chunks
   float *sum_dy, *sum_dy_xc;  // [parts][channels]
 };
 
@@ -70,14 +74,15 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
   constexpr int kSteps = Tile::kOutputs / 16, kColumns = kDataChannels / 8;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int slice = blockIdx.x / p.chunks, slices = gridDim.x / p.chunks, chunk = blockIdx.x - slice * p.chunks;
+  const int slice = blockIdx.x / p.chunks, chunk = blockIdx.x - slice * p.chunks;
   const int groups = (p.channels + kDataChannels - 1) / kDataChannels;
   const int group = chunk * groups / p.chunks + warp;
   const bool busy = group < (chunk + 1) * groups / p.chunks;
   const int channel = group * kDataChannels + lane % 4 * 8;
   const bool live = busy && channel < p.channels;
 
-  // Of a stage: the gradients; and of each warp x, and out where it is accumulated into, the lanes' upper positions and lower.
+  // A stage has the gradients, and for each warp its values of x and, to accumulate, of out: the lanes' pieces of the
+  // upper 8 positions, then of the lower.
   const int maps = p.accumulate ? 2 : 1, stage_pieces = Tile::stage(blockDim.x / 32, maps);
   Piece* const stages = reinterpret_cast<Piece*>(dynamic_shared());
   const int mine = Tile::kGrad + warp * maps * Tile::kMap + lane;
@@ -91,24 +96,26 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
     if (left > 0) {
       for (int row = first_row; row < kDataPositions; row += rows_at_once) {
         const bool exists = row < left && piece * 8 < p.outputs;
-        copy_16_bytes(to + Tile::place(row, piece), p.grad.at(exists ? tile * kDataPositions + row : 0, exists ? piece * 8 : 0), exists);
+        const T* const from = exists ? p.grad.at(tile * kDataPositions + row, piece * 8) : p.grad.data;
+        copy_16_bytes(to + Tile::place(row, piece / 8, piece % 8), from, exists);
       }
 #pragma unroll
       for (int row = lane / 4, half = 0; half < 2; row += 8, ++half) {
         if (!live || row >= left) continue;
         const int position = tile * kDataPositions + row;
-        copy_16_bytes(to + mine + half * 32, p.x.at(position, channel), true);
-        if (p.accumulate) copy_16_bytes(to + mine + Tile::kMap + half * 32, p.out.at(position, channel), true);
+        Piece* const here = to + mine + half * 32;
+        copy_16_bytes(here, p.x.at(position, channel), true);
+        if (p.accumulate) copy_16_bytes(here + Tile::kMap, p.out.at(position, channel), true);
       }
     }
     commit_copies();
   };
 #pragma unroll 1
-  for (int stage = 0; stage < kDataStages - 1; ++stage) copy(slice + stage * slices, stage);
+  for (int stage = 0; stage < kDataStages - 1; ++stage) copy(slice + stage * p.slices, stage);
 
-  // Column c of the j-th product of 8 columns is channel c / 2 * 8 + 2 * j + c % 2 of the warp's, so that the columns that a lane
-  // has of all of them are neighbours. A fragment takes one channel of two outputs' rows, and 16 bytes of such a row hold one for
-  // each of the products.
+  // Column c of the j-th product of 8 columns is the warp's channel c / 2 * 8 + 2 * j + c % 2: those that a lane has of
+  // all four are neighbours. A fragment takes one channel of the rows of two outputs, and 16 bytes of such a row have one
+  // for each of the products.
   uint32_t weight[kSteps][kColumns][2];
   const int first_channel = group * kDataChannels + lane / 8 * 8;
   const bool odd = lane / 4 % 2;
@@ -146,25 +153,34 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t a[4];
-      load_matrices(a, grad + Tile::place(lane % 16, 2 * k + lane / 16));
+      load_matrices(a, grad + Tile::place(lane % 16, k / 4, k % 4 * 2 + lane / 16));
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) multiply_add(product[j], a, weight[k][j][0], weight[k][j][1], T{});
     }
   };
 
-  const auto finish = [&]<bool ACCUMULATE>(int tile, const Piece* from, float slope) {
+  // What a lane writes to one of its two positions; `from` has what it reads.
+  const auto masked = [&]<bool ACCUMULATE>(const Piece* from, int half, float slope) {
+    const Piece x = from[0], before = from[ACCUMULATE * Tile::kMap];
+    float result[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      result[k] = mask_value<ACCUMULATE>(product[k / 2][half * 2 + k % 2], widen(x.v[k]), widen(before.v[k]), scale[k],
+                                         shift[k], center[k], slope, k, sums);
+    }
+    return narrow<T>(result);
+  };
+  const auto finish = [&](int tile, const Piece* from) {
+    const auto with_slope = [&](int half, float slope) {
+      return p.accumulate ? masked.template operator()<true>(from + half * 32, half, slope)
+                          : masked.template operator()<false>(from + half * 32, half, slope);
+    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int position = tile * kDataPositions + half * 8 + lane / 4;
       if (!live || position >= p.positions) continue;
-      const Piece x = from[half * 32], before = from[ACCUMULATE * Tile::kMap + half * 32];
-      float result[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        result[k] = mask_value<ACCUMULATE>(product[k / 2][half * 2 + k % 2], widen(x.v[k]), widen(before.v[k]), scale[k],
-                                           shift[k], center[k], slope, k, sums);
-      }
-      store(p.out.at(position, channel), narrow<T>(result));
+      // With a slope that the compiler knows its product is left out.
+      store(p.out.at(position, channel), p.slope == 0 ? with_slope(half, 0) : with_slope(half, p.slope));
     }
   };
 
@@ -181,28 +197,18 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
     sums = {};
   };
 
-  int left = kDataChain, part = slice;
-  for (int tile = slice, stage = 0; tile < p.tiles; tile += slices) {
+  int stage = 0, count = 0;
+  for (int tile = slice; tile < p.tiles; tile += p.slices) {
     wait_for_copies<kDataStages - 2>();
     __syncthreads();  // all are done with the tile before, too
-    copy(tile + (kDataStages - 1) * slices, stage == 0 ? kDataStages - 1 : stage - 1);
+    copy(tile + (kDataStages - 1) * p.slices, stage == 0 ? kDataStages - 1 : stage - 1);
+    ++count;
     if (busy) {
       const Piece* const here = stages + stage * stage_pieces;
       multiply(here);
-      const auto finish_with = [&](float slope) {
-        if (p.accumulate)
-          finish.template operator()<true>(tile, here + mine, slope);
-        else
-          finish.template operator()<false>(tile, here + mine, slope);
-      };
-      if (p.slope == 0)
-        finish_with(0);
-      else
-        finish_with(p.slope);
-      if (--left == 0 || tile + slices >= p.tiles) {
-        leave_sums(part);
-        left = kDataChain, part += slices;
-      }
+      finish(tile, here + mine);
+      if (count % kDataChain == 0 || tile + p.slices >= p.tiles)
+        leave_sums((count - 1) / kDataChain * p.slices + blockIdx.x / p.chunks);
     }
     stage = stage + 1 == kDataStages ? 0 : stage + 1;
   }
