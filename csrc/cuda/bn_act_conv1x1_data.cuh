@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
   for (int stage = 0; stage < kDataStages - 1; ++stage) copy(slice + stage * p.slices, stage);
 
   // Column c of the j-th product of 8 columns is the warp's channel c / 2 * 8 + 2 * j + c % 2: those that a lane has of
-  // all four are neighbours. A fragment takes one channel of the rows of two outputs, and 16 bytes of such a row have one
-  // for each of the products.
+  // all four are neighbours. A fragment takes one channel of the rows of two outputs, and 16 bytes of such a row have
+  // one for each of the products.
   uint32_t weight[kSteps][kColumns][2];
   const int first_channel = group * kDataChannels + lane / 8 * 8;
   const bool odd = lane / 4 % 2;
