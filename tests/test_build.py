@@ -66,6 +66,8 @@ SCHEMAS = {
     "Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
     "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope)"
     " -> Tensor dweight",
+    "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+    "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "add_act": "(Tensor x, Tensor y, float negative_slope) -> Tensor",
     "add_act_backward": "(Tensor grad, Tensor out, float negative_slope) -> Tensor",
     "bn_add_act": "(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, Tensor? identity_shift, "

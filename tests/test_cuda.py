@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import cuda_cases
+import cuda_conv1x1_data_cases
 import cuda_conv1x1_weight_cases
 import cuda_conv_cases
 import cuda_pool_cases
@@ -18,13 +19,11 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-CHECKS = (
-    *cuda_cases.CHECKS,
-    *cuda_conv_cases.CHECKS,
-    *cuda_conv1x1_weight_cases.CHECKS,
-    *cuda_pool_cases.CHECKS,
-    *cuda_residual_cases.CHECKS,
+MODULES = (
+    *(cuda_cases, cuda_conv_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
+    *(cuda_pool_cases, cuda_residual_cases),
 )
+CHECKS = tuple(check for module in MODULES for check in module.CHECKS)
 
 
 @pytest.mark.gpu
@@ -39,7 +38,7 @@ def test_on_the_cpu():
     """What an operator that has a kernel for CUDA alone computes there: the reference."""
     pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
     cuda_conv_cases.check_bn_act_conv3x3(torch.ops.resdense, "cpu")
-    cuda_conv1x1_weight_cases.check_bn_act_conv1x1_weight_backward(torch.ops.resdense, "cpu")
+    cuda_conv1x1_data_cases.check_bn_act_conv1x1_data_backward(torch.ops.resdense, "cpu")
 
 
 def on_the_shim(source: str, target: Path, *options: str) -> Path:

@@ -113,6 +113,10 @@ def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, negative_slope):
     return x.new_empty((grad.shape[1], x.shape[1]), dtype=accumulation_dtype(x.dtype))
 
 
+def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+    return _vectors(x, x.shape[1])
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -150,6 +154,18 @@ def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, negative_slope):
     return grad @ activated.T
 
 
+def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+    wide = accumulation_dtype(x.dtype)
+    scale, shift, center = (reference.per_channel(v, x) for v in (scale, shift, center))
+    dy = torch.einsum("nk...,kc->nc...", grad.to(wide), weight.to(wide))
+    y = scale * x.to(wide) + shift
+    # Behind a ReLU that stops it even an infinite gradient is 0.
+    dy = torch.where(y <= 0, 0, dy) if negative_slope == 0 else torch.where(y > 0, dy, negative_slope * dy)
+    out.copy_(out.to(wide) + scale * dy if accumulate else dy)
+    positions = [d for d in range(x.dim()) if d != 1]
+    return dy.sum(positions), (dy * (x.to(wide) - center)).sum(positions)
+
+
 def _add_act_cpu(x, y, negative_slope):
     return reference.add_act(x, y, Activation("leaky_relu", negative_slope))
 
@@ -180,6 +196,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_conv,
         _bn_act_conv_backward,
         _bn_act_conv1x1_weight_backward,
+        _bn_act_conv1x1_data_backward,
         _add_act,
         _add_act_backward,
         _bn_add_act,
@@ -190,6 +207,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _copy_map_cpu,
         _bn_act_conv3x3_cpu,
         _bn_act_conv1x1_weight_backward_cpu,
+        _bn_act_conv1x1_data_backward_cpu,
         _add_act_cpu,
         _add_act_backward_cpu,
     ):

@@ -2,6 +2,7 @@
 
 #include "cuda/add_act.cu"
 #include "cuda/bn_act.cu"
+#include "cuda/bn_act_conv1x1_data.cu"
 #include "cuda/bn_act_conv1x1_weight.cu"
 #include "cuda/bn_act_conv3x3.cu"
 #include "cuda/bn_act_pool.cu"
@@ -59,6 +60,9 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
       "-> Tensor dweight");
+  m.def(
+      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
   m.def(
