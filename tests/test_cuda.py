@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import cuda_cases
+import cuda_conv1x1_cases
 import cuda_conv_cases
 import cuda_pool_cases
 import cuda_residual_cases
@@ -17,7 +18,13 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-CHECKS = (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS)
+CHECKS = (
+    *cuda_cases.CHECKS,
+    *cuda_conv_cases.CHECKS,
+    *cuda_conv1x1_cases.CHECKS,
+    *cuda_pool_cases.CHECKS,
+    *cuda_residual_cases.CHECKS,
+)
 
 
 @pytest.mark.gpu

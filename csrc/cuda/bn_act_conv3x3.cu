@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "launch.h"
+#include "conv.h"
 
 namespace resdense::cuda {
 namespace {
@@ -31,28 +31,20 @@ Shape shape_of_tiles(int64_t stack, int64_t width, int64_t positions, int64_t ha
 }
 
 template <typename T, int N16, bool LARGE>
-void run(const Launch& on, Conv3x3<T> p, const Shape& shape, Tensor& mean, Tensor& m2) {
+void run(const Launch& on, Conv3x3<T> p, const Shape& shape, const Tensor& mean, const Tensor& m2) {
   using Tile = ConvTile<N16, LARGE>;
   const int64_t chunks = ceil_div(p.channels, kConvChunk), memory = on.shared_memory();
   const auto fits = [&](int64_t slots) { return Tile::kBlocks * (Tile::bytes(chunks, slots) + 1024) <= memory; };
   p.slots = static_cast<int>(chunks <= 2 || fits(chunks) ? chunks : 2);
   const int64_t blocks = std::min<int64_t>(shape.tiles, on.multiprocessors() * Tile::kBlocks);
-
-  Tensor parts;
-  const bool stats = mean.numel() != 0;
-  if (stats) {
-    parts = torch::stable::new_empty(mean, {1 + 2 * p.outputs, blocks});
-    p.parts = static_cast<float*>(parts.mutable_data_ptr());
-  }
-  on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
-  if (stats) {
-    on.run(bn_act_conv3x3_stats_kernel, p.outputs, 32, p.parts, blocks, p.outputs,
-           static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(m2.mutable_data_ptr()));
-  }
+  run_with_stats(on, blocks, p.outputs, mean, m2, [&](float* parts) {
+    p.parts = parts;
+    on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
+  });
 }
 
 template <typename T, int N16>
-void run(const Launch& on, Conv3x3<T> p, Tensor& mean, Tensor& m2) {
+void run(const Launch& on, Conv3x3<T> p, const Tensor& mean, const Tensor& m2) {
   const auto shape = [&](auto tile) { return shape_of_tiles(p.rows, p.width, tile.kPositions, tile.kHalo); };
   const auto start = [&]<bool LARGE>(const Shape& s) {
     RESDENSE_CHECK(s.tiles <= std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 tiles, got ", s.tiles);
@@ -69,7 +61,7 @@ void run(const Launch& on, Conv3x3<T> p, Tensor& mean, Tensor& m2) {
 }
 
 template <typename T>
-void run(const Launch& on, const Conv3x3<T>& p, Tensor& mean, Tensor& m2) {
+void run(const Launch& on, const Conv3x3<T>& p, const Tensor& mean, const Tensor& m2) {
   switch (ceil_div(p.outputs, 16)) {
     case 1: return run<T, 1>(on, p, mean, m2);
     case 2: return run<T, 2>(on, p, mean, m2);
@@ -78,24 +70,11 @@ void run(const Launch& on, const Conv3x3<T>& p, Tensor& mean, Tensor& m2) {
   }
 }
 
-void check_channels(const Map& m, const char* name, int64_t most) {
-  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
-                 ", got ", m.C);
-}
-
-void check_rows(const Map& m, const Tensor& t, const char* name) {
-  const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
-  RESDENSE_CHECK(m.channels_last && vectors, name,
-                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ", stride_string(t),
-                 aligned(m.data) ? "" : " at an address that is not aligned");
-}
-
 std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
                                           const Tensor& weight, const Tensor& out, bool stats) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
-  RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
-                 "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
+  check_half_precision(from, "x");
   check_channels(from, "x", kConvChannels);
   check_dtype(out, "out", from.dtype);
   check_same_device(out, "out", x, "x");
@@ -112,12 +91,8 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, 
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  Tensor mean = torch::stable::new_empty(scale, {stats ? to.C : 0}), m2 = torch::stable::new_empty(scale, {stats ? to.C : 0});
-  if (from.numel() == 0) {
-    torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
-    torch::stable::fill_(m2, 0.0);
-    return {mean, m2};
-  }
+  const auto [mean, m2] = new_stats(scale, to, stats);
+  if (from.numel() == 0) return {mean, m2};
   check_rows(from, x, "x");
   check_rows(to, out, "out");
   const int64_t rows = from.N * (height + 1) - 1;
@@ -126,9 +101,9 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, 
 
   const Launch on(x);
   // Free for the weights of a channels-last network.
-  Tensor rows_of_channels = torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
-  if (!aligned(rows_of_channels.const_data_ptr())) rows_of_channels = torch::stable::clone(rows_of_channels);
-  const auto start = [&](auto zero) {
+  const Tensor rows_of_channels =
+      at_aligned_address(torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast));
+  dispatch_half_precision(from, [&, mean = mean, m2 = m2](auto zero) {
     using T = decltype(zero);
     Conv3x3<T> p{};
     p.x = static_cast<const T*>(from.data), p.out = static_cast<T*>(to.data);
@@ -139,11 +114,7 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3(const Tensor& x, const Tensor& scale, 
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
     p.rows = static_cast<int>(rows), p.height = static_cast<int>(height), p.width = static_cast<int>(width);
     run(on, p, mean, m2);
-  };
-  if (from.dtype == ScalarType::Half)
-    start(__half{});
-  else
-    start(__nv_bfloat16{});
+  });
   return {mean, m2};
 }
 

@@ -2,6 +2,7 @@
 
 #include "cuda/add_act.cu"
 #include "cuda/bn_act.cu"
+#include "cuda/bn_act_conv1x1.cu"
 #include "cuda/bn_act_conv3x3.cu"
 #include "cuda/bn_act_pool.cu"
 #include "cuda/bn_add_act.cu"
@@ -48,6 +49,9 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
+      "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)");
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, bool stats) "
       "-> (Tensor mean, Tensor m2)");

@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cuda_cases
+import cuda_conv1x1_cases
 import cuda_conv_cases
 import cuda_pool_cases
 import cuda_residual_cases
@@ -17,7 +18,13 @@ torch.set_num_threads(1)
 for module, step in ((cuda_cases, 17), (cuda_residual_cases, 11), (cuda_pool_cases, 4)):
     module.cases = lambda cases=module.cases, step=step: islice(cases(), 0, None, step)
 torch.ops.load_library(sys.argv[1])
-for check in (*cuda_cases.CHECKS, *cuda_conv_cases.CHECKS, *cuda_pool_cases.CHECKS, *cuda_residual_cases.CHECKS):
+for check in (
+    *cuda_cases.CHECKS,
+    *cuda_conv_cases.CHECKS,
+    *cuda_conv1x1_cases.CHECKS,
+    *cuda_pool_cases.CHECKS,
+    *cuda_residual_cases.CHECKS,
+):
     # A shuffled order, since a missing barrier may show in none of the sorted ones, and several blocks a channel.
     torch.ops.resdense_shim.configure(2, 4)
     check(torch.ops.resdense_shim, "cpu")
