@@ -28,11 +28,12 @@ struct Conv1x1Tile {
   static constexpr int kN8 = OUTPUTS / kConv1x1Across / 8;                // a warp's products: 16 kM16 positions
   static constexpr int kM16 = !LARGE ? 1 : OUTPUTS <= 128 ? 4 : 3;        // by 8 kN8 outputs
   static constexpr int kPositions = 16 * kM16 * kConv1x1Down;
-  static constexpr int kBlocks = LARGE ? 1 : 2;                           // a multiprocessor
-  static constexpr int kStages = LARGE || OUTPUTS > 128 ? 3 : 4;          // chunks in shared memory
+  static constexpr int kBlocks = LARGE || OUTPUTS > 128 ? 1 : 2;           // a multiprocessor
+  static constexpr int kStages = LARGE ? 3 : 4;                           // chunks in shared memory
   static constexpr int kRows = kPositions + OUTPUTS;
   static constexpr int kStage = kRows * kConv1x1Chunk * 2 + 2 * kConv1x1Chunk * 4;  // bytes: x and weight, scale and shift
-  static constexpr int kBytes = kStages * kStage;
+  static constexpr int kPart = 1 + 2 * OUTPUTS;  // count, means and m2 of what the warps across have written
+  static constexpr int kBytes = kStages * kStage + kConv1x1Down * kPart * 4;
 };
 
 template <typename T>
@@ -56,7 +57,7 @@ __device__ inline uint32_t activate_pair(uint32_t word, const Vector<float, 2>& 
   Vector<float, 2> y = widen_pair(word, T{});
 #pragma unroll
   for (int k = 0; k < 2; ++k) y.v[k] = activate(scale.v[k] * y.v[k] + shift.v[k], slope);
-  return std::bit_cast<uint32_t>(narrow<T>(y.v));
+  return narrow_word<T>(y);
 }
 
 template <typename T, int OUTPUTS, bool LARGE>
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
     if (++step.chunk == chunks) step.chunk = 0, step.tile += gridDim.x;
   };
   const auto at_stage = [](int stage) { return reinterpret_cast<Piece*>(dynamic_shared() + stage * Tile::kStage); };
-  const auto coefficients = [](const Piece* stage) { return reinterpret_cast<const float*>(stage + Tile::kRows * kPieces); };
+  const auto coefficients = [](Piece* stage) { return reinterpret_cast<float*>(stage + Tile::kRows * kPieces); };
 
   // A thread copies the same piece of every kRowsAtOnce-th row: of positions, then of outputs.
   const int piece = thread % kPieces, first = thread / kPieces;
@@ -100,18 +101,21 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
     const bool inside = channel < p.channels;
     const int position = step.tile * Tile::kPositions + first;
     copy_rows(p.x + position * p.x_ss + channel, p.x_ss, inside ? p.positions - position : 0, Tile::kPositions);
-    copy_rows(p.weight + int64_t(first) * p.channels + channel, p.channels, inside ? p.outputs - first : 0, OUTPUTS);
-    if (warp == 0) {
-      constexpr int kQuads = kConv1x1Chunk / 4;
-      const int at = step.chunk * kConv1x1Chunk + lane % kQuads * 4;
-      copy_16_bytes(stage + Tile::kRows * kPieces + lane, (lane < kQuads ? p.scale : p.shift) + at, at < p.channels);
+    copy_rows(p.weight + (first * p.channels + channel), p.channels, inside ? p.outputs - first : 0, OUTPUTS);
+    if (thread < kConv1x1Chunk / 4) {
+      const int at = step.chunk * kConv1x1Chunk + thread * 4;
+      copy_16_bytes(coefficients(stage) + thread * 4, p.scale + at, at < p.channels);
+      copy_16_bytes(coefficients(stage) + kConv1x1Chunk + thread * 4, p.shift + at, at < p.channels);
     }
   };
 
   float products[Tile::kM16][Tile::kN8][4];
-  const auto multiply = [&](const Piece* stage, float slope) {
+  const auto multiply = [&](Piece* stage, float slope) {
     const Piece* const x = stage + down * Tile::kM16 * 16 * kPieces;
     const Piece* const weight = stage + (Tile::kPositions + across * Tile::kN8 * 8) * kPieces;
+    // Where the lane's row begins; an even number of pieces further on it is at the place with those bits changed.
+    const int x_place = conv1x1_place(lane % 16, lane / 16);
+    const int weight_place = conv1x1_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const float* const scale = coefficients(stage) + lane % 4 * 2;
     const float* const shift = scale + kConv1x1Chunk;
 #pragma unroll
@@ -126,14 +130,14 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
       uint32_t a[Tile::kM16][4];
 #pragma unroll
       for (int m = 0; m < Tile::kM16; ++m) {
-        load_matrices(a[m], x + m * 16 * kPieces + conv1x1_place(lane % 16, k + lane / 16));
+        load_matrices(a[m], x + m * 16 * kPieces + (x_place ^ k));
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[m][i] = activate_pair<T>(a[m][i], scales[i / 2], shifts[i / 2], slope);
       }
 #pragma unroll
       for (int n = 0; n < Tile::kN8; n += 2) {
         uint32_t b[4];
-        load_matrices(b, weight + n * 8 * kPieces + conv1x1_place(lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+        load_matrices(b, weight + n * 8 * kPieces + (weight_place ^ k));
 #pragma unroll
         for (int m = 0; m < Tile::kM16; ++m) {
           multiply_add(products[m][n], a[m], b[0], b[1], T{});
@@ -143,29 +147,52 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
     }
   };
 
-  // Rounds the products, writes them, and merges what the warp has written into the moments of this lane's channels.
-  constexpr int kLaneChannels = Tile::kN8 / 4;
-  Moments<float, kLaneChannels> moments;
+  // The moments of what the warp has written lie in shared memory. A lane keeps those of a few channels: what merge_halves
+  // leaves to it.
+  float* const gathered = reinterpret_cast<float*>(dynamic_shared() + Tile::kStages * Tile::kStage);
+  float* const part = gathered + down * Tile::kPart;
+  float count = 0;
+  const auto merge = [&](const Moments<float, Tile::kN8 / 4>& more) {
+    Moments<float, Tile::kN8 / 4> all;
+    const auto each = [&](auto f) {
+#pragma unroll
+      for (int j = 0; j < all.kChannels; ++j) {
+        const int k = lane / 4 * all.kChannels + j;
+        float* const mean = part + 1 + across * Tile::kN8 * 8 + k / 2 * 8 + lane % 4 * 2 + k % 2;
+        f(j, mean, mean + OUTPUTS);
+      }
+    };
+    all.count = count;
+    if (count != 0) each([&](int j, const float* mean, const float* m2) { all.mean[j] = *mean, all.m2[j] = *m2; });
+    all.merge(more);
+    count = all.count;
+    each([&](int j, float* mean, float* m2) { all.put(j, mean, m2); });
+  };
+
+  // Rounds the products, writes them, and gathers their moments.
   const auto finish = [&](int tile) {
     const int position = tile * Tile::kPositions + down * Tile::kM16 * 16 + lane / 4;
     const int channel = across * Tile::kN8 * 8 + written_channel();
     T* const out = p.out + position * p.out_ss + channel;
-    uint32_t written = 0;
+    uint32_t rounded[2 * Tile::kM16][Tile::kN8];
+    int count = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
       const bool exists = position + i * 8 < p.positions;
-      if (exists) written |= 1u << i;
+      count += exists;
 #pragma unroll
       for (int n = 0; n < Tile::kN8; n += 2) {
-        const Vector<T, 4> rounded = round_products<T>(products[i / 2][n], products[i / 2][n + 1], i);
-        if (exists && channel + n * 8 < p.outputs) store<T, 4>(out + i * 8 * p.out_ss + n * 8, rounded);
+        for (int j = n; j < n + 2; ++j) rounded[i][j] = round_products<T>(products[i / 2][j], i);
+        const auto four = swap_pairs(rounded[i][n], rounded[i][n + 1]);
+        if (exists && channel + n * 8 < p.outputs)
+          store(reinterpret_cast<uint32_t*>(out + i * 8 * p.out_ss + n * 8), four);
       }
     }
     if (p.parts == nullptr) return;
-    const float count = static_cast<float>(std::popcount(written)), inverse = written ? 1 / count : 0;
+    const float inverse = 1 / static_cast<float>(std::max(count, 1));
     const auto half = merge_halves<2 * Tile::kN8>(
-        count, 16, [&](int k, float& mean, float& m2) { channel_moments(products, k, written, inverse, mean, m2); });
-    moments.merge(merge_halves(merge_halves(half, 8), 4));
+        static_cast<float>(count), 16, [&](int k, float& mean, float& m2) { channel_moments<T>(rounded, k, count, inverse, mean, m2); });
+    merge(merge_halves(merge_halves(half, 8), 4));
   };
 
   Step ahead{int(blockIdx.x)}, step = ahead;
@@ -197,20 +224,7 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
   }
   if (p.parts == nullptr) return;
 
-  // The block's moments: of every channel those of the warps down, in order.
-  float* const gathered = reinterpret_cast<float*>(dynamic_shared());
-  constexpr int kPart = 1 + 2 * OUTPUTS;
-  static_assert(kConv1x1Down * kPart * sizeof(float) <= Tile::kStage);
-  __syncthreads();
-  float* const part = gathered + down * kPart;
-  if (lane == 0 && across == 0) part[0] = moments.count;
-#pragma unroll
-  for (int j = 0; j < kLaneChannels; ++j) {
-    const int k = lane / 4 * kLaneChannels + j;  // what merge_halves leaves to this lane
-    const int channel = across * Tile::kN8 * 8 + k / 2 * 8 + lane % 4 * 2 + k % 2;
-    part[1 + channel] = moments.mean[j];
-    part[1 + OUTPUTS + channel] = moments.m2[j];
-  }
+  if (lane == 0 && across == 0) part[0] = count;
   __syncthreads();
   leave_moments<kConv1x1Down, OUTPUTS>(gathered, p.outputs, p.parts);
 }

@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   Moments<float, 4 * N16> moments;
   const auto finish = [&](int tile) {
     const int top = tile / p.strips, left = tile - top * p.strips;
+    uint32_t rounded[2 * Tile::kM16][2 * N16];
     uint32_t written = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
@@ -205,14 +206,30 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
       if (offset >= 0) written |= 1u << i;
 #pragma unroll
       for (int n = 0; n < N16; ++n) {
-        const Vector<T, 4> rounded = round_products<T>(sums[m][2 * n], sums[m][2 * n + 1], i);
+        for (int j = 2 * n; j < 2 * n + 2; ++j) rounded[i][j] = round_products<T>(sums[m][j], i);
+        const auto four = swap_pairs(rounded[i][2 * n], rounded[i][2 * n + 1]);
         const int channel = n * 16 + written_channel();
-        if (offset >= 0 && channel < p.outputs) store<T, 4>(p.out + offset + channel, rounded);
+        if (offset >= 0 && channel < p.outputs) store(reinterpret_cast<uint32_t*>(p.out + offset + channel), four);
       }
     }
     if (p.parts == nullptr) return;
     const float count = static_cast<float>(std::popcount(written)), inverse = 1 / count;
-    moments.merge(count, [&](int k, float& mean, float& m2) { channel_moments(sums, k, written, inverse, mean, m2); });
+    moments.merge(count, [&](int k, float& mean, float& m2) {
+      const auto value = [&](int i) { return widen_pair(rounded[i][k / 2], T{}).v[k % 2]; };
+      mean = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kM16; ++i)
+        if (written >> i & 1) mean += value(i);
+      mean *= inverse;
+      m2 = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kM16; ++i) {
+        if (written >> i & 1) {
+          const float d = value(i) - mean;
+          m2 += d * d;
+        }
+      }
+    });
   };
 
   for (int channel = thread; channel < p.channels; channel += Tile::kThreads) {

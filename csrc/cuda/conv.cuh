@@ -3,8 +3,8 @@
 // leaves the moments of its tiles, and a second kernel merges those of all blocks, always in the same order. (Their counts
 // differ, unlike those of channel_stats.)
 //
-// A lane has products[m][n][4] of multiply_add: of 16 positions m and 8 channels n. Those are 2 M16 rows: row i lies in m = i / 2,
-// as values 2 * (i % 2) and the next; and 2 N8 channels: channel k lies in n = k / 2, as value k % 2 of those two.
+// A lane has products[m][n][4] of multiply_add, of 16 positions m and 8 channels n. Rounded they are rounded[i][n]: pairs in 2 M16
+// rows, of which row i lies in m = i / 2; and 2 N8 channels, of which channel k lies in n = k / 2.
 
 #include <bit>
 
@@ -21,47 +21,40 @@ __device__ inline Vector<float, 2> widen_pair(uint32_t word, __half) {
   return {widen(pair.v[0]), widen(pair.v[1])};
 }
 
-// Rounds a lane's products of one row and 16 channels, in place, too. Neighbouring lanes swap pairs, so that each has four
-// channels on end, from written_channel(), and the warp writes whole sectors.
 template <typename T>
-__device__ inline Vector<T, 4> round_products(float (&lower)[4], float (&upper)[4], int row) {
+__device__ inline uint32_t narrow_word(const Vector<float, 2>& pair) {
+  return std::bit_cast<uint32_t>(narrow<T>(pair.v));
+}
+
+template <typename T>
+__device__ inline uint32_t round_products(const float (&products)[4], int row) {
+  return narrow_word<T>({products[row % 2 * 2], products[row % 2 * 2 + 1]});
+}
+
+// A lane's pairs of one row in two neighbouring n: lanes swap them, so that each has four channels on end, from written_channel()
+// of the 16, and the warp writes whole sectors.
+__device__ inline Vector<uint32_t, 2> swap_pairs(uint32_t left, uint32_t right) {
   const bool odd = threadIdx.x % 2;
-  const auto round = [=](float (&products)[4]) {
-    float* const two = products + row % 2 * 2;
-    Vector<T, 2> pair;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      narrow(two[k], pair.v[k]);
-      two[k] = widen(pair.v[k]);
-    }
-    return pair;
-  };
-  const Vector<T, 2> mine[2] = {round(lower), round(upper)};
-  const auto other =
-      std::bit_cast<Vector<T, 2>>(__shfl_xor_sync(0xffffffffu, std::bit_cast<uint32_t>(odd ? mine[0] : mine[1]), 1));
-  const Vector<T, 2> left = odd ? other : mine[0], right = odd ? mine[1] : other;
-  return {left.v[0], left.v[1], right.v[0], right.v[1]};
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+  return {odd ? other : left, odd ? right : other};
 }
 
 __device__ inline int written_channel() { return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4; }
 
-// Mean and sum of squared deviations of the products of channel k in the rows whose bits are set: `inverse` is 1 / their number.
-template <int M16, int N8>
-__device__ inline void channel_moments(const float (&products)[M16][N8][4], int k, uint32_t rows, float inverse, float& mean,
+// Mean and sum of squared deviations of channel k in the first `count` rows; 0 where there are none. The deviations are taken from
+// the first row's value, d: so one pass is enough, as for sum(d^2) - sum(d)^2 / count at least sum(d^2) / count is left.
+template <typename T, int ROWS, int N8>
+__device__ inline void channel_moments(const uint32_t (&rounded)[ROWS][N8], int k, int count, float inverse, float& mean,
                                        float& m2) {
-  mean = 0;
+  const auto value = [&](int row) { return widen_pair(rounded[row][k / 2], T{}).v[k % 2]; };
+  float sum = 0, squares = 0;
 #pragma unroll
-  for (int i = 0; i < 2 * M16; ++i)
-    if (rows >> i & 1) mean += products[i / 2][k / 2][i % 2 * 2 + k % 2];
-  mean *= inverse;
-  m2 = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * M16; ++i) {
-    if (rows >> i & 1) {
-      const float d = products[i / 2][k / 2][i % 2 * 2 + k % 2] - mean;
-      m2 += d * d;
-    }
+  for (int i = 1; i < ROWS; ++i) {
+    const float d = value(i) - value(0);
+    if (i < count) sum += d, squares += d * d;
   }
+  mean = count > 0 ? value(0) + sum * inverse : 0;
+  m2 = squares - sum * sum * inverse;
 }
 
 // Merges the moments of the lanes l, l + least, l + 2 * least ... of a warp; lanes below `least` then hold them.
