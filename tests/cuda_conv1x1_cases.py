@@ -17,7 +17,7 @@ from resdense_ext.reference import Activation
 
 
 class Case(NamedTuple):
-    """``multiprocessors`` is how large the shim's device is: small tiles are for those that large ones would not fill."""
+    """``multiprocessors`` is how large the shim's device is: small tiles are for what large ones would not fill."""
 
     shape: tuple[int, ...]
     outputs: int
@@ -30,7 +30,7 @@ CASES = (
     Case((2, 64, 4, 8), 64, SMALL_TILES),  # one tile, one chunk, no output too many
     Case((5, 136, 13), 72, SMALL_TILES),  # tiles across samples, a chunk cut off
     Case((3, 328, 3, 2, 1), 192, SMALL_TILES),  # more chunks than have a place
-    Case((70, 40), 160, SMALL_TILES),
+    Case((190, 40), 160, 2),  # small tiles, several of one block
     Case((3, 24, 9, 10), 64, LARGE_TILES),  # tiles of one block, each of one chunk
     Case((2, 200, 9, 15), 104, LARGE_TILES),  # several chunks, across tiles
     Case((9, 72, 5, 5), 136, LARGE_TILES),
@@ -56,10 +56,11 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     return {"x": x, "scale": scale, "shift": shift, "weight": weight.to(device, dtype)}
 
 
-def convolved(ops, inputs: dict[str, Tensor], activation: Activation, stats: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def convolved(ops, inputs: dict[str, Tensor], activation: Activation, stats: bool = True) -> tuple[Tensor, ...]:
     """The output, a slice of a buffer in which nothing else is written, and its statistics."""
     x, weight = inputs["x"], inputs["weight"]
-    out = make((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype, "channels_last_slice", x.device.type).fill_(math.nan)
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    out = make(shape, x.dtype, "channels_last_slice", x.device.type).fill_(math.nan)
     slope = SLOPES[activation.name]
     mean, m2 = ops.bn_act_conv1x1(x, inputs["scale"], inputs["shift"], slope, weight, None, out, stats)
     nans = int(out._base.isnan().sum()) - int(out.isnan().sum())
@@ -187,10 +188,10 @@ def check_bn_act_conv1x1_errors(ops, device: str) -> None:
     for message, change in (
         (r"x: expected dtype bfloat16 or float16, got float32", {"x": right["x"].float()}),
         (r"x: expected a multiple of 8 channels, at most 65536, got 12", {"x": last(2, 12, 5, 6)}),
-        (r"x: expected channels_last, .* aligned to 16 bytes, got strides \(480, 30, 6, 1\)", {"x": right["x"].contiguous()}),
+        (r"x: expected channels_last, .* 16 bytes, got strides \(480, 30, 6, 1\)", {"x": right["x"].contiguous()}),
         (r"x: expected channels_last, .* got strides \(600, 1, 120, 20\)$", {"x": last(2, 20, 5, 6)[:, :16]}),
         (r"x: expected channels_last, .* at an address that is not aligned", {"x": last(2, 24, 5, 6)[:, 4:20]}),
-        (r"x: expected one stride from position to position across samples, got .* \(960, 1, 96, 16\)", {"x": last(4, 16, 5, 6)[::2]}),
+        (r"x: expected one stride .* across samples, .* \(960, 1, 96, 16\)", {"x": last(4, 16, 5, 6)[::2]}),
         (r"x: expected spatial positions with one stride", {"x": last(2, 16, 5, 7)[..., :6]}),
         (r"out: expected dtype bfloat16, got float16", {"out": right["out"].half()}),
         (r"out: expected 2 samples of 30 positions, as x, got 2 of 36", {"out": last(2, 8, 6, 6)}),

@@ -36,19 +36,19 @@ void run(const Launch& on, const Conv1x1<T>& p, const Tensor& mean, const Tensor
   }
 }
 
-std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
-                                          const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
-                                          bool stats) {
+std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                          double negative_slope, const Tensor& weight,
+                                          const std::optional<Tensor>& bias, const Tensor& out, bool stats) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   check_half_precision(from, "x");
   check_channels(from, "x", kConv1x1Channels);
   check_dtype(out, "out", from.dtype);
   check_same_device(out, "out", x, "x");
-  RESDENSE_CHECK(to.N == from.N && to.S == from.S, "out: expected ", from.N, " samples of ", from.S, " positions, as x, got ", to.N,
-                 " of ", to.S);
+  RESDENSE_CHECK(to.N == from.N && to.S == from.S, "out: expected ", from.N, " samples of ", from.S,
+                 " positions, as x, got ", to.N, " of ", to.S);
   check_channels(to, "out", kConv1x1Outputs);
-  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == to.C && weight.size(1) == from.C, "weight: expected shape (", to.C, ", ",
-                 from.C, "), got ", shape_string(weight));
+  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == to.C && weight.size(1) == from.C, "weight: expected shape (",
+                 to.C, ", ", from.C, "), got ", shape_string(weight));
   check_dtype(weight, "weight", from.dtype);
   check_same_device(weight, "weight", x, "x");
   check_vector(scale, "scale", from.C, x, "x");
@@ -59,7 +59,8 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   if (from.numel() == 0) return {mean, m2};
   check_matrix(from, x, "x");
   check_matrix(to, out, "out");
-  RESDENSE_CHECK(from.rows() < std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 positions, got ", from.rows());
+  RESDENSE_CHECK(from.rows() < std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 positions, got ",
+                 from.rows());
 
   const Launch on(x);
   const Tensor rows_of_channels = at_aligned_address(torch::stable::contiguous(weight));
@@ -68,11 +69,13 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
     using T = decltype(zero);
     Conv1x1<T> p{};
     p.x = static_cast<const T*>(from.data), p.out = static_cast<T*>(to.data);
-    p.scale = static_cast<const float*>(scales.const_data_ptr()), p.shift = static_cast<const float*>(shifts.const_data_ptr());
+    p.scale = static_cast<const float*>(scales.const_data_ptr());
+    p.shift = static_cast<const float*>(shifts.const_data_ptr());
     p.weight = static_cast<const T*>(rows_of_channels.const_data_ptr());
     p.slope = static_cast<float>(negative_slope);
     p.x_ss = from.ss, p.out_ss = to.ss;
-    p.positions = static_cast<int>(from.rows()), p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
+    p.positions = static_cast<int>(from.rows());
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
     run(on, p, mean, m2);
   });
   return {mean, m2};

@@ -1,10 +1,12 @@
 #pragma once
-// A 1x1 convolution of act(scale * x + shift), channels-last: a product of matrices whose left one is activated in registers, on
-// its way from shared memory to the matrix units.
+// A 1x1 convolution of act(scale * x + shift), channels-last: a product of matrices whose left one is activated in
+// registers, on its way from shared memory to the matrix units.
 //
-// A tile is some positions with all outputs. A block takes every gridDim.x-th tile, and the channels in chunks. The copies of
-// the chunks to come are under way while one is multiplied, across tiles as well, so that memory is never idle: neither at
-// the barrier that ends a chunk nor while the products of a tile are written.
+// A tile is some positions with all outputs. A block takes every gridDim.x-th tile, and the channels in chunks. The
+// copies of the chunks to come are under way while one is multiplied, across tiles as well, so that memory is never
+// idle: neither at the barrier that ends a chunk nor while the products of a tile are written.
+
+#include <algorithm>
 
 #include "conv.cuh"
 #include "matrix.cuh"
@@ -16,23 +18,27 @@ constexpr int kConv1x1Threads = 256;
 constexpr int kConv1x1Across = 2;  // warps that share a tile's outputs; the others share its positions
 constexpr int kConv1x1Down = kConv1x1Threads / 32 / kConv1x1Across;
 
-// For C -> 128 channels 128 positions cost, in clocks of a multiprocessor of an H100: 13.8 C for the bytes of the input; 12.6 C
-// for products at the rate of mma.sync; of shared memory 8 C for reading fragments of 64 x 64 products a warp, and 3 C for
-// writing them; 8 C to issue instructions, 5 C of these for activating every value twice, once for each of the warps across.
-// From the L2 cache, of which a multiprocessor gets some 28 bytes a clock, the input takes 9 C and the weights, which come anew
-// for every tile, 4.6 C with tiles of 256 positions; with 128 it would be 9 C, more than there is time for. Hence large
-// tiles, and one block a multiprocessor. Small ones, of 64 positions, are for maps that do not fill the device.
+// For C -> 128 channels 128 positions cost, in clocks of a multiprocessor of an H100: 13.8 C for the bytes of the input
+// and 1,800 for those of the output; 12.6 C for products at the rate of mma.sync; of shared memory 8 C for reading
+// fragments, with 64 x 64 products a warp, and 3 C for writing them; 10 C to issue instructions, half of these for
+// activating every value twice, once for each of the warps across, and 1,200 to finish. From the L2 cache, of which a
+// multiprocessor gets some 28 bytes a clock, the input takes 9 C and the weights, which come anew for every tile, 4.6 C
+// with tiles of 256 positions; with 128 it would be 9 C, more than there is time for. Hence large tiles, and one block
+// a multiprocessor, whose copies go on while it finishes a tile. Small ones, of 64 positions, are for maps that do not
+// fill the device.
 template <int OUTPUTS, bool LARGE>
 struct Conv1x1Tile {
-  static constexpr int kOutputs = OUTPUTS;
-  static constexpr int kN8 = OUTPUTS / kConv1x1Across / 8;                // a warp's products: 16 kM16 positions
-  static constexpr int kM16 = !LARGE ? 1 : OUTPUTS <= 128 ? 4 : 3;        // by 8 kN8 outputs
+  static constexpr int kM16 = !LARGE ? 1 : OUTPUTS <= 128 ? 4 : 3;  // a warp's products: 16 kM16 positions
+  static constexpr int kN8 = OUTPUTS / kConv1x1Across / 8;          // by 8 kN8 outputs
   static constexpr int kPositions = 16 * kM16 * kConv1x1Down;
-  static constexpr int kBlocks = LARGE || OUTPUTS > 128 ? 1 : 2;           // a multiprocessor
-  static constexpr int kStages = LARGE ? 3 : 4;                           // chunks in shared memory
+  static constexpr int kStages = LARGE ? 3 : 4;                     // chunks in shared memory
+  static constexpr int kBlocks = LARGE || OUTPUTS > 128 ? 1 : 2;    // a multiprocessor
+
+  // Shared memory, in bytes: of every stage x and weight, scale and shift; and the moments of what the warps down have
+  // written.
   static constexpr int kRows = kPositions + OUTPUTS;
-  static constexpr int kStage = kRows * kConv1x1Chunk * 2 + 2 * kConv1x1Chunk * 4;  // bytes: x and weight, scale and shift
-  static constexpr int kPart = 1 + 2 * OUTPUTS;  // count, means and m2 of what the warps across have written
+  static constexpr int kStage = kRows * kConv1x1Chunk * 2 + 2 * kConv1x1Chunk * 4;
+  static constexpr int kPart = 1 + 2 * OUTPUTS;
   static constexpr int kBytes = kStages * kStage + kConv1x1Down * kPart * 4;
 };
 
@@ -48,12 +54,14 @@ struct Conv1x1 {
   float* parts;  // count, means and m2 that a block leaves; none where there are no statistics
 };
 
-// Where a 16-byte piece of a row lies: those of the eight rows that ldmatrix reads at once are in different banks. A multiple of
-// eight rows further on it lies as many pieces further on.
+// Where a 16-byte piece of a row lies: those of the eight rows that ldmatrix reads at once are in different banks. With
+// r a multiple of 8 and k even, place(row + r, piece) = place(row, piece) + 8 r and place(row, k + (0 or 1)) =
+// place(row, 0 or 1) ^ k.
 __device__ inline int conv1x1_place(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
 
 template <typename T>
-__device__ inline uint32_t activate_pair(uint32_t word, const Vector<float, 2>& scale, const Vector<float, 2>& shift, float slope) {
+__device__ inline uint32_t activate_pair(uint32_t word, const Vector<float, 2>& scale, const Vector<float, 2>& shift,
+                                         float slope) {
   Vector<float, 2> y = widen_pair(word, T{});
 #pragma unroll
   for (int k = 0; k < 2; ++k) y.v[k] = activate(scale.v[k] * y.v[k] + shift.v[k], slope);
@@ -113,14 +121,13 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
   const auto multiply = [&](Piece* stage, float slope) {
     const Piece* const x = stage + down * Tile::kM16 * 16 * kPieces;
     const Piece* const weight = stage + (Tile::kPositions + across * Tile::kN8 * 8) * kPieces;
-    // Where the lane's row begins; an even number of pieces further on it is at the place with those bits changed.
     const int x_place = conv1x1_place(lane % 16, lane / 16);
     const int weight_place = conv1x1_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const float* const scale = coefficients(stage) + lane % 4 * 2;
     const float* const shift = scale + kConv1x1Chunk;
 #pragma unroll
     for (int k = 0; k < kPieces; k += 2) {
-      // A lane's channels are two of either piece.
+      // Of either piece a lane has two channels.
       Vector<float, 2> scales[2], shifts[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -147,12 +154,12 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
     }
   };
 
-  // The moments of what the warp has written lie in shared memory. A lane keeps those of a few channels: what merge_halves
-  // leaves to it.
+  // The moments of what the warp has written. A lane keeps those of a few channels, what merge_halves leaves to it, in
+  // shared memory: between tiles, registers are for the products.
   float* const gathered = reinterpret_cast<float*>(dynamic_shared() + Tile::kStages * Tile::kStage);
   float* const part = gathered + down * Tile::kPart;
-  float count = 0;
-  const auto merge = [&](const Moments<float, Tile::kN8 / 4>& more) {
+  float positions = 0;
+  const auto gather = [&](const Moments<float, Tile::kN8 / 4>& more) {
     Moments<float, Tile::kN8 / 4> all;
     const auto each = [&](auto f) {
 #pragma unroll
@@ -162,11 +169,11 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
         f(j, mean, mean + OUTPUTS);
       }
     };
-    all.count = count;
-    if (count != 0) each([&](int j, const float* mean, const float* m2) { all.mean[j] = *mean, all.m2[j] = *m2; });
+    all.count = positions;
+    if (positions != 0) each([&](int j, const float* mean, const float* m2) { all.mean[j] = *mean, all.m2[j] = *m2; });
     all.merge(more);
-    count = all.count;
     each([&](int j, float* mean, float* m2) { all.put(j, mean, m2); });
+    positions = all.count;
   };
 
   // Rounds the products, writes them, and gathers their moments.
@@ -175,13 +182,14 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
     const int channel = across * Tile::kN8 * 8 + written_channel();
     T* const out = p.out + position * p.out_ss + channel;
     uint32_t rounded[2 * Tile::kM16][Tile::kN8];
-    int count = 0;
+    int rows = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
       const bool exists = position + i * 8 < p.positions;
-      count += exists;
+      rows += exists;
 #pragma unroll
       for (int n = 0; n < Tile::kN8; n += 2) {
+#pragma unroll
         for (int j = n; j < n + 2; ++j) rounded[i][j] = round_products<T>(products[i / 2][j], i);
         const auto four = swap_pairs(rounded[i][n], rounded[i][n + 1]);
         if (exists && channel + n * 8 < p.outputs)
@@ -189,10 +197,11 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
       }
     }
     if (p.parts == nullptr) return;
-    const float inverse = 1 / static_cast<float>(std::max(count, 1));
-    const auto half = merge_halves<2 * Tile::kN8>(
-        static_cast<float>(count), 16, [&](int k, float& mean, float& m2) { channel_moments<T>(rounded, k, count, inverse, mean, m2); });
-    merge(merge_halves(merge_halves(half, 8), 4));
+    const float count = static_cast<float>(rows), inverse = 1 / std::max(count, 1.0f);
+    const auto half = merge_halves<2 * Tile::kN8>(count, 16, [&](int k, float& mean, float& m2) {
+      channel_moments<T>(rounded, k, rows, inverse, mean, m2);
+    });
+    gather(merge_halves(merge_halves(half, 8), 4));
   };
 
   Step ahead{int(blockIdx.x)}, step = ahead;
@@ -224,7 +233,7 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
   }
   if (p.parts == nullptr) return;
 
-  if (lane == 0 && across == 0) part[0] = count;
+  if (lane == 0 && across == 0) part[0] = positions;
   __syncthreads();
   leave_moments<kConv1x1Down, OUTPUTS>(gathered, p.outputs, p.parts);
 }

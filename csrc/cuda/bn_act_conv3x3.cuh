@@ -194,20 +194,26 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   Moments<float, 4 * N16> moments;
   const auto finish = [&](int tile) {
     const int top = tile / p.strips, left = tile - top * p.strips;
-    uint32_t rounded[2 * Tile::kM16][2 * N16];
     uint32_t written = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
-      const int m = i / 2;
-      const int q = (warp * Tile::kM16 + m) * 16 + i % 2 * 8 + lane / 4;
+      const int m = i / 2, half = i % 2 * 2;
+      const int q = (warp * Tile::kM16 + m) * 16 + half * 4 + lane / 4;
       const int row = q / p.tile_columns, column = q - row * p.tile_columns;
       const int64_t offset =
           row < p.tile_rows ? p.offset(top * p.tile_rows + row, left * p.tile_columns + column, p.out_sn, p.out_ss) : -1;
       if (offset >= 0) written |= 1u << i;
 #pragma unroll
       for (int n = 0; n < N16; ++n) {
-        for (int j = 2 * n; j < 2 * n + 2; ++j) rounded[i][j] = round_products<T>(sums[m][j], i);
-        const auto four = swap_pairs(rounded[i][2 * n], rounded[i][2 * n + 1]);
+        uint32_t pairs[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float(&sum)[4] = sums[m][2 * n + j];
+          pairs[j] = round_products<T>(sum, i);
+          const auto written_pair = widen_pair(pairs[j], T{});
+          sum[half] = written_pair.v[0], sum[half + 1] = written_pair.v[1];
+        }
+        const auto four = swap_pairs(pairs[0], pairs[1]);
         const int channel = n * 16 + written_channel();
         if (offset >= 0 && channel < p.outputs) store(reinterpret_cast<uint32_t*>(p.out + offset + channel), four);
       }
@@ -215,17 +221,16 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     if (p.parts == nullptr) return;
     const float count = static_cast<float>(std::popcount(written)), inverse = 1 / count;
     moments.merge(count, [&](int k, float& mean, float& m2) {
-      const auto value = [&](int i) { return widen_pair(rounded[i][k / 2], T{}).v[k % 2]; };
       mean = 0;
 #pragma unroll
       for (int i = 0; i < 2 * Tile::kM16; ++i)
-        if (written >> i & 1) mean += value(i);
+        if (written >> i & 1) mean += sums[i / 2][k / 2][i % 2 * 2 + k % 2];
       mean *= inverse;
       m2 = 0;
 #pragma unroll
       for (int i = 0; i < 2 * Tile::kM16; ++i) {
         if (written >> i & 1) {
-          const float d = value(i) - mean;
+          const float d = sums[i / 2][k / 2][i % 2 * 2 + k % 2] - mean;
           m2 += d * d;
         }
       }

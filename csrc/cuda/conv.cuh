@@ -1,10 +1,10 @@
 #pragma once
-// What the kernels of convolutions share: how products are rounded and written, and the statistics of what is written. A block
-// leaves the moments of its tiles, and a second kernel merges those of all blocks, always in the same order. (Their counts
-// differ, unlike those of channel_stats.)
+// What the kernels of convolutions share: how products are rounded and written, and the statistics of what is written.
+// A block leaves the moments of its tiles, and a second kernel merges those of all blocks, always in the same order.
+// (Their counts differ, unlike those of channel_stats.)
 //
-// A lane has products[m][n][4] of multiply_add, of 16 positions m and 8 channels n. Rounded they are rounded[i][n]: pairs in 2 M16
-// rows, of which row i lies in m = i / 2; and 2 N8 channels, of which channel k lies in n = k / 2.
+// A lane has products[m][n][4] of multiply_add, of 16 positions m and 8 channels n. Rounded they are rounded[i][n]:
+// pairs in rows, of which row i lies in m = i / 2, of channels, of which channel k lies in n = k / 2.
 
 #include <bit>
 
@@ -31,8 +31,8 @@ __device__ inline uint32_t round_products(const float (&products)[4], int row) {
   return narrow_word<T>({products[row % 2 * 2], products[row % 2 * 2 + 1]});
 }
 
-// A lane's pairs of one row in two neighbouring n: lanes swap them, so that each has four channels on end, from written_channel()
-// of the 16, and the warp writes whole sectors.
+// A lane's pairs of one row in two neighbouring n: lanes swap them, so that each has four channels on end, from
+// written_channel() of the 16, and the warp writes whole sectors.
 __device__ inline Vector<uint32_t, 2> swap_pairs(uint32_t left, uint32_t right) {
   const bool odd = threadIdx.x % 2;
   const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
@@ -41,11 +41,11 @@ __device__ inline Vector<uint32_t, 2> swap_pairs(uint32_t left, uint32_t right) 
 
 __device__ inline int written_channel() { return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4; }
 
-// Mean and sum of squared deviations of channel k in the first `count` rows; 0 where there are none. The deviations are taken from
-// the first row's value, d: so one pass is enough, as for sum(d^2) - sum(d)^2 / count at least sum(d^2) / count is left.
+// Mean and sum of squared deviations of channel k in the first `count` rows; 0 where there are none. With deviations d
+// from the first row's value one pass is enough: of sum(d^2) - sum(d)^2 / count at least sum(d^2) / count is left.
 template <typename T, int ROWS, int N8>
-__device__ inline void channel_moments(const uint32_t (&rounded)[ROWS][N8], int k, int count, float inverse, float& mean,
-                                       float& m2) {
+__device__ inline void channel_moments(const uint32_t (&rounded)[ROWS][N8], int k, int count, float inverse,
+                                       float& mean, float& m2) {
   const auto value = [&](int row) { return widen_pair(rounded[row][k / 2], T{}).v[k % 2]; };
   float sum = 0, squares = 0;
 #pragma unroll
@@ -72,8 +72,9 @@ __device__ inline void merge_lanes(Moments<float, K>& mine, int least) {
   }
 }
 
-// Merges the moments of the lanes l and l ^ apart of a warp: the one with the bit set keeps the upper half of K channels. After
-// 16, 8 and 4 a lane has the (l / 4)-th eighth. f(k, mean, m2) sets the k-th channel's, of `count` positions.
+// Merges the moments of the lanes l and l ^ apart of a warp: the one with the bit set keeps the upper half of K
+// channels. After 16, 8 and 4 a lane has the (l / 4)-th eighth. f(k, mean, m2) sets the k-th channel's, of `count`
+// positions.
 template <int K, typename F>
 __device__ inline Moments<float, K / 2> merge_halves(float count, int apart, F f) {
   const bool upper = threadIdx.x & apart;
@@ -96,10 +97,12 @@ __device__ inline Moments<float, K / 2> merge_halves(float count, int apart, F f
 
 template <int K>
 __device__ inline Moments<float, K / 2> merge_halves(const Moments<float, K>& mine, int apart) {
-  return merge_halves<K>(mine.count, apart, [&](int k, float& mean, float& m2) { mean = mine.mean[k], m2 = mine.m2[k]; });
+  const auto of = [&](int k, float& mean, float& m2) { mean = mine.mean[k], m2 = mine.m2[k]; };
+  return merge_halves<K>(mine.count, apart, of);
 }
 
-// What the warps of a block have gathered, in shared memory, as [WARPS][count, means, m2], merged and left for the second stage.
+// What the warps of a block have gathered in shared memory, [WARPS][count, means, m2], merged and left for the second
+// stage.
 template <int WARPS, int CHANNELS>
 __device__ inline void leave_moments(const float* gathered, int channels, float* parts) {
   const int channel = threadIdx.x;

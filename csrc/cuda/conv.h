@@ -16,8 +16,8 @@ inline void check_channels(const Map& m, const char* name, int64_t most) {
 inline void check_rows(const Map& m, const Tensor& t, const char* name) {
   const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
   RESDENSE_CHECK(m.channels_last && vectors, name,
-                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ", stride_string(t),
-                 aligned(m.data) ? "" : " at an address that is not aligned");
+                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ",
+                 stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
 // The positions of all samples as the rows of one matrix.
@@ -43,9 +43,10 @@ inline void dispatch_half_precision(const Map& m, F f) {
 
 inline Tensor at_aligned_address(const Tensor& t) { return aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
-// Mean and m2 of every channel: without channels where they are not wanted, else those of no positions or uninitialised.
+// Mean and m2 of every channel of a map: those of no positions where it is empty, else uninitialised; or none at all.
 inline std::tuple<Tensor, Tensor> new_stats(const Tensor& like, const Map& m, bool wanted) {
-  const Tensor mean = torch::stable::new_empty(like, {wanted ? m.C : 0}), m2 = torch::stable::new_empty(like, {wanted ? m.C : 0});
+  const Tensor mean = torch::stable::new_empty(like, {wanted ? m.C : 0});
+  const Tensor m2 = torch::stable::new_empty(like, {wanted ? m.C : 0});
   if (m.numel() == 0) {
     torch::stable::fill_(mean, std::numeric_limits<double>::quiet_NaN());
     torch::stable::fill_(m2, 0.0);
@@ -53,16 +54,17 @@ inline std::tuple<Tensor, Tensor> new_stats(const Tensor& like, const Map& m, bo
   return {mean, m2};
 }
 
-// Both stages of the statistics, where mean and m2 have room for them: start(parts) launches the convolution, whose blocks leave
-// count, means and m2 there.
+// Both stages of the statistics, where mean and m2 have room for them: start(parts) launches the convolution, whose
+// blocks leave count, means and m2 there.
 template <typename F>
-inline void run_with_stats(const Launch& on, int64_t blocks, int64_t channels, const Tensor& mean, const Tensor& m2, F start) {
+inline void run_with_stats(const Launch& on, int64_t blocks, int64_t channels, const Tensor& mean, const Tensor& m2,
+                           F start) {
   if (mean.numel() == 0) return start(static_cast<float*>(nullptr));
   const Tensor memory = torch::stable::new_empty(mean, {1 + 2 * channels, blocks});
   float* const parts = static_cast<float*>(memory.mutable_data_ptr());
   start(parts);
-  on.run(conv_stats_finish_kernel, channels, 32, parts, blocks, channels, static_cast<float*>(mean.mutable_data_ptr()),
-         static_cast<float*>(m2.mutable_data_ptr()));
+  on.run(conv_stats_finish_kernel, channels, 32, parts, blocks, channels,
+         static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(m2.mutable_data_ptr()));
 }
 
 }  // namespace resdense::cuda
