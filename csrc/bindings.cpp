@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
-      "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
       "bn_act_conv1x1_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
       "Tensor weight, Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, "
@@ -64,7 +64,7 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "bn_act_winograd(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
-      "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
       "bn_act_winograd_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
       "Tensor weight, Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, "

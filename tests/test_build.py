@@ -35,7 +35,7 @@ SCHEMAS = {
     "float negative_slope=1.) -> ()",
     "copy_map": "(Tensor x, Tensor(a!) out) -> ()",
     "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
-    "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)",
+    "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
     "bn_act_conv1x1_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor weight, "
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",
@@ -45,7 +45,7 @@ SCHEMAS = {
     "Tensor weight, Tensor products, Tensor mean, Tensor offset, Tensor(a!) out, bool accumulate)"
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_winograd": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
-    "Tensor(a!) out, bool stats) -> (Tensor mean, Tensor m2)",
+    "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
     "bn_act_winograd_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor weight, "
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",

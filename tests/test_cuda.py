@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import cuda_cases
+import cuda_conv1x1_cases
 import cuda_conv1x1_data_cases
 import cuda_conv1x1_weight_cases
 import cuda_conv_cases
@@ -20,7 +21,7 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 MODULES = (
-    *(cuda_cases, cuda_conv_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
+    *(cuda_cases, cuda_conv_cases, cuda_conv1x1_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
     *(cuda_pool_cases, cuda_residual_cases),
 )
 CHECKS = tuple(check for module in MODULES for check in module.CHECKS)

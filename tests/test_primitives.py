@@ -275,7 +275,8 @@ class TestWinograd:
         x, dy, z = (buffer_slice(tensors[name], True)[0] for name in ("x", "dy", "z"))
         (out, out_untouched), (d, untouched) = buffer_slice(torch.full_like(dy, float("nan")), True), buffer_slice(tensors["d"], True)
         prologue, pending = (x, tensors["scale"], tensors["shift"]), (dy, z, *(tensors[v] for v in ("alpha", "beta", "delta")))
-        mean, m2 = torch.ops.resdense.bn_act_winograd(*prologue, slope, tensors["weight"], None, out, True)
+        stats = mean, m2 = torch.empty(2, K).unbind()
+        torch.ops.resdense.bn_act_winograd(*prologue, slope, tensors["weight"], None, out, *stats)
         dweight, *sums = torch.ops.resdense.bn_act_winograd_backward(
             *prologue, tensors["center"], slope, tensors["weight"], *pending, d, True, True
         )
@@ -305,7 +306,8 @@ class TestWinograd:
         for _ in range(3):
             out, d = torch.empty_like(dy), torch.empty_like(x)
             weight = torch.ones(8, 24, 3, 3)
-            stats = torch.ops.resdense.bn_act_winograd(x, *vectors[:2], 0.0, weight, None, out, True)
+            stats = torch.empty(2, 8).unbind()
+            torch.ops.resdense.bn_act_winograd(x, *vectors[:2], 0.0, weight, None, out, *stats)
             pending = (dy, z, *torch.ones(3, 8).unbind())
             grads = torch.ops.resdense.bn_act_winograd_backward(x, *vectors, 0.0, weight, *pending, d, False, True)
             results.append([out, d, *stats, *grads])
@@ -316,8 +318,9 @@ class TestWinograd:
     def test_an_empty_map(self, samples):
         x, dy = (torch.empty(samples, width, 0 if samples else 4, 4).to(memory_format=torch.channels_last) for width in (6, 3))
         ones, weight = torch.ones(6), torch.randn(3, 6, 3, 3)
-        mean, m2 = torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, weight, None, dy.clone(), True)
-        assert mean.isnan().all() and mean.shape == m2.shape == (3,)
+        mean, m2 = torch.ones(2, 3).unbind()
+        torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, weight, None, dy.clone(), mean, m2)
+        assert mean.isnan().all()
         pending = (dy, dy, *torch.ones(3, 3).unbind())
         grads = torch.ops.resdense.bn_act_winograd_backward(x, ones, ones, ones, 0.0, weight, *pending, x.clone(), True, True)
         assert all(not grad.any() for grad in grads) and grads[0].shape == (3, 3, 3, 6)
@@ -333,12 +336,14 @@ class TestWinograd:
             (dict(weight=torch.empty(3, 6, 3, 3).half()), "weight: expected dtype float32, got float16"),
             (dict(shift=torch.empty(5)), "shift: expected shape .6,., one value a channel"),
             (dict(bias=torch.empty(2)), "bias: expected shape .3,."),
+            (dict(mean=torch.empty(2)), "mean: expected shape .3,., one value a channel of out, got .2."),
+            (dict(m2=None), "m2: expected to be given where mean is, and only there"),
         ],
     )
     def test_bad_arguments_are_named(self, change, message):
         arguments = dict(
             x=last_format(torch.randn(2, 6, 5, 4)), scale=torch.ones(6), shift=torch.ones(6), negative_slope=0.0,
-            weight=torch.randn(3, 6, 3, 3), bias=None, out=last_format(torch.empty(2, 3, 5, 4)), stats=True,
+            weight=torch.randn(3, 6, 3, 3), bias=None, out=last_format(torch.empty(2, 3, 5, 4)), mean=torch.empty(3), m2=torch.empty(3),
         )  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
             torch.ops.resdense.bn_act_winograd(**{**arguments, **change})
@@ -347,7 +352,7 @@ class TestWinograd:
         x = last_format(torch.randn(2, 6, 5, 4).double())
         ones = torch.ones(6).double()
         with pytest.raises(RuntimeError, match="x: expected dtype float32, bfloat16 or float16, got float64"):
-            torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, torch.randn(6, 6, 3, 3).double(), None, x.clone(), True)
+            torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, torch.randn(6, 6, 3, 3).double(), None, x.clone(), None, None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -407,11 +412,11 @@ class TestOperators:
             "bn_act_backward_accumulate": (x.clone(), x.clone(), x, a, b, c, 0.0),
             "pending_grad": (z.clone(), z, p, q, r, p, 0.1),
             "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
-            "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), True),
+            "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), q.clone(), r.clone()),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True, True),
             "conv1x1_moments": (x, a, b, 0.1, c, z),
             "conv1x1_moments_backward": (x, a, b, c, 0.1, z, w, torch.randn(6, 6), a, b, x.clone(), True),
-            "bn_act_winograd": (last_format(x), a, b, 0.0, torch.randn(3, 6, 3, 3), p, last_format(z.clone()), True),
+            "bn_act_winograd": (last_format(x), a, b, 0.0, torch.randn(3, 6, 3, 3), p, last_format(z.clone()), q.clone(), r.clone()),
             "bn_act_winograd_backward": (
                 *(last_format(x), a, b, c, 0.0, torch.randn(3, 6, 3, 3), last_format(z.clone()), last_format(z)),
                 *(p, q, r, last_format(x.clone()), True, True),

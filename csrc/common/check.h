@@ -112,4 +112,12 @@ inline void check_vector(const Tensor& t, const char* name, int64_t channels, co
   check_same_device(t, name, like, like_name);
 }
 
+// Where an operator is to leave statistics of `out` there are both vectors.
+inline void check_stats(const std::optional<Tensor>& mean, const std::optional<Tensor>& m2, const Tensor& out) {
+  RESDENSE_CHECK(mean.has_value() == m2.has_value(), "m2: expected to be given where mean is, and only there");
+  if (!mean) return;
+  check_vector(*mean, "mean", out.size(1), out, "out");
+  check_vector(*m2, "m2", out.size(1), out, "out");
+}
+
 }  // namespace resdense

@@ -36,15 +36,16 @@ template <class A> void total_weight(const Scratch& partial, int64_t chunks, int
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
                                           const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
-                                          bool stats) {
+                    const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   check_dtype(out, "out", from.dtype);
   check_positions(to, "out", from);
   unify({&from, &to}, "bn_act_conv1x1");
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
+  check_stats(mean, m2, out);
   const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
   Matrix w = matrix_of(weight, "weight", K, C, dtype);
   const bool paired = by_pairs(from, w, K, C), packs = paired || (last && by_gemm(dtype, K));
@@ -59,7 +60,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
   const bool direct = is_matrix(to);  // then the product is written where it belongs
   const Tiling tiling(from, (C + K) * bytes);
   const Scratch scratch_memory(tiling.chunks, (C + (direct ? 0 : K)) * tiling.size * bytes);
-  Stats statistics(stats ? tiling.chunks : 0, to);
+  Stats statistics(mean ? tiling.chunks : 0, to);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
     char* activated = scratch_memory.of<char>(chunk);
     const Matrix product =
@@ -80,10 +81,9 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1(const Tensor& x, const Tensor& scale, 
       s.in[0] = direct ? operand(to) : scratch(product.data, last, K, tiling.size), s.out = operand(to), s.coef[0] = offset;
       kernels.sweep(s);
     }
-    if (stats) statistics.add(chunk, segments, positions, last, operand(to));
+    if (mean) statistics.add(chunk, segments, positions, last, operand(to));
   });
-  if (!stats) return {vector_of(0, to), vector_of(0, to)};
-  return statistics.total(to);
+  if (mean) statistics.total(to, *mean, *m2);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(

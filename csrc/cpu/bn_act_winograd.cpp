@@ -135,10 +135,11 @@ void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, i
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
                                            const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
-                                           bool stats) {
+                     const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   const Map from = image_of(map_of(x, "x"), x, "x", x), to = image_of(mutable_map_of(out, "out"), out, "out", x);
+  check_stats(mean, m2, out);
   const int64_t C = from.C, K = to.C;
   check_filters(weight, x, K);
   const std::vector<float> zeros(bias ? 0 : K, 0.0f);
@@ -156,7 +157,7 @@ std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale,
   output.sweep.out = operand(to);
   output.sweep.coef[0] = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
-  Stats statistics(stats ? blocks.chunks : 0, to);
+  Stats statistics(mean ? blocks.chunks : 0, to);
   blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles) {
     const Points windows = points_in(scratch, chunk, blocks.size, C);
     const Points products = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
@@ -169,14 +170,13 @@ std::tuple<Tensor, Tensor> bn_act_winograd(const Tensor& x, const Tensor& scale,
     t = output;
     t.points = products;
     each_run(kernels.winograd_output, t, runs);
-    if (stats) {
+    if (mean) {
       std::vector<Segment> segments;
       const int64_t positions = blocks.segments(runs, segments);
       statistics.add(chunk, segments, positions, true, operand(to));
     }
   });
-  if (!stats) return {vector_of(0, to), vector_of(0, to)};
-  return statistics.total(to);
+  if (mean) statistics.total(to, *mean, *m2);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(

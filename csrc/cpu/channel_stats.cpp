@@ -15,9 +15,8 @@ std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
 }
 
 void channel_stats_into(const Tensor& x, const Tensor& mean, const Tensor& m2) {
-  const int64_t channels = map_of(x, "x").C;
-  check_vector(mean, "mean", channels, x, "x");
-  check_vector(m2, "m2", channels, x, "x");
+  check_vector(mean, "mean", map_of(x, "x").C, x, "x");
+  check_vector(m2, "m2", map_of(x, "x").C, x, "x");
   const auto [found, squares] = channel_stats(x);
   Tensor to = mean, to_squares = m2;
   torch::stable::copy_(to, found);

@@ -43,6 +43,12 @@ class Stats {
     merge(counts_[chunk], mean, mean + channels_, positions, sum, squares);
   }
 
+  void total(const Map& like, Tensor mean, Tensor m2) {
+    const auto [found, squares] = total(like);
+    torch::stable::copy_(mean, found);
+    torch::stable::copy_(m2, squares);
+  }
+
   std::tuple<Tensor, Tensor> total(const Map& like) {
     const int64_t chunks = static_cast<int64_t>(counts_.size());
     double* mean = values_.data();

@@ -3,12 +3,10 @@
 #include <optional>
 #include <tuple>
 
-#include "launch.h"
+#include "conv.h"
 
 namespace resdense::cuda {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t kConvChannels = 256, kConvOutputs = 64;
 
@@ -40,17 +38,10 @@ void run(const Launch& on, Conv3x3<T> p, const Shape& shape, const Optional& mea
   const auto fits = [&](int64_t slots) { return Tile::kBlocks * (Tile::bytes(chunks, slots) + 1024) <= memory; };
   p.slots = static_cast<int>(chunks <= 2 || fits(chunks) ? chunks : 2);
   const int64_t blocks = std::min<int64_t>(shape.tiles, on.multiprocessors() * Tile::kBlocks);
-
-  Tensor parts;
-  if (mean) {
-    parts = torch::stable::new_empty(*mean, {1 + 2 * p.outputs, blocks});
-    p.parts = static_cast<float*>(parts.mutable_data_ptr());
-  }
-  on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
-  if (mean) {
-    on.run(bn_act_conv3x3_stats_kernel, p.outputs, 32, p.parts, blocks, p.outputs,
-           static_cast<float*>(mean->mutable_data_ptr()), static_cast<float*>(m2->mutable_data_ptr()));
-  }
+  run_with_stats(on, blocks, p.outputs, mean, m2, [&](float* parts) {
+    p.parts = parts;
+    on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
+  });
 }
 
 template <typename T, int N16>
@@ -80,24 +71,11 @@ void run(const Launch& on, const Conv3x3<T>& p, const Optional& mean, const Opti
   }
 }
 
-void check_channels(const Map& m, const char* name, int64_t most) {
-  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
-                 ", got ", m.C);
-}
-
-void check_rows(const Map& m, const Tensor& t, const char* name) {
-  const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
-  RESDENSE_CHECK(m.channels_last && vectors, name,
-                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ", stride_string(t),
-                 aligned(m.data) ? "" : " at an address that is not aligned");
-}
-
 void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
                     const Tensor& out, const Optional& mean, const Optional& m2) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
-  RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
-                 "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
+  check_half_precision(from, "x");
   check_channels(from, "x", kConvChannels);
   check_dtype(out, "out", from.dtype);
   check_same_device(out, "out", x, "x");
@@ -114,19 +92,9 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  RESDENSE_CHECK(mean.has_value() == m2.has_value(), "m2: expected to be given where mean is, and only there");
-  if (mean) {
-    check_vector(*mean, "mean", to.C, out, "out");
-    check_vector(*m2, "m2", to.C, out, "out");
-  }
+  check_stats(mean, m2, out);
 
-  if (from.numel() == 0) {
-    if (mean) {
-      torch::stable::fill_(*mean, std::numeric_limits<double>::quiet_NaN());
-      torch::stable::fill_(*m2, 0.0);
-    }
-    return;
-  }
+  if (from.numel() == 0) return fill_stats(mean, m2);
   check_rows(from, x, "x");
   check_rows(to, out, "out");
   const int64_t rows = from.N * (height + 1) - 1;
@@ -135,9 +103,9 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
 
   const Launch on(x);
   // Free for the weights of a channels-last network.
-  Tensor rows_of_channels = torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
-  if (!aligned(rows_of_channels.const_data_ptr())) rows_of_channels = torch::stable::clone(rows_of_channels);
-  const auto start = [&](auto zero) {
+  const Tensor rows_of_channels =
+      at_aligned_address(torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast));
+  dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     Conv3x3<T> p{};
     p.x = static_cast<const T*>(from.data), p.out = static_cast<T*>(to.data);
@@ -148,11 +116,7 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
     p.rows = static_cast<int>(rows), p.height = static_cast<int>(height), p.width = static_cast<int>(width);
     run(on, p, mean, m2);
-  };
-  if (from.dtype == ScalarType::Half)
-    start(__half{});
-  else
-    start(__nv_bfloat16{});
+  });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include <bit>
 
+#include "conv.cuh"
 #include "matrix.cuh"
 
 namespace resdense::cuda {
@@ -63,21 +64,6 @@ struct Conv3x3 {
 // Shared memory holds rows of kConvChunk channels in 16-byte pieces. The eight rows that ldmatrix reads at once have
 // consecutive `key`s; their pieces are permuted so that all of them lie in different banks.
 __device__ inline int swizzled(int row, int key, int piece) { return row * 4 + (piece ^ ((key >> 1) & 3)); }
-
-// Merges the moments of the lanes l, l + least, l + 2 * least ... of a warp; lanes below `least` then hold them.
-template <int K>
-__device__ inline void merge_lanes(Moments<float, K>& mine, int least) {
-  for (int half = 16; half >= least; half /= 2) {
-    Moments<float, K> other;
-    other.count = __shfl_down_sync(0xffffffffu, mine.count, half);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      other.mean[k] = __shfl_down_sync(0xffffffffu, mine.mean[k], half);
-      other.m2[k] = __shfl_down_sync(0xffffffffu, mine.m2[k], half);
-    }
-    mine.merge(other.count, [&](int k, float& mean, float& m2) { mean = other.mean[k], m2 = other.m2[k]; });
-  }
-}
 
 template <typename T, int N16, bool LARGE>
 __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, LARGE>::kBlocks)
@@ -208,7 +194,6 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   Moments<float, 4 * N16> moments;
   const auto finish = [&](int tile) {
     const int top = tile / p.strips, left = tile - top * p.strips;
-    const bool odd = lane % 2;
     uint32_t written = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
@@ -220,22 +205,17 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
       if (offset >= 0) written |= 1u << i;
 #pragma unroll
       for (int n = 0; n < N16; ++n) {
-        Vector<T, 2> pair[2];
+        uint32_t pairs[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            narrow(sums[m][2 * n + j][half + k], pair[j].v[k]);
-            sums[m][2 * n + j][half + k] = widen(pair[j].v[k]);
-          }
+          float(&sum)[4] = sums[m][2 * n + j];
+          pairs[j] = round_products<T>(sum, i);
+          const auto written_pair = widen_pair(pairs[j], T{});
+          sum[half] = written_pair.v[0], sum[half + 1] = written_pair.v[1];
         }
-        // Neighbouring lanes swap pairs, so that each has four channels on end and the warp writes whole sectors.
-        const auto other = std::bit_cast<Vector<T, 2>>(
-            __shfl_xor_sync(0xffffffffu, std::bit_cast<uint32_t>(odd ? pair[0] : pair[1]), 1));
-        const Vector<T, 2> lower = odd ? other : pair[0], upper = odd ? pair[1] : other;
-        const int channel = n * 16 + odd * 8 + lane % 4 / 2 * 4;
-        if (offset >= 0 && channel < p.outputs)
-          store<T, 4>(p.out + offset + channel, {lower.v[0], lower.v[1], upper.v[0], upper.v[1]});
+        const auto four = swap_pairs(pairs[0], pairs[1]);
+        const int channel = n * 16 + written_channel();
+        if (offset >= 0 && channel < p.outputs) store(reinterpret_cast<uint32_t*>(p.out + offset + channel), four);
       }
     }
     if (p.parts == nullptr) return;
@@ -320,32 +300,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     }
   }
   __syncthreads();
-  if (thread < p.outputs) {
-    Moments<float, 1> all;
-    for (int w = 0; w < kWarps; ++w) {
-      const float* const part = s_parts + w * kPart;
-      all.merge(part[0], part[1 + thread], part[1 + Tile::kOutputs + thread]);
-    }
-    const int64_t blocks = gridDim.x;
-    p.parts[blockIdx.x] = all.count;
-    p.parts[blocks * (1 + thread) + blockIdx.x] = all.mean[0];
-    p.parts[blocks * (1 + p.outputs + thread) + blockIdx.x] = all.m2[0];
-  }
-}
-
-// The second stage of the statistics: a warp merges what the blocks left of one channel, always in the same order. (Their
-// counts differ, unlike those of channel_stats.)
-__global__ void bn_act_conv3x3_stats_kernel(const float* parts, int blocks, int outputs, float* mean, float* m2) {
-  const int channel = blockIdx.x;
-  const float* const means = parts + int64_t(blocks) * (1 + channel);
-  Moments<float, 1> all;
-  for (int block = threadIdx.x; block < blocks; block += 32)
-    all.merge(parts[block], means[block], means[int64_t(blocks) * outputs + block]);
-  merge_lanes(all, 1);
-  if (threadIdx.x == 0) {
-    mean[channel] = all.mean[0];
-    m2[channel] = all.m2[0];
-  }
+  leave_moments<kWarps, Tile::kOutputs>(s_parts, p.outputs, p.parts);
 }
 
 }  // namespace resdense::cuda

@@ -49,8 +49,12 @@ class Launch {
   void run_shared(int64_t bytes, void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
     RESDENSE_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "resdense: expected at most 2^31 - 1 blocks, got ", blocks);
     // What a kernel gets without asking for more.
-    if (bytes > 48 * 1024)
+    if (bytes > 48 * 1024) {
+      const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+      RESDENSE_CHECK(bytes <= most, "resdense: expected a GPU with ", bytes, " bytes of shared memory a block, got ",
+                     most);
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    }
     kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream_>>>(
         static_cast<Parameters>(args)...);
     check(cudaGetLastError());

@@ -236,20 +236,14 @@ class ReferenceBackend:
             activated = activated.to(conv.weight.dtype)
             z = reference.convolution(activated, conv)
             out[part].copy_(z if mask is None else z * mask[part] * mask_scale)
-        activation = Activation() if affine is None else affine.activation
-        return self._read(out, self.channel_stats(out) if stats else (), stats, reader, activation)
-
-    def _read(
-        self, out: Tensor, found: tuple[Tensor, ...], stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation
-    ) -> Optional[Fold]:
-        """Puts the statistics where they are wanted, and folds the norm that reads them."""
         if stats is not None:
-            torch._foreach_copy_(list(stats), list(found))
-        return self._folded_reader(out, stats, reader, activation)
+            torch._foreach_copy_(list(stats), list(self.channel_stats(out)))
+        return self._folded_reader(out, stats, reader, Activation() if affine is None else affine.activation)
 
     def _folded_reader(
         self, out: Tensor, stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation
     ) -> Optional[Fold]:
+        """The norm that alone reads what was written, if one does."""
         if reader is None:
             return None
         if stats is None:

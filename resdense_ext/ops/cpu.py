@@ -160,9 +160,9 @@ class CpuBackend(CompiledBackend):
             return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
         scale, shift, activation = affine or Fold.linear(x).affine
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
-        increment_version(out)
-        found = op(x, scale, shift, slope_of(activation), weight, bias, out, stats is not None)
-        return self._read(out, found, stats, reader, activation)
+        increment_version((out, *(stats or ())))
+        op(x, scale, shift, slope_of(activation), weight, bias, out, *(stats or (None, None)))
+        return self._folded_reader(out, stats, reader, activation)
 
     def bn_act_conv_backward(
         self,

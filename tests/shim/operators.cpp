@@ -2,6 +2,7 @@
 
 #include "cuda/add_act.cu"
 #include "cuda/bn_act.cu"
+#include "cuda/bn_act_conv1x1.cu"
 #include "cuda/bn_act_conv1x1_data.cu"
 #include "cuda/bn_act_conv1x1_weight.cu"
 #include "cuda/bn_act_conv3x3.cu"
@@ -54,6 +55,9 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
       "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
       "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");

@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cuda_cases
+import cuda_conv1x1_cases
 import cuda_conv1x1_data_cases
 import cuda_conv1x1_weight_cases
 import cuda_conv_cases
@@ -20,7 +21,7 @@ for module, step in ((cuda_cases, 17), (cuda_residual_cases, 11), (cuda_pool_cas
     module.cases = lambda cases=module.cases, step=step: islice(cases(), 0, None, step)
 torch.ops.load_library(sys.argv[1])
 modules = (
-    *(cuda_cases, cuda_conv_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
+    *(cuda_cases, cuda_conv_cases, cuda_conv1x1_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
     *(cuda_pool_cases, cuda_residual_cases),
 )
 for check in (check for module in modules for check in module.CHECKS):

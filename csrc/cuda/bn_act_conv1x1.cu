@@ -1,0 +1,87 @@
+#include "bn_act_conv1x1.cuh"
+
+#include "conv.h"
+
+namespace resdense::cuda {
+namespace {
+
+constexpr int64_t kConv1x1Channels = 1 << 16, kConv1x1Outputs = 192;
+
+template <typename T, int OUTPUTS, bool LARGE>
+void run(const Launch& on, Conv1x1<T> p, const Optional& mean, const Optional& m2) {
+  using Tile = Conv1x1Tile<OUTPUTS, LARGE>;
+  p.tiles = static_cast<int>(ceil_div(p.positions, Tile::kPositions));
+  const int64_t blocks = std::min<int64_t>(p.tiles, on.multiprocessors() * Tile::kBlocks);
+  run_with_stats(on, blocks, p.outputs, mean, m2, [&](float* parts) {
+    p.parts = parts;
+    on.run_shared(Tile::kBytes, bn_act_conv1x1_fwd_kernel<T, OUTPUTS, LARGE>, blocks, kConv1x1Threads, p);
+  });
+}
+
+template <typename T, int OUTPUTS>
+void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2) {
+  // Small tiles read the weights more often, but leave half of the device idle less often.
+  if (2 * ceil_div(p.positions, Conv1x1Tile<OUTPUTS, true>::kPositions) > on.multiprocessors())
+    run<T, OUTPUTS, true>(on, p, mean, m2);
+  else
+    run<T, OUTPUTS, false>(on, p, mean, m2);
+}
+
+template <typename T>
+void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2) {
+  switch (ceil_div(p.outputs, 64)) {
+    case 1: return run<T, 64>(on, p, mean, m2);
+    case 2: return run<T, 128>(on, p, mean, m2);
+    default: return run<T, 192>(on, p, mean, m2);
+  }
+}
+
+void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
+                    const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2) {
+  const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
+  check_half_precision(from, "x");
+  check_channels(from, "x", kConv1x1Channels);
+  check_dtype(out, "out", from.dtype);
+  check_same_device(out, "out", x, "x");
+  RESDENSE_CHECK(to.N == from.N && to.S == from.S, "out: expected ", from.N, " samples of ", from.S,
+                 " positions, as x, got ", to.N, " of ", to.S);
+  check_channels(to, "out", kConv1x1Outputs);
+  RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == to.C && weight.size(1) == from.C, "weight: expected shape (",
+                 to.C, ", ", from.C, "), got ", shape_string(weight));
+  check_dtype(weight, "weight", from.dtype);
+  check_same_device(weight, "weight", x, "x");
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  RESDENSE_CHECK(!bias, "bias: expected none, which the CUDA kernel does not add, got shape ", shape_string(*bias));
+
+  check_stats(mean, m2, out);
+
+  if (from.numel() == 0) return fill_stats(mean, m2);
+  check_matrix(from, x, "x");
+  check_matrix(to, out, "out");
+  RESDENSE_CHECK(from.rows() < std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 positions, got ",
+                 from.rows());
+
+  const Launch on(x);
+  const Tensor rows_of_channels = at_aligned_address(torch::stable::contiguous(weight));
+  const Tensor scales = at_aligned_address(scale), shifts = at_aligned_address(shift);
+  dispatch_half_precision(from, [&](auto zero) {
+    using T = decltype(zero);
+    Conv1x1<T> p{};
+    p.x = static_cast<const T*>(from.data), p.out = static_cast<T*>(to.data);
+    p.scale = static_cast<const float*>(scales.const_data_ptr());
+    p.shift = static_cast<const float*>(shifts.const_data_ptr());
+    p.weight = static_cast<const T*>(rows_of_channels.const_data_ptr());
+    p.slope = static_cast<float>(negative_slope);
+    p.x_ss = from.ss, p.out_ss = to.ss;
+    p.positions = static_cast<int>(from.rows());
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
+    run(on, p, mean, m2);
+  });
+}
+
+}  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_act_conv1x1", TORCH_BOX(&bn_act_conv1x1)); }
+
+}  // namespace resdense::cuda

@@ -1,0 +1,135 @@
+#pragma once
+// What the kernels of convolutions share: how products are rounded and written, and the statistics of what is written.
+// A block leaves the moments of its tiles, and a second kernel merges those of all blocks, always in the same order.
+// (Their counts differ, unlike those of channel_stats.)
+//
+// A lane has products[m][n][4] of multiply_add, of 16 positions m and 8 channels n. Rounded they are rounded[i][n]:
+// pairs in rows, of which row i lies in m = i / 2, of channels, of which channel k lies in n = k / 2.
+
+#include <bit>
+
+#include "device.cuh"
+
+namespace resdense::cuda {
+
+// The two values in a register. (A bfloat16 is the upper half of a float: one instruction each.)
+__device__ inline Vector<float, 2> widen_pair(uint32_t word, __nv_bfloat16) {
+  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
+}
+__device__ inline Vector<float, 2> widen_pair(uint32_t word, __half) {
+  const auto pair = std::bit_cast<Vector<__half, 2>>(word);
+  return {widen(pair.v[0]), widen(pair.v[1])};
+}
+
+template <typename T>
+__device__ inline uint32_t narrow_word(const Vector<float, 2>& pair) {
+  return std::bit_cast<uint32_t>(narrow<T>(pair.v));
+}
+
+template <typename T>
+__device__ inline uint32_t round_products(const float (&products)[4], int row) {
+  return narrow_word<T>({products[row % 2 * 2], products[row % 2 * 2 + 1]});
+}
+
+// A lane's pairs of one row in two neighbouring n: lanes swap them, so that each has four channels on end, from
+// written_channel() of the 16, and the warp writes whole sectors.
+__device__ inline Vector<uint32_t, 2> swap_pairs(uint32_t left, uint32_t right) {
+  const bool odd = threadIdx.x % 2;
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+  return {odd ? other : left, odd ? right : other};
+}
+
+__device__ inline int written_channel() { return threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4; }
+
+// Mean and sum of squared deviations of channel k in the first `count` rows; 0 where there are none. With deviations d
+// from the first row's value one pass is enough: of sum(d^2) - sum(d)^2 / count at least sum(d^2) / count is left.
+template <typename T, int ROWS, int N8>
+__device__ inline void channel_moments(const uint32_t (&rounded)[ROWS][N8], int k, int count, float inverse,
+                                       float& mean, float& m2) {
+  const auto value = [&](int row) { return widen_pair(rounded[row][k / 2], T{}).v[k % 2]; };
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 1; i < ROWS; ++i) {
+    const float d = value(i) - value(0);
+    if (i < count) sum += d, squares += d * d;
+  }
+  mean = count > 0 ? value(0) + sum * inverse : 0;
+  m2 = squares - sum * sum * inverse;
+}
+
+// Merges the moments of the lanes l, l + least, l + 2 * least ... of a warp; lanes below `least` then hold them.
+template <int K>
+__device__ inline void merge_lanes(Moments<float, K>& mine, int least) {
+  for (int half = 16; half >= least; half /= 2) {
+    Moments<float, K> other;
+    other.count = __shfl_down_sync(0xffffffffu, mine.count, half);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      other.mean[k] = __shfl_down_sync(0xffffffffu, mine.mean[k], half);
+      other.m2[k] = __shfl_down_sync(0xffffffffu, mine.m2[k], half);
+    }
+    mine.merge(other.count, [&](int k, float& mean, float& m2) { mean = other.mean[k], m2 = other.m2[k]; });
+  }
+}
+
+// Merges the moments of the lanes l and l ^ apart of a warp: the one with the bit set keeps the upper half of K
+// channels. After 16, 8 and 4 a lane has the (l / 4)-th eighth. f(k, mean, m2) sets the k-th channel's, of `count`
+// positions.
+template <int K, typename F>
+__device__ inline Moments<float, K / 2> merge_halves(float count, int apart, F f) {
+  const bool upper = threadIdx.x & apart;
+  const float other_count = __shfl_xor_sync(0xffffffffu, count, apart), total = count + other_count;
+  const float share = total == 0 ? 0 : other_count / total, weight = count * share;
+  Moments<float, K / 2> kept;
+  kept.count = total;
+#pragma unroll
+  for (int k = 0; k < K / 2; ++k) {
+    float mean[2], m2[2];
+    f(k, mean[0], m2[0]);
+    f(k + K / 2, mean[1], m2[1]);
+    const float delta = __shfl_xor_sync(0xffffffffu, upper ? mean[0] : mean[1], apart) - (upper ? mean[1] : mean[0]);
+    const float other_m2 = __shfl_xor_sync(0xffffffffu, upper ? m2[0] : m2[1], apart);
+    kept.mean[k] = (upper ? mean[1] : mean[0]) + delta * share;
+    kept.m2[k] = (upper ? m2[1] : m2[0]) + other_m2 + delta * delta * weight;
+  }
+  return kept;
+}
+
+template <int K>
+__device__ inline Moments<float, K / 2> merge_halves(const Moments<float, K>& mine, int apart) {
+  const auto of = [&](int k, float& mean, float& m2) { mean = mine.mean[k], m2 = mine.m2[k]; };
+  return merge_halves<K>(mine.count, apart, of);
+}
+
+// What the warps of a block have gathered in shared memory, [WARPS][count, means, m2], merged and left for the second
+// stage.
+template <int WARPS, int CHANNELS>
+__device__ inline void leave_moments(const float* gathered, int channels, float* parts) {
+  const int channel = threadIdx.x;
+  if (channel >= channels) return;
+  Moments<float, 1> all;
+  for (int warp = 0; warp < WARPS; ++warp) {
+    const float* const part = gathered + warp * (1 + 2 * CHANNELS);
+    all.merge(part[0], part[1 + channel], part[1 + CHANNELS + channel]);
+  }
+  const int64_t blocks = gridDim.x;
+  parts[blockIdx.x] = all.count;
+  parts[blocks * (1 + channel) + blockIdx.x] = all.mean[0];
+  parts[blocks * (1 + channels + channel) + blockIdx.x] = all.m2[0];
+}
+
+// The second stage: a warp merges what the blocks left of one channel.
+static __global__ void conv_stats_finish_kernel(const float* parts, int blocks, int channels, float* mean, float* m2) {
+  const int channel = blockIdx.x;
+  const float* const means = parts + int64_t(blocks) * (1 + channel);
+  Moments<float, 1> all;
+  for (int block = threadIdx.x; block < blocks; block += 32)
+    all.merge(parts[block], means[block], means[int64_t(blocks) * channels + block]);
+  merge_lanes(all, 1);
+  if (threadIdx.x == 0) {
+    mean[channel] = all.mean[0];
+    m2[channel] = all.m2[0];
+  }
+}
+
+}  // namespace resdense::cuda

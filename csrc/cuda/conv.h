@@ -1,0 +1,68 @@
+#pragma once
+// What the launchers of convolutions share: what they ask of their maps, and the statistics of what they write.
+
+#include <optional>
+
+#include "conv.cuh"
+#include "launch.h"
+
+namespace resdense::cuda {
+
+using Optional = std::optional<Tensor>;
+
+inline void check_channels(const Map& m, const char* name, int64_t most) {
+  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
+                 ", got ", m.C);
+}
+
+inline void check_rows(const Map& m, const Tensor& t, const char* name) {
+  const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
+  RESDENSE_CHECK(m.channels_last && vectors, name,
+                 ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ",
+                 stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
+}
+
+// The positions of all samples as the rows of one matrix.
+inline void check_matrix(const Map& m, const Tensor& t, const char* name) {
+  check_rows(m, t, name);
+  RESDENSE_CHECK(m.uniform_rows(), name, ": expected one stride from position to position across samples, got shape ",
+                 shape_string(t), " with strides ", stride_string(t));
+}
+
+inline void check_half_precision(const Map& m, const char* name) {
+  RESDENSE_CHECK(m.dtype == ScalarType::BFloat16 || m.dtype == ScalarType::Half, name,
+                 ": expected dtype bfloat16 or float16, got ", dtype_name(m.dtype));
+}
+
+// Calls f with a value of the map's dtype, one of those two.
+template <typename F>
+inline void dispatch_half_precision(const Map& m, F f) {
+  if (m.dtype == ScalarType::Half)
+    f(__half{});
+  else
+    f(__nv_bfloat16{});
+}
+
+inline Tensor at_aligned_address(const Tensor& t) { return aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
+
+// The statistics of no positions, where they are wanted.
+inline void fill_stats(const Optional& mean, const Optional& m2) {
+  if (!mean) return;
+  torch::stable::fill_(*mean, std::numeric_limits<double>::quiet_NaN());
+  torch::stable::fill_(*m2, 0.0);
+}
+
+// Both stages of the statistics, where they are wanted: start(parts) launches the convolution, whose blocks leave count, means
+// and m2 there.
+template <typename F>
+inline void run_with_stats(const Launch& on, int64_t blocks, int64_t channels, const Optional& mean, const Optional& m2,
+                           F start) {
+  if (!mean) return start(static_cast<float*>(nullptr));
+  const Tensor memory = torch::stable::new_empty(*mean, {1 + 2 * channels, blocks});
+  float* const parts = static_cast<float*>(memory.mutable_data_ptr());
+  start(parts);
+  on.run(conv_stats_finish_kernel, channels, 32, parts, blocks, channels,
+         static_cast<float*>(mean->mutable_data_ptr()), static_cast<float*>(m2->mutable_data_ptr()));
+}
+
+}  // namespace resdense::cuda
