@@ -302,7 +302,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension(
             "resdense_ext._C",
-            ["csrc/bindings.cpp", *relative("csrc/cpu/*.cpp"), *relative("csrc/vendor/*.cpp")],
+            ["csrc/bindings.cpp", *relative("csrc/cpu/*.cpp"), *relative("csrc/convolution/*.cpp")],
             depends=relative("csrc/**/*.h"),
             language="c++",
         )

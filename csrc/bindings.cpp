@@ -92,11 +92,12 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
       "bn_act_conv(Tensor x, Tensor? scale, Tensor? shift, float negative_slope, Tensor weight, Tensor? bias, int[] stride, "
-      "int[] padding, int[] dilation, int groups, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, "
+      "Tensor(c!)? m2) -> ()");
   m.def(
       "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
-      "float negative_slope, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int scratch, Tensor grad, "
-      "Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, Tensor(c!)? out_delta, "
+      "float negative_slope, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
+      "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, Tensor(c!)? out_delta, "
       "bool finish, bool need_weight, bool need_bias) "
       "-> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)");
   m.def(

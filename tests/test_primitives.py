@@ -428,9 +428,9 @@ class TestOperators:
             "bn_act_global_pool": (x, a, b, 0.1),
             "bn_act_global_pool_backward": (torch.randn(2, 6, 1, 1), x, a, b, c, 0.1, x.clone(), True),
             "bn_act_conv3x3": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), q.clone(), r.clone()),
-            "bn_act_conv": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, 2**20, z.clone(), q.clone(), r.clone()),
+            "bn_act_conv": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, True, 2**20, z.clone(), q.clone(), r.clone()),
             "bn_act_conv_backward": (
-                *(x, a, b, c, c.clone(), 40, 0.0, torch.randn(3, 6, 3, 3), *geometry, 2**20),
+                *(x, a, b, c, c.clone(), 40, 0.0, torch.randn(3, 6, 3, 3), *geometry, True, 2**20),
                 *(z, z.clone(), p, q, r, None, None, None, True, True, True),
             ),
             "bn_act_conv1x1_weight_backward": (z, x, a, b, 0.0),

@@ -29,13 +29,16 @@ def posing(monkeypatch):
     # Triton's kernels take none from the CPU.
     for name in ("deviations", "moments_terms"):
         monkeypatch.setattr(CudaBackend, name, getattr(ReferenceBackend, name))
+    monkeypatch.setattr(CudaBackend, "fuses", lambda self, x: True)
     with rd.use_backend("cuda"):
         yield
 
 
-@pytest.fixture(params=["whole", "sample by sample"])
-def scratch(request, monkeypatch):
-    if request.param != "whole":
+@pytest.fixture(params=["kernels", "library", "sample by sample"])
+def way(request, monkeypatch):
+    """By the operators that activate as they go, where they serve, or by the framework's, on all samples or one at a time."""
+    monkeypatch.setattr(CudaBackend, "fuses", lambda self, x: request.param == "kernels")
+    if request.param == "sample by sample":
         monkeypatch.setattr(vendor, "SCRATCH", 1)
 
 
@@ -54,7 +57,7 @@ def agrees(block, stock, x, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_dense_blocks(channels_last, policy, dtype, scratch):
+def test_dense_blocks(channels_last, policy, dtype, way):
     block = random_block(channels=8, growth=8, policy=policy)
     agrees(block, stock_of(block), maps((3, 8, 7, 6), channels_last), dtype)
 
@@ -62,7 +65,7 @@ def test_dense_blocks(channels_last, policy, dtype, scratch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["bottleneck down", "grouped", "stride first", "pre bottleneck"])
-def test_residual_blocks(kind, policy, dtype, scratch):
+def test_residual_blocks(kind, policy, dtype, way):
     block = Block(**BLOCKS[kind], policy=policy)
     stock = copy.deepcopy(block)
     stock.policy = None
@@ -71,7 +74,7 @@ def test_residual_blocks(kind, policy, dtype, scratch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", test_primitives.CASES)
-def test_convolutions(case, channels_last, scratch):
+def test_convolutions(case, channels_last, way):
     suite, dtype = test_primitives.TestConvolution(), torch.bfloat16
     for flag in (False, True):
         suite.test_forward(CudaBackend(), case, dtype, channels_last, flag)
@@ -100,7 +103,7 @@ def test_samples_share_the_scratch(monkeypatch):
     assert CudaBackend().chunks(x[:0]) == [slice(0, 0)]
 
 
-def test_who_convolves():
+def test_who_convolves(monkeypatch):
     """The operator with a halo where it serves, else the framework's convolution or product."""
 
     def last(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -111,12 +114,29 @@ def test_who_convolves():
         with torch.profiler.profile() as profile:
             CudaBackend().bn_act_conv(x, affine, Conv(weight, **{"padding": (1, 1), **geometry}), out, None, 1.0, None)
         names = [e.name for e in profile.events()]
-        return next(name for name in ("resdense::bn_act_conv3x3", "aten::convolution", "aten::mm") if name in names)
+        return next(name for name in (*ours, "aten::convolution", "aten::mm") if name in names)
 
+    ours = "resdense::bn_act_conv3x3", "resdense::bn_act_conv1x1"
     x, out, weight = last(2, 16, 5, 6), last(2, 8, 5, 6), last(8, 16, 3, 3)
     assert route(x, out, weight) == "resdense::bn_act_conv3x3"
+    point = {"weight": last(8, 16, 1, 1), "padding": (0, 0)}
+    assert route(x, out, **point) == "resdense::bn_act_conv1x1"
+    assert route(last(2, 32, 5, 6)[:, 8:24], last(2, 24, 5, 6)[:, 16:], **point) == "resdense::bn_act_conv1x1"
     assert route(last(2, 32, 5, 6)[:, 8:24], last(2, 24, 5, 6)[:, 16:], weight) == "resdense::bn_act_conv3x3"
-    assert route(x, out, last(8, 16, 1, 1), padding=(0, 0)) == "aten::mm"
+    for given in (
+        {"x": last(2, 20, 5, 6)[:, :16]},
+        {"x": last(4, 16, 5, 6)[::2]},
+        {"x": last(2, 12, 5, 6), "weight": last(8, 12, 1, 1)},
+        {"x": x.contiguous()},
+        {"out": last(2, 200, 5, 6), "weight": last(200, 16, 1, 1)},
+        {"x": x.float(), "weight": last(8, 16, 1, 1, dtype=torch.float32), "out": out.float()},
+        {"bias": torch.zeros(8, dtype=torch.bfloat16)},
+        {"stride": (2, 2), "out": last(2, 8, 3, 3)},
+        {"affine": False},
+    ):
+        assert route(**{"x": x, "out": out, **point, **given}) in ("aten::mm", "aten::convolution"), given
+    monkeypatch.setattr(CudaBackend, "fuses", lambda self, x: False)
+    assert route(x, out, **point) == "aten::mm"
     for given in (
         {"x": last(2, 20, 5, 6)[:, :16]},
         {"x": last(2, 24, 5, 6)[:, 4:20]},

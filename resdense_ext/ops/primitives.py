@@ -94,12 +94,12 @@ def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, mean, m2):
     return None
 
 
-def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding, dilation, groups, scratch, out, mean, m2):
+def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding, dilation, groups, fuse, scratch, out, mean, m2):
     return None
 
 
 def _bn_act_conv_backward(
-    x, scale, shift, center, rstd, count, negative_slope, weight, stride, padding, dilation, groups, scratch,
+    x, scale, shift, center, rstd, count, negative_slope, weight, stride, padding, dilation, groups, fuse, scratch,
     grad, z, alpha, beta, delta, out, out_beta, out_delta, finish, need_weight, need_bias,
 ):  # fmt: skip
     norm = _vectors(x, x.shape[1], 4) if scale is not None else (None,) * 4

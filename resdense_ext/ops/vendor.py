@@ -1,11 +1,13 @@
-"""Convolutions by the vendor's libraries, on activations in memory: of some samples at a time, and without other copies.
+"""A convolution of an activation, and its backward, as one operator each, ``csrc/convolution``.
 
-On an H200 this is faster than kernels that activate as they multiply: cuBLAS and cuDNN run close to the memory's bandwidth, and so
-does the pass that writes the activation; `make gpu PART=kernels` times both. All of a convolution is one operator, ``csrc/vendor``.
+It takes the kernels that activate as they multiply where these serve, the dense layers' 1x1 and 3x3, and for all else cuBLAS and
+cuDNN on activations in memory: of some samples at a time, and without other copies. On an H200 these libraries run close to the
+memory's bandwidth, and so does the pass that writes the activation; `make gpu PART=kernels` times both ways.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Optional
 
@@ -27,8 +29,20 @@ first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 _NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
 
 
+_FUSED_SHARED_MEMORY = 156 * 1024
+
+
+@functools.cache
+def _fuses(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _FUSED_SHARED_MEMORY
+
+
 class VendorBackend(ReferenceBackend):
     """A 1x1 convolution is a matrix product of a channels-last map as it lies in memory."""
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the device of ``x`` has the shared memory that the 1x1 kernels ask for."""
+        return _fuses(x.device)
 
     def chunks(self, x: Tensor) -> list[slice]:
         size = max(1, SCRATCH * x.shape[0] // max(x.numel() * x.element_size(), 1))
@@ -47,7 +61,7 @@ class VendorBackend(ReferenceBackend):
     ) -> Optional[Fold]:
         scale, shift, activation = affine or (None, None, Activation())
         weight, bias, padding, dilation, groups, _ = conv
-        geometry = (conv.steps, padding, dilation, groups, SCRATCH)
+        geometry = (conv.steps, padding, dilation, groups, self.fuses(x), SCRATCH)
         increment_version((out, *(stats or ())))
         found = (None, None) if stats is None or mask is not None else stats
         told(torch.ops.resdense.bn_act_conv, x, scale, shift, slope_of(activation), weight, bias, *geometry, out, *found)
@@ -75,7 +89,7 @@ class VendorBackend(ReferenceBackend):
         dy, *correction, dweight, dbias, dgamma, dbeta = told(
             torch.ops.resdense.bn_act_conv_backward,
             *(x, scale, shift, center, rstd, math.inf if count is None else count, slope_of(activation)),
-            *(weight, conv.steps, padding, dilation, groups, SCRATCH),
+            *(weight, conv.steps, padding, dilation, groups, self.fuses(x), SCRATCH),
             *(grad if isinstance(grad, Pending) else (grad, None, None, None, None)),
             *(out, beta, delta, finish, need_weight, need_weight and bias is not None),
         )

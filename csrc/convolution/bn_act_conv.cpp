@@ -1,0 +1,329 @@
+// The convolution of an activation, and its backward: by the operators that activate what they read as they go, where they serve,
+// else by the libraries of the device's vendor, on activations in memory, those of some samples at a time. One call from Python for
+// all that it takes, since such a call costs several times what a launch does.
+
+#include <torch/csrc/stable/library.h>
+
+#include "call.h"
+#include "common/map.h"
+
+namespace resdense::convolution {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using Sizes = std::vector<int64_t>;
+using Optional = std::optional<Tensor>;
+
+struct Conv {
+  const Tensor& weight;
+  const Sizes &stride, &padding, &dilation;
+  int64_t groups;
+
+  int64_t outputs() const { return weight.size(0); }
+
+  // Whether every output is made of one position of the input, in its place, and of all its channels.
+  bool is_matrix_product() const {
+    if (groups != 1 || weight.numel() != weight.size(0) * weight.size(1)) return false;
+    const auto all = [](const Sizes& sizes, int64_t value) {
+      return std::all_of(sizes.begin(), sizes.end(), [=](int64_t size) { return size == value; });
+    };
+    return all(stride, 1) && all(padding, 0);
+  }
+
+  Sizes shape() const {
+    Sizes sizes;
+    for (int64_t i = 0; i < weight.dim(); ++i) sizes.push_back(weight.size(i));
+    return sizes;
+  }
+
+  Tensor matrix() const { return torch::stable::view(weight, {outputs(), weight.size(1)}); }
+};
+
+// A map as a matrix [positions, channels] where it lies in memory; nothing where that would take a copy. The memory is the map's.
+Optional rows(const Tensor& x) {
+  const Map m = map_of(x, "x");
+  if (!m.channels_last || !(m.uniform_rows() || m.N <= 1)) return std::nullopt;
+  const int64_t sizes[] = {m.rows(), m.C}, strides[] = {m.ss, 1};
+  return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, x.device(), m.dtype);
+}
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+MemoryFormat format_of(const Tensor& x) {
+  if (!map_of(x, "x").channels_last || x.dim() < 4) return MemoryFormat::Contiguous;
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+Tensor in_dtype(const Tensor& x, ScalarType dtype) { return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype); }
+
+// The ranges of samples whose activations are at most so many bytes.
+class Parts {
+ public:
+  Parts(const Tensor& x, int64_t bytes) : samples_(x.size(0)) {
+    const int64_t all = std::max<int64_t>(x.numel() * x.element_size(), 1);
+    size_ = all <= bytes ? std::max<int64_t>(samples_, 1) : std::max<int64_t>(bytes / ((all + samples_ - 1) / samples_), 1);
+  }
+
+  // All of them at once.
+  static Parts all(const Tensor& x) { return Parts(x, std::numeric_limits<int64_t>::max()); }
+
+  int64_t count() const { return samples_ == 0 ? 1 : (samples_ + size_ - 1) / size_; }
+
+  Tensor of(const Tensor& x, int64_t part) const {
+    if (count() == 1) return x;
+    Tensor whole = x;
+    return torch::stable::narrow(whole, 0, part * size_, std::min(size_, samples_ - part * size_));
+  }
+
+ private:
+  int64_t samples_, size_;
+};
+
+// A norm and the activation behind it, or neither.
+struct Prologue {
+  const Optional &scale, &shift;
+  double negative_slope;
+
+  Tensor operator()(const Tensor& x) const {
+    if (!scale) return x;
+    const Tensor out = torch::stable::empty_like(x);
+    call("resdense::bn_act", "", x, *scale, *shift, negative_slope, out);
+    return out;
+  }
+};
+
+// Whether every position's channels are aligned to 16 bytes, and the rows of positions of one stride.
+bool has_aligned_rows(const Map& m) {
+  const auto whole = [](int64_t stride) { return stride % 8 == 0; };
+  return m.channels_last && whole(m.sn) && whole(m.ss) && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+}
+
+// Whether our kernels take such a map: in 16 bits, and of so many channels at most.
+bool is_ours(const Tensor& t, ScalarType dtype, int64_t channels) {
+  if (t.scalar_type() != dtype || (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)) return false;
+  return t.size(1) > 0 && t.size(1) % 8 == 0 && t.size(1) <= channels && has_aligned_rows(map_of(t, "map"));
+}
+
+// Whether the operator bn_act_conv3x3 takes it.
+bool is_conv3x3(const Tensor& x, const Conv& conv, const Optional& bias, const Tensor& out) {
+  const auto ones = [](const Sizes& sizes) { return sizes == Sizes{1, 1}; };
+  const ScalarType dtype = conv.weight.scalar_type();
+  return x.dim() == 4 && conv.weight.size(2) == 3 && conv.weight.size(3) == 3 && conv.groups == 1 && !bias && ones(conv.stride) &&
+         ones(conv.padding) && ones(conv.dilation) && is_ours(x, dtype, 256) && is_ours(out, dtype, 64);
+}
+
+// Whether the operators bn_act_conv1x1 take it, and those of its backward: `outputs` is what is written, or its gradient.
+bool is_conv1x1(const Tensor& x, const Conv& conv, const Tensor& outputs) {
+  const ScalarType dtype = conv.weight.scalar_type();
+  const auto is_matrix = [](const Tensor& t) { return t.numel() == 0 || map_of(t, "map").uniform_rows(); };
+  return conv.is_matrix_product() && is_ours(x, dtype, 1 << 16) && is_ours(outputs, dtype, 192) && is_matrix(x) && is_matrix(outputs);
+}
+
+void convolve(const Tensor& a, const Conv& conv, const Optional& bias, const Tensor& out) {
+  const auto from = rows(a), to = rows(out);
+  if (from && to && !bias && conv.is_matrix_product()) {
+    call<std::tuple<Tensor>>("aten::mm", "out", *from, transposed(conv.matrix()), *to);
+    return;
+  }
+  const Sizes none(conv.stride.size(), 0);
+  const auto [made] = call<std::tuple<Tensor>>("aten::convolution", "", a, conv.weight, bias, conv.stride, conv.padding,
+                                               conv.dilation, false, none, conv.groups);
+  Tensor target = out;
+  torch::stable::copy_(target, made);
+}
+
+void bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double negative_slope, const Tensor& weight,
+                 const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
+                 const Tensor& out, const Optional& mean, const Optional& m2) {
+  const Conv conv{weight, stride, padding, dilation, groups};
+  if (scale && is_conv3x3(x, conv, bias, out)) {
+    call("resdense::bn_act_conv3x3", "", x, *scale, *shift, negative_slope, weight, out, mean, m2);
+    return;
+  }
+  if (scale && fuse && !bias && is_conv1x1(x, conv, out)) {
+    call("resdense::bn_act_conv1x1", "", x, *scale, *shift, negative_slope, conv.matrix(), bias, out, mean, m2);
+    return;
+  }
+  const Prologue activated{scale, shift, negative_slope};
+  const Parts parts(x, scratch);
+  for (int64_t part = 0; part < parts.count(); ++part)
+    convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
+  if (mean) call("resdense::channel_stats_into", "", out, *mean, *m2);
+}
+
+// The gradients of the convolution's input, in the layout of `a`, and of its weight.
+std::tuple<Tensor, Optional> convolve_backward(const Tensor& grad, const Tensor& a, const Conv& conv, bool need_weight) {
+  const auto from = rows(grad), inputs = rows(a);
+  if (from && inputs && conv.is_matrix_product()) {
+    const Tensor dx = torch::stable::empty_like(a);
+    call<std::tuple<Tensor>>("aten::mm", "out", *from, conv.matrix(), *rows(dx));
+    if (!need_weight) return {dx, std::nullopt};
+    const auto [dweight] = call<std::tuple<Tensor>>("aten::mm", "", transposed(*from), *inputs);
+    return {dx, torch::stable::view(dweight, conv.shape())};
+  }
+  const Sizes none(conv.stride.size(), 0);
+  const bool wanted[] = {true, need_weight, false};
+  // Those that are not wanted are undefined.
+  const auto [dx, dweight, dbias] = call<std::tuple<Tensor, Tensor, Tensor>>(
+      "aten::convolution_backward", "", grad, a, conv.weight, std::optional<Sizes>(), conv.stride, conv.padding, conv.dilation,
+      false, none, conv.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3));
+  return {dx, need_weight ? Optional(dweight) : std::nullopt};
+}
+
+// to += from
+void add(const Tensor& to, const Tensor& from) {
+  const ScalarType dtype = stats_dtype(to.scalar_type());
+  Tensor one = torch::stable::new_empty(to, {to.size(1)}, dtype);
+  torch::stable::fill_(one, 1.0);
+  const Tensor zero = torch::stable::new_zeros(to, {to.size(1)}, dtype);
+  call("resdense::pending_grad", "", to, from, one, one, zero, Optional(), 1.0);
+}
+
+// What every part has of a sum: added up once all are there, in the dtype of the statistics.
+class Sum {
+ public:
+  void add(const Optional& part) {
+    if (part) parts_.push_back(*part);
+  }
+
+  Optional total(ScalarType dtype) const {
+    if (parts_.empty()) return std::nullopt;
+    if (parts_.size() == 1) return in_dtype(parts_[0], dtype);
+    Sizes sizes{static_cast<int64_t>(parts_.size())};
+    for (int64_t i = 0; i < parts_[0].dim(); ++i) sizes.push_back(parts_[0].size(i));
+    const Tensor all = torch::stable::new_empty(parts_[0], sizes, stats_dtype(parts_[0].scalar_type()));
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      Tensor to = torch::stable::select(all, 0, i);
+      torch::stable::copy_(to, parts_[i]);
+    }
+    return in_dtype(torch::stable::sum(all, Sizes{0}), dtype);
+  }
+
+ private:
+  std::vector<Tensor> parts_;
+};
+
+Tensor bias_gradient(const Tensor& grad) {
+  Sizes dimensions{0};
+  for (int64_t i = 2; i < grad.dim(); ++i) dimensions.push_back(i);
+  return torch::stable::sum(grad, dimensions, false, stats_dtype(grad.scalar_type()));
+}
+
+struct Pending {
+  const Tensor& grad;
+  const Optional &z, &alpha, &beta, &delta;
+
+  // That of some samples, finished in a new map unless it is finished already.
+  Tensor finished(const Parts& parts, int64_t part) const {
+    const Tensor of_part = parts.of(grad, part);
+    if (!z) return of_part;
+    const Optional none = torch::stable::new_zeros(*beta, {beta->size(0)});
+    const auto [made] =
+        call<std::tuple<Tensor>>("resdense::bn_add_act", "", of_part, *alpha, *delta, parts.of(*z, part), beta, none, 1.0);
+    return made;
+  }
+};
+
+// What a backward finds before the norm's correction is known. Where `masked` says so, dy has been multiplied by the activation's
+// slope.
+struct Found {
+  Optional dy;
+  bool masked = true;
+  Sum dweight, dbias, sum_dy, sum_dy_xc;
+};
+
+Found backward_by_kernels(const Tensor& x, const Prologue& prologue, const Tensor& center, const Conv& conv, const Tensor& grad,
+                          const Optional& out, bool need_weight) {
+  const auto& [scale, shift, negative_slope] = prologue;
+  Found found;
+  if (need_weight) {
+    const auto [dweight] = call<std::tuple<Tensor>>("resdense::bn_act_conv1x1_weight_backward", "", grad, x, *scale, *shift,
+                                                    negative_slope);
+    found.dweight.add(torch::stable::view(dweight, conv.shape()));
+  }
+  if (!out) found.dy = torch::stable::empty_like(x);
+  const auto [sum_dy, sum_dy_xc] =
+      call<std::tuple<Tensor, Tensor>>("resdense::bn_act_conv1x1_data_backward", "", grad, x, *scale, *shift, center,
+                                       negative_slope, conv.matrix(), out ? *out : *found.dy, out.has_value());
+  found.sum_dy.add(sum_dy), found.sum_dy_xc.add(sum_dy_xc);
+  return found;
+}
+
+Found backward_by_library(const Tensor& x, const Prologue& prologue, const Optional& center, const Conv& conv, const Parts& parts,
+                          const Pending& pending, const Optional& out, bool mask, bool need_weight, bool need_bias) {
+  const auto& [scale, shift, negative_slope] = prologue;
+  const ScalarType dtype = conv.weight.scalar_type();
+  Found found;
+  found.masked = mask || out;
+  if (!out && parts.count() > 1) found.dy = torch::stable::empty_like(x);
+  for (int64_t part = 0; part < parts.count(); ++part) {
+    const Tensor raw = parts.of(x, part);
+    // Only the weight's gradient reads it; the other's takes the shape alone.
+    const Tensor a = in_dtype(need_weight ? prologue(raw) : raw, dtype);
+    const Tensor upstream = in_dtype(pending.finished(parts, part), dtype);
+    if (need_bias) found.dbias.add(bias_gradient(upstream));
+    auto [dx, dweight] = convolve_backward(upstream, a, conv, need_weight);
+    found.dweight.add(dweight);
+    // The framework picks the layout of its gradient by its own rules.
+    dx = torch::stable::contiguous(in_dtype(dx, x.scalar_type()), format_of(x));
+    if (scale) {
+      using Sums = std::tuple<Tensor, Tensor>;
+      const auto [sum_dy, sum_dy_xc] =
+          out ? call<Sums>("resdense::bn_act_backward_accumulate", "", parts.of(*out, part), dx, raw, *scale, *shift, *center,
+                           negative_slope)
+              : call<Sums>(mask ? "resdense::bn_act_backward" : "resdense::bn_act_sums", "", dx, raw, *scale, *shift, *center,
+                           negative_slope);
+      found.sum_dy.add(sum_dy), found.sum_dy_xc.add(sum_dy_xc);
+    } else if (out) {
+      add(parts.of(*out, part), dx);
+    }
+    if (out) continue;
+    if (found.dy) {
+      Tensor place = parts.of(*found.dy, part);
+      torch::stable::copy_(place, dx);
+    } else {
+      found.dy = dx;
+    }
+  }
+  return found;
+}
+
+// The gradients of the input, which are pending on `scale` and the vectors behind dy (or were added to `out` and its vectors), of
+// the convolution's weight and bias, and of the norm's. To `finish`, that of the input is finished: it is masked when the correction
+// is known, in the one pass. A norm whose statistics are not of the batch has an infinite count: it corrects nothing.
+std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
+    const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
+    double negative_slope, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse,
+    int64_t scratch, const Tensor& grad, const Optional& z, const Optional& alpha, const Optional& beta, const Optional& delta,
+    const Optional& out, const Optional& out_beta, const Optional& out_delta, bool finish, bool need_weight, bool need_bias) {
+  const Conv conv{weight, stride, padding, dilation, groups};
+  const Prologue prologue{scale, shift, negative_slope};
+  const Pending pending{grad, z, alpha, beta, delta};
+  const ScalarType dtype = weight.scalar_type();
+  const bool by_kernels = scale && fuse && !need_bias && is_conv1x1(x, conv, grad) && (!out || is_conv1x1(*out, conv, grad));
+  const Found found =
+      by_kernels ? backward_by_kernels(x, prologue, *center, conv, pending.finished(Parts::all(x), 0), out, need_weight)
+                 : backward_by_library(x, prologue, center, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
+  const Optional dweight = found.dweight.total(dtype), dbias = found.dbias.total(dtype);
+  if (!scale) return {found.dy, std::nullopt, std::nullopt, dweight, dbias, std::nullopt, std::nullopt};
+
+  const Tensor dbeta = *found.sum_dy.total(scale->scalar_type()), sum_dy_xc = *found.sum_dy_xc.total(scale->scalar_type());
+  const Optional to_beta = out ? out_beta : Optional(torch::stable::empty_like(*scale));
+  const Optional to_delta = out ? out_delta : Optional(torch::stable::empty_like(*scale));
+  const auto [dgamma] = call<std::tuple<Tensor>>("resdense::bn_correction", "", dbeta, sum_dy_xc, *scale, *center, *rstd, count,
+                                                 *to_beta, *to_delta, out.has_value());
+  if (!out && !finish) return {found.dy, to_beta, to_delta, dweight, dbias, dgamma, dbeta};
+  if (finish) {
+    const Optional mask = found.masked ? std::nullopt : shift;
+    call("resdense::pending_grad", "", *found.dy, x, *scale, *to_beta, *to_delta, mask, negative_slope);
+  }
+  return {found.dy, std::nullopt, std::nullopt, dweight, dbias, dgamma, dbeta};
+}
+
+}  // namespace
+}  // namespace resdense::convolution
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CompositeExplicitAutograd, m) {
+  m.impl("bn_act_conv", TORCH_BOX(&resdense::convolution::bn_act_conv));
+  m.impl("bn_act_conv_backward", TORCH_BOX(&resdense::convolution::bn_act_conv_backward));
+}
