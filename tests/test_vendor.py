@@ -173,3 +173,38 @@ def test_memory_that_runs_out_in_an_operator(monkeypatch):
     with pytest.raises(RuntimeError, match="API call failed"):  # the shortage before is not this one's
         out_of_memory.told(fails, False)
     assert out_of_memory.told(max, 1, 2) == 2
+
+
+def _events_of(block, x) -> tuple[list, list]:
+    """What the operators of its convolutions do, forward and backward: they themselves left out, and what is inside our kernels."""
+    outer, events = ("resdense::bn_act_conv", "resdense::bn_act_conv_backward"), []
+
+    def inside(event) -> bool:
+        above = event.cpu_parent
+        while above is not None and not above.name.startswith("resdense::"):
+            above = above.cpu_parent
+        return above is not None and above.name in outer
+
+    y = None
+    for run in (lambda: block(x), lambda: y.sum().backward()):
+        with torch.profiler.profile(profile_memory=True) as profile, torch.autocast("cpu", torch.bfloat16):
+            y = run()
+        events.append([e for e in profile.events() if inside(e)])
+    return events[0], events[1]
+
+
+def test_what_a_dense_layer_takes():
+    """Its kernels, the vendor's of the 3x3's backward, and no memory of the size of its input."""
+    layers, channels = 3, 128
+    block = random_block(layers, channels=channels, growth=8, bn_size=4, policy="fast").to(memory_format=torch.channels_last)
+    x = torch.randn(4, channels, 9, 9, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    forward, backward = _events_of(block, x)
+    kernels = [[e.name.removeprefix("resdense::") for e in events if e.name.startswith("resdense::")] for events in (forward, backward)]
+    assert kernels[0] == ["bn_act_conv1x1", "bn_act_conv3x3"] * layers
+    of_3x3, finished = ["bn_act_sums", "bn_correction", "pending_grad"], ["bn_add_act"]
+    of_1x1 = ["bn_act_conv1x1_weight_backward", "bn_act_conv1x1_data_backward", "bn_correction"]
+    # The first that backward comes to, the last layer, has a gradient that nobody has corrected.
+    assert kernels[1] == ["bn_act", *of_3x3, *of_1x1] + ["bn_act", *finished, *of_3x3, *of_1x1] * (layers - 1)
+    assert sum(e.name == "aten::convolution_backward" for e in backward) == layers
+    assert not any(e.name in ("aten::mm", "aten::convolution", "aten::bmm") for e in (*forward, *backward))
+    assert max(e.self_cpu_memory_usage for e in (*forward, *backward)) <= x.numel() * 2 // 2

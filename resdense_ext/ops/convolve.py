@@ -48,12 +48,13 @@ def convolve_backward(
     grad: Tensor | Pending,
     into: Optional[Pending],
     need_weight: bool,
+    finish: bool = False,
 ) -> ConvGrads:
     """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted."""
     at = sampling(conv)
     x, conv = sampled(x, conv)
     if at is None or into is None:
-        return backend.bn_act_conv_backward(x, fold, conv, grad, into, need_weight)
+        return backend.bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)
     part = into._replace(dy=dense_map(into.dy[at]), z=x)
     grads = backend.bn_act_conv_backward(x, fold, conv, grad, part, need_weight)
     into.dy[at].copy_(part.dy)

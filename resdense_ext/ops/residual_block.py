@@ -145,11 +145,13 @@ def _through(
 ) -> ConvGrads:
     """Through the convolution of ``unit`` that writes map k, and what stands before it, as `convolve_backward`.
 
-    A gradient that is not pending is that behind the map's norm.
+    Of a map that is added up, a gradient that is not pending is that behind the map's norm.
     """
     inside = unit < walk.units
-    if isinstance(grad, Pending):
-        found = convolve_backward(walk.backend, *source[:3], walk.share_(k, grad), into, grads.wants_weight(unit))
+    if isinstance(grad, Pending) or not walk.has_end(k):
+        finish = inside and unit > 0 and not walk.shares(unit)  # what it reads is nobody else's
+        grad = walk.share_(k, grad) if isinstance(grad, Pending) else grad
+        found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit), finish)
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
         found, *of_norm = moments_backward(

@@ -266,6 +266,10 @@ class Maps:
         none = flat[0].new_zeros(1, dtype=torch.float64)
         return [*flat, torch.cat([none if ranks.total is None else ranks.total for ranks in self.ranks])]
 
+    def shares(self, i: int) -> bool:
+        """Whether ranks share the statistics of map i."""
+        return bool(self.ranks[i].name) and takes_stats(self.norms[i])
+
     def share_(self, i: int, pending: Pending) -> Pending:
         """The gradient of map i with the correction that its norm owes it on all ranks."""
         return self.ranks[i].share_(pending) if takes_stats(self.norms[i]) else pending
