@@ -195,7 +195,7 @@ def check_bn_act_conv1x1_errors(ops, device: str) -> None:
         (r"x: expected one stride .* across samples, .* \(960, 1, 96, 16\)", {"x": last(4, 16, 5, 6)[::2]}),
         (r"x: expected spatial positions with one stride", {"x": last(2, 16, 5, 7)[..., :6]}),
         (r"out: expected dtype bfloat16, got float16", {"out": right["out"].half()}),
-        (r"out: expected 2 samples of 30 positions, as x, got 2 of 36", {"out": last(2, 8, 6, 6)}),
+        (r"out: expected the samples and positions of x, .* got shape \(2, 8, 6, 6\)", {"out": last(2, 8, 6, 6)}),
         (r"out: expected a multiple of 8 channels, at most 192, got 200", {"out": last(2, 200, 5, 6)}),
         (r"out: expected channels_last", {"out": right["out"].contiguous()}),
         (r"out: expected one stride from position to position across samples", {"out": last(4, 8, 5, 6)[::2]}),

@@ -92,10 +92,11 @@ struct Prologue {
   }
 };
 
-// Whether every position's channels are aligned to 16 bytes, and the rows of positions of one stride.
+// Whether every position's channels are aligned to 16 bytes, and 32 bits count the positions.
 bool has_aligned_rows(const Map& m) {
-  const auto whole = [](int64_t stride) { return stride % 8 == 0; };
-  return m.channels_last && whole(m.sn) && whole(m.ss) && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  constexpr int64_t most = int64_t(1) << 29;
+  const bool vectors = m.sn % 8 == 0 && m.ss % 8 == 0 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  return m.channels_last && vectors && m.rows() < most && m.ss < most;
 }
 
 // Whether our kernels take such a map: in 16 bits, and of so many channels at most.

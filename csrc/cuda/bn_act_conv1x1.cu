@@ -5,8 +5,6 @@
 namespace resdense::cuda {
 namespace {
 
-constexpr int64_t kConv1x1Channels = 1 << 16, kConv1x1Outputs = 192;
-
 template <typename T, int OUTPUTS, bool LARGE>
 void run(const Launch& on, Conv1x1<T> p, const Optional& mean, const Optional& m2) {
   using Tile = Conv1x1Tile<OUTPUTS, LARGE>;
@@ -40,11 +38,10 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
                     const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   check_half_precision(from, "x");
-  check_channels(from, "x", kConv1x1Channels);
+  check_channels(from, "x", kConv1x1Inputs);
   check_dtype(out, "out", from.dtype);
   check_same_device(out, "out", x, "x");
-  RESDENSE_CHECK(to.N == from.N && to.S == from.S, "out: expected ", from.N, " samples of ", from.S,
-                 " positions, as x, got ", to.N, " of ", to.S);
+  check_positions(out, "out", x);
   check_channels(to, "out", kConv1x1Outputs);
   RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == to.C && weight.size(1) == from.C, "weight: expected shape (",
                  to.C, ", ", from.C, "), got ", shape_string(weight));
@@ -55,12 +52,9 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   RESDENSE_CHECK(!bias, "bias: expected none, which the CUDA kernel does not add, got shape ", shape_string(*bias));
 
   check_stats(mean, m2, out);
-
   if (from.numel() == 0) return fill_stats(mean, m2);
   check_matrix(from, x, "x");
   check_matrix(to, out, "out");
-  RESDENSE_CHECK(from.rows() < std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 positions, got ",
-                 from.rows());
 
   const Launch on(x);
   const Tensor rows_of_channels = at_aligned_address(torch::stable::contiguous(weight));

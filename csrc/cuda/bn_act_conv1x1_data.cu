@@ -2,15 +2,11 @@
 
 #include <tuple>
 
-#include "launch.h"
+#include "conv.h"
 #include "reduce.h"
 
 namespace resdense::cuda {
 namespace {
-
-constexpr int64_t kMostDataOutputs = 192, kMostDataChannels = int64_t(1) << 20;
-// Positions, and elements from one to the next: the numbers of those ahead, and strides in bytes, are 32-bit ones.
-constexpr int64_t kMostData = int64_t(1) << 30;
 
 template <typename T>
 DataRows<T> data_rows_of(const Map& m) {
@@ -46,31 +42,17 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const std::tuple<Tenso
   });
 }
 
-void check_data_rows(const Map& m, const Tensor& t, const char* name) {
-  RESDENSE_CHECK(m.uniform_rows() && m.ss % 8 == 0 && aligned(m.data), name,
-                 ": expected channels_last with one stride between positions, the channels of each aligned to 16 "
-                 "bytes, got strides ", stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
-  RESDENSE_CHECK(m.rows() <= kMostData && m.ss <= kMostData, name,
-                 ": expected at most 2^30 positions, and elements from one to the next, got ", m.rows(), " and ", m.ss);
-}
-
 std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                                         const Tensor& shift, const Tensor& center,
                                                         double negative_slope, const Tensor& weight, const Tensor& out,
                                                         bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
-  RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
-                 "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
-  RESDENSE_CHECK(from.C > 0 && from.C % 8 == 0 && from.C <= kMostDataChannels,
-                 "x: expected a multiple of 8 channels, at most ", kMostDataChannels, ", got ", from.C);
+  check_half_precision(from, "x");
+  check_channels(from, "x", kConv1x1Inputs);
   check_dtype(grad, "grad", from.dtype);
   check_same_device(grad, "grad", x, "x");
-  bool same = grad.dim() == x.dim() && g.N == from.N;
-  for (int64_t i = 2; same && i < x.dim(); ++i) same = grad.size(i) == x.size(i);
-  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x),
-                 ", got shape ", shape_string(grad));
-  RESDENSE_CHECK(g.C > 0 && g.C % 8 == 0 && g.C <= kMostDataOutputs,
-                 "grad: expected a multiple of 8 channels, at most ", kMostDataOutputs, ", got ", g.C);
+  check_positions(grad, "grad", x);
+  check_channels(g, "grad", kConv1x1Outputs);
   check_same(out, "out", x, "x");
   RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == g.C && weight.size(1) == from.C,
                  "weight: expected shape (", g.C, ", ", from.C, "), got ", shape_string(weight));
@@ -80,15 +62,14 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
   check_vector(shift, "shift", from.C, x, "x");
   check_vector(center, "center", from.C, x, "x");
   if (from.numel() == 0) return new_sums(x, from);
-  check_data_rows(g, grad, "grad");
-  check_data_rows(from, x, "x");
-  check_data_rows(to, out, "out");
+  check_matrix(g, grad, "grad");
+  check_matrix(from, x, "x");
+  check_matrix(to, out, "out");
 
   const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
   const Launch on(x);
-  Tensor weights = torch::stable::contiguous(weight);
-  if (!aligned(weights.const_data_ptr())) weights = torch::stable::clone(weights);
-  const auto start = [&](auto zero) {
+  const Tensor weights = at_aligned_address(torch::stable::contiguous(weight));
+  dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
     Conv1x1Data<T> p{};
@@ -103,11 +84,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
       case 2: return run_conv1x1_data<T, 2>(on, p, sums);
       default: return run_conv1x1_data<T, 3>(on, p, sums);
     }
-  };
-  if (from.dtype == ScalarType::Half)
-    start(__half{});
-  else
-    start(__nv_bfloat16{});
+  });
   return sums;
 }
 

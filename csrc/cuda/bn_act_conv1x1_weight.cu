@@ -1,11 +1,10 @@
 #include "bn_act_conv1x1_weight.cuh"
 
-#include "launch.h"
+#include "conv.h"
 
 namespace resdense::cuda {
 namespace {
 
-constexpr int64_t kWeightInputs = 65536, kWeightOutputs = 192;
 // A split takes at least so many chunks, as its part of the result is as large as some.
 constexpr int64_t kWeightLeastChunks = 4;
 
@@ -36,30 +35,15 @@ void run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& dweight) {
   }
 }
 
-void check_factor_channels(const Map& m, const char* name, int64_t most) {
-  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
-                 ", got ", m.C);
-}
-
-void check_factor_rows(const Map& m, const Tensor& t, const char* name) {
-  RESDENSE_CHECK(m.uniform_rows() && aligned(m.data) && m.ss % 8 == 0, name,
-                 ": expected channels_last, all positions with one stride and their channels aligned to 16 bytes, got "
-                 "strides ", stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
-}
-
 Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                       double negative_slope) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
-  RESDENSE_CHECK(from.dtype == ScalarType::BFloat16 || from.dtype == ScalarType::Half,
-                 "x: expected dtype bfloat16 or float16, got ", dtype_name(from.dtype));
-  check_factor_channels(from, "x", kWeightInputs);
+  check_half_precision(from, "x");
+  check_channels(from, "x", kConv1x1Inputs);
   check_dtype(grad, "grad", from.dtype);
   check_same_device(grad, "grad", x, "x");
-  bool same = grad.dim() == x.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = i == 1 || grad.size(i) == x.size(i);
-  RESDENSE_CHECK(same, "grad: expected the samples and positions of x, whose shape is ", shape_string(x),
-                 ", got shape ", shape_string(grad));
-  check_factor_channels(of, "grad", kWeightOutputs);
+  check_positions(grad, "grad", x);
+  check_channels(of, "grad", kConv1x1Outputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
@@ -68,13 +52,11 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
     torch::stable::fill_(dweight, 0.0);
     return dweight;
   }
-  check_factor_rows(from, x, "x");
-  check_factor_rows(of, grad, "grad");
-  RESDENSE_CHECK(from.rows() < std::numeric_limits<int32_t>::max() / 2, "x: expected less than 2^30 positions, got ",
-                 from.rows());
+  check_matrix(from, x, "x");
+  check_matrix(of, grad, "grad");
 
   const Launch on(x);
-  const auto start = [&](auto zero) {
+  dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     Conv1x1Weight<T> p{};
     p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
@@ -85,11 +67,7 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
     p.rows = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
     run(on, p, dweight);
-  };
-  if (from.dtype == ScalarType::Half)
-    start(__half{});
-  else
-    start(__nv_bfloat16{});
+  });
   return dweight;
 }
 

@@ -80,9 +80,7 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   check_dtype(out, "out", from.dtype);
   check_same_device(out, "out", x, "x");
   const int64_t height = x.size(2), width = x.size(3);
-  RESDENSE_CHECK(out.dim() == 4 && out.size(0) == from.N && out.size(2) == height && out.size(3) == width,
-                 "out: expected the samples and positions of x, whose shape is ", shape_string(x), ", got shape ",
-                 shape_string(out));
+  check_positions(out, "out", x);
   check_channels(to, "out", kConvOutputs);
   RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == to.C && weight.size(1) == from.C && weight.size(2) == 3 &&
                      weight.size(3) == 3,
@@ -93,7 +91,6 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   check_vector(shift, "shift", from.C, x, "x");
 
   check_stats(mean, m2, out);
-
   if (from.numel() == 0) return fill_stats(mean, m2);
   check_rows(from, x, "x");
   check_rows(to, out, "out");

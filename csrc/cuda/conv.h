@@ -22,11 +22,25 @@ inline void check_rows(const Map& m, const Tensor& t, const char* name) {
                  stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
-// The positions of all samples as the rows of one matrix.
+// What the kernels of 1x1 convolutions take: so many channels of what is read, and of what is written.
+constexpr int64_t kConv1x1Inputs = 1 << 16, kConv1x1Outputs = 192;
+
+// The positions of all samples as the rows of one matrix, whose numbers and strides the kernels of 1x1 convolutions count in 32 bits.
 inline void check_matrix(const Map& m, const Tensor& t, const char* name) {
   check_rows(m, t, name);
   RESDENSE_CHECK(m.uniform_rows(), name, ": expected one stride from position to position across samples, got shape ",
                  shape_string(t), " with strides ", stride_string(t));
+  constexpr int64_t most = int64_t(1) << 30;
+  RESDENSE_CHECK(m.rows() < most && m.ss < most, name,
+                 ": expected less than 2^30 positions, and elements from one to the next, got ", m.rows(), " and ", m.ss);
+}
+
+// A map of the positions of x, with channels of its own.
+inline void check_positions(const Tensor& t, const char* name, const Tensor& x) {
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = i == 1 || t.size(i) == x.size(i);
+  RESDENSE_CHECK(same, name, ": expected the samples and positions of x, whose shape is ", shape_string(x), ", got shape ",
+                 shape_string(t));
 }
 
 inline void check_half_precision(const Map& m, const char* name) {
