@@ -1,7 +1,8 @@
 """Every primitive of the dense engine on a GPU, at the layers of densenet121 and densenet201, beside plain PyTorch's.
 
 And ResNet-50's 3x3 convolutions. The Triton backend's are our own kernels here, whatever `ops.triton` would choose; the CUDA
-backend's are the vendor's on an activation in memory, but for the 3x3 of dense layers.
+backend's are its own for dense layers, but for the backward of the 3x3, and else the vendor's on an activation in memory. "library"
+is that for 1x1 convolutions, too.
 
 Time is set against two floors of the same run: the bytes of every operand, read or written once, over the bandwidth of a large
 copy; and the products over the rate of a large matrix product. Each is preceded by a comparison with the reference in float32.
@@ -30,6 +31,7 @@ from resdense_ext import reference
 from resdense_ext.cli.bench.rows import conditions, row
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import triton
+from resdense_ext.ops.cuda import CudaBackend
 from resdense_ext.ops.backend import Affine, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -156,6 +158,19 @@ def _fold(channels: int, count: int, device: str) -> Fold:
     return Fold(Affine(scale, shift - 0.6, Activation()), mean, rstd, count)
 
 
+class LibraryBackend(CudaBackend):
+    """The CUDA backend without its kernels for 1x1 convolutions."""
+
+    name = "library"
+
+    def fuses(self, x: Tensor) -> bool:
+        return False
+
+
+def using(backend: ReferenceBackend):
+    return rd.use_backend("cuda" if isinstance(backend, LibraryBackend) else backend.name)
+
+
 class Operation(NamedTuple):
     """``run`` returns what is compared; ``channels`` are moved for every position; ``stock`` is stock PyTorch's way."""
 
@@ -263,7 +278,7 @@ STRIDED = tuple(_residual("strided", 2, StridedOperands))
 def worst_error(operation: Operation, backend: ReferenceBackend, t: Operands) -> float:
     """The largest relative error, in norm, against the reference in float32 at the same size. Changes ``t``."""
     wide = t.float()
-    with rd.use_backend(backend.name):
+    with using(backend):
         ours = [out.float() for out in operation.run(backend, t)]
     with rd.use_backend("reference"):
         truth = operation.run(backends.get("reference"), wide)
@@ -286,7 +301,7 @@ def measure(operation: Operation, backend: ReferenceBackend, shape: Shape, batch
     positions = batch * shape.side**2
     moved = 2 * positions * operation.channels(shape.channels)
     floor = max(moved / bandwidth, positions * operation.flops(shape.channels) / rate)
-    with rd.use_backend(backend.name):
+    with using(backend):
         times = device_times(lambda: operation.run(backend, t), SECONDS, ahead=True)
     rows = [
         row(operation.name, backend.name, "device", "time", "s", times, **setting),
@@ -333,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=500, help="stop starting measurements after so long")
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 32])
-    parser.add_argument("--backend", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--backend", nargs="+", default=["cuda", "library", "triton"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     require_gpu()
@@ -343,10 +358,12 @@ def main() -> None:
     rows, *peak = ceilings()
     results.add(rows)
     probe = torch.zeros(1, 1, 1, device=DEVICE)
-    chosen = [b for b in map(backends.get, options.backend) if b.refusal(probe, probe.dtype, Activation()) is None]
+    named = [LibraryBackend() if name == LibraryBackend.name else backends.get(name) for name in options.backend]
+    chosen = [b for b in named if b.refusal(probe, probe.dtype, Activation()) is None]
     groups = ((shapes(), OPERATIONS), (square_shapes(), SQUARE), (strided_shapes(), STRIDED))
     layers = [(s, op) for of, operations in groups for s in of for op in operations]
     todo = [(op, b, s, n) for n in options.batch for s, op in layers for b in chosen]
+    todo = [case for case in todo if not isinstance(case[1], LibraryBackend) or "1x1" in case[0].name]
     todo.sort(key=lambda case: case[2].network == "densenet201")  # what there may be no time for
     try:
         for operation, backend, shape, batch in tqdm(todo, disable=None, unit="case"):
