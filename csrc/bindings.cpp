@@ -18,6 +18,7 @@
 // Words used below. A map is (N, C, ...) in either memory format, or a slice of the channels of one. Vectors are (C,).
 //   act(y)          y where y > 0, else negative_slope * y (0 is the ReLU, 1 the identity)
 //   mean, m2        of every channel: the mean and the sum of the squared deviations from it
+//   folds           (3, ...): scale, shift and rstd of every norm, which begin at the next multiple of 4 behind those of the one before
 //   dy, xc          grad * act'(scale * x + shift), and x - center
 //   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
 //   pending grad    alpha * dy + beta * z + delta, by whoever reads it; with a shift dy is first multiplied by act'(alpha * z + shift)
@@ -30,6 +31,8 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
   m.def("channel_stats_into(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()");
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_folds(Tensor[] mean, Tensor[] m2, float[] count, float[] eps, Tensor[] weight, Tensor[] bias) -> Tensor");
   m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
       "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");

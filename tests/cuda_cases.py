@@ -304,6 +304,21 @@ def check_bn_fold(ops, device: str) -> None:
     assert all(t.shape == (0,) for t in ops.bn_fold(none, none, 1.0, 1e-5, None, None))
 
 
+def check_bn_folds(ops, device: str) -> None:
+    """As `bn_fold` of each, bitwise: of more norms than one launch takes, and of one."""
+    for sizes, dtype in (([5, 0, 300, 1, 8] * 15, torch.float32), ([130], torch.float64)):
+        norms = [[(i + 1) * v.abs() for v in vectors(4, size, dtype, device)] for i, size in enumerate(sizes)]
+        mean, m2, weight, bias = map(list, zip(*norms))
+        counts, eps = [10.0 + i for i in range(len(sizes))], [1e-5 * (1 + i) for i in range(len(sizes))]
+        folds = ops.bn_folds(mean, m2, counts, eps, weight, bias)
+        assert folds.shape == (3, sum(-(-size // 4) * 4 for size in sizes))
+        start = 0
+        for i, size in enumerate(sizes):
+            expected = ops.bn_fold(mean[i], m2[i], counts[i], eps[i], weight[i], bias[i])
+            assert torch.equal(folds[:, start : start + size], torch.stack(expected)), (i, size)
+            start += -(-size // 4) * 4
+
+
 def check_bn_correction(ops, device: str) -> None:
     for channels, dtype, accumulate in itertools.product((1, 7, 129), (torch.float32, torch.float64), (True, False)):
         sum_dy, sum_dy_xc, scale, mean, rstd, *into = vectors(7, channels, dtype, device)
@@ -393,6 +408,11 @@ def check_errors(ops, device: str) -> None:
          lambda: ops.bn_fold(vector, vector[:2], 1.0, 1e-5, None, None)),
         (r"weight: expected dtype float32, got float64",
          lambda: ops.bn_fold(vector, vector, 1.0, 1e-5, vector.double(), None)),
+        (r"eps: expected 1 values, as many as mean has, got 2",
+         lambda: ops.bn_folds([vector], [vector], [1.0], [1.0, 1.0], [vector], [vector])),
+        (r"mean: expected at least one norm, got none", lambda: ops.bn_folds([], [], [], [], [], [])),
+        (r"bias: expected shape \(3,\), one value a channel of mean, got \(2\)",
+         lambda: ops.bn_folds([vector], [vector], [1.0], [1.0], [vector], [vector[:2]])),
         (r"beta: expected a contiguous vector, got stride 2",
          lambda: ops.bn_correction(*[vector] * 5, 1.0, torch.zeros(6, device=device)[::2], vector, False)),
         (r"out: expected dtype float32, got bfloat16", lambda: ops.bn_act(x, vector, vector, 0.0, x.bfloat16())),
@@ -420,6 +440,7 @@ CHECKS = (
     check_bn_act_backward,
     check_bn_act_backward_long,
     check_bn_fold,
+    check_bn_folds,
     check_bn_correction,
     check_copy_map,
     check_repeats,

@@ -22,6 +22,7 @@ SCHEMAS = {
     "channel_stats": "(Tensor x) -> (Tensor mean, Tensor m2)",
     "channel_stats_into": "(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()",
     "bn_fold": "(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    "bn_folds": "(Tensor[] mean, Tensor[] m2, float[] count, float[] eps, Tensor[] weight, Tensor[] bias) -> Tensor",
     "bn_correction": "(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
     "Tensor(b!) delta, bool accumulate) -> Tensor dgamma",
     "bn_act": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()",

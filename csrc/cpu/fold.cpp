@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/folds.h"
 #include "tile.h"
 
 namespace resdense::cpu {
@@ -47,6 +48,22 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2,
   return {scale, shift, rstd};
 }
 
+// Those of many norms: see csrc/bindings.cpp.
+Tensor bn_folds(std::vector<Tensor> mean, std::vector<Tensor> m2, std::vector<double> count, std::vector<double> eps,
+                std::vector<Tensor> weight, std::vector<Tensor> bias) {
+  const FoldSizes sizes = fold_sizes(mean, m2, count, eps, weight, bias);
+  const Tensor folds = torch::stable::new_zeros(mean[0], {3, sizes.total});
+  for (size_t i = 0; i < mean.size(); ++i) {
+    const auto [scale, shift, rstd] = bn_fold(mean[i], m2[i], count[i], eps[i], weight[i], bias[i]);
+    for (int64_t row = 0; const Tensor& vector : {scale, shift, rstd}) {
+      Tensor of_row = torch::stable::select(folds, 0, row++);
+      Tensor to = torch::stable::narrow(of_row, 0, sizes.start[i], vector.size(0));
+      torch::stable::copy_(to, vector);
+    }
+  }
+  return folds;
+}
+
 // From the sums of dy and of dy * (x - mean): returns dgamma, and writes to beta and delta, or adds to them, the norm's
 // correction of the gradient of its input, which is beta * x + delta.
 Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor& scale, const Tensor& mean, const Tensor& rstd,
@@ -78,5 +95,6 @@ Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
   m.impl("bn_fold", TORCH_BOX(&resdense::cpu::bn_fold));
+  m.impl("bn_folds", TORCH_BOX(&resdense::cpu::bn_folds));
   m.impl("bn_correction", TORCH_BOX(&resdense::cpu::bn_correction));
 }

@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/folds.h"
 #include "launch.h"
 
 namespace resdense::cuda {
@@ -40,6 +41,32 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2,
   return {scale, shift, rstd};
 }
 
+Tensor bn_folds(std::vector<Tensor> mean, std::vector<Tensor> m2, std::vector<double> count, std::vector<double> eps,
+                std::vector<Tensor> weight, std::vector<Tensor> bias) {
+  const FoldSizes sizes = fold_sizes(mean, m2, count, eps, weight, bias);
+  const Tensor folds = torch::stable::new_empty(mean[0], {3, sizes.total});
+  if (sizes.total == 0) return folds;
+
+  const Launch on(mean[0]);
+  by_type(mean[0], [&](auto zero) {
+    using W = decltype(zero);
+    const auto from = [](const Tensor& t) { return static_cast<const W*>(t.const_data_ptr()); };
+    const int64_t norms = static_cast<int64_t>(mean.size()), chunks = ceil_div(sizes.most, kFoldThreads);
+    for (int64_t first = 0; first < norms; first += kFolds) {
+      const int64_t some = std::min<int64_t>(kFolds, norms - first);
+      FoldTable<W> table{};
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t at = first + i;
+        table.mean[i] = from(mean[at]), table.m2[i] = from(m2[at]), table.weight[i] = from(weight[at]), table.bias[i] = from(bias[at]);
+        table.count[i] = count[at], table.eps[i] = eps[at], table.start[i] = sizes.start[at];
+        table.channels[i] = static_cast<int>(mean[at].size(0));
+      }
+      on.run(bn_folds_kernel<W>, some * chunks, kFoldThreads, table, chunks, sizes.total, static_cast<W*>(folds.mutable_data_ptr()));
+    }
+  });
+  return folds;
+}
+
 Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor& scale, const Tensor& mean,
                      const Tensor& rstd, double count, const Tensor& beta, const Tensor& delta, bool accumulate) {
   const int64_t C = mean.size(0);
@@ -68,6 +95,7 @@ Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor
 
 RESDENSE_CUDA_OPERATORS(m) {
   m.impl("bn_fold", TORCH_BOX(&bn_fold));
+  m.impl("bn_folds", TORCH_BOX(&bn_folds));
   m.impl("bn_correction", TORCH_BOX(&bn_correction));
 }
 

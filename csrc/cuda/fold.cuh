@@ -7,19 +7,49 @@ namespace resdense::cuda {
 
 constexpr int kFoldThreads = 128;
 
-// Scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations. Without a weight or a
-// bias it is nullptr.
+template <typename W>
+struct FoldOf {
+  W scale, shift, rstd;
+};
+
+// Scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations.
+template <typename W>
+__device__ inline FoldOf<W> fold_of(W mean, W m2, double count, double eps, W weight, W bias) {
+  const double inverse = 1 / sqrt(m2 / count + eps);
+  const W scale = static_cast<W>(weight * inverse);
+  return {scale, static_cast<W>(bias - mean * static_cast<double>(scale)), static_cast<W>(inverse)};
+}
+
+// Those of every channel. Without a weight or a bias it is nullptr.
 template <typename W>
 __global__ void __launch_bounds__(kFoldThreads)
     bn_fold_kernel(int64_t channels, const W* mean, const W* m2, double count, double eps, const W* weight, const W* bias,
                    W* scale, W* shift, W* rstd) {
   const int64_t c = int64_t(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (c >= channels) return;
-  const double inverse = 1 / sqrt(m2[c] / count + eps);
-  const W s = static_cast<W>(weight ? weight[c] * inverse : inverse);
-  scale[c] = s;
-  shift[c] = static_cast<W>((bias ? bias[c] : W(0)) - mean[c] * static_cast<double>(s));
-  rstd[c] = static_cast<W>(inverse);
+  const FoldOf<W> fold = fold_of(mean[c], m2[c], count, eps, weight ? weight[c] : W(1), bias ? bias[c] : W(0));
+  scale[c] = fold.scale, shift[c] = fold.shift, rstd[c] = fold.rstd;
+}
+
+// Of so many norms at once, whose number and pointers are a kernel's arguments: 4 KiB in all.
+constexpr int kFolds = 64;
+
+template <typename W>
+struct FoldTable {
+  const W *mean[kFolds], *m2[kFolds], *weight[kFolds], *bias[kFolds];
+  double count[kFolds], eps[kFolds];
+  int64_t start[kFolds];  // of the norm's vectors among those of all
+  int channels[kFolds];
+};
+
+// `bn_fold_kernel` of every norm of a table, of which each has `chunks` blocks. Rows of folds are `total` apart.
+template <typename W>
+__global__ void __launch_bounds__(kFoldThreads) bn_folds_kernel(FoldTable<W> of, int chunks, int64_t total, W* folds) {
+  const int i = blockIdx.x / chunks, c = blockIdx.x % chunks * kFoldThreads + threadIdx.x;
+  if (c >= of.channels[i]) return;
+  W* const to = folds + of.start[i] + c;
+  const FoldOf<W> fold = fold_of(of.mean[i][c], of.m2[i][c], of.count[i], of.eps[i], of.weight[i][c], of.bias[i][c]);
+  to[0] = fold.scale, to[total] = fold.shift, to[2 * total] = fold.rstd;
 }
 
 // From the sums of dy and of dy * (x - mean): dgamma, and the norm's correction of the gradient of its input, beta * x + delta,

@@ -215,6 +215,12 @@ class ReferenceBackend:
         scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
         return Fold(Affine(scale, shift, activation), mean, rstd, count if norm.batch_stats else None)
 
+    def folds(
+        self, norms: Sequence[BatchNorm], stats: Sequence[Stats], counts: Sequence[int], activation: Activation
+    ) -> list[Fold]:
+        """`fold` of many norms."""
+        return [self.fold(*of, activation) for of in zip(norms, stats, counts)]
+
     def bn_act_conv(
         self,
         x: Tensor,

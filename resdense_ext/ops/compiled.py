@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -53,6 +54,24 @@ class CompiledBackend(ReferenceBackend):
         )
         scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, count if batch_stats else 1, norm.eps, weight, bias)
         return Fold(Affine(scale, shift, activation), mean, rstd, count if batch_stats else None)
+
+    def folds(
+        self, norms: Sequence[BatchNorm], stats: Sequence[Stats], counts: Sequence[int], activation: Activation
+    ) -> list[Fold]:
+        dtype = stats[0].mean.dtype
+        vectors = [(*of, norm.weight, norm.bias) for norm, of in zip(norms, stats)]
+        alike = all(norm.batch_stats for norm in norms) and all(v is not None and v.dtype is dtype for of in vectors for v in of)
+        if not alike:
+            return super().folds(norms, stats, counts, activation)
+        mean, m2, weight, bias = zip(*vectors)
+        made = torch.ops.resdense.bn_folds(mean, m2, counts, [norm.eps for norm in norms], weight, bias)
+        # Every norm's begin at a multiple of 4.
+        parts = made.split([-(-len(v) // 4) * 4 for v in mean], 1)
+        rows = [(part if part.shape[1] == len(v) else part[:, : len(v)]).unbind() for part, v in zip(parts, mean)]
+        return [
+            Fold(Affine(scale, shift, activation), v, rstd, count)
+            for (scale, shift, rstd), v, count in zip(rows, mean, counts)
+        ]
 
     def _correct(
         self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Optional[Pending]

@@ -219,7 +219,15 @@ def backward(
     def wants_weight(unit: int) -> bool:
         return any(needs[3 + 4 * unit : 5 + 4 * unit])
 
-    unit = sum(config.units)
+    of_bottlenecks = iter(zip(bottleneck_stats[::2], bottleneck_stats[1::2]))
+    unit_stats = [
+        of
+        for _, layer, C, _ in walk
+        for of in (_channels(stats, 0, C), *(Stats(*next(of_bottlenecks)) for _ in layer.units[1:]))
+    ]
+    norms = [unit.norm for layer in layers for unit in layer.units]
+    folds = backend.folds(norms, unit_stats, [count] * len(norms), activation)
+    unit = len(norms)
     for index, layer, C, end in reversed(walk):
         unit -= len(layer.units)
         if not any(needs[: 1 + 4 * (unit + len(layer.units))]):
@@ -230,20 +238,17 @@ def backward(
             upstream.mul_(layer.mask).mul_(layer.mask_scale)
         norm, conv = layer.units[0]
         source = buffer[:, :C]
-        fold = backend.fold(norm, _channels(stats, 0, C), count, activation)
+        fold = folds[unit]
         if len(layer.units) == 2:
             second = layer.units[1]
-            z_stats = Stats(*bottleneck_stats[-2:])
-            del bottleneck_stats[-2:]
             if config.keep[index]:
                 z = kept.pop()
             else:
                 z = empty_map(buffer, conv.weight.shape[0], conv.weight.dtype)
                 backend.bn_act_conv(source, fold.affine, conv, z, None, 1.0, None)
-            inner = backend.fold(second.norm, z_stats, count, activation)
             shared = bool(config.group) and second.norm.batch_stats
             needed = wants_weight(unit + 1)
-            grads = backend.bn_act_conv_backward(z, inner, second.conv, upstream, None, needed, not shared)
+            grads = backend.bn_act_conv_backward(z, folds[unit + 1], second.conv, upstream, None, needed, not shared)
             record(unit + 1, grads)
             upstream = ranks.share_(grads.input) if shared else grads.input
             del z, grads

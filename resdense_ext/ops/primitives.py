@@ -27,6 +27,10 @@ def _bn_fold(mean, m2, count, eps, weight, bias):
     return tuple(torch.empty_like(mean) for _ in range(3))
 
 
+def _bn_folds(mean, m2, count, eps, weight, bias):
+    return mean[0].new_empty((3, sum(-(-len(v) // 4) * 4 for v in mean)))
+
+
 def _bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, count, beta, delta, accumulate):
     return torch.empty_like(mean)
 
@@ -179,6 +183,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _channel_stats,
         _channel_stats_into,
         _bn_fold,
+        _bn_folds,
         _bn_correction,
         _bn_act,
         _bn_act_sums,

@@ -6,6 +6,7 @@ See `resdense_ext.ops.residual_block` for what the maps are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, Optional
 
 import torch
@@ -224,7 +225,16 @@ class Maps:
 
     def fold(self, i: int) -> Optional[Fold]:
         norm = self.norms[i]
-        return None if norm is None else self.backend.fold(norm, self.stats[i], self.counts[i], self.activation)
+        if norm is None:
+            return None
+        return self._folds[i] if self.known else self.backend.fold(norm, self.stats[i], self.counts[i], self.activation)
+
+    @cached_property
+    def _folds(self) -> dict[int, Fold]:
+        """All norms', at once, where all statistics are known."""
+        at = [i for i, norm in enumerate(self.norms) if norm is not None]
+        norms, stats, counts = ([of[i] for i in at] for of in (self.norms, self.stats, self.counts))
+        return dict(zip(at, self.backend.folds(norms, stats, counts, self.activation)))
 
     def compute(self, keep: Sequence[bool], skip: Sequence[bool] = ()) -> None:
         """All maps 1 to n + 1 but those to ``skip``; those inside that are not to ``keep`` are let go once read."""

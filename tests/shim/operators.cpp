@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("channel_stats_into(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()");
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "bn_folds(Tensor[] mean, Tensor[] m2, float[] count, float[] eps, Tensor[] weight, Tensor[] bias) -> Tensor");
+  m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
       "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");
   m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
