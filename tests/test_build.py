@@ -69,6 +69,13 @@ SCHEMAS = {
     " -> Tensor dweight",
     "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
     "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
+    "bn_act_conv": "(Tensor x, Tensor? scale, Tensor? shift, float negative_slope, Tensor weight, Tensor? bias, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
+    "bn_act_conv_backward": "(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
+    "float negative_slope, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
+    "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "
+    "Tensor(c!)? out_delta, bool finish, bool need_weight, bool need_bias)"
+    " -> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)",
     "add_act": "(Tensor x, Tensor y, float negative_slope) -> Tensor",
     "add_act_backward": "(Tensor grad, Tensor out, float negative_slope) -> Tensor",
     "bn_add_act": "(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, Tensor? identity_shift, "

@@ -12,7 +12,6 @@ from test_residual_block import BLOCKS, Block, input_of
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 
 import resdense_ext as rd
-from resdense_ext import reference
 from resdense_ext.ops import out_of_memory, vendor
 from resdense_ext.ops.backend import Affine, ReferenceBackend
 from resdense_ext.ops.compiled import CompiledBackend

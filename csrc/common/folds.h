@@ -15,7 +15,6 @@ struct FoldSizes {
 inline FoldSizes fold_sizes(const std::vector<Tensor>& mean, const std::vector<Tensor>& m2, const std::vector<double>& count,
                             const std::vector<double>& eps, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias) {
   const size_t norms = mean.size();
-  RESDENSE_CHECK(norms > 0, "mean: expected at least one norm, got none");
   const auto check_number = [&](size_t size, const char* name) {
     RESDENSE_CHECK(size == norms, name, ": expected ", norms, " values, as many as mean has, got ", size);
   };
