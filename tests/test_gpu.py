@@ -56,6 +56,20 @@ def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels", [64, 264])
+@pytest.mark.parametrize("sizes", [(8, 56, 56), (32, 7, 7), (3, 29, 31)], ids=str)
+def test_a_block_on_maps_in_16_bits(backend, policy, channels, sizes):
+    """As it stands behind others of a network: only then is its buffer in 16 bits, too."""
+    block = block_of(channels, policy=policy)
+    n, *spatial = sizes
+    params, inputs = state(block), {"x": maps((n, channels, *spatial), torch.bfloat16)}
+    ours = module_run(block, torch.bfloat16)({"x": inputs["x"].clone()}, copy.deepcopy(params))
+    truth = true_run(module_run(stock_of(block)), inputs, params)
+    runs = torch_runs(module_run(stock_of(block), torch.bfloat16), inputs, params)
+    assert_within_rule(ours, truth, runs, torch.bfloat16)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(("backend", "by_us"), [("triton", True), ("triton", False), ("cuda", False)], indirect=["backend"])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -61,6 +61,14 @@ def test_dense_blocks(channels_last, policy, dtype, way):
     agrees(block, stock_of(block), maps((3, 8, 7, 6), channels_last), dtype)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels", [8, 72])
+def test_dense_blocks_on_maps_in_16_bits(channels, policy, way):
+    """As they stand behind others of the network: only then is the buffer in 16 bits, too."""
+    block = random_block(channels=channels, growth=8, policy=policy)
+    agrees(block, stock_of(block), maps((3, channels, 7, 6), True).bfloat16(), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["bottleneck down", "grouped", "stride first", "pre bottleneck"])

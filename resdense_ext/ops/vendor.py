@@ -26,10 +26,8 @@ SCRATCH = 2**28
 """Bytes of an activation that may be in memory at once, and in backward as many of its gradient: a bottleneck of a DenseNet-121's
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
-_NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
-
-
 _FUSED_SHARED_MEMORY = 156 * 1024
+_NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
 
 
 @functools.cache
