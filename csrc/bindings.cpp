@@ -21,7 +21,8 @@
 //   folds           (3, ...): scale, shift and rstd of every norm, which begin at the next multiple of 4 behind those of the one before
 //   dy, xc          grad * act'(scale * x + shift), and x - center
 //   g, zc, ic       grad * act' as out tells it, z - center, and identity - identity_center (none without them)
-//   pending grad    alpha * dy + beta * z + delta, by whoever reads it; with a shift dy is first multiplied by act'(alpha * z + shift)
+//   pending grad    alpha * dy + beta * z + delta, by whoever reads it: finished in place, or as a new map; with a shift dy is
+//                   first multiplied by act'(alpha * z + shift)
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // bn_act_conv1x1_data_backward gets the gradient of what the convolution has put out: grad * weight is what dy is of.
@@ -49,6 +50,7 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
       "float negative_slope=1.0) -> ()");
+  m.def("finished_grad(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor");
   m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "

@@ -209,7 +209,9 @@ def check_pending_grad(ops, device: str) -> None:
             if slope is not None:
                 g, mask = torch.where(alpha * z.double() + shift > 0, g, slope * g), (coefficients[3], slope)
             terms = [alpha * g, beta * z.double(), delta.expand(shape)]
+            new = ops.finished_grad(dy, z, *coefficients[:3])
             ops.pending_grad(dy, z, *coefficients[:3], *mask)
+            assert mask or torch.equal(new, dy)
             note = (shape, dtype, layout, other, slope)
             assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
             assert_nan_around(dy, note)

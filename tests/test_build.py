@@ -34,6 +34,7 @@ SCHEMAS = {
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "pending_grad": "(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
     "float negative_slope=1.) -> ()",
+    "finished_grad": "(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor",
     "copy_map": "(Tensor x, Tensor(a!) out) -> ()",
     "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
     "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",

@@ -208,7 +208,7 @@ def test_what_a_dense_layer_takes():
     forward, backward = _events_of(block, x)
     kernels = [[e.name.removeprefix("resdense::") for e in events if e.name.startswith("resdense::")] for events in (forward, backward)]
     assert kernels[0] == ["bn_act_conv1x1", "bn_act_conv3x3"] * layers
-    of_3x3, finished = ["bn_act_sums", "bn_correction", "pending_grad"], ["bn_add_act"]
+    of_3x3, finished = ["bn_act_sums", "bn_correction", "pending_grad"], ["finished_grad"]
     of_1x1 = ["bn_act_conv1x1_weight_backward", "bn_act_conv1x1_data_backward", "bn_correction"]
     # The first that backward comes to, the last layer, has a gradient that nobody has corrected.
     assert kernels[1] == ["bn_act", *of_3x3, *of_1x1] + ["bn_act", *finished, *of_3x3, *of_1x1] * (layers - 1)

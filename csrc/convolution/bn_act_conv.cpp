@@ -218,9 +218,8 @@ struct Pending {
   Tensor finished(const Parts& parts, int64_t part) const {
     const Tensor of_part = parts.of(grad, part);
     if (!z) return of_part;
-    const Optional none = torch::stable::new_zeros(*beta, {beta->size(0)});
     const auto [made] =
-        call<std::tuple<Tensor>>("resdense::bn_add_act", "", of_part, *alpha, *delta, parts.of(*z, part), beta, none, 1.0);
+        call<std::tuple<Tensor>>("resdense::finished_grad", "", of_part, parts.of(*z, part), *alpha, *beta, *delta);
     return made;
   }
 };

@@ -60,6 +60,14 @@ void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const 
   sweep_maps(s, {&to, &from}, to);
 }
 
+Tensor finished_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta) {
+  const Tensor out = torch::stable::empty_like(dy);
+  Tensor to = out;
+  torch::stable::copy_(to, dy);
+  pending_grad(out, z, alpha, beta, delta, std::nullopt, 1);
+  return out;
+}
+
 }  // namespace resdense::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
@@ -67,5 +75,6 @@ STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
   m.impl("bn_act_sums", TORCH_BOX(&resdense::cpu::bn_act_sums));
   m.impl("bn_act_backward", TORCH_BOX(&resdense::cpu::bn_act_backward));
   m.impl("bn_act_backward_accumulate", TORCH_BOX(&resdense::cpu::bn_act_backward_accumulate));
+  m.impl("finished_grad", TORCH_BOX(&resdense::cpu::finished_grad));
   m.impl("pending_grad", TORCH_BOX(&resdense::cpu::pending_grad));
 }

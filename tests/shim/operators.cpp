@@ -80,6 +80,7 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
       "float negative_slope=1.0) -> ()");
+  m.def("finished_grad(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resdense_shim, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }
