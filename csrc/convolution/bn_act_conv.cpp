@@ -39,12 +39,12 @@ struct Conv {
   Tensor matrix() const { return torch::stable::view(weight, {outputs(), weight.size(1)}); }
 };
 
-// A map as a matrix [positions, channels] where it lies in memory; nothing where that would take a copy. The memory is the map's.
+// A map as a matrix [positions, channels] where it lies in memory; nothing where that would take a copy.
 Optional rows(const Tensor& x) {
   const Map m = map_of(x, "x");
   if (!m.channels_last || !(m.uniform_rows() || m.N <= 1)) return std::nullopt;
-  const int64_t sizes[] = {m.rows(), m.C}, strides[] = {m.ss, 1};
-  return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, x.device(), m.dtype);
+  const std::optional<int64_t> where_it_begins;
+  return std::get<0>(call<std::tuple<Tensor>>("aten::as_strided", "", x, Sizes{m.rows(), m.C}, Sizes{m.ss, 1}, where_it_begins));
 }
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }

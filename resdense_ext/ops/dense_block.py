@@ -187,8 +187,9 @@ class BufferGradient(NamedTuple):
 
     def pending(self, buffer: Tensor, begin: int, end: int) -> Pending:
         """That of a slice of the channels; once all its consumers have added to it, its reader may finish it."""
-        at = slice(begin, end)
-        return Pending(self.D[:, at], buffer[:, at], self.ones[at], self.beta[at], self.delta[at])
+        size = end - begin
+        maps = (t.narrow(1, begin, size) for t in (self.D, buffer))
+        return Pending(*maps, *(v.narrow(0, begin, size) for v in (self.ones, self.beta, self.delta)))
 
 
 def backward(
@@ -237,7 +238,7 @@ def backward(
             upstream = backend.pending_grad_(upstream) if deferred else upstream
             upstream.mul_(layer.mask).mul_(layer.mask_scale)
         norm, conv = layer.units[0]
-        source = buffer[:, :C]
+        source = buffer.narrow(1, 0, C)
         fold = folds[unit]
         if len(layer.units) == 2:
             second = layer.units[1]
