@@ -134,7 +134,9 @@ def test_ten_steps_give_the_same_losses(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_ten_steps_of_a_whole_network(name):
-    stock, x, target = whole_network(name), images(2, 3, 40, 40), torch.tensor([0, 1])
+    # Norms over few positions would make a training chaotic: after five steps of resnext50 on two images of 40x40 stock and stock
+    # with one unit in the last place changed have nothing in common any more.
+    stock, x, target = whole_network(name), images(6, 3, 64, 64), torch.arange(6)
     assert_same_losses(under_every_policy(stock, x), stock, x, target, 1e-4)
 
 
