@@ -198,23 +198,37 @@ def check_bn_add_act(ops, device: str) -> None:
 
 
 def check_pending_grad(ops, device: str) -> None:
-    slopes = itertools.cycle((None, 0.0, 0.1))
     for shape, dtype, layout in written_cases():
         for other in {layout, "channels_last"}:
             dy, z = make(shape, dtype, layout, device), make(shape, dtype, other, device, seed=1)
-            coefficients = vectors(4, shape[1], dtype, device)
-            alpha, beta, delta, shift = columns(coefficients, len(shape))
-            slope = next(slopes)
-            g, mask = dy.double(), ()
-            if slope is not None:
-                g, mask = torch.where(alpha * z.double() + shift > 0, g, slope * g), (coefficients[3], slope)
-            terms = [alpha * g, beta * z.double(), delta.expand(shape)]
-            new = ops.finished_grad(dy, z, *coefficients[:3])
-            ops.pending_grad(dy, z, *coefficients[:3], *mask)
-            assert mask or torch.equal(new, dy)
-            note = (shape, dtype, layout, other, slope)
+            coefficients = vectors(3, shape[1], dtype, device)
+            alpha, beta, delta = columns(coefficients, len(shape))
+            terms = [alpha * dy.double(), beta * z.double(), delta.expand(shape)]
+            ops.pending_grad(dy, z, *coefficients)
+            note = (shape, dtype, layout, other)
             assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
             assert_nan_around(dy, note)
+
+
+def check_finished_grad(ops, device: str) -> None:
+    """A new map, as in place; and with the mask in the same pass, whose sums `bn_act_sums` has taken."""
+    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    for shape, dtype, layout in written_cases():
+        dy, z, slope = make(shape, dtype, layout, device), make(shape, dtype, layout, device, seed=1), next(slopes)
+        coefficients = vectors(4, shape[1], dtype, device)
+        (alpha, beta, delta, shift), note = columns(coefficients, len(shape)), (shape, dtype, layout, slope)
+        in_place, masked = (make(shape, dtype, layout, device) for _ in range(2))
+        ops.pending_grad(in_place, z, *coefficients[:3])
+        assert torch.equal(ops.finished_grad(dy, z, *coefficients[:3]), in_place), note
+
+        expected = ops.bn_act_backward(masked, z, coefficients[0], coefficients[3], coefficients[1], slope)
+        found = ops.bn_act_sums(dy, z, coefficients[0], coefficients[3], coefficients[1], slope)
+        assert all(torch.equal(*pair) for pair in zip(found, expected)), note
+        g = torch.where(alpha * z.double() + shift > 0, dy.double(), slope * dy.double())
+        terms = [alpha * g, beta * z.double(), delta.expand(shape)]
+        ops.pending_grad(dy, z, *coefficients[:3], coefficients[3], slope)
+        assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
+        assert_nan_around(dy, note)
 
 
 def check_bn_act(ops, device: str) -> None:
@@ -253,7 +267,6 @@ def check_bn_act_backward(ops, device: str) -> None:
                 if accumulate:
                     terms = [out.double().clone(), scale * dy]
                     sums = ops.bn_act_backward_accumulate(out, g, x, *coefficients, slope)
-                    sums += ops.bn_act_sums(g, x, *coefficients, slope)
                     assert torch.equal(g, make(shape, dtype, other, device, seed=1)), note
                     assert_rounded(out, sum(terms), sum(t.abs() for t in terms), note)
                     assert_nan_around(out, note)
@@ -261,7 +274,7 @@ def check_bn_act_backward(ops, device: str) -> None:
                     sums = ops.bn_act_backward(g, x, *coefficients, slope)
                     assert_rounded(g, dy, dy.abs(), note)
                     assert_nan_around(g, note)
-                for ours, truth, size in zip(sums, (dy, dy * xc) * 2, (dy.abs(), sizes) * 2):
+                for ours, truth, size in zip(sums, (dy, dy * xc), (dy.abs(), sizes)):
                     assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
                     truth, size = (t.movedim(1, 0).flatten(1).sum(1) for t in (truth, size))
                     bound = 4 * torch.finfo(ours.dtype).eps * size
@@ -437,6 +450,7 @@ CHECKS = (
     check_add_act,
     check_bn_add_act,
     check_pending_grad,
+    check_finished_grad,
     check_bn_act,
     check_bn_act_backward,
     check_bn_act_backward_long,
