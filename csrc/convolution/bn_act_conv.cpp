@@ -19,8 +19,6 @@ struct Conv {
   const Sizes &stride, &padding, &dilation;
   int64_t groups;
 
-  int64_t outputs() const { return weight.size(0); }
-
   // Whether every output is made of one position of the input, in its place, and of all its channels.
   bool is_matrix_product() const {
     if (groups != 1 || weight.numel() != weight.size(0) * weight.size(1)) return false;
@@ -36,7 +34,7 @@ struct Conv {
     return sizes;
   }
 
-  Tensor matrix() const { return torch::stable::view(weight, {outputs(), weight.size(1)}); }
+  Tensor matrix() const { return torch::stable::view(weight, {weight.size(0), weight.size(1)}); }
 };
 
 // A map as a matrix [positions, channels] where it lies in memory; nothing where that would take a copy.
@@ -117,7 +115,8 @@ bool is_conv3x3(const Tensor& x, const Conv& conv, const Optional& bias, const T
 bool is_conv1x1(const Tensor& x, const Conv& conv, const Tensor& outputs) {
   const ScalarType dtype = conv.weight.scalar_type();
   const auto is_matrix = [](const Tensor& t) { return t.numel() == 0 || map_of(t, "map").uniform_rows(); };
-  return conv.is_matrix_product() && is_ours(x, dtype, 1 << 16) && is_ours(outputs, dtype, 192) && is_matrix(x) && is_matrix(outputs);
+  return conv.is_matrix_product() && is_ours(x, dtype, 1 << 16) && is_ours(outputs, dtype, 192) && is_matrix(x) &&
+         is_matrix(outputs);
 }
 
 void convolve(const Tensor& a, const Conv& conv, const Optional& bias, const Tensor& out) {
@@ -313,7 +312,7 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
   const auto [dgamma] = call<std::tuple<Tensor>>("resdense::bn_correction", "", dbeta, sum_dy_xc, *scale, *center, *rstd, count,
                                                  *to_beta, *to_delta, out.has_value());
   if (!out && !finish) return {found.dy, to_beta, to_delta, dweight, dbias, dgamma, dbeta};
-  if (finish) {
+  if (!out) {
     const Optional mask = found.masked ? std::nullopt : shift;
     call("resdense::pending_grad", "", *found.dy, x, *scale, *to_beta, *to_delta, mask, negative_slope);
   }
