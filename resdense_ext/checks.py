@@ -407,7 +407,7 @@ def _check_writable(where: str, buffer: Tensor) -> None:
         raise ValueError(f"{where}: expected a buffer that training can update, got one made in inference mode")
     if buffer.requires_grad:
         raise ValueError(f"{where}: expected a buffer that training can update, got one that requires grad")
-    if any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride())):
+    if not buffer.is_contiguous() and any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride())):
         raise ValueError(f"{where}: expected a buffer that training can update, got an expanded one (stride 0)")
 
 

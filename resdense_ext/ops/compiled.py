@@ -49,9 +49,9 @@ class CompiledBackend(ReferenceBackend):
         dtype, batch_stats = stats.mean.dtype, norm.batch_stats
         mean, m2 = stats if batch_stats else (norm.running_mean, norm.running_var)
         # One of the right dtype, which almost all are, is not touched: a call costs as much as the fold.
-        mean, m2, weight, bias = (
+        mean, m2, weight, bias = [
             v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in (mean, m2, norm.weight, norm.bias)
-        )
+        ]
         scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, count if batch_stats else 1, norm.eps, weight, bias)
         return Fold(Affine(scale, shift, activation), mean, rstd, count if batch_stats else None)
 
@@ -66,8 +66,9 @@ class CompiledBackend(ReferenceBackend):
         mean, m2, weight, bias = zip(*vectors)
         made = torch.ops.resdense.bn_folds(mean, m2, counts, [norm.eps for norm in norms], weight, bias)
         # Every norm's begin at a multiple of 4.
-        parts = made.split([-(-len(v) // 4) * 4 for v in mean], 1)
-        rows = [(part if part.shape[1] == len(v) else part[:, : len(v)]).unbind() for part, v in zip(parts, mean)]
+        sizes = [v.shape[0] for v in mean]
+        parts = made.split([-(-size // 4) * 4 for size in sizes], 1)
+        rows = [(part if part.shape[1] == size else part[:, :size]).unbind() for part, size in zip(parts, sizes)]
         return [
             Fold(Affine(scale, shift, activation), v, rstd, count)
             for (scale, shift, rstd), v, count in zip(rows, mean, counts)

@@ -188,8 +188,9 @@ class BufferGradient(NamedTuple):
     def pending(self, buffer: Tensor, begin: int, end: int) -> Pending:
         """That of a slice of the channels; once all its consumers have added to it, its reader may finish it."""
         size = end - begin
-        maps = (t.narrow(1, begin, size) for t in (self.D, buffer))
-        return Pending(*maps, *(v.narrow(0, begin, size) for v in (self.ones, self.beta, self.delta)))
+        D, z = self.D.narrow(1, begin, size), buffer.narrow(1, begin, size)
+        ones, beta, delta = self.ones.narrow(0, begin, size), self.beta.narrow(0, begin, size), self.delta.narrow(0, begin, size)
+        return Pending(D, z, ones, beta, delta)
 
 
 def backward(

@@ -58,8 +58,8 @@ def geometry_of(conv: Conv) -> list[int]:
 def conv_of(weight: Tensor, bias: Optional[Tensor], numbers: Sequence[int]) -> Conv:
     """The convolution of these tensors; ``numbers`` begins with its own."""
     rank = weight.dim() - 2
-    padding, dilation, stride = (tuple(numbers[i * rank : (i + 1) * rank]) for i in range(3))
-    return Conv(weight, bias, padding, dilation, numbers[3 * rank], stride)
+    padding, dilation, stride = numbers[:rank], numbers[rank : 2 * rank], numbers[2 * rank : 3 * rank]
+    return Conv(weight, bias, tuple(padding), tuple(dilation), numbers[3 * rank], tuple(stride))
 
 
 def units_from(
