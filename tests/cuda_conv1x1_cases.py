@@ -8,8 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_cases import make
-from cuda_conv_cases import ACTIVATIONS, SLOPES, configure
-from tolerance import assert_within_rule, torch_runs, true_run
+from cuda_conv_cases import ACTIVATIONS, SLOPES, assert_convolved, configure, written
 from torch import Tensor
 
 from resdense_ext import reference
@@ -57,39 +56,16 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 
 def convolved(ops, inputs: dict[str, Tensor], activation: Activation, stats: bool = True) -> tuple[Tensor, ...]:
-    """The output, a slice of a buffer in which nothing else is written, and its statistics."""
-    x, weight = inputs["x"], inputs["weight"]
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    out = make(shape, x.dtype, "channels_last_slice", x.device.type).fill_(math.nan)
-    slope = SLOPES[activation.name]
-    found = tuple(x.new_full((len(weight),), math.nan, dtype=torch.float32) for _ in range(2)) if stats else (None, None)
-    ops.bn_act_conv1x1(x, inputs["scale"], inputs["shift"], slope, weight, None, out, *found)
-    nans = int(out._base.isnan().sum()) - int(out.isnan().sum())
-    assert nans == out._base.numel() - out.numel(), "written outside of the slice"
-    return out, *found
+    operands = (inputs["x"], inputs["scale"], inputs["shift"], SLOPES[activation.name], inputs["weight"], None)
+    return written(inputs["x"], len(inputs["weight"]), lambda *to: ops.bn_act_conv1x1(*operands, *to), stats)
 
 
 def product(activated: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("nc...,kc->nk...", activated, weight)
 
 
-def assert_right(inputs: dict[str, Tensor], activation: Activation, out: Tensor, mean: Tensor, m2: Tensor) -> None:
-    def run(maps, params):
-        activated = reference.apply_pending(maps["x"], params["scale"], params["shift"], activation)
-        return {"out": product(activated, params["weight"])}
-
-    params = {name: t.cpu() for name, t in inputs.items()}
-    maps = {"x": params.pop("x")}
-    out = out.cpu()
-    assert_within_rule({"out": out}, true_run(run, maps, params), torch_runs(run, maps, params), out.dtype)
-
-    def stats(maps, params):
-        return dict(zip(("mean", "m2"), reference.channel_stats(maps["out"])))
-
-    # Of what was written, rounded as it is.
-    written = {"out": out.float()}
-    ours = {"mean": mean.cpu(), "m2": m2.cpu()}
-    assert_within_rule(ours, true_run(stats, written, {}), torch_runs(stats, written, {}), torch.float32)
+def assert_right(inputs: dict[str, Tensor], activation: Activation, *found: Tensor) -> None:
+    assert_convolved(product, inputs, activation, *found)
 
 
 def check_bn_act_conv1x1(ops, device: str) -> None:

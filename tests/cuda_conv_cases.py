@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Optional
 
 import pytest
 import torch
@@ -65,21 +66,36 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     return {"x": x, "scale": scale, "shift": shift, "weight": weight.to(device, dtype)}
 
 
-def convolved(ops, inputs: dict[str, Tensor], activation: Activation, stats: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, a slice of a buffer in which nothing else is written, and its statistics."""
-    x, weight = inputs["x"], inputs["weight"]
-    out = make((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype, "channels_last_slice", x.device.type).fill_(math.nan)
-    found = tuple(x.new_full((len(weight),), math.nan, dtype=torch.float32) for _ in range(2)) if stats else (None, None)
-    ops.bn_act_conv3x3(x, inputs["scale"], inputs["shift"], SLOPES[activation.name], weight, out, *found)
+def convolved(ops, inputs: dict[str, Tensor], activation: Activation, stats: bool = True) -> tuple[Tensor, ...]:
+    operands = (inputs["x"], inputs["scale"], inputs["shift"], SLOPES[activation.name], inputs["weight"])
+    return written(inputs["x"], len(inputs["weight"]), lambda *to: ops.bn_act_conv3x3(*operands, *to), stats)
+
+
+def written(
+    x: Tensor, outputs: int, write: Callable[[Tensor, Optional[Tensor], Optional[Tensor]], None], stats: bool
+) -> tuple[Optional[Tensor], ...]:
+    """What ``write(out, mean, m2)`` writes: the output, a slice of a buffer in which nothing else is written, and its statistics."""
+    out = make((x.shape[0], outputs, *x.shape[2:]), x.dtype, "channels_last_slice", x.device.type).fill_(math.nan)
+    found = tuple(x.new_full((outputs,), math.nan, dtype=torch.float32) for _ in range(2)) if stats else (None, None)
+    write(out, *found)
     nans = int(out._base.isnan().sum()) - int(out.isnan().sum())
     assert nans == out._base.numel() - out.numel(), "written outside of the slice"
     return out, *found
 
 
-def assert_right(inputs: dict[str, Tensor], activation: Activation, out: Tensor, mean: Tensor, m2: Tensor) -> None:
+def assert_convolved(
+    convolution: Callable[[Tensor, Tensor], Tensor],
+    inputs: dict[str, Tensor],
+    activation: Activation,
+    out: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+) -> None:
+    """``out`` is the convolution of the activation and the weight, and the statistics are its."""
+
     def run(maps, params):
         activated = reference.apply_pending(maps["x"], params["scale"], params["shift"], activation)
-        return {"out": reference.convolution(activated, Conv(params["weight"], padding=(1, 1)))}
+        return {"out": convolution(activated, params["weight"])}
 
     params = {name: t.cpu() for name, t in inputs.items()}
     maps = {"x": params.pop("x")}
@@ -90,9 +106,14 @@ def assert_right(inputs: dict[str, Tensor], activation: Activation, out: Tensor,
         return dict(zip(("mean", "m2"), reference.channel_stats(maps["out"])))
 
     # Of what was written, rounded as it is.
-    written = {"out": out.float()}
+    rounded = {"out": out.float()}
     ours = {"mean": mean.cpu(), "m2": m2.cpu()}
-    assert_within_rule(ours, true_run(stats, written, {}), torch_runs(stats, written, {}), torch.float32)
+    assert_within_rule(ours, true_run(stats, rounded, {}), torch_runs(stats, rounded, {}), torch.float32)
+
+
+def assert_right(inputs: dict[str, Tensor], activation: Activation, *found: Tensor) -> None:
+    convolution = lambda a, weight: reference.convolution(a, Conv(weight, padding=(1, 1)))  # noqa: E731
+    assert_convolved(convolution, inputs, activation, *found)
 
 
 def check_bn_act_conv3x3(ops, device: str) -> None:

@@ -40,19 +40,22 @@ def maps(shape, dtype=torch.float32, channels_last=True):
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
+def assert_as_stock(block, x, autocast: torch.dtype | None) -> None:
+    params, inputs = state(block), {"x": x}
+    ours = module_run(block, autocast)({"x": x.clone()}, copy.deepcopy(params))
+    truth = true_run(module_run(stock_of(block)), inputs, params)
+    runs = torch_runs(module_run(stock_of(block), autocast), inputs, params)
+    assert_within_rule(ours, truth, runs, autocast or torch.float32)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("sizes", [(8, 56, 56), (32, 7, 7), (3, 29, 31)], ids=str)
 def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes):
-    block = block_of(policy=policy)
     n, *spatial = sizes
-    params, inputs = state(block), {"x": maps((n, 64, *spatial), channels_last=channels_last)}
-    dtype = torch.bfloat16 if autocast else None
-    run = module_run(stock_of(block), dtype)
-    ours = module_run(block, dtype)({"x": inputs["x"].clone()}, copy.deepcopy(params))
-    truth = true_run(module_run(stock_of(block)), inputs, params)
-    assert_within_rule(ours, truth, torch_runs(run, inputs, params), dtype or torch.float32)
+    x = maps((n, 64, *spatial), channels_last=channels_last)
+    assert_as_stock(block_of(policy=policy), x, torch.bfloat16 if autocast else None)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -60,13 +63,8 @@ def test_a_block_of_densenet121(backend, policy, channels_last, autocast, sizes)
 @pytest.mark.parametrize("sizes", [(8, 56, 56), (32, 7, 7), (3, 29, 31)], ids=str)
 def test_a_block_on_maps_in_16_bits(backend, policy, channels, sizes):
     """As it stands behind others of a network: only then is its buffer in 16 bits, too."""
-    block = block_of(channels, policy=policy)
     n, *spatial = sizes
-    params, inputs = state(block), {"x": maps((n, channels, *spatial), torch.bfloat16)}
-    ours = module_run(block, torch.bfloat16)({"x": inputs["x"].clone()}, copy.deepcopy(params))
-    truth = true_run(module_run(stock_of(block)), inputs, params)
-    runs = torch_runs(module_run(stock_of(block), torch.bfloat16), inputs, params)
-    assert_within_rule(ours, truth, runs, torch.bfloat16)
+    assert_as_stock(block_of(channels, policy=policy), maps((n, channels, *spatial), torch.bfloat16), torch.bfloat16)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -1,4 +1,4 @@
-"""The CUDA backend's way through the vendor's libraries, on the CPU, whose operators have the same names."""
+"""The CUDA backend's convolutions, by its operators or through the vendor's libraries, on the CPU, whose operators have the same names."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "call.h"
-#include "common/map.h"
+#include "common/conv_limits.h"
 
 namespace resdense::convolution {
 namespace {
@@ -90,33 +90,31 @@ struct Prologue {
   }
 };
 
-// Whether every position's channels are aligned to 16 bytes, and 32 bits count the positions.
-bool has_aligned_rows(const Map& m) {
-  constexpr int64_t most = int64_t(1) << 29;
-  const bool vectors = m.sn % 8 == 0 && m.ss % 8 == 0 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
-  return m.channels_last && vectors && m.rows() < most && m.ss < most;
-}
-
-// Whether our kernels take such a map: in 16 bits, and of so many channels at most.
+// Whether our kernels take such a map, of so many channels at most, where they compute in `dtype`.
 bool is_ours(const Tensor& t, ScalarType dtype, int64_t channels) {
-  if (t.scalar_type() != dtype || (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)) return false;
-  return t.size(1) > 0 && t.size(1) % 8 == 0 && t.size(1) <= channels && has_aligned_rows(map_of(t, "map"));
+  if (t.scalar_type() != dtype || !is_half_precision(dtype)) return false;
+  const Map m = map_of(t, "map");
+  // The 3x3's kernel counts a row of padding between samples: of maps one position high that is as many again.
+  const bool few = has_few_rows(m) && 2 * m.rows() < int64_t(1) << 30;
+  return takes_channels(m, channels) && has_aligned_rows(m) && few;
 }
 
 // Whether the operator bn_act_conv3x3 takes it.
 bool is_conv3x3(const Tensor& x, const Conv& conv, const Optional& bias, const Tensor& out) {
   const auto ones = [](const Sizes& sizes) { return sizes == Sizes{1, 1}; };
   const ScalarType dtype = conv.weight.scalar_type();
-  return x.dim() == 4 && conv.weight.size(2) == 3 && conv.weight.size(3) == 3 && conv.groups == 1 && !bias && ones(conv.stride) &&
-         ones(conv.padding) && ones(conv.dilation) && is_ours(x, dtype, 256) && is_ours(out, dtype, 64);
+  return x.dim() == 4 && conv.weight.size(2) == 3 && conv.weight.size(3) == 3 && conv.groups == 1 && !bias &&
+         ones(conv.stride) && ones(conv.padding) && ones(conv.dilation) && is_ours(x, dtype, kConv3x3Inputs) &&
+         is_ours(out, dtype, kConv3x3Outputs);
 }
 
 // Whether the operators bn_act_conv1x1 take it, and those of its backward: `outputs` is what is written, or its gradient.
 bool is_conv1x1(const Tensor& x, const Conv& conv, const Tensor& outputs) {
   const ScalarType dtype = conv.weight.scalar_type();
-  const auto is_matrix = [](const Tensor& t) { return t.numel() == 0 || map_of(t, "map").uniform_rows(); };
-  return conv.is_matrix_product() && is_ours(x, dtype, 1 << 16) && is_ours(outputs, dtype, 192) && is_matrix(x) &&
-         is_matrix(outputs);
+  const auto takes = [&](const Tensor& t, int64_t channels) {
+    return is_ours(t, dtype, channels) && (t.numel() == 0 || map_of(t, "map").uniform_rows());
+  };
+  return conv.is_matrix_product() && takes(x, kConv1x1Inputs) && takes(outputs, kConv1x1Outputs);
 }
 
 void convolve(const Tensor& a, const Conv& conv, const Optional& bias, const Tensor& out) {
@@ -257,14 +255,18 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Optio
   if (!out && parts.count() > 1) found.dy = torch::stable::empty_like(x);
   for (int64_t part = 0; part < parts.count(); ++part) {
     const Tensor raw = parts.of(x, part);
-    // Only the weight's gradient reads it; the other's takes the shape alone.
-    const Tensor a = in_dtype(need_weight ? prologue(raw) : raw, dtype);
-    const Tensor upstream = in_dtype(pending.finished(parts, part), dtype);
-    if (need_bias) found.dbias.add(bias_gradient(upstream));
-    auto [dx, dweight] = convolve_backward(upstream, a, conv, need_weight);
-    found.dweight.add(dweight);
+    // The activation and the finished gradient are not beside what follows.
+    const Tensor product = [&] {
+      // Only the weight's gradient reads the activation; the other's takes its shape alone.
+      const Tensor a = in_dtype(need_weight ? prologue(raw) : raw, dtype);
+      const Tensor upstream = in_dtype(pending.finished(parts, part), dtype);
+      if (need_bias) found.dbias.add(bias_gradient(upstream));
+      const auto [dx, dweight] = convolve_backward(upstream, a, conv, need_weight);
+      found.dweight.add(dweight);
+      return dx;
+    }();
     // The framework picks the layout of its gradient by its own rules.
-    dx = torch::stable::contiguous(in_dtype(dx, x.scalar_type()), format_of(x));
+    const Tensor dx = torch::stable::contiguous(in_dtype(product, x.scalar_type()), format_of(x));
     if (scale) {
       using Sums = std::tuple<Tensor, Tensor>;
       const auto [sum_dy, sum_dy_xc] =

@@ -61,9 +61,7 @@ void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const 
 }
 
 Tensor finished_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta) {
-  const Tensor out = torch::stable::empty_like(dy);
-  Tensor to = out;
-  torch::stable::copy_(to, dy);
+  const Tensor out = torch::stable::clone(dy);
   pending_grad(out, z, alpha, beta, delta, std::nullopt, 1);
   return out;
 }

@@ -54,20 +54,6 @@ struct Conv1x1 {
   float* parts;  // count, means and m2 that a block leaves; none where there are no statistics
 };
 
-// Where a 16-byte piece of a row lies: those of the eight rows that ldmatrix reads at once are in different banks. With
-// r a multiple of 8 and k even, place(row + r, piece) = place(row, piece) + 8 r and place(row, k + (0 or 1)) =
-// place(row, 0 or 1) ^ k.
-__device__ inline int conv1x1_place(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
-
-template <typename T>
-__device__ inline uint32_t activate_pair(uint32_t word, const Vector<float, 2>& scale, const Vector<float, 2>& shift,
-                                         float slope) {
-  Vector<float, 2> y = widen_pair(word, T{});
-#pragma unroll
-  for (int k = 0; k < 2; ++k) y.v[k] = activate(scale.v[k] * y.v[k] + shift.v[k], slope);
-  return narrow_word<T>(y);
-}
-
 template <typename T, int OUTPUTS, bool LARGE>
 __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::kBlocks)
     bn_act_conv1x1_fwd_kernel(Conv1x1<T> p) {
@@ -96,7 +82,7 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
   const int piece = thread % kPieces, first = thread / kPieces;
   const auto copy = [&](const Step& step) {
     Piece* const stage = at_stage(step.stage);
-    Piece* to = stage + conv1x1_place(first, piece);
+    Piece* to = stage + place_in_rows(first, piece);
     const int channel = step.chunk * kConv1x1Chunk + piece * 8;
     const auto copy_rows = [&](const T* from, int64_t stride, int count, int rows) {
 #pragma unroll
@@ -121,8 +107,8 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
   const auto multiply = [&](Piece* stage, float slope) {
     const Piece* const x = stage + down * Tile::kM16 * 16 * kPieces;
     const Piece* const weight = stage + (Tile::kPositions + across * Tile::kN8 * 8) * kPieces;
-    const int x_place = conv1x1_place(lane % 16, lane / 16);
-    const int weight_place = conv1x1_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const int x_place = place_in_rows(lane % 16, lane / 16);
+    const int weight_place = place_in_rows(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     const float* const scale = coefficients(stage) + lane % 4 * 2;
     const float* const shift = scale + kConv1x1Chunk;
 #pragma unroll

@@ -21,6 +21,7 @@ void run(const Launch& on, Conv1x1Weight<T> p, const Tensor& dweight) {
   Tensor parts;
   if (splits > 1) parts = torch::stable::new_empty(dweight, {splits, size});
   p.parts = splits > 1 ? static_cast<float*>(parts.mutable_data_ptr()) : sums;
+  static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
   on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
   if (splits > 1)
     on.run(conv1x1_weight_sum_kernel, ceil_div(size, 128), kWeightSumWarps * 32, p.parts, splits, size, sums);

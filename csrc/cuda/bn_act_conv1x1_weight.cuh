@@ -7,7 +7,6 @@
 // of eight channels a lane then has a single one, and activates it in registers, where its scale and shift stay.
 
 #include <algorithm>
-#include <bit>
 
 #include "matrix.cuh"
 
@@ -50,24 +49,6 @@ struct Conv1x1Weight {
   int split_chunks;
 };
 
-// Of two 16-bit values in a word the lower and the upper one. bfloat16 has the upper half of the bits of float32.
-__device__ inline Vector<float, 2> widen_word(uint32_t word, __nv_bfloat16) {
-  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
-}
-__device__ inline Vector<float, 2> widen_word(uint32_t word, __half) {
-  const auto pair = std::bit_cast<Vector<__half, 2>>(word);
-  return {widen(pair.v[0]), widen(pair.v[1])};
-}
-
-// Two values of one channel.
-template <typename T>
-__device__ inline uint32_t activate_word(uint32_t word, float scale, float shift, float slope) {
-  auto y = widen_word(word, T{});
-#pragma unroll
-  for (float& v : y.v) v = activate(scale * v + shift, slope);
-  return std::bit_cast<uint32_t>(narrow<T>(y.v));
-}
-
 // Both halves of a word, or those whose row is one of the first `rows`.
 __device__ inline uint32_t mask_of_rows(int row, int rows) {
   return (row < rows ? 0xffffu : 0) | (row + 1 < rows ? 0xffff0000u : 0);
@@ -91,15 +72,13 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   const int first_row = split * p.split_chunks * kWeightChunk;
   const int end_row = std::min(p.rows, first_row + p.split_chunks * kWeightChunk);
 
-  // A stage has K64 panels of the gradient and then those of x: rows of 64 channels in 16-byte pieces. The eight rows
-  // that ldmatrix reads at once have the same piece in different banks.
+  // A stage has K64 panels of the gradient and then those of x: rows of 64 channels.
   Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
-  const auto swizzled = [](int row, int piece) { return row * 8 + (piece ^ (row & 7)); };
 
   // A thread copies the same piece of a row of every panel, and of every kRowsAtOnce-th row, chunk after chunk; what
   // does not exist is not read.
   const int copy_row = thread / 8, copy_piece = thread % 8;
-  const int copy_to = swizzled(copy_row, copy_piece);
+  const int copy_to = place_in_rows(copy_row, copy_piece);
   const int grad_left = p.outputs - copy_piece * 8, x_left = end_channel - first_channel - copy_piece * 8;
   const T* grad = p.grad + (first_row + copy_row) * p.grad_ss + copy_piece * 8;
   const T* x = p.x + (first_row + copy_row) * p.x_ss + first_channel + copy_piece * 8;
@@ -134,8 +113,8 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   const int load_row = lane % 8 + lane / 16 * 8, load_piece = lane / 8 % 2;
   int load_grad[4 / kWarpsM];
 #pragma unroll
-  for (int m = 0; m < 4 / kWarpsM; ++m) load_grad[m] = swizzled(load_row, (m * kWarpsM + warp_m) * 2 + load_piece);
-  const int load_x = (K64 + warp_n / 4) * Tile::kPanelPieces + swizzled(load_row, warp_n % 4 * 2 + load_piece);
+  for (int m = 0; m < 4 / kWarpsM; ++m) load_grad[m] = place_in_rows(load_row, (m * kWarpsM + warp_m) * 2 + load_piece);
+  const int load_x = (K64 + warp_n / 4) * Tile::kPanelPieces + place_in_rows(load_row, warp_n % 4 * 2 + load_piece);
 
   float sums[Tile::kM16][2 * Tile::kN16][4] = {};
 
@@ -157,7 +136,8 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
         load_matrices_transposed(b, stage + load_x + n * kWarpsN / 4 * Tile::kPanelPieces + row * 8);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          b[i] = activate_word<T>(b[i], scale[2 * n + i % 2], shift[2 * n + i % 2], slope);
+          const float s = scale[2 * n + i % 2], t = shift[2 * n + i % 2];
+          b[i] = activate_pair<T>(b[i], {s, s}, {t, t}, slope);
           if (!ALL_ROWS) b[i] &= mask_of_rows(row + i / 2 * 8 + lane % 4 * 2, rows);
         }
 #pragma unroll

@@ -8,8 +8,6 @@
 namespace resdense::cuda {
 namespace {
 
-constexpr int64_t kConvChannels = 256, kConvOutputs = 64;
-
 struct Shape {
   int64_t rows, columns, strips, tiles;
 };
@@ -76,12 +74,12 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
   check_half_precision(from, "x");
-  check_channels(from, "x", kConvChannels);
+  check_channels(from, "x", kConv3x3Inputs);
   check_dtype(out, "out", from.dtype);
   check_same_device(out, "out", x, "x");
   const int64_t height = x.size(2), width = x.size(3);
   check_positions(out, "out", x);
-  check_channels(to, "out", kConvOutputs);
+  check_channels(to, "out", kConv3x3Outputs);
   RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == to.C && weight.size(1) == from.C && weight.size(2) == 3 &&
                      weight.size(3) == 3,
                  "weight: expected shape (", to.C, ", ", from.C, ", 3, 3), got ", shape_string(weight));

@@ -12,20 +12,6 @@
 
 namespace resdense::cuda {
 
-// The two values in a register. (A bfloat16 is the upper half of a float: one instruction each.)
-__device__ inline Vector<float, 2> widen_pair(uint32_t word, __nv_bfloat16) {
-  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
-}
-__device__ inline Vector<float, 2> widen_pair(uint32_t word, __half) {
-  const auto pair = std::bit_cast<Vector<__half, 2>>(word);
-  return {widen(pair.v[0]), widen(pair.v[1])};
-}
-
-template <typename T>
-__device__ inline uint32_t narrow_word(const Vector<float, 2>& pair) {
-  return std::bit_cast<uint32_t>(narrow<T>(pair.v));
-}
-
 template <typename T>
 __device__ inline uint32_t round_products(const float (&products)[4], int row) {
   return narrow_word<T>({products[row % 2 * 2], products[row % 2 * 2 + 1]});

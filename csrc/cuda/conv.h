@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "common/conv_limits.h"
 #include "conv.cuh"
 #include "launch.h"
 
@@ -11,27 +12,22 @@ namespace resdense::cuda {
 using Optional = std::optional<Tensor>;
 
 inline void check_channels(const Map& m, const char* name, int64_t most) {
-  RESDENSE_CHECK(m.C > 0 && m.C % 8 == 0 && m.C <= most, name, ": expected a multiple of 8 channels, at most ", most,
+  RESDENSE_CHECK(takes_channels(m, most), name, ": expected a multiple of 8 channels, at most ", most,
                  ", got ", m.C);
 }
 
 inline void check_rows(const Map& m, const Tensor& t, const char* name) {
-  const bool vectors = aligned(m.data) && (m.N == 1 || m.sn % 8 == 0) && (m.S == 1 || m.ss % 8 == 0);
-  RESDENSE_CHECK(m.channels_last && vectors, name,
+  RESDENSE_CHECK(has_aligned_rows(m), name,
                  ": expected channels_last, the channels of every position aligned to 16 bytes, got strides ",
                  stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
-// What the kernels of 1x1 convolutions take: so many channels of what is read, and of what is written.
-constexpr int64_t kConv1x1Inputs = 1 << 16, kConv1x1Outputs = 192;
-
-// The positions of all samples as the rows of one matrix, whose numbers and strides the kernels of 1x1 convolutions count in 32 bits.
+// The positions of all samples as the rows of one matrix.
 inline void check_matrix(const Map& m, const Tensor& t, const char* name) {
   check_rows(m, t, name);
   RESDENSE_CHECK(m.uniform_rows(), name, ": expected one stride from position to position across samples, got shape ",
                  shape_string(t), " with strides ", stride_string(t));
-  constexpr int64_t most = int64_t(1) << 30;
-  RESDENSE_CHECK(m.rows() < most && m.ss < most, name,
+  RESDENSE_CHECK(has_few_rows(m), name,
                  ": expected less than 2^30 positions, and elements from one to the next, got ", m.rows(), " and ", m.ss);
 }
 
@@ -44,7 +40,7 @@ inline void check_positions(const Tensor& t, const char* name, const Tensor& x) 
 }
 
 inline void check_half_precision(const Map& m, const char* name) {
-  RESDENSE_CHECK(m.dtype == ScalarType::BFloat16 || m.dtype == ScalarType::Half, name,
+  RESDENSE_CHECK(is_half_precision(m.dtype), name,
                  ": expected dtype bfloat16 or float16, got ", dtype_name(m.dtype));
 }
 

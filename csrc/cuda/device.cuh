@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 #endif
 
+#include <bit>
 #include <cstdint>
 
 namespace resdense::cuda {
@@ -122,6 +123,29 @@ template <typename W>
 __device__ inline W activate(W y, W slope) {
   if (y > W(0) || y != y) return y;
   return slope == W(0) ? W(0) : slope * y;
+}
+
+// The two 16-bit values of a word. (A bfloat16 is the upper half of a float: one instruction each.)
+__device__ inline Vector<float, 2> widen_pair(uint32_t word, __nv_bfloat16) {
+  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
+}
+__device__ inline Vector<float, 2> widen_pair(uint32_t word, __half) {
+  const auto pair = std::bit_cast<Vector<__half, 2>>(word);
+  return {widen(pair.v[0]), widen(pair.v[1])};
+}
+
+template <typename T>
+__device__ inline uint32_t narrow_word(const Vector<float, 2>& pair) {
+  return std::bit_cast<uint32_t>(narrow<T>(pair.v));
+}
+
+template <typename T>
+__device__ inline uint32_t activate_pair(uint32_t word, const Vector<float, 2>& scale, const Vector<float, 2>& shift,
+                                         float slope) {
+  Vector<float, 2> y = widen_pair(word, T{});
+#pragma unroll
+  for (int k = 0; k < 2; ++k) y.v[k] = activate(scale.v[k] * y.v[k] + shift.v[k], slope);
+  return narrow_word<T>(y);
 }
 
 // grad * act'(y), from y or from act(y), which for slope >= 0 lie on the same side of 0. At NaN as torch has it.

@@ -4,6 +4,15 @@
 
 #include "device.cuh"
 
+namespace resdense::cuda {
+
+// Where a 16-byte piece lies in rows of 128 bytes: those of the eight rows that ldmatrix reads at once are in different banks. With
+// r a multiple of 8 and k even, place(row + r, piece) = place(row, piece) + 8 r and place(row, k + (0 or 1)) =
+// place(row, 0 or 1) ^ k.
+__device__ inline int place_in_rows(int row, int piece) { return row * 8 + (piece ^ (row & 7)); }
+
+}  // namespace resdense::cuda
+
 #ifdef RESDENSE_SHIM
 #include "shim_matrix.h"
 #else

@@ -282,7 +282,7 @@ class Maps:
 
     def share_(self, i: int, pending: Pending) -> Pending:
         """The gradient of map i with the correction that its norm owes it on all ranks."""
-        return self.ranks[i].share_(pending) if takes_stats(self.norms[i]) else pending
+        return self.ranks[i].share_(pending) if self.shares(i) else pending
 
     def added(self) -> list[int]:
         """The two maps that are added up; those with norms come first."""

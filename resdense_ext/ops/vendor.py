@@ -27,6 +27,8 @@ SCRATCH = 2**28
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
 _FUSED_SHARED_MEMORY = 156 * 1024
+"""Bytes that no block of the 1x1 kernels exceeds: ``csrc/cuda`` asserts it."""
+
 _NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
 
 
@@ -36,7 +38,7 @@ def _fuses(device: torch.device) -> bool:
 
 
 class VendorBackend(ReferenceBackend):
-    """A 1x1 convolution is a matrix product of a channels-last map as it lies in memory."""
+    """In the libraries' way a 1x1 convolution is a matrix product of a channels-last map as it lies in memory."""
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the device of ``x`` has the shared memory that the 1x1 kernels ask for."""
