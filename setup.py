@@ -302,7 +302,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension(
             "resdense_ext._C",
-            ["csrc/bindings.cpp", *relative("csrc/cpu/*.cpp"), *relative("csrc/convolution/*.cpp")],
+            ["csrc/bindings.cpp", *(path for part in ("cpu", "convolution", "program") for path in relative(f"csrc/{part}/*.cpp"))],
             depends=relative("csrc/**/*.h"),
             language="c++",
         )

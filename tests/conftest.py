@@ -48,6 +48,13 @@ def _repeatable():
         sys.modules["numpy"].random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_recorded():
+    """A test may change what a backend does, which a program from before does not."""
+    if operator := sys.modules.get("resdense_ext.ops.operator"):
+        operator.forget()
+
+
 _imported: set[str] = set()
 
 

@@ -447,7 +447,7 @@ class TestMemory:
             stage.zero_grad(set_to_none=True)
             torch.autograd.grad(sum(half.square().sum() for half in stage(tuple(halves))), halves)
 
-        ours, expected = (rd.memory.peak_bytes(lambda: step(halves), warmup=1) for halves in (slices, wholes))
+        ours, expected = (rd.memory.peak_bytes(lambda: step(halves), warmup=2) for halves in (slices, wholes))
         assert ours <= expected
 
     def test_inference_lets_go_of_every_block(self):

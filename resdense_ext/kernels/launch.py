@@ -9,6 +9,8 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from resdense_ext.ops.program import unrecordable
+
 __all__ = ["ceil_div", "launch", "power_of_two", "programs", "remembered", "tf32", "tickets"]
 
 # More than most launches draw.
@@ -60,6 +62,7 @@ def tf32() -> str:
 
 def launch(kernel, grid: tuple[int, ...], x: Tensor, *args, **constants) -> None:
     """Launches on the device of ``x``: Triton itself takes the current one."""
+    unrecordable("a Triton kernel is launched")
     constants["enable_fp_fusion"] = True  # a scale and shift is one operation; Triton's own default is about to change
     if not x.is_cuda:
         kernel[grid](*args, **constants)

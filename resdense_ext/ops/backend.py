@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops.activation import activation_backward
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
@@ -110,6 +111,8 @@ class ReferenceBackend:
     """Plain PyTorch: any device, any floating dtype, the activation of a chunk of samples at a time as scratch."""
 
     name = "reference"
+    calls_operators = False
+    """Whether all that it does on tensors is done by operators, in which what an engine does can be recorded."""
 
     @property
     def ends(self):
@@ -139,16 +142,10 @@ class ReferenceBackend:
         y, near = (t.to(center.dtype) for t in (x, center.view(1, -1, *[1] * (x.dim() - 2))))
         if affine is not None:
             y, near = (reference.activate(_affine(t, affine), affine.activation) for t in (y, near))
-        out = self._deviations_of(x).fill_(0)
+        out = empty_deviations(x).fill_(0)
         out[:, : x.shape[1]] = (y - near).movedim(1, -1).flatten(0, -2)
-        out[:, x.shape[1] : x.shape[1] + 2] = 1
+        out[:, x.shape[1] : x.shape[1] + 2].fill_(1)
         return out
-
-    @staticmethod
-    def _deviations_of(x: Tensor) -> Tensor:
-        """Uninitialised memory for them; rows of a multiple of 16 bytes suit the matrix units."""
-        channels = x.shape[1]
-        return x.new_empty((x.numel() // channels, -(-(channels + 2) // 8) * 8))
 
     def moments_terms(
         self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
@@ -339,6 +336,13 @@ class ReferenceBackend:
         sum_g_ic = center.new_empty(0) if identity_center is None else self._sums(g, identity, identity_center)[1]
         return torch.empty_like(z).copy_(g), sum_g, sum_g_zc, sum_g_ic
 
+    def activation_backward(self, grad: Tensor, mark: Optional[Tensor], activation: Activation) -> Tensor:
+        """``grad * act'`` in new memory, for the identity ``grad`` itself. See `reference.marked_slope` for the mark."""
+        slope = end_slope(activation)
+        if self.ends is None or slope is None or activation.name == "identity" or grad.dtype != mark.dtype:
+            return activation_backward(grad, mark, activation)
+        return self.ends.add_act_backward(grad, mark, slope)
+
     def norm_backward(self, g: Tensor, z: Tensor, fold: Fold, sum_g: Tensor, sum_g_zc: Tensor) -> ConvGrads:
         """The gradients of a norm that nothing activates: of its input, pending on ``g``, which stays as it is, and of its
         parameters."""
@@ -421,6 +425,12 @@ class ReferenceBackend:
     def _sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         reduced = [d for d in range(x.dim()) if d != 1]
         return dy.sum(reduced), (dy * (x.to(dy.dtype) - reference.per_channel(center, x))).sum(reduced)
+
+
+def empty_deviations(x: Tensor) -> Tensor:
+    """Uninitialised memory for `ReferenceBackend.deviations`; rows of a multiple of 16 bytes suit the matrix units."""
+    channels = x.shape[1]
+    return x.new_empty((x.numel() // channels, -(-(channels + 2) // 8) * 8))
 
 
 def end_slope(activation: Activation) -> Optional[float]:

@@ -12,12 +12,12 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
-from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.activation import LINEAR, activation_backward
+from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointwise
 from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
+from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats, parameters_of, wanted_gradients
@@ -150,7 +150,7 @@ def _conv1x1_bn_add_act_backward(
     def record(unit: int, *values: Optional[Tensor]) -> None:
         results[2 + len(GRADS) * unit : 2 + len(GRADS) * unit + len(values)] = values
 
-    g = activation_backward(grad, mark, pieces.activations[1]).contiguous(memory_format=memory_format_of(x))
+    g = backend.activation_backward(grad, mark, pieces.activations[1]).contiguous(memory_format=memory_format_of(x))
     need_input, need_weight = any(needs[i] for i in (0, 2, 3)), any(needs[4:6])
     if need_input or need_weight or any(needs[6:8]):
         if config.keep == "z":
@@ -214,17 +214,17 @@ def _conv1x1_bn_add_act_backward_fake(
     ]
 
 
-LIBRARY.define(
-    f"conv1x1_bn_add_act(Tensor x, Tensor identity, {SCHEMA}) -> (Tensor out, Tensor before, Tensor[] stats, Tensor[] kept)"
+run = EngineOperator(
+    f"conv1x1_bn_add_act(Tensor x, Tensor identity, {SCHEMA}) -> (Tensor out, Tensor before, Tensor[] stats, Tensor[] kept)",
+    _conv1x1_bn_add_act,
+    _conv1x1_bn_add_act_fake,
 )
-LIBRARY.define(
+run_backward = EngineOperator(
     f"conv1x1_bn_add_act_backward(Tensor grad, Tensor? mark, Tensor x, Tensor? identity, {SCHEMA}, Tensor[] stats, "
-    "Tensor[] kept, bool[] needs) -> Tensor[]"
+    "Tensor[] kept, bool[] needs) -> Tensor[]",
+    _conv1x1_bn_add_act_backward,
+    _conv1x1_bn_add_act_backward_fake,
 )
-LIBRARY.impl("conv1x1_bn_add_act", _conv1x1_bn_add_act, "CompositeExplicitAutograd")
-LIBRARY.impl("conv1x1_bn_add_act_backward", _conv1x1_bn_add_act_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::conv1x1_bn_add_act", _conv1x1_bn_add_act_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::conv1x1_bn_add_act_backward", _conv1x1_bn_add_act_backward_fake, lib=LIBRARY)
 
 
 class Conv1x1BNAddActFunction(torch.autograd.Function):
@@ -234,7 +234,7 @@ class Conv1x1BNAddActFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, config: Conv1x1BNAddActConfig, norms, x: Tensor, identity: Tensor, *tensors):
         with without_autocast(x.device):
-            out, before, stats, kept = torch.ops.resdense.conv1x1_bn_add_act(x, identity, tensors, *config)
+            out, before, stats, kept = run(x, identity, tensors, *config)
         counts = [t.numel() // t.shape[1] for t in (x, out, identity)]
         update_running_statistics(norms, list(zip(stats[::2], stats[1::2])), counts)
         activation = config.activations[1]
@@ -259,7 +259,7 @@ class Conv1x1BNAddActFunction(torch.autograd.Function):
             found = _differentiable_backward(grad, grad_before, mark, x, identity, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
-                found = torch.ops.resdense.conv1x1_bn_add_act_backward(
+                found = run_backward(
                     grad, mark, x, identity, tensors, *ctx.config, stats, list(saved), needs
                 )
         dx, didentity, *values = (value if need else None for value, need in zip(found, needs))

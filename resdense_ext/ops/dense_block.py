@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, new_stats, parameters_of, units_from
 from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
@@ -312,11 +312,9 @@ def _dense_block_backward_fake(grad: Tensor, out: Tensor, tensors, masks, *rest)
     return backward_fake(out, tensors, masks, DenseBlockConfig(*numbers), needs)
 
 
-LIBRARY.define(f"dense_block(Tensor x, {SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)")
-LIBRARY.define(
-    f"dense_block_backward(Tensor grad, Tensor out, {SCHEMA}, Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]"
+run = EngineOperator(f"dense_block(Tensor x, {SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)", _dense_block, _dense_block_fake)
+run_backward = EngineOperator(
+    f"dense_block_backward(Tensor grad, Tensor out, {SCHEMA}, Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]",
+    _dense_block_backward,
+    _dense_block_backward_fake,
 )
-LIBRARY.impl("dense_block", _dense_block, "CompositeExplicitAutograd")
-LIBRARY.impl("dense_block_backward", _dense_block_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::dense_block", _dense_block_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::dense_block_backward", _dense_block_backward_fake, lib=LIBRARY)

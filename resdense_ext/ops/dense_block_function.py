@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops import dense_block as block_engine
+from resdense_ext.ops import dense_stage as stage_engine
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import DenseBlockConfig
@@ -42,10 +44,10 @@ class DenseBlockFunction(torch.autograd.Function):
         layers, unit_tensors = _split(tensors, unit)
         with without_autocast(x.device):
             if unit is None:
-                buffer, stats, kept = torch.ops.resdense.dense_block(x, layers, masks, *config)
+                buffer, stats, kept = block_engine.run(x, layers, masks, *config)
                 out = buffer
             else:
-                out, buffer, stats, kept = torch.ops.resdense.dense_stage(x, layers, masks, *config, unit_tensors, *unit)
+                out, buffer, stats, kept = stage_engine.run(x, layers, masks, *config, unit_tensors, *unit)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         statistics = _norm_statistics(config, stats, x.shape[1], layers)
         if unit is not None:
@@ -87,12 +89,12 @@ def _backward(grads, buffer, config, unit, tensors, masks, stats, kept, needs) -
         grad_buffer = None  # zeros there, a buffer of them: only a second derivative has more
     with without_autocast(buffer.device):
         if upstream and upstream[0] is not None:
-            return torch.ops.resdense.dense_stage_backward(
+            return stage_engine.run_backward(
                 *upstream, grad_buffer, buffer, layers, masks, *config, unit_tensors, *unit, stats, kept, needs
             )
         # No unit behind the block, or none whose output was used.
         of_block = needs[: 1 + len(GRADS) * len(layers) // UNIT]
-        found = torch.ops.resdense.dense_block_backward(grad_buffer, buffer, layers, masks, *config, stats, kept, of_block)
+        found = block_engine.run_backward(grad_buffer, buffer, layers, masks, *config, stats, kept, of_block)
     return found + [None] * (len(needs) - len(found))
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import dense_block, pooled_unit
-from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Stats
 from resdense_ext.ops.dense_block import BufferGradient, DenseBlockConfig
+from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.units import parameters_of, wanted_gradients
 
@@ -70,12 +70,14 @@ def _dense_stage_backward_fake(grad: Tensor, grad_buffer, buffer: Tensor, tensor
 
 
 _SCHEMA = f"{dense_block.SCHEMA}, {pooled_unit.SCHEMA}"
-LIBRARY.define(f"dense_stage(Tensor x, {_SCHEMA}) -> (Tensor out, Tensor buffer, Tensor[] stats, Tensor[] kept)")
-LIBRARY.define(
-    f"dense_stage_backward(Tensor grad, Tensor? grad_buffer, Tensor buffer, {_SCHEMA}, Tensor[] stats, Tensor[] kept, "
-    "bool[] needs) -> Tensor[]"
+run = EngineOperator(
+    f"dense_stage(Tensor x, {_SCHEMA}) -> (Tensor out, Tensor buffer, Tensor[] stats, Tensor[] kept)",
+    _dense_stage,
+    _dense_stage_fake,
 )
-LIBRARY.impl("dense_stage", _dense_stage, "CompositeExplicitAutograd")
-LIBRARY.impl("dense_stage_backward", _dense_stage_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::dense_stage", _dense_stage_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::dense_stage_backward", _dense_stage_backward_fake, lib=LIBRARY)
+run_backward = EngineOperator(
+    f"dense_stage_backward(Tensor grad, Tensor? grad_buffer, Tensor buffer, {_SCHEMA}, Tensor[] stats, Tensor[] kept, "
+    "bool[] needs) -> Tensor[]",
+    _dense_stage_backward,
+    _dense_stage_backward_fake,
+)

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
 from resdense_ext.ops.layout import empty_map, map_beside
+from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.split_unit import Source, SplitUnit
 from resdense_ext.ops.units import Gradients, geometry_of, new_stats, parameters_of, units_from, wanted_gradients
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
@@ -384,14 +384,14 @@ def _dual_path_stage_backward_fake(grad_residual, grad_dense, dense: Tensor, x: 
     ]
 
 
-LIBRARY.define(
-    f"dual_path_stage(Tensor[] x, {_SCHEMA}) -> (Tensor residual, Tensor dense, Tensor[] stats, Tensor[] kept)"
+run = EngineOperator(
+    f"dual_path_stage(Tensor[] x, {_SCHEMA}) -> (Tensor residual, Tensor dense, Tensor[] stats, Tensor[] kept)",
+    _dual_path_stage,
+    _dual_path_stage_fake,
 )
-LIBRARY.define(
+run_backward = EngineOperator(
     f"dual_path_stage_backward(Tensor? grad_residual, Tensor? grad_dense, Tensor dense, Tensor[] x, {_SCHEMA}, "
-    "Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]"
+    "Tensor[] stats, Tensor[] kept, bool[] needs) -> Tensor[]",
+    _dual_path_stage_backward,
+    _dual_path_stage_backward_fake,
 )
-LIBRARY.impl("dual_path_stage", _dual_path_stage, "CompositeExplicitAutograd")
-LIBRARY.impl("dual_path_stage_backward", _dual_path_stage_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::dual_path_stage", _dual_path_stage_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::dual_path_stage_backward", _dual_path_stage_backward_fake, lib=LIBRARY)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops import dual_path_stage as engine
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dual_path_stage import DualPathStageConfig, saved_inputs, statistics_of, units_of
@@ -29,7 +30,7 @@ class DualPathStageFunction(torch.autograd.Function):
     def forward(ctx, config: DualPathStageConfig, blocks: Sequence[DualPathBlock], inputs: int, *tensors):
         xs, tensors = list(tensors[:inputs]), list(tensors[inputs:])
         with without_autocast(xs[0].device):
-            residual, dense, stats, kept = torch.ops.resdense.dual_path_stage(xs, tensors, *config)
+            residual, dense, stats, kept = engine.run(xs, tensors, *config)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         update_running_statistics([unit.norm for unit in units_of(blocks)], *statistics_of(xs, blocks, stats))
         ctx.set_materialize_grads(False)
@@ -55,7 +56,7 @@ class DualPathStageFunction(torch.autograd.Function):
             found = _differentiable_backward(grads, xs, tensors, ctx.config, needs)
         else:
             with without_autocast(dense.device):
-                found = torch.ops.resdense.dual_path_stage_backward(
+                found = engine.run_backward(
                     *grads, dense, xs, tensors, *ctx.config, stats, list(saved), needs
                 )
         wanted = [value if need else None for value, need in zip(found, needs)]

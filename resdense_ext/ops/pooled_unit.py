@@ -19,9 +19,9 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import group_of, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit, accumulation_dtype
@@ -170,11 +170,9 @@ def _bn_act_pool_backward_fake(grad: Tensor, x: Tensor, tensors, *rest) -> list[
     return [torch.empty_like(target) if need else x.new_empty(0) for need, target in zip(rest[-1], targets)]
 
 
-LIBRARY.define(f"bn_act_pool(Tensor x, {SCHEMA}) -> (Tensor out, Tensor taps, Tensor[] stats)")
-LIBRARY.define(
-    f"bn_act_pool_backward(Tensor grad, Tensor x, {SCHEMA}, Tensor taps, Tensor[] stats, bool[] needs) -> Tensor[]"
+run = EngineOperator(f"bn_act_pool(Tensor x, {SCHEMA}) -> (Tensor out, Tensor taps, Tensor[] stats)", _bn_act_pool, _bn_act_pool_fake)
+run_backward = EngineOperator(
+    f"bn_act_pool_backward(Tensor grad, Tensor x, {SCHEMA}, Tensor taps, Tensor[] stats, bool[] needs) -> Tensor[]",
+    _bn_act_pool_backward,
+    _bn_act_pool_backward_fake,
 )
-LIBRARY.impl("bn_act_pool", _bn_act_pool, "CompositeExplicitAutograd")
-LIBRARY.impl("bn_act_pool_backward", _bn_act_pool_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::bn_act_pool", _bn_act_pool_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::bn_act_pool_backward", _bn_act_pool_backward_fake, lib=LIBRARY)

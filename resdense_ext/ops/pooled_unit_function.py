@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops import pooled_unit
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
@@ -25,7 +26,7 @@ class BNActPoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, config: PooledUnitConfig, norm: BatchNorm, x: Tensor, *tensors):
         with without_autocast(x.device):
-            out, taps, stats = torch.ops.resdense.bn_act_pool(x, tensors, *config)
+            out, taps, stats = pooled_unit.run(x, tensors, *config)
         mean, m2, *total = stats
         update_running_statistics([norm], [(mean, m2)], [x.numel() // x.shape[1]], total or None)
         ctx.config = config
@@ -41,7 +42,7 @@ class BNActPoolFunction(torch.autograd.Function):
             grads = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
-                grads = torch.ops.resdense.bn_act_pool_backward(grad, x, tensors, *ctx.config, taps, stats, needs)
+                grads = pooled_unit.run_backward(grad, x, tensors, *ctx.config, taps, stats, needs)
         dx, weight, bias, conv_weight, conv_bias = (value if need else None for value, need in zip(grads, needs))
         return None, None, dx, weight, bias, None, None, conv_weight, conv_bias
 

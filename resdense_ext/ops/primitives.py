@@ -179,6 +179,8 @@ def _add_act_cpu(x, y, negative_slope):
 
 
 def _add_act_backward_cpu(grad, out, negative_slope):
+    if negative_slope == 0:  # then even an infinite gradient is 0
+        return torch.ops.aten.threshold_backward(grad, out, 0)
     return torch.ops.aten.leaky_relu_backward(grad, out, negative_slope, True)
 
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.activation import LINEAR, activation_backward
+from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.backend import ConvGrads, Pending
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
+from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
     Maps,
@@ -133,7 +133,7 @@ def _end(
             grads.record(k, ended.norm_weight, ended.norm_bias)
             upstream[k] = ended.input
     else:
-        g = activation_backward(grad, mark, walk.last)
+        g = walk.backend.activation_backward(grad, mark, walk.last)
     for k in added:
         if k not in upstream:
             upstream[k] = g if walk.has_end(k) else Pending.of(g, g)
@@ -203,12 +203,10 @@ def _residual_block_backward_fake(grad: Tensor, out: Optional[Tensor], x: Tensor
     ]
 
 
-LIBRARY.define(f"residual_block(Tensor x, {SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)")
-LIBRARY.define(
+run = EngineOperator(f"residual_block(Tensor x, {SCHEMA}) -> (Tensor out, Tensor[] stats, Tensor[] kept)", _residual_block, _residual_block_fake)
+run_backward = EngineOperator(
     f"residual_block_backward(Tensor grad, Tensor? out, Tensor x, {SCHEMA}, Tensor[] stats, Tensor[] kept, bool[] needs) "
-    "-> Tensor[]"
+    "-> Tensor[]",
+    _residual_block_backward,
+    _residual_block_backward_fake,
 )
-LIBRARY.impl("residual_block", _residual_block, "CompositeExplicitAutograd")
-LIBRARY.impl("residual_block_backward", _residual_block_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("resdense::residual_block", _residual_block_fake, lib=LIBRARY)
-torch.library.register_fake("resdense::residual_block_backward", _residual_block_backward_fake, lib=LIBRARY)

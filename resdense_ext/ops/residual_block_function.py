@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops import residual_block as engine
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.ranks import check_one_process
@@ -27,7 +28,7 @@ class ResidualBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, config: ResidualBlockConfig, block: ResidualBlock, x: Tensor, *tensors):
         with without_autocast(x.device):
-            out, stats, kept = torch.ops.resdense.residual_block(x, tensors, *config)
+            out, stats, kept = engine.run(x, tensors, *config)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         totals = stats[-1].split(1) if config.group else None
         update_running_statistics(norms_of(block), list(zip(stats[::2], stats[1::2])), counts_of(x, block), totals)
@@ -47,7 +48,7 @@ class ResidualBlockFunction(torch.autograd.Function):
             found = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
-                found = torch.ops.resdense.residual_block_backward(
+                found = engine.run_backward(
                     grad, out, x, tensors, *ctx.config, stats, list(saved), needs
                 )
         wanted = [value if need else None for value, need in zip(found, needs)]

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import moments
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
+from resdense_ext.ops._library import LIBRARY
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, empty_deviations, register
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
@@ -82,6 +83,30 @@ def _serves(x: Tensor, conv: Conv) -> bool:
     return missing() is None and is_ours(conv) and x.dtype in _PRODUCTS and conv.weight.dtype in _PRODUCTS
 
 
+def _moments_deviations(x, scale, shift, activation, slope, center):
+    from resdense_ext.kernels.moments import deviations
+
+    out = empty_deviations(x)
+    deviations(x, scale, shift, Activation(activation, slope), center, out)
+    return out
+
+
+def _moments_terms(R, G, weight, scale, rstd, count, unit, need_weight):
+    from resdense_ext.kernels.moments import moments_terms
+
+    return moments_terms(R, G, weight, scale, rstd, count, unit, need_weight)
+
+
+# Operators, so that a program holds them.
+LIBRARY.define("moments_deviations(Tensor x, Tensor? scale, Tensor? shift, str activation, float slope, Tensor center) -> Tensor")
+LIBRARY.define(
+    "moments_terms(Tensor R, Tensor G, Tensor weight, Tensor scale, Tensor rstd, int count, float unit, bool need_weight) "
+    "-> (Tensor dgamma, Tensor dbeta, Tensor? dweight, Tensor scaled, Tensor terms)"
+)
+LIBRARY.impl("moments_deviations", _moments_deviations, "CompositeExplicitAutograd")
+LIBRARY.impl("moments_terms", _moments_terms, "CompositeExplicitAutograd")
+
+
 class MomentsBackend(ReferenceBackend):
     """What moments take beside products: kernels of either backend for GPUs."""
 
@@ -89,18 +114,13 @@ class MomentsBackend(ReferenceBackend):
         return not missing() and moments.suits(x, conv)
 
     def deviations(self, x: Tensor, affine: Optional[Affine], center: Tensor) -> Tensor:
-        from resdense_ext.kernels.moments import deviations
-
-        out = self._deviations_of(x)
-        deviations(x, *(affine or (None, None, Activation("identity"))), center, out)
-        return out
+        scale, shift, activation = affine or (None, None, Activation("identity"))
+        return torch.ops.resdense.moments_deviations(x, scale, shift, *activation, center)
 
     def moments_terms(
         self, R: Tensor, G: Tensor, weight: Tensor, fold: Fold, unit: float, need_weight: bool
     ) -> tuple[Tensor, Tensor, Optional[Tensor], Tensor, Tensor]:
-        from resdense_ext.kernels.moments import moments_terms
-
-        return moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
+        return torch.ops.resdense.moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
 
 
 class TritonBackend(MomentsBackend):

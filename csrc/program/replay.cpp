@@ -1,0 +1,200 @@
+// Replays a sequence of operators' calls that ops/program.py has recorded: what an engine does on tensors of known shapes, without
+// the Python that has worked it out. A tensor lives from the call that makes it to the last that reads it, as in Python.
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include "common/check.h"
+
+namespace resdense::program {
+namespace {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::Layout;
+using torch::headeronly::MemoryFormat;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// As in ops/program.py. An argument is a kind, whether its type is optional, and what belongs to the kind; so is a result, a tensor
+// with a negative place where nobody reads it, or tensors.
+enum class Kind : int64_t {
+  none,
+  tensor,         // its place
+  tensors,        // how many, and their places
+  integer,        // its value
+  number,         // the bits of a float64
+  boolean,
+  integers,       // how many, and their values
+  numbers,
+  booleans,
+  dtype,          // the numbers of the enumerations
+  layout,
+  memory_format,
+  device,         // type and index
+  string,         // where it begins in the names
+};
+
+// Reads a program from its beginning on.
+class Reader {
+ public:
+  explicit Reader(const int64_t* at) : at_(at) {}
+
+  int64_t next() { return *at_++; }
+
+  double number() {
+    double value;
+    std::memcpy(&value, at_++, sizeof value);
+    return value;
+  }
+
+  template <class T, class F> std::vector<T> list(const F& item) {
+    std::vector<T> values(next());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = item();
+    return values;
+  }
+
+ private:
+  const int64_t* at_;
+};
+
+class Replay {
+ public:
+  Replay(const Tensor& code, const std::string& names, const std::vector<std::optional<Tensor>>& inputs)
+      : read_(static_cast<const int64_t*>(code.const_data_ptr())), names_(names.c_str()), inputs_(inputs) {}
+
+  // Nothing where the inputs are not what they were when the program was recorded.
+  std::vector<Tensor> operator()() {
+    tensors_.resize(read_.next());
+    if (!takes_inputs()) return {};
+    for (int64_t calls = read_.next(); calls > 0; --calls) call();
+    return read_.list<Tensor>([&] { return tensor(); });
+  }
+
+ private:
+  bool takes_inputs() {
+    if (read_.next() != static_cast<int64_t>(inputs_.size())) return false;
+    for (const auto& input : inputs_) {
+      const int64_t place = read_.next();
+      if ((place >= 0) != input.has_value()) return false;
+      if (!input) continue;
+      if (!takes(*input)) return false;
+      tensors_[place] = input;
+    }
+    return true;
+  }
+
+  // Whether its dtype, device, sizes and strides are the next.
+  bool takes(const Tensor& t) {
+    const auto device = t.device();
+    bool same = read_.next() == static_cast<int64_t>(t.scalar_type());
+    same &= read_.next() == static_cast<int64_t>(device.type());
+    same &= read_.next() == static_cast<int64_t>(device.index());
+    if (!same || read_.next() != t.dim()) return false;
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      same &= read_.next() == t.size(d);
+      same &= read_.next() == t.stride(d);
+    }
+    return same;
+  }
+
+  const Tensor& tensor() { return *tensors_[read_.next()]; }
+
+  template <class T> static StableIValue value(bool optional, T v) {
+    return optional ? from(std::optional<T>(std::move(v))) : from(std::move(v));
+  }
+
+  StableIValue argument() {
+    const Kind kind = static_cast<Kind>(read_.next());
+    const bool optional = read_.next() != 0;
+    const auto next = [&] { return read_.next(); };
+    switch (kind) {
+      case Kind::none: return from(std::nullopt);
+      case Kind::tensor: return value(optional, tensor());
+      case Kind::tensors: return value(optional, read_.list<Tensor>([&] { return tensor(); }));
+      case Kind::integer: return value(optional, next());
+      case Kind::number: return value(optional, read_.number());
+      case Kind::boolean: return value(optional, next() != 0);
+      case Kind::integers: return value(optional, read_.list<int64_t>(next));
+      case Kind::numbers: return value(optional, read_.list<double>([&] { return read_.number(); }));
+      case Kind::booleans: {
+        const int64_t size = next();
+        const std::unique_ptr<bool[]> values(new bool[size]);
+        for (int64_t i = 0; i < size; ++i) values[i] = next() != 0;
+        return value(optional, torch::headeronly::HeaderOnlyArrayRef<bool>(values.get(), size));
+      }
+      case Kind::dtype: return value(optional, static_cast<ScalarType>(next()));
+      case Kind::layout: return value(optional, static_cast<Layout>(next()));
+      case Kind::memory_format: return value(optional, static_cast<MemoryFormat>(next()));
+      case Kind::device: {
+        const auto type = static_cast<DeviceType>(next());
+        return value(optional, torch::stable::Device(type, static_cast<torch::stable::DeviceIndex>(next())));
+      }
+      case Kind::string: return value(optional, std::string(names_ + next()));
+    }
+    fail("program: no argument of kind ", static_cast<int64_t>(kind));
+  }
+
+  void result(StableIValue value) {
+    const Kind kind = static_cast<Kind>(read_.next());
+    const bool optional = read_.next() != 0;
+    if (kind == Kind::tensors) {
+      const auto list = to<std::vector<Tensor>>(value);
+      if (read_.next() != static_cast<int64_t>(list.size())) fail("program: a call gives more or fewer tensors than it did");
+      for (const Tensor& t : list) keep(t);
+    } else {
+      keep(optional ? to<std::optional<Tensor>>(value) : to<Tensor>(value));
+    }
+  }
+
+  void keep(std::optional<Tensor> t) {
+    const int64_t place = read_.next();
+    if (place >= 0) tensors_[place] = std::move(t);
+  }
+
+  void call() {
+    const int64_t name = read_.next();
+    if (name < 0) {
+      narrow();
+    } else {
+      call(names_ + name, names_ + read_.next());
+    }
+    for (int64_t dead = read_.next(); dead > 0; --dead) tensors_[read_.next()].reset();
+  }
+
+  // Half of all calls are this one, which the ABI has a function of its own for.
+  void narrow() {
+    Tensor from = tensor();
+    const int64_t dim = read_.next(), start = read_.next(), length = read_.next();
+    keep(torch::stable::narrow(from, dim, start, length));
+  }
+
+  void call(const char* name, const char* overload) {
+    const int64_t arguments = read_.next(), results = read_.next();
+    stack_.resize(std::max(arguments, results));
+    for (int64_t i = 0; i < arguments; ++i) stack_[i] = argument();
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack_.data(), TORCH_ABI_VERSION));
+    for (int64_t i = 0; i < results; ++i) result(stack_[i]);
+  }
+
+  Reader read_;
+  const char* names_;
+  const std::vector<std::optional<Tensor>>& inputs_;
+  std::vector<std::optional<Tensor>> tensors_;
+  std::vector<StableIValue> stack_;
+};
+
+}  // namespace
+
+std::vector<Tensor> replay(const Tensor& code, std::string names, std::vector<std::optional<Tensor>> inputs) {
+  return Replay(code, names, inputs)();
+}
+
+}  // namespace resdense::program
+
+STABLE_TORCH_LIBRARY_IMPL(resdense, CompositeExplicitAutograd, m) { m.impl("replay", TORCH_BOX(&resdense::program::replay)); }
