@@ -16,6 +16,7 @@ from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops import operator as operators
 from resdense_ext.ops import triton
 
 pytestmark = pytest.mark.gpu
@@ -167,7 +168,8 @@ def test_the_host_never_waits(backend, policy):
     step(net, x, target, optimizer)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(net, x, target, optimizer)
+        for _ in range(3):  # as it is, recorded, and replayed
+            step(net, x, target, optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -195,6 +197,27 @@ def test_gradients_repeat_bitwise(backend, monkeypatch):
         results.append(torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()]))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["dense", "residual", "stride"])
+def test_programs_do_the_same(backend, kind, policy, monkeypatch):
+    """Gradients of a block step after step: as it is, recorded, and replayed; all of the CUDA backend's can be recorded."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    blocks = {
+        "dense": lambda: block_of(256, policy=policy),
+        "residual": lambda: Block((256, 64, 64, 256), (1, 3, 1), policy=policy).cuda(),
+        "stride": lambda: Block((256, 128, 128, 512), (1, 3, 1), stride=2, projection="normed", policy=policy).cuda(),
+    }
+    block, x, results = blocks[kind](), maps((8, 256, 28, 28)).requires_grad_(), []
+    for _ in range(4):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(x)
+        results.append(torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    recorded = [memory.program is not None for memory in operators._memories.values()]
+    assert recorded == ([True, True] if backend == "cuda" else [])
 
 
 def test_grad_scaler(backend):

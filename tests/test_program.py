@@ -170,6 +170,20 @@ def test_evaluation_and_inference(backend, plain):
     assert remembered() == {"bn_act_pool": [True], "dense_stage": [True, True]}
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_program_is_the_same_in_every_mode(first, backend, plain):
+    block, x, _ = lonely_block("min")
+
+    def run():
+        of, found = copy.deepcopy(block), []
+        for mode in (first, torch.no_grad, torch.inference_mode):
+            with mode():
+                found += [of(x) for _ in range(STEPS)]
+        return [y.clone() for y in found] + results(of, x)
+
+    assert_same_bits(run(), plain(run))
+
+
 def test_other_inputs_are_recorded_by_themselves(backend, plain):
     """Sizes, layouts, dtypes, what wants a gradient; and parameters that have changed theirs."""
     block = random_block(channels=8, growth=8)

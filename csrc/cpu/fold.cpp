@@ -21,29 +21,32 @@ template <class A> const A* optional_vector(const std::optional<Tensor>& v, cons
   return v ? static_cast<const A*>(coefficients(*v, name, like.size(0), like)) : nullptr;
 }
 
+template <class A>
+void fold(const Tensor& mean, const Tensor& m2, double count, double eps, const std::optional<Tensor>& weight,
+          const std::optional<Tensor>& bias, A* scale, A* shift, A* rstd) {
+  const int64_t C = mean.size(0);
+  const A* m = static_cast<const A*>(coefficients(mean, "mean", C, mean));
+  const A* squares = static_cast<const A*>(coefficients(m2, "m2", C, mean));
+  const A* gamma = optional_vector<A>(weight, "weight", mean);
+  const A* beta = optional_vector<A>(bias, "bias", mean);
+  for (int64_t c = 0; c < C; ++c) {
+    const double inverse = 1 / std::sqrt(squares[c] / count + eps);
+    scale[c] = static_cast<A>(gamma ? gamma[c] * inverse : inverse);
+    shift[c] = static_cast<A>((beta ? beta[c] : A(0)) - m[c] * static_cast<double>(scale[c]));
+    rstd[c] = static_cast<A>(inverse);
+  }
+}
+
 }  // namespace
 
 // Scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations.
 std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2, double count, double eps,
                                            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
-  const int64_t C = mean.size(0);
-  const auto vector = [&] { return torch::stable::empty({C}, mean.scalar_type()); };
+  const auto vector = [&] { return torch::stable::empty({mean.size(0)}, mean.scalar_type()); };
   const Tensor scale = vector(), shift = vector(), rstd = vector();
   by_type(mean, [&](auto type) {
-    using A = decltype(type);
-    const A* m = static_cast<const A*>(coefficients(mean, "mean", C, mean));
-    const A* squares = static_cast<const A*>(coefficients(m2, "m2", C, mean));
-    const A* gamma = optional_vector<A>(weight, "weight", mean);
-    const A* beta = optional_vector<A>(bias, "bias", mean);
-    A* s = static_cast<A*>(scale.mutable_data_ptr());
-    A* t = static_cast<A*>(shift.mutable_data_ptr());
-    A* r = static_cast<A*>(rstd.mutable_data_ptr());
-    for (int64_t c = 0; c < C; ++c) {
-      const double inverse = 1 / std::sqrt(squares[c] / count + eps);
-      s[c] = static_cast<A>(gamma ? gamma[c] * inverse : inverse);
-      t[c] = static_cast<A>((beta ? beta[c] : A(0)) - m[c] * static_cast<double>(s[c]));
-      r[c] = static_cast<A>(inverse);
-    }
+    const auto to = [](const Tensor& v) { return static_cast<decltype(type)*>(v.mutable_data_ptr()); };
+    fold(mean, m2, count, eps, weight, bias, to(scale), to(shift), to(rstd));
   });
   return {scale, shift, rstd};
 }
@@ -53,14 +56,13 @@ Tensor bn_folds(std::vector<Tensor> mean, std::vector<Tensor> m2, std::vector<do
                 std::vector<Tensor> weight, std::vector<Tensor> bias) {
   const FoldSizes sizes = fold_sizes(mean, m2, count, eps, weight, bias);
   const Tensor folds = torch::stable::new_zeros(mean[0], {3, sizes.total});
-  for (size_t i = 0; i < mean.size(); ++i) {
-    const auto [scale, shift, rstd] = bn_fold(mean[i], m2[i], count[i], eps[i], weight[i], bias[i]);
-    for (int64_t row = 0; const Tensor& vector : {scale, shift, rstd}) {
-      Tensor of_row = torch::stable::select(folds, 0, row++);
-      Tensor to = torch::stable::narrow(of_row, 0, sizes.start[i], vector.size(0));
-      torch::stable::copy_(to, vector);
+  by_type(mean[0], [&](auto type) {
+    auto* rows = static_cast<decltype(type)*>(folds.mutable_data_ptr());
+    for (size_t i = 0; i < mean.size(); ++i) {
+      auto* scale = rows + sizes.start[i];
+      fold(mean[i], m2[i], count[i], eps[i], weight[i], bias[i], scale, scale + sizes.total, scale + 2 * sizes.total);
     }
-  }
+  });
   return folds;
 }
 

@@ -409,7 +409,7 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module], activation: Optional[
     holds_it = held is not None and (held is activation or type(held) is nn.Identity) and isinstance(norm, expected)
     if type(norm) not in (expected, nn.SyncBatchNorm) and not holds_it:
         raise Unsupported(f"is {type(norm).__name__}", norm)
-    for module in (norm, *norm.children()):
+    for module in (norm, *norm._modules.values()):
         check_untouched(module)
     weight, bias = _registered(norm, norm._parameters, _PARAMETERS)
     mean, var, count = _registered(norm, norm._buffers, _BUFFERS)

@@ -66,7 +66,8 @@ class Program(NamedTuple):
 
     def __call__(self, inputs: list[Optional[Tensor]]) -> list[Tensor]:
         """The results; none where the inputs are not laid out as those were with which it was recorded."""
-        return told(torch.ops.resdense.replay, self.code, self.names, inputs + self.constants)
+        with torch._C._AutoDispatchBelowAutograd():  # which has nothing to do inside
+            return told(torch.ops.resdense.replay, self.code, self.names, inputs + self.constants)
 
 
 class _Call(NamedTuple):
