@@ -51,8 +51,8 @@ def _repeatable():
 @pytest.fixture(autouse=True)
 def _nothing_is_recorded():
     """A test may change what a backend does, which a program from before does not."""
-    if operator := sys.modules.get("resdense_ext.ops.operator"):
-        operator.forget()
+    if replay := sys.modules.get("resdense_ext.ops.replay"):
+        replay.forget()
 
 
 _imported: set[str] = set()

@@ -16,8 +16,7 @@ from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops import operator as operators
-from resdense_ext.ops import triton
+from resdense_ext.ops import replay, triton
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -216,7 +215,7 @@ def test_programs_do_the_same(backend, kind, policy, monkeypatch):
         results.append(torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()]))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-    recorded = [memory.program is not None for memory in operators._memories.values()]
+    recorded = [memory.program is not None for memory in replay._memories.values()]
     assert recorded == ([True, True] if backend == "cuda" else [])
 
 

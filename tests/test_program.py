@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import test_conv_graph
 import torch
 from small_nets import images
 from test_dense_block import random_block
@@ -14,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resdense_ext as rd
 from resdense_ext import functional, models, nn
+from resdense_ext.ops import conv_graph_function
 from resdense_ext.ops import operator as operators
 from resdense_ext.ops import program as programs
+from resdense_ext.ops import replay
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.cuda import CudaBackend
-from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.program import Recorder, Unrecordable
 
 pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
@@ -46,7 +48,8 @@ def plain(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patch:
-            patch.setattr(EngineOperator, "_replays", lambda self, args: False)
+            for module in (operators, conv_graph_function):
+                patch.setattr(module, "may_replay", lambda names: False)
             return call()
 
     return run
@@ -55,8 +58,9 @@ def plain(monkeypatch):
 def remembered() -> dict[str, list[bool]]:
     """Of every operator, whether there is a program for each of its calls."""
     found: dict[str, list[bool]] = {}
-    for (operator, *_), memory in operators._memories.items():
-        found.setdefault(operator._schema.name.removeprefix("resdense::"), []).append(memory.program is not None)
+    for ((of, *_), _), memory in replay._memories.items():
+        name = of if isinstance(of, str) else of._schema.name.removeprefix("resdense::")
+        found.setdefault(name, []).append(memory.program is not None)
     return found
 
 
@@ -124,7 +128,28 @@ def end(policy):
     return End(policy), images(2, 6, 8, 8).float(), {"conv1x1_bn_add_act", "conv1x1_bn_add_act_backward"}
 
 
-SUBJECTS = {"dense": dense, "dense block": lonely_block, "dual path": dual_path, "end": end} | {
+class Graph(torch.nn.Module):
+    """Convolutions of several maps each, with strides; of its norms some are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        for name, value in test_conv_graph.state()[1].items():
+            running = name.startswith(("mean", "var"))
+            add = self.register_buffer if running else self.register_parameter
+            add(name, value.float() if running else torch.nn.Parameter(value.float()))
+
+    def forward(self, x):
+        tensors = dict(self.state_dict(keep_vars=True))
+        if torch.is_autocast_enabled("cpu"):
+            tensors |= {name: t.bfloat16() for name, t in tensors.items() if name.startswith(("weight", "bias"))}
+        return conv_graph_function.conv_graph(x.split([3, 2], 1), test_conv_graph.graph_of(tensors))
+
+
+def graph(policy):
+    return Graph(), images(2, 5, 6, 4).float(), {"conv_graph", "conv_graph_backward"}
+
+
+SUBJECTS = {"dense": dense, "dense block": lonely_block, "dual path": dual_path, "end": end, "graph": graph} | {
     kind: residual(kind) for kind in ("basic down", "bottleneck", "bottleneck down", "grouped", "pre bottleneck")
 }
 
@@ -248,11 +273,11 @@ def test_a_backend_of_which_not_all_are_operators(plain):
 
 
 def test_what_is_remembered_is_bounded(monkeypatch, backend):
-    monkeypatch.setattr(operators, "_MOST", 3)
+    monkeypatch.setattr(replay, "_MOST", 3)
     block = random_block(channels=8, growth=8)
     for size in range(4, 12):
         results(block, images(2, 8, size, size).float(), count=2)
-    assert len(operators._memories) == 3
+    assert len(replay._memories) == 3
 
 
 @pytest.fixture
@@ -266,7 +291,7 @@ def recorded():
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         made.append(name)
         operator = getattr(torch.ops.resdense, name).default
-        with Recorder(operator, function, tensors) as recorder:
+        with Recorder(tensors, operator, function) as recorder:
             found = operator(*tensors)
         return recorder.program(found)
 
@@ -382,8 +407,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(backend, plain, monkeypatch):
     of = CudaBackend if backend == "cuda" else type(rd.ops.backend.get("cpu"))
     run, tried = of.bn_act_conv, []
     monkeypatch.setattr(of, "bn_act_conv", lambda *args: programs.unrecordable("not by an operator") or run(*args))
-    record = EngineOperator._record
-    monkeypatch.setattr(EngineOperator, "_record", lambda self, *args: tried.append(self) or record(self, *args))
+    record = replay._recorded
+    monkeypatch.setattr(replay, "_recorded", lambda *args: tried.append(args) or record(*args))
     assert_same_bits(results(block, x), plain(lambda: results(block, x)))
     assert remembered() == {"dense_block": [False], "dense_block_backward": [True]} and len(tried) == 2
 

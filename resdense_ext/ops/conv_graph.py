@@ -16,6 +16,7 @@ Lee et al., VoVNet (2019).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Optional
 
@@ -28,7 +29,7 @@ from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
 from resdense_ext.ops.units import GRADS, Gradients, new_stats
 from resdense_ext.reference import Conv, ConvGraph, Piece
 
-__all__ = ["backward", "forward", "kept_maps", "map_of_norm"]
+__all__ = ["backward", "forward", "kept_maps", "map_of_norm", "positions_of"]
 
 
 def map_of_norm(graph: ConvGraph) -> dict[int, int]:
@@ -48,16 +49,15 @@ def kept_maps(graph: ConvGraph, needs: Sequence[bool]) -> set[int]:
 
 def forward(
     sources: Sequence[Tensor], graph: ConvGraph, backend: ReferenceBackend, keep: Container[int]
-) -> tuple[list[Tensor], list[Optional[Tensor]], list[Stats], list[int]]:
+) -> tuple[list[Tensor], list[Optional[Tensor]], list[Stats]]:
     """The outputs; the maps, perhaps without some that were not to ``keep``; every map's statistics, empty where no norm asks for
-    them, and its number of positions."""
+    them."""
     norms = {of: graph.norms[norm] for norm, of in map_of_norm(graph).items() if graph.norms[norm].batch_stats}
     stats = [new_stats(x, None) for x in sources]
     for of, x in enumerate(sources):
         if of in norms:
             stats[of] = Stats(*backend.channel_stats(x))
     walk = _Maps(graph, backend, list(sources), stats)
-    counts = [x.numel() // x.shape[1] for x in sources]
     last_reader = {piece.map: i for i, pieces in enumerate((*graph.reads, *graph.outputs)) for piece in pieces}
     for i, (conv, pieces) in enumerate(zip(graph.convs, graph.reads)):
         x, fold = walk.read(pieces, conv)
@@ -65,12 +65,19 @@ def forward(
         stats.append(new_stats(z, norms.get(of)))
         convolve(backend, x, fold, conv, z, stats[of] if of in norms else None)
         walk.maps.append(z)
-        counts.append(z.numel() // z.shape[1])
         del x, z
         for piece in pieces:
             if last_reader[piece.map] == i and piece.map not in keep:
                 walk.maps[piece.map] = None
-    return [walk.gather(pieces) for pieces in graph.outputs], walk.maps, stats, counts
+    return [walk.gather(pieces) for pieces in graph.outputs], walk.maps, stats
+
+
+def positions_of(sources: Sequence[Tensor], graph: ConvGraph) -> list[int]:
+    """Every map's number of positions, of all samples."""
+    sizes = [x.shape[2:] for x in sources]
+    for conv, pieces in zip(graph.convs, graph.reads):
+        sizes.append(conv.outputs(sizes[pieces[0].map]))
+    return [len(sources[0]) * math.prod(of_map) for of_map in sizes]
 
 
 def backward(

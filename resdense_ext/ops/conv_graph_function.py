@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.backend import ReferenceBackend, Stats
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm
+from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm, positions_of
 from resdense_ext.ops.layout import walkable_map
+from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, parameters_of
@@ -28,18 +29,26 @@ class ConvGraphFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, keep: bool, count: int, *tensors):
-        sources = [walkable_map(x) for x in tensors[:count]]
+        sources, tensors = [walkable_map(x) for x in tensors[:count]], list(tensors[count:])
+        shape = _around(graph, [None] * len(tensors))
         kept = kept_maps(graph, _needs(ctx, count)) if keep else set()
+
+        def call() -> tuple[list[Tensor], list[Optional[Tensor]], list[Tensor]]:
+            outputs, maps, stats = forward(sources, _around(shape, tensors), backend, kept)
+            maps = [x if i < count or i in kept else None for i, x in enumerate(maps)]
+            return outputs, maps, [vector for of_map in stats for vector in of_map]
+
         with without_autocast(sources[0].device):
-            outputs, maps, stats, counts = forward(sources, graph, backend, kept)
+            key = "conv_graph", shape, tuple(kept), tuple(map(layout_of, sources))
+            outputs, maps, vectors = _run(backend, key, (sources, tensors), call)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        of = map_of_norm(graph)
+        of, positions = map_of_norm(graph), positions_of(sources, graph)
         reads = [of[norm] for norm in range(len(graph.norms))]
-        update_running_statistics(graph.norms, [stats[i] for i in reads], [counts[i] for i in reads])
+        stats = list(map(Stats, vectors[::2], vectors[1::2]))
+        update_running_statistics(graph.norms, [stats[i] for i in reads], [positions[i] for i in reads])
         ctx.set_materialize_grads(False)
-        ctx.graph, ctx.backend, ctx.count = _around(graph, [None] * (len(tensors) - count)), backend, count
-        maps = [x if i < count or i in kept else None for i, x in enumerate(maps)]
-        ctx.save_for_backward(*tensors[count:], *maps, *(vector for of_map in stats for vector in of_map))
+        ctx.graph, ctx.backend, ctx.count = shape, backend, count
+        ctx.save_for_backward(*tensors, *maps, *vectors)
         return tuple(outputs)
 
     @staticmethod
@@ -49,16 +58,21 @@ class ConvGraphFunction(torch.autograd.Function):
         convs, norms = len(ctx.graph.convs), len(ctx.graph.norms)
         tensors = list(islice(saved, UNIT * (convs + norms)))
         maps, vectors = list(islice(saved, ctx.count + convs)), list(saved)
-        needs = _needs(ctx, ctx.count)
-        graph = _around(ctx.graph, tensors)
+        needs, backend = _needs(ctx, ctx.count), ctx.backend
+
+        def call() -> list[Optional[Tensor]]:
+            stats = list(map(Stats, vectors[::2], vectors[1::2]))
+            return backward(upstream, list(maps), _around(ctx.graph, tensors), backend, stats, needs)
+
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
         elif torch.is_grad_enabled():
             found = _differentiable_backward(upstream, maps[: ctx.count], tensors, ctx.graph, needs)
         else:
-            stats = list(map(Stats, vectors[::2], vectors[1::2]))
             with without_autocast(maps[0].device):
-                found = backward(upstream, maps, graph, ctx.backend, stats, needs)
+                layouts = tuple(map(layout_of, (*upstream, *maps[: ctx.count])))
+                key = "conv_graph_backward", ctx.graph, tuple(needs), layouts
+                found = _run(backend, key, (upstream, maps, tensors, vectors), call)
         targets = _targets(maps[: ctx.count], tensors)
         wanted = [
             value.to(target.dtype) if need and value is not None else None
@@ -71,6 +85,11 @@ class ConvGraphFunction(torch.autograd.Function):
         return None, None, None, None, *result
 
 
+def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[], Any]) -> Any:
+    """`replayed` where the backend's calls may be."""
+    return replayed((*key, backend.name), given, call) if may_replay([backend.name]) else call()
+
+
 def _needs(ctx, count: int) -> list[bool]:
     """Which gradients are asked for, of `_targets`."""
     sources, tensors = ctx.needs_input_grad[4 : 4 + count], ctx.needs_input_grad[4 + count :]
@@ -78,12 +97,12 @@ def _needs(ctx, count: int) -> list[bool]:
 
 
 def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
-    """The graph around other tensors; what is left behind are the counters of batches."""
+    """The graph around other tensors; what is left behind is how running statistics are updated."""
     units = [tensors[at : at + UNIT] for at in range(0, len(tensors), UNIT)]
     convs = [conv._replace(weight=unit[4], bias=unit[5]) for conv, unit in zip(graph.convs, units)]
     vectors = ("weight", "bias", "running_mean", "running_var")
     norms = [
-        norm._replace(**dict(zip(vectors, unit)), num_batches_tracked=None)
+        norm._replace(**dict(zip(vectors, unit)), num_batches_tracked=None, momentum=None)
         for norm, unit in zip(graph.norms, units[len(convs) :])
     ]
     return graph._replace(convs=tuple(convs), norms=tuple(norms))

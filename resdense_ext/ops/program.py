@@ -79,14 +79,19 @@ class _Call(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Inside, ``function`` is called in the place of ``operator``, and what operators it calls is written down.
+    """What operators are called inside is written down.
 
-    ``inputs`` are all tensors that the operator is given.
+    ``inputs`` are all tensors that come from outside. Where ``operator`` is called, ``function`` is what it calls.
     """
 
-    def __init__(self, operator: torch._ops.OpOverload, function: Callable, inputs: Sequence[Optional[Tensor]]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Optional[Tensor]],
+        operator: Optional[torch._ops.OpOverload] = None,
+        function: Optional[Callable] = None,
+    ) -> None:
         super().__init__()
-        self._operator, self._function, self._inputs = operator, function, inputs
+        self._inputs, self._operator, self._function = inputs, operator, function
         self._names: dict[str, int] = {}
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unused = count()
