@@ -401,6 +401,12 @@ class TestRecorder:
 OUTSIDE = torch.ones(6)
 
 
+@pytest.mark.parametrize("code", [torch.zeros(3), torch.zeros(3, 2).long(), torch.zeros(6).long()[::2]], ids=["dtype", "shape", "stride"])
+def test_what_is_no_program(code):
+    with pytest.raises(RuntimeError, match="code: expected a program's"):
+        torch.ops.resdense.replay(code, "", [])
+
+
 def test_what_cannot_be_recorded_runs_as_it_is(backend, plain, monkeypatch):
     """And is not tried again."""
     block, x, _ = lonely_block("fast")

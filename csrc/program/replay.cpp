@@ -192,6 +192,9 @@ class Replay {
 }  // namespace
 
 std::vector<Tensor> replay(const Tensor& code, std::string names, std::vector<std::optional<Tensor>> inputs) {
+  const bool numbers = code.scalar_type() == ScalarType::Long && code.dim() == 1 && code.is_contiguous();
+  RESDENSE_CHECK(numbers && code.device().type() == DeviceType::CPU, "code: expected a program's, contiguous int64 on the CPU, got ",
+                 dtype_name(code.scalar_type()), " of shape ", shape_string(code));
   return Replay(code, names, inputs)();
 }
 
