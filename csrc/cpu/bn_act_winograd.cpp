@@ -15,9 +15,10 @@ class Blocks {
  public:
   Blocks(const Tensor& x, int64_t bytes_a_tile)
       : height_(x.size(2)), width_(x.size(3)), rows_((height_ + 1) / 2), columns_((width_ + 1) / 2) {
-    constexpr int64_t CACHE = 512 << 10, SMALLEST = 14, LARGEST = 112;
+    // Twice a second cache: a block's products read all filters anew, and in backward add to as many sums.
+    constexpr int64_t CACHE = 2 << 20, SMALLEST = 14;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t most = std::clamp(CACHE / bytes_a_tile, SMALLEST, LARGEST);
+    const int64_t most = std::max(CACHE / bytes_a_tile, SMALLEST);
     parts_ = std::max<int64_t>(1, (columns_ + most - 1) / most);
     runs_ = x.size(0) * rows_ * parts_ * (columns_ > 0);
     longest_ = (columns_ + parts_ - 1) / parts_;
