@@ -63,6 +63,7 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   Stats statistics(mean ? tiling.chunks : 0, to);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
     char* activated = scratch_memory.of<char>(chunk);
+    Upcoming upcoming(tiling.behind(chunk, tile), {&from, &to});
     const Matrix product =
         direct ? tile_of(to, tiling, tile)
                : channels_by_positions(activated + C * tiling.size * bytes, last, K, positions, tiling.size);
@@ -74,7 +75,7 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     if (paired)
       kernels.gemm_bf16({nullptr, activated, w.data, positions, K, C / 2, product.col_stride, C / 2, 1, K, false, true, product.data});
     else
-      matmul(product, w, channels_by_positions(activated, last, C, positions, tiling.size), dtype);
+      matmul(product, w, channels_by_positions(activated, last, C, positions, tiling.size), dtype, upcoming.ahead());
 
     if (bias || !direct) {
       s.pass = Pass::bias, s.channels = K;
@@ -117,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
   const Scratch partial(need_weight ? tiling.chunks : 0, K * C * wide_bytes);
   std::vector<char> started(tiling.chunks, 0);
   Sums sums(tiling.chunks, C);
-  tiling.each([&](int64_t chunk, int64_t, int64_t positions, const std::vector<Segment>& segments) {
+  tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
+    Upcoming upcoming(tiling.behind(chunk, tile), {&grad, &raw, &from, &to});
     char* input = scratch_memory.of<char>(chunk);
     char* dz = input + C * tiling.size * bytes;
     const Matrix dz_matrix = channels_by_positions(dz, last, K, positions, tiling.size);
@@ -146,9 +148,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
         matmul({product, K, C, C, 1}, dz_matrix, input_matrix.t(), dtype);
         widen_and_add(partial.of<float>(chunk), product, K * C, dtype);
       } else if (started[chunk]) {
-        matmul_accumulate(sum, dz_matrix, input_matrix.t(), dtype);
+        matmul_accumulate(sum, dz_matrix, input_matrix.t(), dtype, upcoming.ahead());
       } else {
-        matmul(sum, dz_matrix, input_matrix.t(), dtype);
+        matmul(sum, dz_matrix, input_matrix.t(), dtype, upcoming.ahead());
       }
       started[chunk] = 1;
     }
@@ -157,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     if (paired)
       kernels.gemm_bf16({nullptr, dz, w_copy.of(0), positions, C, K / 2, C, K / 2, 1, C, false, false, input});
     else
-      matmul(input_matrix, w.t(), dz_matrix, dtype);
+      matmul(input_matrix, w.t(), dz_matrix, dtype, upcoming.ahead());
     s.pass = accumulate ? Pass::mask_accumulate : Pass::mask;
     s.in[0] = scratch(input, last, C, tiling.size), s.in[1] = operand(from), s.in[2] = operand(to), s.out = operand(to);
     s.sums[0] = sums.of(chunk, 0), s.sums[1] = sums.of(chunk, 1);

@@ -31,21 +31,16 @@ class Blocks {
 
   int64_t size = 0, chunks = 0;  // the largest block's tiles; the threads that have one
 
-  // f(chunk, runs, tiles). A chunk's blocks run in order on one thread.
+  // f(chunk, runs, tiles, segments of the chunk's next block). A chunk's blocks run in order on one thread.
   template <class F> void each(const F& f) const {
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       std::vector<TileRun> runs;
+      std::vector<Segment> upcoming;
       for (int64_t chunk = begin; chunk < end; ++chunk)
         for (int64_t block = count_ * chunk / chunks; block < count_ * (chunk + 1) / chunks; ++block) {
-          runs.clear();
-          int64_t tiles = 0;
-          for (int64_t run = runs_ * block / count_; run < runs_ * (block + 1) / count_; ++run) {
-            const int64_t part = run % parts_, row = run / parts_;
-            const int64_t first = columns_ * part / parts_, end = columns_ * (part + 1) / parts_;
-            runs.push_back({row / rows_, row % rows_, first, end - first});
-            tiles += end - first;
-          }
-          f(chunk, runs, tiles);
+          upcoming.clear();
+          if (block + 1 < count_ * (chunk + 1) / chunks) block_runs(block + 1, runs), segments(runs, upcoming);
+          f(chunk, runs, block_runs(block, runs), upcoming);
         }
     });
   }
@@ -64,6 +59,19 @@ class Blocks {
   }
 
  private:
+  // Returns the number of tiles.
+  int64_t block_runs(int64_t block, std::vector<TileRun>& out) const {
+    out.clear();
+    int64_t tiles = 0;
+    for (int64_t run = runs_ * block / count_; run < runs_ * (block + 1) / count_; ++run) {
+      const int64_t part = run % parts_, row = run / parts_;
+      const int64_t first = columns_ * part / parts_, end = columns_ * (part + 1) / parts_;
+      out.push_back({row / rows_, row % rows_, first, end - first});
+      tiles += end - first;
+    }
+    return tiles;
+  }
+
   int64_t height_, width_, rows_, columns_, parts_, runs_, longest_, count_;
 };
 
@@ -159,7 +167,9 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   output.sweep.coef[0] = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
   Stats statistics(mean ? blocks.chunks : 0, to);
-  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles) {
+  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles,
+                  const std::vector<Segment>& next) {
+    Upcoming upcoming(next, {&from, &to});
     const Points windows = points_in(scratch, chunk, blocks.size, C);
     const Points products = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
     Transform t = input;
@@ -167,7 +177,7 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
     each_run(kernels.winograd_input, t, runs);
     for (int i = 0; i < POINTS; ++i)
       matmul(matrix(products, i, tiles, products.channels), matrix(windows, i, tiles, C),
-             filters_at(filters, i, C), ScalarType::Float);
+             filters_at(filters, i, C), ScalarType::Float, upcoming.ahead());
     t = output;
     t.points = products;
     each_run(kernels.winograd_output, t, runs);
@@ -215,7 +225,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
 
   std::vector<char> started(blocks.chunks, 0);
   Sums sums(blocks.chunks, C);
-  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles) {
+  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles,
+                  const std::vector<Segment>& next) {
+    Upcoming upcoming(next, {&grad, &raw, &from, &to});
     const Points windows = points_in(scratch, chunk, blocks.size, C);
     const Points turned = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
     const Points expanded = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C) + values(blocks.size, K));
@@ -232,14 +244,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
       const auto product = started[chunk] ? matmul_accumulate : matmul;
       for (int i = 0; i < POINTS; ++i)
         product(matrix(total, i, K, total.channels), matrix(expanded, i, tiles, K).t(),
-                matrix(windows, i, tiles, windows.channels), ScalarType::Float);
+                matrix(windows, i, tiles, windows.channels), ScalarType::Float, upcoming.ahead());
       started[chunk] = 1;
     }
 
     // The data gradient takes the place of the windows.
     for (int i = 0; i < POINTS; ++i)
       matmul(matrix(windows, i, tiles, windows.channels), matrix(turned, i, tiles, K),
-             filters_at(filters, i, K), ScalarType::Float);
+             filters_at(filters, i, K), ScalarType::Float, upcoming.ahead());
     t = output;
     t.points = windows;
     t.sweep.sums[0] = sums.of(chunk, 0), t.sweep.sums[1] = sums.of(chunk, 1);

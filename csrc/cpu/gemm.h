@@ -6,6 +6,12 @@
 
 namespace resdense::cpu {
 
+// Memory that will soon be touched. A product asks for it as it goes, so that it comes while the processor is busy.
+struct Ahead {
+  struct Range { const char *begin, *end; };
+  Range *next, *last;  // those not asked for yet
+};
+
 // out (rows x cols) = a b, or out += a b. Neighbouring columns of b and of out are adjacent; cols is a multiple of 16.
 // The elements of a and b are 32 bits: float32, or two neighbours in depth of bfloat16. A packed b has its columns in panels, as
 // `pack` leaves them, and b_row says nothing.
@@ -16,6 +22,7 @@ struct Gemm {
   int64_t out_row, a_row, a_col, b_row;  // strides
   bool accumulate, packed;
   void* rounded = nullptr;               // bfloat16 only, instead of out
+  Ahead* ahead = nullptr;
 };
 
 // A matrix of depth x cols elements of 32 bits, wherever they lie, to be packed into as many.

@@ -62,13 +62,14 @@ inline bool by_gemm(ScalarType dtype, int64_t cols) {
 
 namespace detail {
 
-inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
+inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate,
+                    Ahead* ahead) {
   const auto fits = [&](const Matrix& out, const Matrix& b) {
     return out.col_stride == 1 && b.col_stride == 1 && resdense::cpu::by_gemm(dtype, out.cols);
   };
   const auto run = [&](const Matrix& out, const Matrix& a, const Matrix& b) {
     kernels.gemm({static_cast<float*>(out.data), a.data, b.data, out.rows, out.cols, a.cols, out.row_stride, a.row_stride,
-                  a.col_stride, b.row_stride, accumulate, b.packed});
+                  a.col_stride, b.row_stride, accumulate, b.packed, nullptr, ahead});
     return true;
   };
   if (fits(out, b)) return run(out, a, b);
@@ -78,15 +79,15 @@ inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarT
 }  // namespace detail
 
 // out = a b
-inline void matmul(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
-  if (detail::by_gemm(out, a, b, dtype, false)) return;
+inline void matmul(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, Ahead* ahead = nullptr) {
+  if (detail::by_gemm(out, a, b, dtype, false, ahead)) return;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_mm_out(out.tensor(dtype).get(), a.tensor(dtype).get(), b.tensor(dtype).get()));
 }
 
 // out += a b
-inline void matmul_accumulate(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
-  if (detail::by_gemm(out, a, b, dtype, true)) return;
+inline void matmul_accumulate(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, Ahead* ahead = nullptr) {
+  if (detail::by_gemm(out, a, b, dtype, true, ahead)) return;
   const Tensor sum = out.tensor(dtype);
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.tensor(dtype).get(), b.tensor(dtype).get(), 1.0, 1.0));

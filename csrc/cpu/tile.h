@@ -73,6 +73,13 @@ struct Tiling {
     }
   }
 
+  // Those of the tile behind this one in its chunk.
+  std::vector<Segment> behind(int64_t chunk, int64_t tile) const {
+    std::vector<Segment> found;
+    if (tile + 1 < count * (chunk + 1) / chunks) segments(tile + 1, found);
+    return found;
+  }
+
   // f(chunk, tile, positions in the tile, its segments). A chunk's tiles run in order on one thread, so that what is
   // added up by chunk is the same every time.
   template <class F> void each(const F& f) const {
@@ -88,6 +95,31 @@ struct Tiling {
 
  private:
   static constexpr int64_t LINE = 16;  // tiles begin at multiples of it
+};
+
+// What a chunk's next tile touches of some maps, for products to ask for.
+class Upcoming {
+ public:
+  Upcoming(const std::vector<Segment>& segments, std::initializer_list<const Map*> maps) {
+    for (const Map* m : maps)
+      for (const Segment& s : segments)
+        for (int64_t i = 0; m->channels_last && i < s.count; ++i) add(*m, s.n * m->sn + (s.s + i) * m->ss);
+    ahead_ = {ranges_.data(), ranges_.data() + ranges_.size()};
+  }
+  Upcoming(const Upcoming&) = delete;
+
+  Ahead* ahead() { return &ahead_; }
+
+ private:
+  void add(const Map& m, int64_t first) {
+    const char* begin = static_cast<const char*>(m.data) + first * element_size(m.dtype);
+    const char* end = begin + m.C * element_size(m.dtype);
+    if (!ranges_.empty() && ranges_.back().end == begin) ranges_.back().end = end;
+    else ranges_.push_back({begin, end});
+  }
+
+  std::vector<Ahead::Range> ranges_;
+  Ahead ahead_;
 };
 
 // Scratch comes from torch's allocator, where it is seen and counted: `chunks` areas of `bytes` each.
