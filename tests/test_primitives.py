@@ -417,6 +417,7 @@ class TestOperators:
             "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), q.clone(), r.clone()),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True, True),
             "conv1x1_moments": (x, a, b, 0.1, c, z),
+            "conv1x1_moments_terms": (a.double(), torch.randn(6, 6), p.double(), w, w, p, q, 40.0, True),
             "conv1x1_moments_backward": (x, a, b, c, 0.1, z, w, torch.randn(6, 6), a, b, x.clone(), True),
             "bn_act_winograd": (last_format(x), a, b, 0.0, torch.randn(3, 6, 3, 3), p, last_format(z.clone()), q.clone(), r.clone()),
             "bn_act_winograd_backward": (
@@ -461,6 +462,7 @@ class TestOperators:
             "bn_act_conv1x1",
             "bn_act_conv1x1_backward",
             "conv1x1_moments",
+            "conv1x1_moments_terms",
             "conv1x1_moments_backward",
             "bn_act_winograd",
             "bn_act_winograd_backward",
@@ -581,6 +583,34 @@ class TestMoments:
 
 
 @built
+@pytest.mark.parametrize("need_weight", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(3, 5), (64, 16), (48, 144), (20, 130), (256, 64)])
+def test_moments_terms(outputs, inputs, dtype, need_weight):
+    """What follows from `moments`: the backward of `resdense_ext.ops.conv1x1_bn_add_act`, in its words."""
+    M = 500
+    b, weight, G = (torch.randn(*size, dtype=dtype) for size in ((M, inputs), (outputs, inputs), (outputs, inputs)))
+    scale, rstd = vectors(outputs, dtype, 2)
+    mean, dbeta = torch.randn(inputs, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
+
+    def plain(t):
+        W, R, s, r = t["weight"], t["b"].T @ t["b"], t["scale"][:, None], t["rstd"][:, None]
+        dgamma = r * (W * t["G"]).sum(1, keepdim=True)
+        P, Q = s * dbeta.to(W)[:, None] / M, s * r * dgamma / M
+        products = -W.T @ (Q * W)
+        offset = products @ (mean.to(dtype) - mean).to(W) - (W.T @ P).flatten()
+        dW = [s * t["G"] - Q * (W @ R)] if need_weight else []
+        return [dgamma.flatten(), *dW, s * W, products, offset]
+
+    fold = Fold(Affine(scale, torch.zeros_like(scale), Activation("identity")), torch.zeros_like(scale), rstd, M)
+    dgamma, dW, *terms = backends.get("cpu").terms_of_moments(mean, b.T @ b, dbeta, G, weight, fold, need_weight)
+    assert torch.equal(terms[1], terms[1].T)
+    assert need_weight or not dW.numel()
+    found = [dgamma, *([dW] if need_weight else []), *terms]
+    close(found, plain, {"b": b, "weight": weight, "G": G, "scale": scale, "rstd": rstd}, dtype)
+
+
+@built
 @pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_narrower_instruction_sets(capability):
     """The kernels for processors with less, on this one."""
@@ -591,7 +621,7 @@ def test_narrower_instruction_sets(capability):
     if chosen == rd.build_info()["cpu_capability"]:
         pytest.skip(f"this processor has {chosen}, which every other test runs on")
     assert chosen == capability.upper()
-    wanted = "cpu and (TestElementwise or 1x1 or winograd) or TestMoments and not narrower"
+    wanted = "cpu and (TestElementwise or 1x1 or winograd) or TestMoments or moments_terms and not narrower"
     answer = run([sys.executable, "-m", "pytest", "-q", __file__, "-k", wanted])
     assert answer.returncode == 0, answer.stdout[-4000:]
 

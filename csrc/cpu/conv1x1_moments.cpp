@@ -35,19 +35,19 @@ struct Reader {
 };
 
 // out = a b, or out += a b
-void product(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
-  accumulate ? matmul_accumulate(out, a, b, dtype) : matmul(out, a, b, dtype);
+void product(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate, Ahead* ahead) {
+  accumulate ? matmul_accumulate(out, a, b, dtype, ahead) : matmul(out, a, b, dtype, ahead);
 }
 
 // The same of a a^T, of which our own product leaves out most of what is below the diagonal.
-void square(const Matrix& out, const Matrix& a, ScalarType dtype, bool accumulate) {
+void square(const Matrix& out, const Matrix& a, ScalarType dtype, bool accumulate, Ahead* ahead) {
   constexpr int64_t WIDTH = 32;
-  if (!by_gemm(dtype, out.cols) || a.row_stride != 1) return product(out, a, a.t(), dtype, accumulate);
+  if (!by_gemm(dtype, out.cols) || a.row_stride != 1) return product(out, a, a.t(), dtype, accumulate, ahead);
   float* values = static_cast<float*>(a.data);
   for (int64_t c = 0; c < out.cols; c += WIDTH) {
     const int64_t width = std::min(WIDTH, out.cols - c), rows = c + width;
     product({static_cast<float*>(out.data) + c, rows, width, out.row_stride, 1}, {values, rows, a.cols, 1, a.col_stride},
-            {values + c, a.cols, width, a.col_stride, 1}, dtype, accumulate);
+            {values + c, a.cols, width, a.col_stride, 1}, dtype, accumulate, ahead);
   }
 }
 
@@ -72,6 +72,106 @@ Tensor doubles(const double* values, int64_t size) {
   return out;
 }
 
+// A vector of statistics' dtype.
+template <class A> const A* vector(const Tensor& v, const char* name, int64_t size, const Tensor& like) {
+  return static_cast<const A*>(coefficients(v, name, size, like));
+}
+
+// Rows of a matrix for as many threads, in whole blocks.
+template <class F> void each_rows(int64_t rows, const F& f) {
+  constexpr int64_t BLOCK = 16;
+  torch::stable::parallel_for(0, (rows + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
+    f(begin * BLOCK, std::min(end * BLOCK, rows));
+  });
+}
+
+// out = a^T b, which is symmetric: of a row of blocks those up to the diagonal, and the rest from there.
+template <class A> void symmetric(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype) {
+  const int64_t blocks = (out.rows + PANELS - 1) / PANELS;
+  A* values = static_cast<A*>(out.data);
+  const auto row = [&](int64_t block) {
+    const int64_t first = block * PANELS, rows = std::min(PANELS, out.rows - first), cols = first + rows;
+    matmul({values + first * out.cols, rows, cols, out.cols, 1}, {static_cast<A*>(a.data) + first, rows, a.rows, 1, a.row_stride},
+           {b.data, b.rows, cols, b.row_stride, 1, b.packed}, dtype);
+  };
+  // A short one and a long one together.
+  torch::stable::parallel_for(0, (blocks + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      row(block);
+      if (blocks - 1 - block > block) row(blocks - 1 - block);
+    }
+  });
+  each_rows(out.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = i + 1; j < out.cols; ++j) values[i * out.cols + j] = values[j * out.cols + i];
+  });
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> terms(const double* mean, const Tensor& products, const double* sum_grad,
+                                                         const Tensor& grad_products, const Tensor& weight, const Tensor& scale,
+                                                         const Tensor& rstd, double count, bool need_weight) {
+  const ScalarType dtype = weight.scalar_type();
+  const int64_t K = weight.size(0), C = weight.size(1);
+  const auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes) { return torch::stable::empty(sizes, dtype); };
+  const Tensor dgamma = empty({K}), dweight = empty({need_weight ? K : 0, C}), scaled = empty({K, C}), out = empty({C, C}),
+               offset = empty({C});
+  const A *s = vector<A>(scale, "scale", K, weight), *r = vector<A>(rstd, "rstd", K, weight);
+  const Matrix W = matrix_of(weight, "weight", K, C, dtype), R = matrix_of(products, "products", C, C, dtype),
+               G = matrix_of(grad_products, "grad_products", K, C, dtype);
+  for (const auto& [m, name] : {std::pair(W, "weight"), std::pair(R, "products"), std::pair(G, "grad_products")})
+    RESDENSE_CHECK(m.row_stride == C && m.col_stride == 1, name, ": expected a contiguous matrix");
+  const A *w = static_cast<const A*>(W.data), *g = static_cast<const A*>(G.data);
+
+  const Scratch memory(1, K * C * sizeof(A)), packed(1, by_gemm(dtype, C) ? (K + C) * C * sizeof(A) : 0);
+  A* turned = memory.of<A>(0);  // -Q W
+  std::vector<double> P(K), Q(K);
+  each_rows(K, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double sum = 0;
+      for (int64_t c = 0; c < C; ++c) sum += static_cast<double>(w[k * C + c]) * g[k * C + c];
+      const double of_gamma = r[k] * sum;
+      static_cast<A*>(dgamma.mutable_data_ptr())[k] = static_cast<A>(of_gamma);
+      P[k] = s[k] * sum_grad[k] / count, Q[k] = s[k] * r[k] * of_gamma / count;
+      const A q = static_cast<A>(-Q[k]);
+      for (int64_t c = 0; c < C; ++c) {
+        static_cast<A*>(scaled.mutable_data_ptr())[k * C + c] = s[k] * w[k * C + c];
+        turned[k * C + c] = q * w[k * C + c];
+      }
+    }
+  });
+
+  const bool packs = by_gemm(dtype, C);
+  if (need_weight) {
+    const Matrix b = packs ? pack(R, packed.of<uint32_t>(0)) : R;
+    A* dw = static_cast<A*>(dweight.mutable_data_ptr());
+    each_rows(K, [&](int64_t begin, int64_t end) {
+      matmul({dw + begin * C, end - begin, C, C, 1}, {turned + begin * C, end - begin, C, C, 1}, b, dtype);
+      for (int64_t k = begin; k < end; ++k)
+        for (int64_t c = 0; c < C; ++c) dw[k * C + c] += s[k] * g[k * C + c];
+    });
+  }
+  symmetric<A>({out.mutable_data_ptr(), C, C, C, 1}, {turned, K, C, C, 1},
+               packs ? pack(W, packed.of<uint32_t>(0) + C * C) : W, dtype);
+  each_rows(C, [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(end - begin);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t c = begin; c < end; ++c) sum[c - begin] -= P[k] * w[k * C + c];
+    // The deviations are taken from the mean as it is rounded.
+    for (int64_t j = 0; j < C; ++j)
+      for (int64_t c = begin; c < end; ++c)
+        sum[c - begin] += (static_cast<A>(mean[j]) - mean[j]) * static_cast<const A*>(out.const_data_ptr())[j * C + c];
+    for (int64_t c = begin; c < end; ++c) static_cast<A*>(offset.mutable_data_ptr())[c] = static_cast<A>(sum[c - begin]);
+  });
+  return {dgamma, dweight, scaled, out, offset};
+}
+
+const double* doubles_of(const Tensor& v, const char* name, int64_t size) {
+  RESDENSE_CHECK(v.dim() == 1 && v.size(0) == size, name, ": expected shape (", size, ",), got ", shape_string(v));
+  check_dtype(v, name, ScalarType::Double);
+  return static_cast<const double*>(v.const_data_ptr());
+}
+
 }  // namespace
 
 // Of the M positions: the mean of a; R = (a - mean)^T (a - mean); and with the gradient g of the convolution's output 1^T g and
@@ -94,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, cons
   Sums sums(tiling.chunks, C, 1), grad_sums(tiling.chunks, K, 1);
   std::vector<char> started(tiling.chunks, 0);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
+    Upcoming upcoming(tiling.behind(chunk, tile), {&of_grad, &from});
     char* deviations = memory.of<char>(chunk);
     const Matrix b = channels_by_positions(deviations, last, C, positions, tiling.size);
     const Matrix g = reader.read(tiling, tile, segments, deviations + C * tiling.size * bytes);
@@ -101,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, cons
     s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.slope = negative_slope;
     std::copy_n(coef, 3, s.coef);
     kernels.sweep(s);
-    square({squares.of(chunk), C, C, C, 1}, b, dtype, started[chunk] != 0);
-    product({products.of(chunk), K, C, C, 1}, g, b.t(), dtype, started[chunk] != 0);
+    square({squares.of(chunk), C, C, C, 1}, b, dtype, started[chunk] != 0, upcoming.ahead());
+    product({products.of(chunk), K, C, C, 1}, g, b.t(), dtype, started[chunk] != 0, upcoming.ahead());
     started[chunk] = 1;
     s.pass = Pass::sum, s.in[0] = s.out, s.sums[0] = sums.of(chunk, 0);
     kernels.sweep(s);
@@ -122,6 +223,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, cons
   total(squares, tiling.chunks, {R.mutable_data_ptr(), C, C, C, 1}, true, count, rest.data(), rest.data());
   total(products, tiling.chunks, {G.mutable_data_ptr(), K, C, C, 1}, false, 1, sum_g.data(), rest.data());
   return {doubles(mean.data(), C), R, doubles(sum_g.data(), K), G};
+}
+
+// What follows from them (see ops/conv1x1_bn_add_act.py): the gradients of the norm's weight and of the convolution's, and what
+// conv1x1_moments_backward wants: s W, -W^T diag(Q) W and the offset.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_moments_terms(const Tensor& mean, const Tensor& products,
+                                                                         const Tensor& sum_grad, const Tensor& grad_products,
+                                                                         const Tensor& weight, const Tensor& scale,
+                                                                         const Tensor& rstd, double count, bool need_weight) {
+  const ScalarType dtype = weight.scalar_type();
+  RESDENSE_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                 "weight: expected dtype float32 or float64, got ", dtype_name(dtype));
+  RESDENSE_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got ", weight.dim());
+  const auto found = dtype == ScalarType::Double ? terms<double> : terms<float>;
+  return found(doubles_of(mean, "mean", weight.size(1)), products, doubles_of(sum_grad, "sum_grad", weight.size(0)), grad_products,
+               weight, scale, rstd, count, need_weight);
 }
 
 // da = g weight + (a - mean) products + offset, then through the activation as bn_act_backward, or bn_act_backward_accumulate.
@@ -150,6 +266,7 @@ std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tenso
   const Scratch memory(tiling.chunks, (2 * C * bytes + reader.bytes_a_position()) * tiling.size);
   Sums sums(tiling.chunks, C);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
+    Upcoming upcoming(tiling.behind(chunk, tile), {&from, &of_grad, &to});
     char *deviations = memory.of<char>(chunk), *gradient = deviations + C * tiling.size * bytes;
     const Matrix da = channels_by_positions(gradient, last, C, positions, tiling.size);
     const Matrix g = reader.read(tiling, tile, segments, gradient + C * tiling.size * bytes);
@@ -157,8 +274,8 @@ std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tenso
     s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.slope = negative_slope;
     s.coef[0] = coef[0], s.coef[1] = coef[1], s.coef[2] = of_a;
     kernels.sweep(s);
-    matmul(da, p.t(), channels_by_positions(deviations, last, C, positions, tiling.size), dtype);
-    matmul_accumulate(da, w.t(), g, dtype);
+    matmul(da, p.t(), channels_by_positions(deviations, last, C, positions, tiling.size), dtype, upcoming.ahead());
+    matmul_accumulate(da, w.t(), g, dtype, upcoming.ahead());
 
     s.pass = Pass::bias, s.in[0] = s.out = scratch(gradient, last, C, tiling.size), s.coef[0] = constant;
     kernels.sweep(s);
@@ -175,5 +292,6 @@ std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(resdense, CPU, m) {
   m.impl("conv1x1_moments", TORCH_BOX(&resdense::cpu::conv1x1_moments));
+  m.impl("conv1x1_moments_terms", TORCH_BOX(&resdense::cpu::conv1x1_moments_terms));
   m.impl("conv1x1_moments_backward", TORCH_BOX(&resdense::cpu::conv1x1_moments_backward));
 }

@@ -316,6 +316,8 @@ def backward(
     else:
         of_input = of_input or moments(source, fold.count is not None)
         dbeta, G = _gradient_products(source, of_input, g, wide)
+    if dense is not None:
+        return _by_kernels(branch, dense.x, of_input, dbeta, G[0], g, into, need_input, need_weight)
     weight, mean = source.weights(wide), of_input.mean.view(groups, 1, -1)
     dgamma = fold.rstd * (weight * G).sum(-1, dtype=torch.float64).flatten()
     s, r = column(fold.affine.scale), column(fold.rstd)
@@ -343,7 +345,7 @@ def backward(
         # The deviations are taken from the mean as it is rounded.
         offset = products @ (column(terms.center).mT - mean).mT.to(wide) - weight.mT @ P
         terms = terms._replace(products=products, offset=offset.to(wide))
-    found = _through_prologue(source, terms, g, into) if dense is None else _through_kernel(source, dense.x, terms, g, into)
+    found = _through_prologue(source, terms, g, into)
     return Gradients(found._replace(weight=dW, bias=db), *norm_grads)
 
 
@@ -429,18 +431,36 @@ def _through_prologue(source: Pointwise, terms: _Terms, g: Tensor, into: Optiona
     return backend._grads(x, fold, None, None, dy, into, *(sums or (None, None)))
 
 
-def _through_kernel(source: Pointwise, read: Tensor, terms: _Terms, g: Tensor, into: Optional[Pending]) -> ConvGrads:
-    """As `_through_prologue`, in one walk over what is ``read`` of x."""
-    x, fold, conv, backend = source
+def _by_kernels(
+    branch: Branch,
+    read: Tensor,
+    of_input: Moments,
+    sum_g: Tensor,
+    G: Tensor,
+    g: Tensor,
+    into: Optional[Pending],
+    need_input: bool,
+    need_weight: bool,
+) -> Gradients:
+    """The rest of `backward` in one walk over what is ``read`` of x."""
+    (x, prologue, conv, backend), fold = branch
+    mean, products = of_input
+    weight = conv.weight.detach().flatten(1).contiguous()
+    dgamma, dW, *terms, offset = backend.terms_of_moments(mean, products[0], sum_g, G, weight, fold, need_weight)
+    norm_grads = dgamma, sum_g.to(dgamma.dtype)
+    dW = dW.view_as(conv.weight) if need_weight else None
+    db = torch.zeros_like(conv.bias) if need_weight and conv.bias is not None else None
+    if not need_input:
+        return Gradients(ConvGrads(None, dW, db, None, None), *norm_grads)
     at = sampling(conv)
     target = torch.empty_like(read) if into is None else into.dy if at is None else dense_map(into.dy[at])
-    matrices = terms.weight[0].mT, terms.products[0].mT, terms.center, terms.offset.flatten()
-    sums = backend.moments_backward(read, fold or Fold.linear(x), g, *matrices, target, into is not None)
+    center = mean.to(weight.dtype)
+    sums = backend.moments_backward(read, prologue or Fold.linear(x), g, *terms, center, offset, target, into is not None)
     dy = target
     if at is not None:
         dy = torch.zeros_like(x) if into is None else into.dy
         dy[at].copy_(target)
-    return backend._grads(x, fold, None, None, dy, into, *sums)
+    return Gradients(backend._grads(x, prologue, dW, db, dy, into, *sums), *norm_grads)
 
 
 def norm_gradients(g: Tensor, z: Tensor, fold: Fold, backend: ReferenceBackend) -> ConvGrads:

@@ -205,6 +205,15 @@ class CpuBackend(CompiledBackend):
         float64 and ``G``; ``near`` is a point near the mean."""
         return torch.ops.resdense.conv1x1_moments(x, *affine[:2], slope_of(affine.activation), near, g)
 
+    def terms_of_moments(
+        self, mean: Tensor, R: Tensor, sum_g: Tensor, G: Tensor, weight: Tensor, fold: Fold, need_weight: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """From `moments` and the norm that reads the convolution's output: the gradients of that norm's weight and of ``weight
+        [K, C]``, then the weight, the products and the offset that `moments_backward` wants."""
+        return torch.ops.resdense.conv1x1_moments_terms(
+            mean, R, sum_g, G, weight, fold.affine.scale, fold.rstd, fold.count, need_weight
+        )
+
     def moments_backward(
         self,
         x: Tensor,

@@ -81,6 +81,12 @@ def _conv1x1_moments(x, scale, shift, negative_slope, near, grad):
     return mean, x.new_empty((inputs, inputs)), sum_grad, x.new_empty((outputs, inputs))
 
 
+def _conv1x1_moments_terms(mean, products, sum_grad, grad_products, weight, scale, rstd, count, need_weight):
+    outputs, inputs = weight.shape
+    dweight = weight.new_empty((outputs if need_weight else 0, inputs))
+    return torch.empty_like(rstd), dweight, torch.empty_like(weight), torch.empty_like(products), weight.new_empty(inputs)
+
+
 def _conv1x1_moments_backward(
     x, scale, shift, center, negative_slope, grad, weight, products, mean, offset, out, accumulate
 ):
@@ -201,6 +207,7 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_conv1x1,
         _bn_act_conv1x1_backward,
         _conv1x1_moments,
+        _conv1x1_moments_terms,
         _conv1x1_moments_backward,
         _bn_act_winograd,
         _bn_act_winograd_backward,
