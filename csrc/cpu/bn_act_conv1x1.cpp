@@ -58,7 +58,7 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   const void* offset = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
   const bool direct = is_matrix(to);  // then the product is written where it belongs
-  const Tiling tiling(from, (C + K) * bytes);
+  const Tiling tiling(from, (C + K) * bytes, K * C * bytes);
   const Scratch scratch_memory(tiling.chunks, (C + (direct ? 0 : K)) * tiling.size * bytes);
   Stats statistics(mean ? tiling.chunks : 0, to);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
                              coefficients(delta, "delta", K, dy)};
 
   const bool twice = paired && need_weight;  // a tile is there as rows and as pairs of rows
-  const Tiling tiling(from, (C + K) * bytes * (twice ? 2 : 1));
+  const Tiling tiling(from, (C + K) * bytes * (twice ? 2 : 1), K * C * bytes);
   const int64_t tile_bytes = (C + K) * tiling.size * bytes;
   const Scratch scratch_memory(tiling.chunks, twice ? 2 * tile_bytes : tile_bytes + (need_weight && narrow ? K * C * bytes : 0));
   const int64_t wide_bytes = dtype == ScalarType::Double ? 8 : 4;

@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, cons
   const void* coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x), coefficients(near, "near", C, x)};
 
   const Reader reader(of_grad, false);  // a product that walks it across its rows waits for memory
-  const Tiling tiling(from, C * bytes + reader.bytes_a_position());
+  const Tiling tiling(from, C * bytes + reader.bytes_a_position(), (K + C) * C * bytes);
   const Scratch memory(tiling.chunks, (C * bytes + reader.bytes_a_position()) * tiling.size);
   const Scratch squares(tiling.chunks, C * C * bytes), products(tiling.chunks, K * C * bytes);
   Sums sums(tiling.chunks, C, 1), grad_sums(tiling.chunks, K, 1);
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tenso
   if (packs) w = pack(w, packed.of<uint32_t>(0)), p = pack(p, packed.of<uint32_t>(0) + K * C);
 
   const Reader reader(of_grad, true);
-  const Tiling tiling(from, 2 * C * bytes + reader.bytes_a_position());
+  const Tiling tiling(from, 2 * C * bytes + reader.bytes_a_position(), (K + C) * C * bytes);
   const Scratch memory(tiling.chunks, (2 * C * bytes + reader.bytes_a_position()) * tiling.size);
   Sums sums(tiling.chunks, C);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {

@@ -49,11 +49,12 @@ inline Operand scratch(void* data, bool channels_last, int64_t channels, int64_t
 struct Tiling {
   int64_t rows, S, lines, count, chunks, size;
 
-  // `bytes_a_position` is what the kernel's scratch takes of each.
-  Tiling(const Map& m, int64_t bytes_a_position) : rows(m.rows()), S(m.S), lines((rows + LINE - 1) / LINE) {
+  // `bytes_a_position` is what the kernel's scratch takes of each, and `matrices` what every tile is multiplied with or added to:
+  // where that exceeds the cache, it comes from memory for every tile.
+  Tiling(const Map& m, int64_t bytes_a_position, int64_t matrices = 0) : rows(m.rows()), S(m.S), lines((rows + LINE - 1) / LINE) {
     constexpr int64_t CACHE = 512 << 10, SMALLEST = 64, LARGEST = 1024;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t most = std::clamp(CACHE / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST) / LINE;
+    const int64_t most = std::clamp(std::max(CACHE, matrices) / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST) / LINE;
     count = (lines + most - 1) / most;
     count = std::min((count + threads - 1) / threads * threads, (rows + SMALLEST - 1) / SMALLEST);
     chunks = std::min(threads, count);
