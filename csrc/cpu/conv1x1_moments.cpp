@@ -1,6 +1,8 @@
 // A 1x1 convolution behind which stands a batch norm, without its output: what ops/conv1x1_bn_add_act.py asks of the convolution's
 // input a = act(scale * x + shift), a cache-sized tile at a time. float32 and float64.
 
+#include <numeric>
+
 #include <torch/csrc/stable/library.h>
 
 #include "matmul.h"
@@ -77,6 +79,17 @@ template <class A> const A* vector(const Tensor& v, const char* name, int64_t si
   return static_cast<const A*>(coefficients(v, name, size, like));
 }
 
+// Several sums, so that none waits for the one before it.
+template <class A> double dot(const A* a, const A* b, int64_t size) {
+  constexpr int SUMS = 16;
+  double sums[SUMS] = {};
+  int64_t i = 0;
+  for (; i + SUMS <= size; i += SUMS)
+    for (int j = 0; j < SUMS; ++j) sums[j] += static_cast<double>(a[i + j]) * b[i + j];
+  for (; i < size; ++i) sums[0] += static_cast<double>(a[i]) * b[i];
+  return std::accumulate(sums, sums + SUMS, 0.0);
+}
+
 // Rows of a matrix for as many threads, in whole blocks.
 template <class F> void each_rows(int64_t rows, const F& f) {
   constexpr int64_t BLOCK = 16;
@@ -122,46 +135,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> terms(const double* mean, con
   for (const auto& [m, name] : {std::pair(W, "weight"), std::pair(R, "products"), std::pair(G, "grad_products")})
     RESDENSE_CHECK(m.row_stride == C && m.col_stride == 1, name, ": expected a contiguous matrix");
   const A *w = static_cast<const A*>(W.data), *g = static_cast<const A*>(G.data);
+  const auto values = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
+  A *dg = values(dgamma), *dw = values(dweight), *sw = values(scaled), *p = values(out), *constant = values(offset);
 
-  const Scratch memory(1, K * C * sizeof(A)), packed(1, by_gemm(dtype, C) ? (K + C) * C * sizeof(A) : 0);
+  const bool packs = by_gemm(dtype, C);
+  const Scratch memory(1, K * C * sizeof(A)), packed(1, packs ? (K + C) * C * sizeof(A) : 0);
   A* turned = memory.of<A>(0);  // -Q W
-  std::vector<double> P(K), Q(K);
+  std::vector<double> P(K);
   each_rows(K, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      double sum = 0;
-      for (int64_t c = 0; c < C; ++c) sum += static_cast<double>(w[k * C + c]) * g[k * C + c];
-      const double of_gamma = r[k] * sum;
-      static_cast<A*>(dgamma.mutable_data_ptr())[k] = static_cast<A>(of_gamma);
-      P[k] = s[k] * sum_grad[k] / count, Q[k] = s[k] * r[k] * of_gamma / count;
-      const A q = static_cast<A>(-Q[k]);
+      const double of_gamma = r[k] * dot(w + k * C, g + k * C, C);
+      dg[k] = static_cast<A>(of_gamma);
+      P[k] = s[k] * sum_grad[k] / count;
+      const A q = static_cast<A>(-s[k] * r[k] * of_gamma / count);
       for (int64_t c = 0; c < C; ++c) {
-        static_cast<A*>(scaled.mutable_data_ptr())[k * C + c] = s[k] * w[k * C + c];
+        sw[k * C + c] = s[k] * w[k * C + c];
         turned[k * C + c] = q * w[k * C + c];
       }
     }
   });
 
-  const bool packs = by_gemm(dtype, C);
   if (need_weight) {
     const Matrix b = packs ? pack(R, packed.of<uint32_t>(0)) : R;
-    A* dw = static_cast<A*>(dweight.mutable_data_ptr());
     each_rows(K, [&](int64_t begin, int64_t end) {
       matmul({dw + begin * C, end - begin, C, C, 1}, {turned + begin * C, end - begin, C, C, 1}, b, dtype);
       for (int64_t k = begin; k < end; ++k)
         for (int64_t c = 0; c < C; ++c) dw[k * C + c] += s[k] * g[k * C + c];
     });
   }
-  symmetric<A>({out.mutable_data_ptr(), C, C, C, 1}, {turned, K, C, C, 1},
-               packs ? pack(W, packed.of<uint32_t>(0) + C * C) : W, dtype);
+  symmetric<A>({p, C, C, C, 1}, {turned, K, C, C, 1}, packs ? pack(W, packed.of<uint32_t>(0) + C * C) : W, dtype);
   each_rows(C, [&](int64_t begin, int64_t end) {
     std::vector<double> sum(end - begin);
     for (int64_t k = 0; k < K; ++k)
       for (int64_t c = begin; c < end; ++c) sum[c - begin] -= P[k] * w[k * C + c];
     // The deviations are taken from the mean as it is rounded.
     for (int64_t j = 0; j < C; ++j)
-      for (int64_t c = begin; c < end; ++c)
-        sum[c - begin] += (static_cast<A>(mean[j]) - mean[j]) * static_cast<const A*>(out.const_data_ptr())[j * C + c];
-    for (int64_t c = begin; c < end; ++c) static_cast<A*>(offset.mutable_data_ptr())[c] = static_cast<A>(sum[c - begin]);
+      for (int64_t c = begin; c < end; ++c) sum[c - begin] += (static_cast<A>(mean[j]) - mean[j]) * p[j * C + c];
+    for (int64_t c = begin; c < end; ++c) constant[c] = static_cast<A>(sum[c - begin]);
   });
   return {dgamma, dweight, scaled, out, offset};
 }
