@@ -13,12 +13,12 @@ namespace {
 // The 2x2 tiles of maps of one size, in blocks of a few runs, and these dealt out to the threads.
 class Blocks {
  public:
-  Blocks(const Tensor& x, int64_t bytes_a_tile)
+  // `filters` has the bytes of what every block is multiplied with: from memory where they exceed the cache.
+  Blocks(const Tensor& x, int64_t bytes_a_tile, int64_t filters)
       : height_(x.size(2)), width_(x.size(3)), rows_((height_ + 1) / 2), columns_((width_ + 1) / 2) {
-    // Twice a second cache: a block's products read all filters anew, and in backward add to as many sums.
-    constexpr int64_t CACHE = 2 << 20, SMALLEST = 14;
+    constexpr int64_t CACHE = 768 << 10, SMALLEST = 14;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t most = std::max(CACHE / bytes_a_tile, SMALLEST);
+    const int64_t most = std::max(std::max(CACHE, filters) / bytes_a_tile, SMALLEST);
     parts_ = std::max<int64_t>(1, (columns_ + most - 1) / most);
     runs_ = x.size(0) * rows_ * parts_ * (columns_ > 0);
     longest_ = (columns_ + parts_ - 1) / parts_;
@@ -153,7 +153,7 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   check_filters(weight, x, K);
   const std::vector<float> zeros(bias ? 0 : K, 0.0f);
 
-  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)));
+  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)), values(C, K) * 4);
   const Scratch shared(1, values(C, K) * 4), scratch(blocks.chunks, (values(blocks.size, C) + values(blocks.size, K)) * 4);
   const Points filters = points_in(shared, 0, C, K);
   transform_filters({weight.const_data_ptr(), from.dtype, C, K, weight.stride(1), weight.stride(0),
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   const int64_t C = from.C, K = grad.C;
   check_filters(weight, x, K);
 
-  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + 2 * Points::padded(K)));
+  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + 2 * Points::padded(K)), values(K, C) * 4);
   const Scratch shared(1, values(K, C) * 4);
   const Scratch scratch(blocks.chunks, (values(blocks.size, C) + 2 * values(blocks.size, K)) * 4);
   const Scratch partial(need_weight ? blocks.chunks : 0, values(K, C) * 4);
