@@ -167,8 +167,7 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   output.sweep.coef[0] = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
   Stats statistics(mean ? blocks.chunks : 0, to);
-  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles,
-                  const std::vector<Segment>& next) {
+  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles, const std::vector<Segment>& next) {
     Upcoming upcoming(next, {&from, &to});
     const Points windows = points_in(scratch, chunk, blocks.size, C);
     const Points products = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
@@ -225,8 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
 
   std::vector<char> started(blocks.chunks, 0);
   Sums sums(blocks.chunks, C);
-  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles,
-                  const std::vector<Segment>& next) {
+  blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles, const std::vector<Segment>& next) {
     Upcoming upcoming(next, {&grad, &raw, &from, &to});
     const Points windows = points_in(scratch, chunk, blocks.size, C);
     const Points turned = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));

@@ -103,8 +103,13 @@ class Upcoming {
  public:
   Upcoming(const std::vector<Segment>& segments, std::initializer_list<const Map*> maps) {
     for (const Map* m : maps)
-      for (const Segment& s : segments)
-        for (int64_t i = 0; m->channels_last && i < s.count; ++i) add(*m, s.n * m->sn + (s.s + i) * m->ss);
+      for (const Segment& s : segments) {
+        const int64_t first = s.n * m->sn + s.s * m->ss;
+        if (!m->channels_last) continue;
+        if (m->ss == m->C) add(*m, first, s.count * m->C);
+        else
+          for (int64_t i = 0; i < s.count; ++i) add(*m, first + i * m->ss, m->C);
+      }
     ahead_ = {ranges_.data(), ranges_.data() + ranges_.size()};
   }
   Upcoming(const Upcoming&) = delete;
@@ -112,9 +117,9 @@ class Upcoming {
   Ahead* ahead() { return &ahead_; }
 
  private:
-  void add(const Map& m, int64_t first) {
+  void add(const Map& m, int64_t first, int64_t values) {
     const char* begin = static_cast<const char*>(m.data) + first * element_size(m.dtype);
-    const char* end = begin + m.C * element_size(m.dtype);
+    const char* end = begin + values * element_size(m.dtype);
     if (!ranges_.empty() && ranges_.back().end == begin) ranges_.back().end = end;
     else ranges_.push_back({begin, end});
   }

@@ -128,8 +128,8 @@ class ReferenceBackend:
         return [slice(0, x.shape[0])]
 
     def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
-        """Whether there are `moments`, `terms_of_moments` and `moments_backward`, see `resdense_ext.ops.conv1x1_bn_add_act`, for a 1x1 convolution
-        of stride 1 and no padding, behind this activation."""
+        """Whether there are `moments`, `terms_of_moments` and `moments_backward`, see `resdense_ext.ops.conv1x1_bn_add_act`, for a
+        1x1 convolution of stride 1 and no padding, behind this activation."""
         return False
 
     def multiplies_moments(self, x: Tensor, conv: Conv) -> bool:
