@@ -24,13 +24,13 @@ void widen_and_add(float* sum, const void* product, int64_t count, ScalarType dt
     for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const c10::Half*>(product)[i];
 }
 
-// The chunks' weight gradients, added up in order.
-template <class A> void total_weight(const Scratch& partial, int64_t chunks, int64_t count, void* out) {
-  A* sum = static_cast<A*>(out);
+// The chunks' weight gradients, added up in order; the first is in the result.
+template <class A> void total_weight(const Scratch& others, int64_t chunks, int64_t count, const Tensor& result) {
+  A* sum = static_cast<A*>(result.mutable_data_ptr());
+  if (chunks == 0) std::fill_n(sum, count, A(0));
   torch::stable::parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
-    std::fill(sum + begin, sum + end, A(0));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = begin; i < end; ++i) sum[i] += partial.of<A>(chunk)[i];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t i = begin; i < end; ++i) sum[i] += others.of<A>(chunk - 1)[i];
   });
 }
 
@@ -73,7 +73,8 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     kernels.sweep(s);
 
     if (paired)
-      kernels.gemm_bf16({nullptr, activated, w.data, positions, K, C / 2, product.col_stride, C / 2, 1, K, false, true, product.data});
+      kernels.gemm_bf16({nullptr, activated, w.data, positions, K, C / 2, product.col_stride, C / 2, 1, K, false, true, product.data,
+                         upcoming.ahead()});
     else
       matmul(product, w, channels_by_positions(activated, last, C, positions, tiling.size), dtype, upcoming.ahead());
 
@@ -114,8 +115,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
   const Tiling tiling(from, (C + K) * bytes * (twice ? 2 : 1), K * C * bytes);
   const int64_t tile_bytes = (C + K) * tiling.size * bytes;
   const Scratch scratch_memory(tiling.chunks, twice ? 2 * tile_bytes : tile_bytes + (need_weight && narrow ? K * C * bytes : 0));
-  const int64_t wide_bytes = dtype == ScalarType::Double ? 8 : 4;
-  const Scratch partial(need_weight ? tiling.chunks : 0, K * C * wide_bytes);
+  const bool wide = dtype == ScalarType::Double;
+  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, C}, stats_dtype(dtype));
+  const Scratch others(need_weight ? std::max<int64_t>(tiling.chunks, 1) - 1 : 0, K * C * (wide ? 8 : 4));
   std::vector<char> started(tiling.chunks, 0);
   Sums sums(tiling.chunks, C);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {
@@ -134,19 +136,21 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     if (need_weight) {
       s.pass = Pass::act, s.in[0] = operand(from), s.out = scratch(input, last, C, tiling.size);
       kernels.sweep(s);
-      const Matrix sum{partial.of(chunk), K, C, C, 1};
+      void* const total = chunk == 0 ? dweight.mutable_data_ptr() : others.of(chunk - 1);
+      const Matrix sum{total, K, C, C, 1};
       if (paired) {
         char* input_pairs = input + tile_bytes;
         char* dz_pairs = input_pairs + C * tiling.size * bytes;
         kernels.pair_rows(input, positions, C, input_pairs);
         kernels.pair_rows(dz, positions, K, dz_pairs);
         kernels.gemm_bf16(
-            {partial.of<float>(chunk), dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, started[chunk] != 0, false});
+            {static_cast<float*>(total), dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, started[chunk] != 0, false,
+             nullptr, upcoming.ahead()});
       } else if (narrow) {
         char* product = dz + K * tiling.size * bytes;
-        if (!started[chunk]) std::fill_n(partial.of<float>(chunk), K * C, 0.0f);
+        if (!started[chunk]) std::fill_n(static_cast<float*>(total), K * C, 0.0f);
         matmul({product, K, C, C, 1}, dz_matrix, input_matrix.t(), dtype);
-        widen_and_add(partial.of<float>(chunk), product, K * C, dtype);
+        widen_and_add(static_cast<float*>(total), product, K * C, dtype);
       } else if (started[chunk]) {
         matmul_accumulate(sum, dz_matrix, input_matrix.t(), dtype, upcoming.ahead());
       } else {
@@ -157,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
 
     // The data gradient takes the place of the activated input.
     if (paired)
-      kernels.gemm_bf16({nullptr, dz, w_copy.of(0), positions, C, K / 2, C, K / 2, 1, C, false, false, input});
+      kernels.gemm_bf16({nullptr, dz, w_copy.of(0), positions, C, K / 2, C, K / 2, 1, C, false, false, input, upcoming.ahead()});
     else
       matmul(input_matrix, w.t(), dz_matrix, dtype, upcoming.ahead());
     s.pass = accumulate ? Pass::mask_accumulate : Pass::mask;
@@ -166,10 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     kernels.sweep(s);
   });
 
-  const Tensor dweight = torch::stable::empty({need_weight ? K : 0, C}, stats_dtype(dtype));
   if (need_weight) {
-    const auto total = dtype == ScalarType::Double ? total_weight<double> : total_weight<float>;
-    total(partial, tiling.chunks, K * C, dweight.mutable_data_ptr());
+    const auto add_up = wide ? total_weight<double> : total_weight<float>;
+    add_up(others, tiling.chunks, K * C, dweight);
   }
   return {dweight, sums.total(0, from), sums.total(1, from)};
 }
