@@ -16,9 +16,9 @@ class Blocks {
   // `filters` has the bytes of what every block is multiplied with: from memory where they exceed the cache.
   Blocks(const Tensor& x, int64_t bytes_a_tile, int64_t filters)
       : height_(x.size(2)), width_(x.size(3)), rows_((height_ + 1) / 2), columns_((width_ + 1) / 2) {
-    constexpr int64_t CACHE = 768 << 10, SMALLEST = 14;
+    constexpr int64_t CACHE = 768 << 10, SMALLEST = 14, LARGEST = 112;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t most = std::max(std::max(CACHE, filters) / bytes_a_tile, SMALLEST);
+    const int64_t most = std::clamp(std::max(CACHE, filters) / bytes_a_tile, SMALLEST, LARGEST);
     parts_ = std::max<int64_t>(1, (columns_ + most - 1) / most);
     runs_ = x.size(0) * rows_ * parts_ * (columns_ > 0);
     longest_ = (columns_ + parts_ - 1) / parts_;
