@@ -22,7 +22,8 @@ class Blocks {
     parts_ = std::max<int64_t>(1, (columns_ + most - 1) / most);
     runs_ = x.size(0) * rows_ * parts_ * (columns_ > 0);
     longest_ = (columns_ + parts_ - 1) / parts_;
-    const int64_t together = longest_ > 0 ? std::max<int64_t>(1, most / longest_) : 1;
+    // Beside small maps the scratch is to be small, too: two blocks a thread.
+    const int64_t together = longest_ > 0 ? std::clamp<int64_t>(most / longest_, 1, std::max<int64_t>(1, runs_ / (2 * threads))) : 1;
     // As many a thread as another.
     count_ = std::min(runs_, ((runs_ + together - 1) / together + threads - 1) / threads * threads);
     size = count_ > 0 ? (runs_ + count_ - 1) / count_ * longest_ : 0;
