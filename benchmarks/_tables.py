@@ -61,19 +61,21 @@ def tables(rows: list[dict]) -> str:
 
 
 def overview(rows: list[dict]) -> str:
-    """The newest training step of every network and shape, a line each."""
-    lines, machines = [], {}
+    """The newest training step of every network and shape, a line each, and a table a machine."""
+    lines: dict[str, str] = {}
     for (network, _, dtype, _, (images, *shape)), newest in _runs(rows).items():
         best = newest["fast", "step of best stock"]["best"]
         columns = [("saved", (best, "fast", "min")), ("peak", (best, "fast", "min"))]
         columns += [("step of best stock", ("fast", "min")), ("step of best stock", ("fast compiled", "min compiled"))]
         cells = [" / ".join(filter(None, (_cell(newest.get((name, metric))) for name in names))) for metric, names in columns]
-        lines.append(f"| {network}, {images} of {'x'.join(map(str, shape))}, {dtype} | {' | '.join(cells)} |\n")
-        machines[_machine(newest["fast", "step"])] = None
-    return (
-        f"Measured: training steps by `resdense bench models`, on {' and '.join(machines)}; ratios are medians of those of interleaved "
+        machine = _machine(newest["fast", "step"])
+        line = f"| {network}, {images} of {'x'.join(map(str, shape))}, {dtype} | {' | '.join(cells)} |\n"
+        lines[machine] = lines.get(machine, "") + line
+    return "\n".join(
+        f"Measured: training steps by `resdense bench models`, on {machine}; ratios are medians of those of interleaved "
         'rounds.\n\n| | saved, MB an image: the fastest stock / `"fast"` / `"min"` | peak, likewise | time over the best stock: `"fast"` / `"min"` '
-        f"| both under `torch.compile` |\n|{'---|' * 5}\n{''.join(lines)}"
+        f"| both under `torch.compile` |\n|{'---|' * 5}\n{of_machine}"
+        for machine, of_machine in lines.items()
     )
 
 
@@ -153,7 +155,8 @@ def _between(text: str, begin: str, end: str, new: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     rows, drawn = [r for rows in committed().values() for r in rows], ("train", "channels_last", "float32")
-    draw([r for r in rows if (r["mode"], r["layout"], r["dtype"]) == drawn], ROOT / "docs/benchmark.png", DRAWN)
+    of_one_machine = [r for r in rows if _machine(r) == _machine(rows[0])]
+    draw([r for r in of_one_machine if (r["mode"], r["layout"], r["dtype"]) == drawn], ROOT / "docs/benchmark.png", DRAWN)
     text = _between(readme.read_text(), BEGIN, END, measured())
     readme.write_text(_between(text, GPU_BEGIN, GPU_END, measured_on_a_gpu()))
 
