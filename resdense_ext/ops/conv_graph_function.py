@@ -39,7 +39,7 @@ class ConvGraphFunction(torch.autograd.Function):
             return outputs, maps, [vector for of_map in stats for vector in of_map]
 
         with without_autocast(sources[0].device):
-            key = "conv_graph", shape, tuple(kept), tuple(map(layout_of, sources))
+            key = "conv_graph", shape, frozenset(kept), tuple(map(layout_of, sources))
             outputs, maps, vectors = _run(backend, key, (sources, tensors), call)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         of, positions = map_of_norm(graph), positions_of(sources, graph)

@@ -29,22 +29,20 @@ class EngineOperator:
         torch.library.register_fake(f"resdense::{name}", fake, lib=LIBRARY)
         self._operator = getattr(torch.ops.resdense, name).default
         self._recorder = partial(Recorder, operator=self._operator, function=function)
-        arguments = list(enumerate(self._operator._schema.arguments))
-        self._tensors, self._lists, self._others = (
-            [at for at, a in arguments if kind(str(a.type))]
-            for kind in (
-                lambda kind: kind in ("Tensor", "Optional[Tensor]"),
-                lambda kind: "Tensor" in kind and "List" in kind,
-                lambda kind: "Tensor" not in kind,
-            )
+        arguments = [(a.name, str(a.type)) for a in self._operator._schema.arguments]
+        of_tensors = [at for at, (_, kind) in enumerate(arguments) if "Tensor" in kind]
+        self._lists = [at for at in of_tensors if "List" in arguments[at][1]]
+        self._maps = [at for at in of_tensors if at not in self._lists]
+        self._numbers = [at for at in range(len(arguments)) if at not in of_tensors]
+        self._backends, self._groups = (
+            [at for at, (name, _) in enumerate(arguments) if name.endswith(what)] for what in ("backend", "group")
         )
-        self._backends, self._groups = ([at for at, a in arguments if a.name.endswith(of)] for of in ("backend", "group"))
 
     def __call__(self, *args: Any) -> Any:
         alone = not any(args[at] for at in self._groups)  # else ranks talk to each other
         if not (alone and may_replay(args[at] for at in self._backends)):
             return self._operator(*args)
-        maps = [args[at] for at in self._tensors]
-        numbers = tuple(tuple(value) if isinstance(value, list) else value for value in (args[at] for at in self._others))
+        maps = [args[at] for at in self._maps]
+        numbers = tuple(tuple(value) if isinstance(value, list) else value for value in (args[at] for at in self._numbers))
         key = self._operator, numbers, tuple(map(layout_of, maps))
         return replayed(key, maps + [args[at] for at in self._lists], partial(self._operator, *args), self._recorder)
