@@ -19,6 +19,7 @@ from resdense_ext.nn.engine import why_stock
 from resdense_ext.nn.read import read_dual_path_block
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import dual_path_stage as op
+from resdense_ext.ops import operator
 from resdense_ext.ops.units import UNIT, flat_tensors
 
 R, GROWTH, WIDTH, INPUTS = 6, 3, 4, 5
@@ -434,9 +435,12 @@ class TestMemory:
         net = Joined(stage_of(**options), first).requires_grad_(False)
         assert rd.memory.saved_bytes(lambda: net(input_of(net.stage))) == 0
 
+    @pytest.mark.parametrize("replayed", [True, False])
     @pytest.mark.parametrize("channels_last", [False, True])
-    def test_slices_are_not_copied(self, channels_last):
+    def test_slices_are_not_copied(self, channels_last, replayed, monkeypatch):
         """The two halves as slices of one map, as a block called by itself returns them."""
+        if not replayed:
+            monkeypatch.setattr(operator, "may_replay", lambda names: False)
         formatted = dict(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         stage = stage_of(2, "min", projection=False, dtype=torch.float32)
         x = images(2, R + 3 * GROWTH, 48, 40).float().contiguous(**formatted)

@@ -7,6 +7,7 @@ from torch import nn as torch_nn
 
 import resdense_ext as rd
 from resdense_ext import models, nn
+from resdense_ext.ops import operator
 
 FLOAT = 4
 
@@ -24,13 +25,16 @@ def block_bytes(block, output, raw_maps=0.0):
 
 
 @pytest.mark.unpoisoned  # which would only fill the memory that is counted
+@pytest.mark.parametrize("replayed", [True, False])
 @pytest.mark.parametrize("policy", ["fast", "min"])
 @pytest.mark.parametrize(
     ("kind", "channels", "raw_maps"),
     [(nn.PreActBlock, 16, 1), (nn.PreActBottleneck, 64, 0.5), (nn.BasicBlock, 64, 2), (nn.Bottleneck, 256, 0.5)],
 )
-def test_another_block_costs_its_output(kind, channels, raw_maps, policy):
+def test_another_block_costs_its_output(kind, channels, raw_maps, policy, replayed, monkeypatch):
     """To the byte, kept and at the peak; "fast" keeps what convolutions write for norms that no moments serve."""
+    if not replayed:
+        monkeypatch.setattr(operator, "may_replay", lambda names: False)
     x, saved, peaks, depths = torch.randn(2, 3, 32, 32), [], [], (2, 3, 5)
     for depth in depths:
         net = one_stage(kind, depth, policy)

@@ -150,7 +150,9 @@ def _conv1x1_bn_add_act_backward(
     def record(unit: int, *values: Optional[Tensor]) -> None:
         results[2 + len(GRADS) * unit : 2 + len(GRADS) * unit + len(values)] = values
 
-    g = backend.activation_backward(grad, mark, pieces.activations[1]).contiguous(memory_format=memory_format_of(x))
+    # Any layout comes from outside, an expanded sum's, too; the operators take a map's.
+    upstream = grad.contiguous(memory_format=memory_format_of(x))
+    g = backend.activation_backward(upstream, mark, pieces.activations[1])
     need_input, need_weight = any(needs[i] for i in (0, 2, 3)), any(needs[4:6])
     if need_input or need_weight or any(needs[6:8]):
         if config.keep == "z":

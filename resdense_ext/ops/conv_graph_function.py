@@ -62,7 +62,7 @@ class ConvGraphFunction(torch.autograd.Function):
 
         def call() -> list[Optional[Tensor]]:
             stats = list(map(Stats, vectors[::2], vectors[1::2]))
-            return backward(upstream, list(maps), _around(ctx.graph, tensors), backend, stats, needs)
+            return backward(upstream, maps, _around(ctx.graph, tensors), backend, stats, needs)
 
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
