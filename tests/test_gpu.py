@@ -219,6 +219,16 @@ def test_programs_do_the_same(backend, kind, policy, monkeypatch):
     assert recorded == ([True, True] if backend == "cuda" else [])
 
 
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, :, ::2, ::2], lambda x: x[:1, :1, :1, :1].expand(x.shape)])
+def test_a_residual_end_takes_any_layout(backend, view):
+    x, identity = (view(maps((4, 64, 14, 14))).requires_grad_() for _ in range(2))
+    y = rd.functional.add_act(x, identity)
+    assert torch.equal(y, F.relu(x + identity))
+    for grad in (torch.ones_like(y[0, 0, 0, 0]).expand(y.shape), torch.randn_like(y.mT).mT):
+        for ours in torch.autograd.grad(y, (x, identity), grad, retain_graph=True):
+            assert torch.equal(ours, grad * (y > 0))
+
+
 def test_grad_scaler(backend):
     net, x, target, optimizer = training("fast")
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)

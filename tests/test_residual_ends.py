@@ -11,7 +11,8 @@ from torch import nn
 from resdense_ext import functional
 from resdense_ext.functional import BatchNorm
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops import bn_add_act
+from resdense_ext.ops import add_act, bn_add_act
+from resdense_ext.ops.layout import is_map
 from resdense_ext.ops.triton import interpreting
 
 ACTIVATIONS = {
@@ -50,6 +51,29 @@ def test_add_act(activation, channels_last):
     assert torch.equal(y, ACTIVATIONS[activation](x + identity))
     assert y.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert torch.autograd.gradcheck(lambda a, b: functional.add_act(a, b, **options), (x, identity), fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["dense", "every other position", "expanded"])
+def test_add_act_hands_its_kernels_maps_that_they_walk(monkeypatch, layout):
+    """The framework's kernels, which stand in on the CPU, take any layout; those of CUDA do not."""
+
+    class Kernels:
+        def __getattr__(self, name):
+            def run(*operands):
+                assert all(is_map(t) for t in operands if isinstance(t, torch.Tensor))
+                return getattr(torch.ops.resdense, name)(*operands)
+
+            return run
+
+    monkeypatch.setattr(add_act, "kernels_of", lambda x: Kernels())
+    whole = torch.randn(3, 5, 14, 6, dtype=torch.float64)
+    views = {"dense": whole, "every other position": whole[:, :, ::2, ::2], "expanded": whole.new_ones(()).expand(whole.shape)}
+    x, identity = (views[layout].detach().requires_grad_() for _ in range(2))
+    y = functional.add_act(x, identity)
+    assert torch.equal(y, F.relu(x + identity))
+    for grad in (torch.randn_like(y), torch.ones_like(y[0, 0, 0, 0]).expand(y.shape), torch.randn_like(y.mT).mT):
+        for ours in torch.autograd.grad(y, (x, identity), grad, retain_graph=True):
+            assert torch.equal(ours, grad * (y > 0))
 
 
 @pytest.mark.parametrize("training", [True, False])

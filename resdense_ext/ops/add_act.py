@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops.layout import walkable_map
 from resdense_ext.reference import Activation
 
 __all__ = ["add_act", "fused_slope", "kernels_of"]
@@ -40,7 +41,7 @@ class AddActFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             dx = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
         else:
-            dx = kernels_of(out).add_act_backward(grad, out, ctx.slope)
+            dx = kernels_of(out).add_act_backward(walkable_map(grad, like=out), out, ctx.slope)
         return dx, dx, None
 
 
@@ -49,4 +50,4 @@ def add_act(x: Tensor, identity: Tensor, activation: Activation) -> Tensor:
     slope = fused_slope(x, activation)
     if slope is None:
         return reference.add_act(x, identity, activation)
-    return AddActFunction.apply(x, identity, slope)
+    return AddActFunction.apply(walkable_map(x), walkable_map(identity, like=x), slope)

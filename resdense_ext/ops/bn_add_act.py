@@ -16,7 +16,7 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.add_act import fused_slope, kernels_of
 from resdense_ext.ops.backend import Affine, Fold
-from resdense_ext.ops.layout import is_map, memory_format_of, walkable_map
+from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
@@ -45,7 +45,7 @@ class BNAddActFunction(torch.autograd.Function):
             z, identity = (of[0] for of in (*operands, shortcut)[:2])
             fold, identity_fold = ctx.folds
             center = None if identity_fold is None else identity_fold.mean
-            grad = grad if is_map(grad) else grad.contiguous(memory_format=memory_format_of(z))
+            grad = walkable_map(grad, like=out)
             g, sum_g, *sums = kernels_of(z).bn_add_act_backward(grad, out, z, fold.mean, identity, center, ctx.slope)
             # A plain shortcut's gradient is g itself; of a projection g is free for it in the end.
             targets = (g.clone(), g)

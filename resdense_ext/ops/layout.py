@@ -35,9 +35,10 @@ def dense_map(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format_of(x))
 
 
-def walkable_map(x: Tensor) -> Tensor:
-    """``x``, or a dense copy where the compiled kernels cannot walk it; see `is_map`."""
-    return x if is_map(x) else dense_map(x)
+def walkable_map(x: Tensor, like: Optional[Tensor] = None) -> Tensor:
+    """``x``, or a dense copy, in the memory format of ``like`` where there is one, where the compiled kernels cannot walk it; see
+    `is_map`."""
+    return x if is_map(x) else x.contiguous(memory_format=memory_format_of(x if like is None else like))
 
 
 def map_beside(like: Tensor, x: Tensor) -> Tensor:
