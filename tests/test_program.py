@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_conv_graph
@@ -278,6 +281,25 @@ def test_what_is_remembered_is_bounded(monkeypatch, backend):
     for size in range(4, 12):
         results(block, images(2, 8, size, size).float(), count=2)
     assert len(replay._memories) == 3
+
+
+def test_threads_share_what_is_remembered(monkeypatch):
+    """Autograd walks backward with a thread a device, and detectors see more sizes than are remembered."""
+    monkeypatch.setattr(replay, "_MOST", 2)
+    monkeypatch.setattr(replay, "_recorded", lambda call, recorder: (call(), replay._PYTHONS))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def calls(seed: int) -> bool:
+        keys = random.Random(seed).choices(range(4), k=20000)
+        return all(replay.replayed(key, [], lambda: key) == key for key in keys)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(calls, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(replay._memories) == 2
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from threading import Lock
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -39,6 +40,7 @@ class _Memory(NamedTuple):
 
 
 _memories: OrderedDict[Hashable, _Memory] = OrderedDict()
+_lock = Lock()  # autograd's threads, one a device, replay as well
 _SEEN, _PYTHONS = _Memory(None), _Memory(None)
 """Of a call that came once, and of one of which there can be no program."""
 
@@ -74,20 +76,24 @@ def replayed(
     """
     inputs, sizes = _flat(given)
     key = key, sizes
-    memory = _memories.get(key)
-    if memory is None:
-        _memories[key] = _SEEN
-        while len(_memories) > _MOST:
-            _memories.popitem(last=False)
-        return call()
-    _memories.move_to_end(key)
-    if memory is _PYTHONS:
+    memory = _recalled(key)
+    if memory is None or memory is _PYTHONS:
         return call()
     found = [] if memory is _SEEN else memory.program(inputs)
     if found:
         return memory.grouped(found)
     results, _memories[key] = _recorded(call, recorder(inputs))
     return results
+
+
+def _recalled(key: Hashable) -> Optional[_Memory]:
+    """What is known of a call, which from now on is the latest; None of one that has not come yet."""
+    with _lock:
+        memory = _memories.pop(key, None)
+        _memories[key] = _SEEN if memory is None else memory
+        while len(_memories) > _MOST:
+            _memories.popitem(last=False)
+    return memory
 
 
 def _recorded(call: Callable[[], Any], recorder: Recorder) -> tuple[Any, _Memory]:
