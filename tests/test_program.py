@@ -338,7 +338,7 @@ class TestRecorder:
         assert_same_bits(program([x, y]), function(x, y))
 
     def test_numbers(self, recorded):
-        """Beside tensors and as scalars, of either type: an operator bound to 2 is not the one bound to 2.0."""
+        """Beside tensors and as scalars, of either type: a result's dtype tells 2 from 2.0."""
 
         def function(x, n):
             found = [n.add(n, alpha=2), n.clamp(2), n.clamp(2.0), x * 2, x / 3, 3 - x, x.add(x, alpha=2), x.clamp(max=0.5)]
@@ -348,6 +348,14 @@ class TestRecorder:
         program = recorded(function, *[t.clone() for t in given])
         given = [images(4, 4, seed=1).float(), torch.arange(5) * 3]
         assert_same_bits(program([t.clone() for t in given]), function(*[t.clone() for t in given]))
+
+    def test_other_numbers_need_no_other_operators(self, recorded):
+        """A detector's images are of any size, and so are the counts by which sums are divided."""
+        x, known = images(4, 4), []
+        for number in (2, 3.0, 3, 0.5):
+            assert torch.equal(recorded(lambda x: [x.add(x, alpha=number)], x)([x])[0], x.add(x, alpha=number))
+            known.append({name for name in LIBRARY._op_defs if "recorded" not in name})
+        assert known[1] == known[3] and {"resdense::aten_add_Tensor_int", "resdense::aten_add_Tensor_float"} <= known[1]
 
     def test_nothing_in_the_place_of_a_tensor(self, recorded):
         def function(x, nothing):

@@ -41,9 +41,10 @@ _NUMBERS: dict[Any, int] = {
     **{"cpu": 0, "cuda": 1},
 }
 """By which C++ knows what has a name here."""
-_SCALAR = r"(, \*)?, Scalar\?? \w+(=[^,)]*)?"
-"""Such an argument in a schema's text, with the mark of keyword arguments in front of the first of them."""
-_bounds = count()
+_SCALAR = r"Scalar\?? (\w+)(=[^,)]*)?"
+"""Such an argument in a schema's text, and its name."""
+_SCALARS = {bool: "bool", int: "int", float: "float", type(None): "float?"}
+"""What a schema calls the types that its values may have."""
 
 
 class Unrecordable(Exception):
@@ -162,7 +163,7 @@ class Recorder(TorchDispatchMode):
             t, *numbers = values
             return _Call([-1, *self._argument("Tensor", t, reads), *numbers, self._result(results, makes)], reads, makes)
         _check_numbers(func, values)
-        func, values = _without_scalars(func, values)
+        func = _without_scalars(func, values)
         names, arguments, returns = _signature(func)
         code = [*map(self._name, names), len(arguments), len(returns)]
         for (name, kind, optional, _), value in zip(arguments, values):
@@ -259,31 +260,21 @@ def _check_numbers(func: torch._ops.OpOverload, values: list) -> None:
             raise Unrecordable("the number may decide on the dtype")
 
 
-def _without_scalars(func: torch._ops.OpOverload, values: list) -> tuple[torch._ops.OpOverload, list]:
-    """One without arguments of type Scalar, which the stable ABI cannot hand over."""
-    scalars = [at for at, argument in enumerate(_signature(func).arguments) if argument.kind == "number"]
-    if not scalars:
-        return func, values
-    bound = _bound(func, tuple((at, values[at]) for at in scalars), tuple(type(values[at]) for at in scalars))
-    return bound, [value for at, value in enumerate(values) if at not in scalars]
+def _without_scalars(func: torch._ops.OpOverload, values: list) -> torch._ops.OpOverload:
+    """The same with a type of its own for every argument of type Scalar, which the stable ABI cannot hand over."""
+    scalars = [value for value, a in zip(values, _signature(func).arguments) if a.kind == "number"]
+    return _typed(func, tuple(map(type, scalars))) if scalars else func
 
 
 @functools.cache
-def _bound(func: torch._ops.OpOverload, scalars: tuple[tuple[int, Any], ...], types: tuple[type, ...]) -> torch._ops.OpOverload:
-    """An operator that is ``func`` with these of its arguments; ``types`` tells apart what is equal and not the same."""
-
-    def call(*values: Any) -> Any:
-        every = list(values)
-        for at, value in scalars:
-            every.insert(at, value)
-        head = len(func._schema.arguments) - len(keywords)
-        return func(*every[:head], **dict(zip(keywords, every[head:])))
-
-    keywords = [a.name for a in func._schema.arguments if a.kwarg_only]
-    name = f"bound_{next(_bounds)}"
-    _, _, schema = str(func._schema).partition("(")
-    LIBRARY.define(f"{name}({re.sub(_SCALAR, '', schema)}")
-    LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+def _typed(func: torch._ops.OpOverload, types: tuple[type, ...]) -> torch._ops.OpOverload:
+    if not set(types) <= _SCALARS.keys():
+        raise Unrecordable(f"a number is of type {types}")
+    kinds = iter([_SCALARS[kind] for kind in types])
+    name, _, schema = str(func._schema).partition("(")
+    name = re.sub(r"\W+", "_", "_".join((name, *(kind.__name__ for kind in types))))
+    LIBRARY.define(f"{name}({re.sub(_SCALAR, lambda found: f'{next(kinds)} {found[1]}', schema)}")
+    LIBRARY.impl(name, func, "CompositeExplicitAutograd")
     return getattr(torch.ops.resdense, name).default
 
 
