@@ -162,6 +162,24 @@ def test_a_graph_of_a_training_step_replays_it(backend, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_network_as_graphed_callables(backend, policy, monkeypatch):
+    """Forward and backward as a graph each, and the rest of a step as it is written."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net, x, target, _ = training(policy)
+
+    def gradients():
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            loss = F.cross_entropy(net(x).float(), target)
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    expected = gradients()
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        torch.cuda.make_graphed_callables(net, (x.clone(),))
+    for _ in range(2):
+        assert all(torch.equal(ours, eager) for ours, eager in zip(gradients(), expected))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_host_never_waits(backend, policy):
     net, x, target, optimizer = training(policy)
     step(net, x, target, optimizer)  # compiles
