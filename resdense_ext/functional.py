@@ -37,7 +37,7 @@ from resdense_ext.ops import dual_path_stage_function as _dual_path_stage
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
 from resdense_ext.ops import residual_block_function as _residual_block
 from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_dual_path_blocks, cast_residual_block
-from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.layout import as_convolved, empty_map
 from resdense_ext.reference import (
     Activation,
     BatchNorm,
@@ -181,7 +181,8 @@ def residual_block(
             and computes the convolutions again. Norms that are frozen altogether need nothing of what they read.
 
     Returns:
-        ``[N, K, *spatial]`` in the memory format of ``x``. Backward reads it: changing it in place makes the backward raise.
+        ``[N, K, *spatial]``, channels-last where ``x`` or a convolution's weight is, as PyTorch's convolutions give it. Backward
+        reads it: changing it in place makes the backward raise.
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
@@ -202,6 +203,7 @@ def residual_block(
             x = x.to(block.units[0].conv.weight.dtype)
     if x.numel() == 0:
         return reference.residual_block(x, block, act, last)
+    x = as_convolved(x, [unit.conv.weight for unit in block.units])
     backend = backends.choose(x, block.units[0].conv.weight.dtype, act)
     return _residual_block.residual_block(x, block, act, last, policy, backend)
 

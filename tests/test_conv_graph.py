@@ -81,8 +81,9 @@ def run_of(call, activation=RELU, used=range(len(OUTPUTS)), without=()):
     return run
 
 
-def layout(inputs, channels_last):
-    return {k: t.contiguous(memory_format=torch.channels_last) if channels_last else t for k, t in inputs.items()}
+def layout(tensors, channels_last):
+    maps = {k for k, t in tensors.items() if channels_last and t.dim() == 4}
+    return {k: t.to(memory_format=torch.channels_last) if k in maps else t for k, t in tensors.items()}
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -97,6 +98,16 @@ class TestNumbers:
             inputs = layout(inputs, channels_last)
             ours = run_of(conv_graph, used=used, without=without)({k: t.clone() for k, t in inputs.items()}, state()[1])
         assert_within_noise(ours, stock(*state()), noise)
+        assert all(ours[f"output {i}"].is_contiguous(memory_format=layout_of(channels_last)) for i in range(len(OUTPUTS)))
+
+    def test_weights_say_what_the_layout_is(self, backend, channels_last):
+        """Of a network in channels-last whose images are contiguous."""
+        inputs, params = state()
+        params = layout(params, channels_last)
+        stock = run_of(reference.conv_graph)
+        with rd.use_backend(backend):
+            ours = run_of(conv_graph)({k: t.clone() for k, t in inputs.items()}, params)
+        assert_within_noise(ours, stock(*state()), rounding_noise(stock, *state()))
         assert all(ours[f"output {i}"].is_contiguous(memory_format=layout_of(channels_last)) for i in range(len(OUTPUTS)))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -277,6 +277,33 @@ class TestAgreement:
                 results.append((y.detach(), x.grad))
             same(*results)
 
+    @pytest.mark.parametrize("channels_last", [False, True])
+    @pytest.mark.parametrize("rank", [2, 3])
+    def test_a_contiguous_input(self, backend, policy, options, rank, channels_last):
+        """Then weights say what the output's layout is."""
+        formatted = {2: torch.channels_last, 3: torch.channels_last_3d}[rank] if channels_last else torch.contiguous_format
+        block = Block(**options, policy=policy, rank=rank).to(memory_format=formatted)
+        x = input_of(block, (7, 6, 5)[:rank])
+        assert block(x).stride() == stock_of(block)(x).stride()
+        self.same_gradients(block.double(), x.double())
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_a_volume_of_one_channel(self, backend, policy, channels_last):
+        """Of which no layout can be told."""
+        formatted = torch.channels_last_3d if channels_last else torch.contiguous_format
+        block = Block((1, 4, 4), (3, 3), projection="normed", policy=policy, rank=3).to(memory_format=formatted)
+        x = input_of(block, (7, 6, 5))
+        assert block(x).stride() == stock_of(block)(x).stride()
+        self.same_gradients(block.double(), x.double())
+
+    def same_gradients(self, block, x):
+        results = []
+        for net in (block, stock_of(block)):
+            given = x.clone().requires_grad_()
+            y = net(given)
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [given, *net.parameters()])])
+        same(*results)
+
     def test_the_gradient_that_comes_in_is_not_changed(self, policy, options):
         block = Block(**options, policy=policy)
         y = block(input_of(block).requires_grad_())

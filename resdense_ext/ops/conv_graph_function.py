@@ -14,7 +14,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops.backend import ReferenceBackend, Stats
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm, positions_of
-from resdense_ext.ops.layout import walkable_map
+from resdense_ext.ops.layout import as_convolved, walkable_map
 from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
@@ -133,7 +133,7 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...
             normalise it whole.
 
     Returns:
-        A map an output, in the memory format of its first piece. An output that is one convolution's map as it is, and that is
+        A map an output, channels-last where the sources are or a weight is. An output that is one convolution's map as it is, and that is
         read otherwise, too, is kept for backward: changing it in place makes that raise.
     """
     dtype = graph.convs[0].weight.dtype
@@ -143,4 +143,5 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...
     backend = backends.get(chosen.pop() if len(chosen) == 1 else "reference")
     tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in graph.norms)])
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
+    sources = [as_convolved(x, [conv.weight for conv in graph.convs]) for x in sources]
     return ConvGraphFunction.apply(graph, backend, keep, len(sources), *sources, *tensors)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-__all__ = ["dense_map", "empty_map", "is_map", "map_beside", "memory_format_of", "walkable_map"]
+__all__ = ["as_convolved", "dense_map", "empty_map", "is_map", "map_beside", "memory_format_of", "walkable_map"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Channels-last where the channels of ``x`` are adjacent and its positions are not; a slice of channels counts."""
+    """Channels-last where the channels of ``x`` are adjacent and its positions are not; a slice of channels counts. Of one channel
+    the stride says whether it is one of several, as those of its neighbours in a network are."""
     channels_last = _CHANNELS_LAST.get(x.dim())
-    if channels_last is None or x.is_contiguous() or x.stride(1) != 1 or x.shape[1] == 1:
+    if channels_last is None or x.stride(1) != 1 or (x.shape[1] > 1 and x.is_contiguous()):
         return torch.contiguous_format
     return channels_last
+
+
+def as_convolved(x: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """``x`` in the memory format of what convolutions with these weights write: channels-last where x or a weight is, as
+    PyTorch's."""
+    if memory_format_of(x) != torch.contiguous_format or not any(map(_is_channels_last_weight, weights)):
+        return x
+    if x.shape[1] == 1:
+        return x.squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+
+
+def _is_channels_last_weight(weight: Tensor) -> bool:
+    """Strides tell it of 1x1 kernels and of single channels, too; only a single number says nothing."""
+    channels = weight.shape[1]
+    return weight.dim() in _CHANNELS_LAST and weight.stride(1) == 1 and weight.stride(-1) == channels and weight[0].numel() > 1
 
 
 def is_map(x: Tensor) -> bool:
