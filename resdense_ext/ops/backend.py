@@ -50,6 +50,12 @@ class Stats(NamedTuple):
     mean: Tensor
     m2: Tensor
 
+    @staticmethod
+    def room(z: Tensor, reader: Optional[BatchNorm]) -> Stats:
+        """For those of ``z``; none where its reader has its own."""
+        size = z.shape[1] if reader is not None and reader.batch_stats else 0
+        return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
+
 
 class Fold(NamedTuple):
     """A batch norm ready for use: the affine it amounts to, and what its backward needs.
@@ -242,6 +248,15 @@ class ReferenceBackend:
         if stats is not None:
             torch._foreach_copy_(list(stats), list(self.channel_stats(out)))
         return self._folded_reader(out, stats, reader, Activation() if affine is None else affine.activation)
+
+    def convolved(
+        self, x: Tensor, affine: Optional[Affine], conv: Conv, reader: Optional[BatchNorm]
+    ) -> tuple[Tensor, Stats]:
+        """`bn_act_conv` into new memory, in the layout of ``x``, with the statistics that a reader normalises by."""
+        out = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:]))
+        stats = Stats.room(out, reader)
+        self.bn_act_conv(x, affine, conv, out, None, 1.0, stats if len(stats.mean) else None)
+        return out, stats
 
     def _folded_reader(
         self, out: Tensor, stats: Optional[Stats], reader: Optional[BatchNorm], activation: Activation

@@ -20,7 +20,7 @@ from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_for
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, new_stats, parameters_of, wanted_gradients
+from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, parameters_of, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["Conv1x1BNAddActConfig", "conv1x1_bn_add_act"]
@@ -109,7 +109,7 @@ class _Pieces:
 
 
 def _statistics(x: Tensor, norm: Optional[BatchNorm], backend: ReferenceBackend) -> Stats:
-    return Stats(*backend.channel_stats(x)) if norm is not None and norm.batch_stats else new_stats(x, None)
+    return Stats(*backend.channel_stats(x)) if norm is not None and norm.batch_stats else Stats.room(x, None)
 
 
 def _conv1x1_bn_add_act(x: Tensor, identity: Tensor, tensors, *numbers):
@@ -118,7 +118,7 @@ def _conv1x1_bn_add_act(x: Tensor, identity: Tensor, tensors, *numbers):
     identity = map_beside(x, identity)
     backend, norms = backends.get(config.backend), config.norms(tensors)
     of_identity = _statistics(identity, norms[2], backend)
-    stats = [*_statistics(x, norms[0], backend), *new_stats(identity, None), *of_identity]
+    stats = [*_statistics(x, norms[0], backend), *Stats.room(identity, None), *of_identity]
     source = _Pieces(x, tensors, config, stats).source
     kept: list[Tensor] = []
     if config.keep == "z":
@@ -193,7 +193,7 @@ def _conv1x1_bn_add_act_fake(x: Tensor, identity: Tensor, tensors, *numbers):
     z = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:]))
     out = torch.empty_like(z, dtype=torch.promote_types(z.dtype, identity.dtype))
     before = out.new_empty(0) if reference.determined(activation) else torch.empty_like(out)
-    stats = [t for read, norm in zip((x, z, identity), norms) for t in new_stats(read, norm)]
+    stats = [t for read, norm in zip((x, z, identity), norms) for t in Stats.room(read, norm)]
     kept = []
     if config.keep == "z":
         kept = [z]

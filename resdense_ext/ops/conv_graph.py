@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
-from resdense_ext.ops.convolve import convolve, convolve_backward, sampling
+from resdense_ext.ops.convolve import convolve_backward, convolved, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
-from resdense_ext.ops.units import GRADS, Gradients, new_stats
+from resdense_ext.ops.units import GRADS, Gradients
 from resdense_ext.reference import Conv, ConvGraph, Piece
 
 __all__ = ["backward", "forward", "kept_maps", "map_of_norm", "positions_of"]
@@ -53,7 +53,7 @@ def forward(
     """The outputs; the maps, perhaps without some that were not to ``keep``; every map's statistics, empty where no norm asks for
     them."""
     norms = {of: graph.norms[norm] for norm, of in map_of_norm(graph).items() if graph.norms[norm].batch_stats}
-    stats = [new_stats(x, None) for x in sources]
+    stats = [Stats.room(x, None) for x in sources]
     for of, x in enumerate(sources):
         if of in norms:
             stats[of] = Stats(*backend.channel_stats(x))
@@ -61,9 +61,8 @@ def forward(
     last_reader = {piece.map: i for i, pieces in enumerate((*graph.reads, *graph.outputs)) for piece in pieces}
     for i, (conv, pieces) in enumerate(zip(graph.convs, graph.reads)):
         x, fold = walk.read(pieces, conv)
-        z, of = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:])), len(walk.maps)
-        stats.append(new_stats(z, norms.get(of)))
-        convolve(backend, x, fold, conv, z, stats[of] if of in norms else None)
+        z, of_z = convolved(backend, x, fold, conv, norms.get(len(walk.maps)))
+        stats.append(of_z)
         walk.maps.append(z)
         del x, z
         for piece in pieces:

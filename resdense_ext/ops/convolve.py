@@ -8,9 +8,9 @@ from torch import Tensor
 
 from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.layout import dense_map
-from resdense_ext.reference import Conv
+from resdense_ext.reference import BatchNorm, Conv
 
-__all__ = ["convolve", "convolve_backward", "is_matrix_product", "sampled", "sampling"]
+__all__ = ["convolve", "convolve_backward", "convolved", "is_matrix_product", "sampled", "sampling"]
 
 
 def is_matrix_product(conv: Conv) -> bool:
@@ -38,6 +38,14 @@ def convolve(
     """See `ReferenceBackend.bn_act_conv`."""
     x, conv = sampled(x, conv)
     backend.bn_act_conv(x, None if fold is None else fold.affine, conv, out, None, 1.0, stats)
+
+
+def convolved(
+    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, reader: Optional[BatchNorm]
+) -> tuple[Tensor, Stats]:
+    """See `ReferenceBackend.convolved`."""
+    x, conv = sampled(x, conv)
+    return backend.convolved(x, None if fold is None else fold.affine, conv, reader)
 
 
 def convolve_backward(

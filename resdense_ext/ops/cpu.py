@@ -7,6 +7,7 @@ such an input goes to the framework's convolution whatever the kernel size, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -50,6 +51,15 @@ def _suits_winograd(x: Tensor, conv: Conv) -> bool:
         and tuple(conv.padding) == tuple(conv.dilation) == conv.steps == (1, 1)
         and 16 * inputs * outputs <= max(_FILTERS, 4 * (x.numel() // inputs) * (inputs + outputs))
     )
+
+
+def _operator(x: Tensor, affine: Optional[Affine], conv: Conv) -> Optional[Callable]:
+    """That of ours for the convolution of an activation, if there is one."""
+    if affine is not None and not knows(affine.activation):
+        return None
+    if is_matrix_product(conv):
+        return torch.ops.resdense.bn_act_conv1x1
+    return torch.ops.resdense.bn_act_winograd if _suits_winograd(x, conv) else None
 
 
 def _linear(affine: Affine) -> Affine:
@@ -151,18 +161,26 @@ class CpuBackend(CompiledBackend):
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
     ) -> Optional[Fold]:
-        known = mask is None and (affine is None or knows(affine.activation))
-        if known and is_matrix_product(conv):
-            op, weight = torch.ops.resdense.bn_act_conv1x1, conv.weight.flatten(1)
-        elif known and _suits_winograd(x, conv):
-            op, weight = torch.ops.resdense.bn_act_winograd, conv.weight
-        else:
+        op = None if mask is not None else _operator(x, affine, conv)
+        if op is None:
             return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
+        weight = conv.weight.flatten(1) if is_matrix_product(conv) else conv.weight
         scale, shift, activation = affine or Fold.linear(x).affine
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
         increment_version((out, *(stats or ())))
         op(x, scale, shift, slope_of(activation), weight, bias, out, *(stats or (None, None)))
         return self._folded_reader(out, stats, reader, activation)
+
+    def convolved(
+        self, x: Tensor, affine: Optional[Affine], conv: Conv, reader: Optional[BatchNorm]
+    ) -> tuple[Tensor, Stats]:
+        if _operator(x, affine, conv) is not None or len(self.chunks(x)) > 1:
+            return super().convolved(x, affine, conv, reader)
+        # What the framework's convolution makes is new memory.
+        z = reference.convolution(x if affine is None else self.bn_act(x, affine), conv)
+        z = z.contiguous(memory_format=memory_format_of(x))
+        wanted = reader is not None and reader.batch_stats
+        return z, Stats(*self.channel_stats(z)) if wanted else Stats.room(z, None)
 
     def bn_act_conv_backward(
         self,

@@ -29,7 +29,7 @@ from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.ranks import Ranks
-from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, new_stats, parameters_of, units_from
+from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, parameters_of, units_from
 from resdense_ext.reference import Activation, DenseLayer, accumulation_dtype
 
 __all__ = [
@@ -146,7 +146,7 @@ def forward(
             z = empty_map(x, width, compute) if spare is None or spare.shape[1] != width else spare
             spare = None if config.keep[index] else z
             norm, last = layer.units[1]
-            z_stats = new_stats(z, norm)
+            z_stats = Stats.room(z, norm)
             fold = backend.bn_act_conv(
                 source, fold.affine, conv, z, None, 1.0, z_stats if norm.batch_stats else None, norm
             )

@@ -33,7 +33,7 @@ from resdense_ext.ops.dense_block import BufferGradient
 from resdense_ext.ops.layout import empty_map, map_beside
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.split_unit import Source, SplitUnit
-from resdense_ext.ops.units import Gradients, geometry_of, new_stats, parameters_of, units_from, wanted_gradients
+from resdense_ext.ops.units import Gradients, geometry_of, parameters_of, units_from, wanted_gradients
 from resdense_ext.reference import Activation, DualPathBlock, Unit, accumulation_dtype
 
 __all__ = ["DualPathStageConfig", "cost_of", "saved_inputs", "statistics_of", "units_of"]
@@ -158,7 +158,7 @@ class _Stage:
 
     def source(self, x: Tensor, wanted: bool) -> Source:
         """The map with its statistics, taken if they are wanted."""
-        return Source(x, Stats(*self.backend.channel_stats(x)) if wanted else new_stats(x, None))
+        return Source(x, Stats(*self.backend.channel_stats(x)) if wanted else Stats.room(x, None))
 
     def read_inputs(self) -> bool:
         """Whether any norm normalises by the statistics of the inputs."""
@@ -196,7 +196,7 @@ def _forward(xs: Sequence[Tensor], tensors, config: DualPathStageConfig) -> tupl
         unit = stage.unit(block.units[0], sources)
         for following in block.units[1:]:
             z = unit.empty_output()
-            z_stats = new_stats(z, following.norm)
+            z_stats = Stats.room(z, following.norm)
             unit.write([z], [z_stats if following.norm.batch_stats else None])
             stats += z_stats
             if config.plan[index] == "fast":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.activation import LINEAR
-from resdense_ext.ops.backend import ConvGrads, Pending
+from resdense_ext.ops.backend import ConvGrads, Pending, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
@@ -40,7 +40,7 @@ from resdense_ext.ops.residual_maps import (
     sizes_of,
     takes_stats,
 )
-from resdense_ext.ops.units import Gradients, new_stats, parameters_of, wanted_gradients
+from resdense_ext.ops.units import Gradients, parameters_of, wanted_gradients
 
 __all__: list[str] = []
 
@@ -187,7 +187,7 @@ def _residual_block_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Ten
     identity = x if block.shortcut is None else torch.empty_like(maps[-1])
     dtype = torch.promote_types(maps[-1].dtype, identity.dtype) if block.norm is None else maps[-1].dtype
     out = torch.empty_like(maps[-1], dtype=dtype)
-    stats = [t for z, norm in zip([*maps, identity], norms_of(block)) for t in new_stats(z, norm)]
+    stats = [t for z, norm in zip([*maps, identity], norms_of(block)) for t in Stats.room(z, norm)]
     if config.group:
         stats.append(x.new_empty(len(maps) + 1, dtype=torch.float64))
     kept = [z for z, how in zip([*maps[1:], identity], config.plan) if how == "kept"]

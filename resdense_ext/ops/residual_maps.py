@@ -14,12 +14,11 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.backend import Fold, Pending, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import Pointwise, kept_for_backward
-from resdense_ext.ops.convolve import convolve
-from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.convolve import convolved
 from resdense_ext.ops.ranks import Ranks
-from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of, new_stats
+from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, ResidualBlock, Shortcut, Unit
 
 __all__ = [
@@ -199,16 +198,6 @@ def takes_stats(norm: Optional[BatchNorm]) -> bool:
     return norm is not None and norm.batch_stats
 
 
-def _convolve(
-    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, reader: Optional[BatchNorm]
-) -> tuple[Tensor, Stats]:
-    """A new map, and its statistics where its reader normalises by them."""
-    z = empty_map(x, conv.weight.shape[0], conv.weight.dtype, conv.outputs(x.shape[2:]))
-    stats = new_stats(z, reader)
-    convolve(backend, x, fold, conv, z, stats if takes_stats(reader) else None)
-    return z, stats
-
-
 class Maps:
     """The maps of a block, computed forward or again, and their statistics, taken or known."""
 
@@ -219,7 +208,7 @@ class Maps:
         self.units = len(block.units)
         self.maps: list[Optional[Tensor]] = [x] + [None] * (self.units + 1)
         self.known = bool(stats)
-        self.stats = [Stats(*stats[2 * i : 2 * i + 2]) if stats else new_stats(x, None) for i in range(len(self.maps))]
+        self.stats = [Stats(*stats[2 * i : 2 * i + 2]) if stats else Stats.room(x, None) for i in range(len(self.maps))]
         totals = stats[-1].split(1) if stats and config.group else [None] * len(self.maps)
         self.ranks = [Ranks(config.group, count, total) for count, total in zip(self.counts, totals)]
 
@@ -261,7 +250,7 @@ class Maps:
         return Pointwise(x, first if activated else None, conv, self.backend)
 
     def _write(self, i: int, source: Tensor, fold: Optional[Fold], conv: Conv) -> None:
-        self.maps[i], stats = _convolve(self.backend, source, fold, conv, None if self.known else self.norms[i])
+        self.maps[i], stats = convolved(self.backend, source, fold, conv, None if self.known else self.norms[i])
         if not self.known:
             self.stats[i] = stats
             if takes_stats(self.norms[i]):

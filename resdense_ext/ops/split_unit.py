@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops.backend import Pending, ReferenceBackend, Stats
-from resdense_ext.ops.convolve import convolve, convolve_backward
+from resdense_ext.ops.convolve import convolve, convolve_backward, convolved
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import Activation, BatchNorm, Conv, Unit
 
@@ -53,9 +53,7 @@ class SplitUnit:
             (x, _), fold, alone = self.sources[0], self.folds[0], len(parts) == 1
             convolve(self.backend, x, fold, parts[0], out, taken if alone else None)
             for (x, _), fold, part in zip(self.sources[1:], self.folds[1:], parts[1:]):
-                product = empty_map(out, out.shape[1], out.dtype)
-                convolve(self.backend, x, fold, part, product, None)
-                out.add_(product)
+                out.add_(convolved(self.backend, x, fold, part, None)[0])
             if taken is not None and not alone:
                 for to, found in zip(taken, self.backend.channel_stats(out)):
                     to.copy_(found)

@@ -8,8 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.backend import Stats
-from resdense_ext.reference import BatchNorm, Conv, Unit, accumulation_dtype
+from resdense_ext.reference import BatchNorm, Conv, Unit
 
 __all__ = [
     "GRADS",
@@ -20,7 +19,6 @@ __all__ = [
     "geometry_of",
     "gradient_like",
     "group_of",
-    "new_stats",
     "parameters_of",
     "units_from",
     "wanted_gradients",
@@ -77,12 +75,6 @@ def units_from(
 def group_of(norms: Iterable[Optional[BatchNorm]]) -> str:
     """The one group that all norms with statistics of the batch share them in."""
     return next((norm.group for norm in norms if norm is not None and norm.batch_stats), "")
-
-
-def new_stats(z: Tensor, reader: Optional[BatchNorm]) -> Stats:
-    """Room for the statistics of ``z``; none where its reader has its own."""
-    size = z.shape[1] if reader is not None and reader.batch_stats else 0
-    return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
 
 
 class Gradients:
