@@ -27,6 +27,7 @@ __all__ = [
     "activation_of",
     "autocasts",
     "check_alone",
+    "check_bn_act_conv",
     "check_conv1x1_bn_add_act",
     "check_conv_graph",
     "check_dense_block",
@@ -201,7 +202,7 @@ def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
     dtype = None if autocasts(x.device.type) else x.dtype
     shape: tuple[int, ...] = tuple(x.shape)
     for i, unit in enumerate(block.units):
-        shape = _check_unit(f"block.units[{i}]", unit, shape, x, dtype)
+        shape = _check_unit(f"block.units[{i}].", unit, shape, x, dtype)
     if block.norm is not None:
         check_norm("block.norm", block.norm, shape[1], x, shape)
     added, where = tuple(x.shape), "block.shortcut"
@@ -209,7 +210,7 @@ def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
         conv, norm, activated, pool = block.shortcut
         if pool is not None:
             added = _check_shortcut_pool(pool, activated, x)
-        added, where = _check_unit(where, Unit(None, conv), added, x, dtype), "block.shortcut.conv"
+        added, where = _check_unit(f"{where}.", Unit(None, conv), added, x, dtype), "block.shortcut.conv"
         if norm is not None:
             check_norm("block.shortcut.norm", norm, added[1], x, added)
     if added != shape:
@@ -280,10 +281,10 @@ def _check_dual_path_block(where: str, block: DualPathBlock, shape: tuple[int, .
             raise ValueError(f"{name}.conv.groups: expected 1 between maps side by side, got {unit.conv.groups}")
     written = shape
     for name, unit in named:
-        written = _check_unit(name, unit, written, x, dtype)
+        written = _check_unit(f"{name}.", unit, written, x, dtype)
     halves = shape
     if block.projection is not None:
-        halves = _check_unit(f"{where}.projection", block.projection, shape, x, dtype)
+        halves = _check_unit(f"{where}.projection.", block.projection, shape, x, dtype)
     for (name, _), (_, channels, *_) in zip(split[1:], (written, halves)):
         if not 0 < block.residual_channels < channels:
             raise ValueError(
@@ -343,7 +344,7 @@ def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
                 check_norm(f"norms[{piece.norm}]", graph.norms[piece.norm], shapes[piece.map][1], first, shapes[piece.map])
         if i < len(graph.convs):
             shape = (like[0], like[1] + sum(other[1] for other in others), *like[2:])
-            shapes.append(_check_unit(where, Unit(None, graph.convs[i]), shape, first, dtype))
+            shapes.append(_check_unit(f"{where}.", Unit(None, graph.convs[i]), shape, first, dtype))
     if len({conv.weight.dtype for conv in graph.convs}) > 1:
         raise TypeError("convs: expected weights of one dtype")
 
@@ -355,17 +356,24 @@ def check_alone(**norms: Optional[BatchNorm]) -> None:
             raise ValueError(f"{name}.group: expected none, of this process alone, got {norm.group!r}")
 
 
+def check_bn_act_conv(x: Tensor, norm: BatchNorm, conv: Conv) -> None:
+    """Raises what `bn_act_conv` raises for these arguments."""
+    check_input(x)
+    _check_unit("", Unit(norm, conv), tuple(x.shape), x, None if autocasts(x.device.type) else x.dtype)
+    check_alone(norm=norm)
+
+
 def _check_unit(
-    where: str, unit: Unit, shape: tuple[int, ...], x: Tensor, dtype: Optional[torch.dtype]
+    prefix: str, unit: Unit, shape: tuple[int, ...], x: Tensor, dtype: Optional[torch.dtype]
 ) -> tuple[int, ...]:
     """Of one that reads a map of this shape; the shape of what it writes."""
     if unit.norm is not None:
-        check_norm(f"{where}.norm", unit.norm, shape[1], x, shape)
-    width = _check_conv(f"{where}.conv", unit.conv, shape[1], x, dtype)
+        check_norm(f"{prefix}norm", unit.norm, shape[1], x, shape)
+    width = _check_conv(f"{prefix}conv", unit.conv, shape[1], x, dtype)
     sizes = unit.conv.outputs(shape[2:])
     if any(size < 1 for size in sizes):
         raise ValueError(
-            f"{where}.conv: expected windows within the padded map of shape {shape}, got kernel "
+            f"{prefix}conv: expected windows within the padded map of shape {shape}, got kernel "
             f"{tuple(unit.conv.weight.shape[2:])}, padding {unit.conv.padding}, dilation {unit.conv.dilation}"
         )
     return (shape[0], width, *sizes)

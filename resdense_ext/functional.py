@@ -14,6 +14,7 @@ from resdense_ext.checks import (
     activation_of,
     autocasts,
     check_alone,
+    check_bn_act_conv,
     check_conv1x1_bn_add_act,
     check_dense_block,
     check_dual_path_stage,
@@ -30,6 +31,7 @@ from resdense_ext.checks import (
 )
 from resdense_ext.ops import add_act as _add_act
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops import bn_act_conv as _bn_act_conv
 from resdense_ext.ops import bn_add_act as _bn_add_act
 from resdense_ext.ops import conv1x1_bn_add_act_function as _conv1x1_bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
@@ -63,6 +65,7 @@ __all__ = [
     "Shortcut",
     "Unit",
     "add_act",
+    "bn_act_conv",
     "bn_act_pool",
     "bn_add_act",
     "channel_stats",
@@ -267,6 +270,45 @@ def dual_path_stage(
         return reference.dual_path_stage(x, blocks, act)
     backend = backends.choose(xs[0], blocks[0].units[0].conv.weight.dtype, act)
     return _dual_path_stage.dual_path_stage(xs, blocks, act, keep, backend)
+
+
+def bn_act_conv(
+    x: Tensor, norm: BatchNorm, conv: Conv, *, activation: str = "relu", negative_slope: float = 0.01
+) -> Tensor:
+    """A convolution of what batch norm and activation make of the input, of which nothing is kept: a pre-activation unit.
+
+    Equivalent to::
+
+        convolution(act(batch_norm(x, norm)), conv)
+
+    In training mode running statistics are updated once, as `torch.nn.functional.batch_norm` does it.
+
+    Args:
+        x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
+        norm: its parameters and state; vectors of ``C``, which may be float32 beside a lower precision.
+        conv: ``[K, C / groups, *kernel]``, in the dtype of ``x`` (under autocast it is cast), with any stride, padding, dilation,
+            groups, and a bias or none.
+        activation: relu, relu6, leaky_relu, elu, silu or identity.
+        negative_slope: of leaky_relu.
+
+    Returns:
+        ``[N, K, *spatial of the convolution's output]``, channels-last where ``x`` or the weight is. Backward keeps ``x`` and its
+        statistics, and computes what the convolution reads again.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; a
+            norm that shares them with other ranks.
+        TypeError: dtypes that do not fit.
+        Nothing is changed before an error is raised.
+
+    Source: He et al., Identity Mappings in Deep Residual Networks (2016); Huang et al., Densely Connected Convolutional Networks
+    (2017).
+    """
+    act = activation_of(activation, negative_slope)
+    check_bn_act_conv(x, norm, conv)
+    if autocasts(x.device.type):
+        conv = cast_convolution(conv, torch.get_autocast_dtype(x.device.type))
+    return _bn_act_conv.bn_act_conv(x, norm, conv, act)
 
 
 def bn_act_pool(

@@ -237,6 +237,14 @@ def test_programs_do_the_same(backend, kind, policy, monkeypatch):
     assert recorded == ([True, True] if backend == "cuda" else [])
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("options", [dict(kernel_size=1), dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, groups=4)], ids=str)
+def test_a_unit(backend, options, channels_last):
+    torch.manual_seed(0)
+    unit = rd.nn.BNActConv2d(64, 96, **options).cuda()
+    assert_as_stock(unit, maps((8, 64, 29, 31), torch.bfloat16, channels_last), torch.bfloat16)
+
+
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, :, ::2, ::2], lambda x: x[:1, :1, :1, :1].expand(x.shape)])
 def test_a_residual_end_takes_any_layout(backend, view):
     x, identity = (view(maps((4, 64, 14, 14))).requires_grad_() for _ in range(2))

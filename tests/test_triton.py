@@ -34,6 +34,7 @@ INTERPRETED = {
         "test_lower_precision and (float32 and fast and basic or bfloat16 and min and activated)",
     ),
     "moments": ("test_moments.py", "not float16 or bfloat16 and (not test_blocks or fast and (down or first))"),
+    "units": ("test_bn_act_conv.py", "test_in_working_precision and bfloat16 and (stride or 3x3 or 1x1) and True"),
     "residual ends": (
         "test_residual_ends.py",
         "(test_fused_bn_add_act and leaky_relu and True) or test_fused_bn_add_act_of_maps or test_add_act",

@@ -115,7 +115,8 @@ def _put_all_on_engine(model: nn.Module, policy: str) -> tuple[list[str], dict[s
             skipped[reason] = [path, *skipped.pop(reason, [])]
             refused.add(module)
             continue
-        if any(hasattr(module, kind) for kind in ("layer_modules", "residual_modules", "dual_path_modules")):
+        kinds = ("layer_modules", "residual_modules", "dual_path_modules", "unit_modules", "end_modules")
+        if any(hasattr(module, kind) for kind in kinds):
             blocks.insert(0, path)
     return blocks, dict(reversed(skipped.items())), refused
 

@@ -117,7 +117,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _has_a_row(module: nn.Module) -> bool:
-    kinds = ("layer_modules", "pooled_modules", "residual_modules", "dual_path_modules")
+    kinds = ("layer_modules", "pooled_modules", "residual_modules", "dual_path_modules", "unit_modules", "end_modules")
     return isinstance(module, (OnEngine, Converted)) and any(hasattr(module, kind) for kind in kinds)
 
 

@@ -125,7 +125,7 @@ def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Modul
     return Record({path: m for path, m in model.named_modules() if path in walk.owners}, walk.left)
 
 
-_READ = ("layer_modules", "residual_modules", "dual_path_modules", "pooled_modules")
+_READ = ("layer_modules", "residual_modules", "dual_path_modules", "pooled_modules", "unit_modules", "end_modules")
 """By what a module shows that an engine reads the modules in it."""
 
 

@@ -18,10 +18,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from resdense_ext import checks, functional
 from resdense_ext.nn.read import (
     DualPathModules,
+    EndModules,
     GraphModules,
     LayerModules,
     PooledModules,
     ResidualModules,
+    UnitModules,
     Unsupported,
     check_one_group,
     check_untouched,
@@ -31,9 +33,11 @@ from resdense_ext.nn.read import (
     pool_kind,
     read_conv_graph,
     read_dual_path_block,
+    read_end,
     read_layers,
     read_pooled_unit,
     read_residual_block,
+    read_unit,
 )
 from resdense_ext.ops.cast import cast_conv_graph
 from resdense_ext.ops.conv_graph_function import conv_graph
@@ -42,8 +46,10 @@ from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import Activation, ConvGraph, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
 
 __all__ = [
+    "BNActConv",
     "Block",
     "DualPath",
+    "End",
     "Graph",
     "Halves",
     "OnEngine",
@@ -52,10 +58,12 @@ __all__ = [
     "SideBySide",
     "Transition",
     "is_transformed",
+    "run_bn_act_conv",
     "run_chain",
     "run_conv_graph",
     "run_dense_block",
     "run_dual_path_block",
+    "run_end",
     "run_features",
     "run_residual_block",
     "run_transition",
@@ -147,6 +155,30 @@ class Graph(Protocol):
         """The forward that the engine stands in for."""
 
 
+class BNActConv(Protocol):
+    """What a norm, an activation and a convolution in a row offer."""
+
+    engine_policy: Optional[Policy]
+
+    def unit_modules(self) -> UnitModules:
+        """Raises Unsupported where the modules are not what the stock forward would find."""
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The forward that the engine stands in for."""
+
+
+class End(Protocol):
+    """What the end of a residual block offers, of two maps."""
+
+    engine_policy: Optional[Policy]
+
+    def end_modules(self) -> EndModules:
+        """Raises Unsupported where the modules are not what the stock forward would find."""
+
+    def stock_forward(self, maps: tuple[Tensor, Tensor]) -> Tensor:
+        """The forward that the engine stands in for."""
+
+
 class Transition(Protocol):
     """What a transition offers."""
 
@@ -158,6 +190,8 @@ class Transition(Protocol):
     def stock_forward(self, x: Tensor) -> Tensor:
         """The forward that the engine stands in for."""
 
+
+_AnyBlock = Block | Transition | Residual | DualPath | Graph | BNActConv | End
 
 _stock: ContextVar[bool] = ContextVar("resdense_stock", default=False)
 _watch: ContextVar[Optional[Watch]] = ContextVar("resdense_watch", default=None)
@@ -203,14 +237,17 @@ def _running(module: nn.Module, x: Tensor | Halves) -> Iterator[None]:
 _Run = Callable[[Tensor], Optional[Tensor]]
 
 
-def _run(module: Block | Transition | Residual | DualPath | Graph, x: Tensor, read: Callable[[], _Run]) -> Tensor:
+def _run(module: _AnyBlock, x: Tensor, read: Callable[[], _Run]) -> Tensor:
     """The module's forward on the engine, or on its stock path where the engine cannot; the latter is said once a module.
 
     ``read`` looks at the modules inside and gives what runs them, which answers None for an input that it does not take.
     """
     if is_transformed(x):
         return module.stock_forward(x)
-    if not hasattr(module, "graph_modules"):
+    if hasattr(module, "end_modules"):
+        for name, part in zip(("x", "identity"), x):
+            _check_is_tensor(part, name=name)
+    elif not hasattr(module, "graph_modules"):
         _check_is_tensor(x, hasattr(module, "dual_path_modules"))
     with _running(module, x):
         run = None
@@ -276,6 +313,38 @@ def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
         return lambda x: whole(_dual_path_stage(x, [described], activation, [block.engine_policy], modules.side_by_side))
 
     return _run(block, x, read)
+
+
+def run_bn_act_conv(unit: BNActConv, x: Tensor) -> Tensor:
+    """The unit's forward, see `_run`."""
+
+    def read() -> _Run:
+        (norm, conv), activation = read_unit(unit.unit_modules())
+        options = {"activation": activation.name, "negative_slope": activation.slope}
+        return lambda x: functional.bn_act_conv(x, norm, conv, **options)
+
+    return _run(unit, x, read)
+
+
+def run_end(end: End, maps: tuple[Tensor, Tensor]) -> Tensor:
+    """The forward of a residual block's end, see `_run`; maps that are not alike are left to the stock path."""
+
+    def read() -> _Run:
+        modules = end.end_modules()
+        (norm, identity_norm), activation = read_end(modules)
+        options = {"activation": activation.name, "negative_slope": activation.slope}
+
+        def run(maps: tuple[Tensor, Tensor]) -> Optional[Tensor]:
+            x, identity = maps
+            if (x.shape, x.dtype, x.device) != (identity.shape, identity.dtype, identity.device):
+                return None
+            if norm is None:
+                return functional.add_act(x, identity, **options)
+            return functional.bn_add_act(x, norm, identity, identity_norm, **options)
+
+        return run
+
+    return _run(end, maps, read)
 
 
 def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -560,7 +629,7 @@ def _widened(y: Tensor, norm: nn.Module) -> Tensor:
     return y.to(torch.promote_types(y.dtype, norm.weight.dtype)) if is_frozen_norm(norm) else y
 
 
-def why_stock(module: Block | Transition | Residual | DualPath | Graph) -> Optional[str]:
+def why_stock(module: _AnyBlock) -> Optional[str]:
     """Why the modules in it, as they are now, make it run its stock path; None where they do not."""
     try:
         if hasattr(module, "layer_modules"):
@@ -571,6 +640,10 @@ def why_stock(module: Block | Transition | Residual | DualPath | Graph) -> Optio
             read_dual_path_block(module.dual_path_modules())
         elif hasattr(module, "graph_modules"):
             read_conv_graph(module.graph_modules())
+        elif hasattr(module, "unit_modules"):
+            read_unit(module.unit_modules())
+        elif hasattr(module, "end_modules"):
+            read_end(module.end_modules())
         else:
             read_pooled_unit(module.pooled_modules())
     except Unsupported as unsupported:
@@ -591,11 +664,11 @@ def _wants_stock() -> bool:
     return not torch.compiler.is_compiling() and _stock.get()
 
 
-def _check_is_tensor(x: Tensor | Halves, may_be_halves: bool) -> None:
+def _check_is_tensor(x: Tensor | Halves, may_be_halves: bool = False, name: str = "x") -> None:
     halves = may_be_halves and isinstance(x, tuple) and len(x) == 2 and all(isinstance(half, Tensor) for half in x)
     if not halves and not isinstance(x, Tensor):
         expected = "a Tensor or (residual, dense)" if may_be_halves else "a Tensor"
-        raise TypeError(f"x: expected {expected}, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(x).__name__}")
 
 
 def _check_plain(x: Tensor | Halves) -> None:

@@ -30,12 +30,14 @@ from resdense_ext.reference import (
 
 __all__ = [
     "DualPathModules",
+    "EndModules",
     "GraphModules",
     "LayerModules",
     "PieceModules",
     "PooledModules",
     "ReadModules",
     "ResidualModules",
+    "UnitModules",
     "Unsupported",
     "check_forward",
     "check_one_group",
@@ -47,10 +49,12 @@ __all__ = [
     "read_children",
     "read_conv_graph",
     "read_dual_path_block",
+    "read_end",
     "read_layers",
     "read_pooled_unit",
     "read_projection",
     "read_residual_block",
+    "read_unit",
 ]
 
 _NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
@@ -98,6 +102,18 @@ class LayerModules(NamedTuple):
     units: tuple[tuple[nn.Module, nn.Module, nn.Module], ...]
     drop_rate: float = 0.0
     drop_channels: bool = False
+
+
+UnitModules = tuple[nn.Module, nn.Module, nn.Module]
+"""``(norm, activation, convolution)``, one after another."""
+
+
+class EndModules(NamedTuple):
+    """``activation(norm(x) + identity_norm(identity))``, without the norms that are None; only behind a norm is there another."""
+
+    norm: Optional[nn.Module]
+    identity_norm: Optional[nn.Module]
+    activation: nn.Module
 
 
 class PooledModules(NamedTuple):
@@ -256,9 +272,7 @@ def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activ
         pair = conv if isinstance(conv, tuple) else ()
         read_conv = _read_pair(*pair, modules.residual_channels) if pair else _read_conv(conv)
         _check_alone(norm, seen)
-        read_norm = _read_norm(norm, _NORM_BESIDE[type(pair[0] if pair else conv)], activation)
-        if read_norm.batch_stats and read_norm.group:
-            raise Unsupported("takes statistics over several ranks", norm)
+        read_norm = _read_own_norm(norm, _NORM_BESIDE[type(pair[0] if pair else conv)], activation)
         units.append(Unit(read_norm, read_conv))
         activations.add(_read_activation(activation))
     # The last of the units splits, and a projection does.
@@ -285,10 +299,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     pairs = [(of.norm, of.activation) for read in reads for of in (read, *read.pieces)]
     activations = {activation: _read_activation(activation) for _, activation in pairs if activation is not None}
     activations[None] = Activation("identity")
-    norms = {norm: _read_norm(norm, beside, activation) for norm, activation in pairs if norm is not None}
-    for module, norm in norms.items():
-        if norm.batch_stats and norm.group:
-            raise Unsupported("takes statistics over several ranks", module)
+    norms = {norm: _read_own_norm(norm, beside, activation) for norm, activation in pairs if norm is not None}
 
     def graph(widths: Sequence[int]) -> ConvGraph:
         widths = [*widths, *(conv.weight.shape[0] for conv in convs)]
@@ -343,6 +354,32 @@ def read_pooled_unit(modules: PooledModules) -> tuple[PooledUnit, Activation]:
             raise Unsupported(f"does not commute with the convolution: {modules.pool}", modules.pool)
     unit = PooledUnit(_read_norm(modules.norm, _NORMS[rank - 1], modules.activation), pool, conv)
     return unit, _read_activation(modules.activation)
+
+
+def read_unit(modules: UnitModules) -> tuple[Unit, Activation]:
+    """The unit as the functional call takes it, and its activation.
+
+    Raises:
+        Unsupported: a module that the engine cannot stand in for, or one with hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    norm, activation, conv = modules
+    read_conv = _read_conv(conv)
+    return Unit(_read_own_norm(norm, _NORM_BESIDE[type(conv)], activation), read_conv), _read_activation(activation)
+
+
+def read_end(modules: EndModules) -> tuple[list[Optional[BatchNorm]], Activation]:
+    """The two norms as the functional call takes them, and the activation.
+
+    Raises:
+        Unsupported: as `read_unit`.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    norms = modules.norm, modules.identity_norm
+    kind = next((type(norm) for norm in norms if type(norm) in _NORMS), nn.BatchNorm2d)
+    return [None if norm is None else _read_own_norm(norm, kind) for norm in norms], _read_activation(modules.activation)
 
 
 def check_forward(module: nn.Module, owner: type[nn.Module], *methods: str) -> None:
@@ -423,6 +460,14 @@ def _read_norm(norm: nn.Module, expected: type[nn.Module], activation: Optional[
     if momentum is None:
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
     return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count, group)
+
+
+def _read_own_norm(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.Module] = None) -> BatchNorm:
+    """`_read_norm` of one that takes its statistics alone."""
+    read = _read_norm(norm, expected, activation)
+    if read.batch_stats and read.group:
+        raise Unsupported("takes statistics over several ranks", norm)
+    return read
 
 
 def _group_of(norm: nn.SyncBatchNorm) -> str:

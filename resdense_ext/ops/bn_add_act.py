@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.add_act import fused_slope, kernels_of
 from resdense_ext.ops.backend import Affine, Fold
+from resdense_ext.ops.batch_norm import batch_norm
 from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
@@ -70,7 +70,7 @@ def _differentiable_gradients(
 ) -> list[Optional[Tensor]]:
     # Of aliases: what they were computed from is not to be walked again.
     x, weight, bias = operands = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
-    y = _batch_norm(x, norm._replace(weight=weight, bias=bias, momentum=None, num_batches_tracked=None))
+    y = batch_norm(x, norm._replace(weight=weight, bias=bias, momentum=None, num_batches_tracked=None))
     wanted = [t for t in operands if t is not None and t.requires_grad]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
     return [next(grads) if t is not None and t.requires_grad else None for t in operands]
@@ -82,21 +82,12 @@ def bn_add_act(
     """The checked call: see `resdense_ext.functional.bn_add_act`."""
     slope = fused_slope(z, activation)
     if slope is None:
-        shortcut = identity if identity_norm is None else _batch_norm(identity, identity_norm)
-        return reference.add_act(_batch_norm(z, norm), shortcut, activation)
+        shortcut = identity if identity_norm is None else batch_norm(identity, identity_norm)
+        return reference.add_act(batch_norm(z, norm), shortcut, activation)
     z, identity = walkable_map(z), walkable_map(identity)
     folds = _fold(z, norm), None if identity_norm is None else _fold(identity, identity_norm)
     projection = (None, None) if identity_norm is None else identity_norm[:2]
     return BNAddActFunction.apply(z, *norm[:2], identity, *projection, (norm, identity_norm), folds, slope)
-
-
-def _batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
-    mean, var = norm.running_mean, norm.running_var
-    if norm.batch_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    if norm.batch_stats and norm.momentum is None:
-        mean = var = None  # the statistics are to stay as they are
-    return F.batch_norm(x, mean, var, norm.weight, norm.bias, norm.batch_stats, norm.momentum or 0.0, norm.eps)
 
 
 @torch.no_grad()
