@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import re
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,15 @@ def block(layers=3, channels=6, bn_size=2, growth=4, **options):
 
 def stock(module):
     return rd.revert(copy.deepcopy(module))
+
+
+def test_the_readme_names_what_is_public():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    for path in re.findall(r"`rd\.([\w.]+)", text):
+        assert attrgetter(path)(rd) is not None
+    functions = {name for name in rd.functional.__all__ if name.islower()}
+    assert {f"rd.functional.{name}(" for name in functions} <= set(re.findall(r"rd\.functional\.\w+\(", text))
+    assert not [name for name in rd.nn.__all__ if not re.search(rf"\b{name}\b", text)]
 
 
 class TestDenseLayer:
