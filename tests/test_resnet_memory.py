@@ -48,3 +48,19 @@ def test_peak_bytes(name, fast, least, policy):
         p.grad = torch.zeros_like(p)
     peak = rd.memory.peak_bytes(lambda: net(images).square().mean().backward(), warmup=0)
     assert peak <= {"fast": fast, "min": least}[policy] * MB * BATCH
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("policy", ["fast", "min"])
+@pytest.mark.parametrize(("name", "size", "batch"), [("residual_unet_2d", 32, 4), ("residual_unet_3d", 16, 1)])
+def test_peak_bytes_of_small_maps(name, size, batch, policy):
+    """Beside weights that are larger than the maps: what kernels make of weights takes no more than it spares."""
+    net = rd.models.create(name)
+    formatted = torch.channels_last if net.spatial_dims == 2 else torch.channels_last_3d
+    images = torch.randn(batch, 1, *[size] * net.spatial_dims)
+
+    def peak_of(model):
+        model.to(memory_format=formatted)
+        return rd.memory.peak_bytes(lambda: model(images).square().mean().backward())
+
+    assert peak_of(rd.convert(net, policy)) <= peak_of(rd.revert(net))
