@@ -120,9 +120,13 @@ def test_compiled():
     torch.testing.assert_close(*(dict(net.norm.named_buffers()) for net in (compiled, unit)))
 
 
-def test_an_empty_batch(backend):
-    unit = unit_of("stride").eval()
-    assert unit(maps((0, 6, 8, 7))).shape == (0, 12, 4, 4)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch(backend, training):
+    unit, x = unit_of("stride").train(training), maps((0, 6, 8, 7)).requires_grad_()
+    before = state(unit.norm)
+    y = functional.bn_act_conv(x, described_norm(unit.norm), described_conv(unit.conv))
+    assert y.shape == unit(x).shape == (0, 12, 4, 4) and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    assert all(torch.equal(before[name], t) for name, t in unit.norm.named_buffers() if "running" in name)
 
 
 def test_hooks_run():

@@ -11,14 +11,16 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.batch_norm import batch_norm
 from resdense_ext.ops.conv_graph_function import conv_graph
-from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, Piece
+from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, Piece, Unit
 
 __all__ = ["bn_act_conv"]
 
 
 def bn_act_conv(x: Tensor, norm: BatchNorm, conv: Conv, activation: Activation) -> Tensor:
     """The checked call: see `resdense_ext.functional.bn_act_conv`."""
-    if x.numel() == 0 or torch.compiler.is_compiling():
+    if x.numel() == 0:
+        return reference.bn_act_conv(x, Unit(norm, conv), activation)
+    if torch.compiler.is_compiling():
         activated = reference.activate(batch_norm(x, norm), activation)
         return reference.convolution(activated.to(conv.weight.dtype), conv)
     read, written = Piece(0, 0, activation), Piece(1)
