@@ -6,6 +6,7 @@
 
 #include "call.h"
 #include "common/conv_limits.h"
+#include "common/memory.h"
 
 namespace resdense::convolution {
 namespace {
@@ -34,18 +35,19 @@ struct Conv {
     return sizes;
   }
 
-  Tensor matrix() const { return torch::stable::view(weight, {weight.size(0), weight.size(1)}); }
+  Tensor matrix() const { return matrix_view(weight, weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)); }
 };
 
 // A map as a matrix [positions, channels] where it lies in memory; nothing where that would take a copy.
 Optional rows(const Tensor& x) {
   const Map m = map_of(x, "x");
   if (!m.channels_last || !(m.uniform_rows() || m.N <= 1)) return std::nullopt;
-  const std::optional<int64_t> where_it_begins;
-  return std::get<0>(call<std::tuple<Tensor>>("aten::as_strided", "", x, Sizes{m.rows(), m.C}, Sizes{m.ss, 1}, where_it_begins));
+  return matrix_view(x, m.rows(), m.C, m.ss, 1);
 }
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+Tensor transposed(const Tensor& matrix) {
+  return matrix_view(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
+}
 
 MemoryFormat format_of(const Tensor& x) {
   if (!map_of(x, "x").channels_last || x.dim() < 4) return MemoryFormat::Contiguous;
@@ -171,7 +173,7 @@ std::tuple<Tensor, Optional> convolve_backward(const Tensor& grad, const Tensor&
 // to += from
 void add(const Tensor& to, const Tensor& from) {
   const ScalarType dtype = stats_dtype(to.scalar_type());
-  Tensor one = torch::stable::new_empty(to, {to.size(1)}, dtype);
+  Tensor one = empty_vector(to.size(1), dtype, to);
   torch::stable::fill_(one, 1.0);
   const Tensor zero = torch::stable::new_zeros(to, {to.size(1)}, dtype);
   call("resdense::pending_grad", "", to, from, one, one, zero, Optional(), 1.0);
@@ -309,8 +311,8 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
   if (!scale) return {found.dy, std::nullopt, std::nullopt, dweight, dbias, std::nullopt, std::nullopt};
 
   const Tensor dbeta = *found.sum_dy.total(scale->scalar_type()), sum_dy_xc = *found.sum_dy_xc.total(scale->scalar_type());
-  const Optional to_beta = out ? out_beta : Optional(torch::stable::empty_like(*scale));
-  const Optional to_delta = out ? out_delta : Optional(torch::stable::empty_like(*scale));
+  const Optional to_beta = out ? out_beta : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
+  const Optional to_delta = out ? out_delta : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
   const auto [dgamma] = call<std::tuple<Tensor>>("resdense::bn_correction", "", dbeta, sum_dy_xc, *scale, *center, *rstd, count,
                                                  *to_beta, *to_delta, out.has_value());
   if (!out && !finish) return {found.dy, to_beta, to_delta, dweight, dbias, dgamma, dbeta};

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/folds.h"
+#include "common/memory.h"
 #include "tile.h"
 
 namespace resdense::cpu {
@@ -42,7 +43,7 @@ void fold(const Tensor& mean, const Tensor& m2, double count, double eps, const 
 // Scale, shift and rstd of a norm over `count` positions, from their mean and sum of squared deviations.
 std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2, double count, double eps,
                                            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias) {
-  const auto vector = [&] { return torch::stable::empty({mean.size(0)}, mean.scalar_type()); };
+  const auto vector = [&] { return empty_vector(mean.size(0), mean.scalar_type(), mean); };
   const Tensor scale = vector(), shift = vector(), rstd = vector();
   by_type(mean, [&](auto type) {
     const auto to = [](const Tensor& v) { return static_cast<decltype(type)*>(v.mutable_data_ptr()); };
@@ -71,7 +72,7 @@ Tensor bn_folds(std::vector<Tensor> mean, std::vector<Tensor> m2, std::vector<do
 Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor& scale, const Tensor& mean, const Tensor& rstd,
                      double count, const Tensor& beta, const Tensor& delta, bool accumulate) {
   const int64_t C = mean.size(0);
-  const Tensor dgamma = torch::stable::empty({C}, mean.scalar_type());
+  const Tensor dgamma = empty_vector(C, mean.scalar_type(), mean);
   by_type(mean, [&](auto type) {
     using A = decltype(type);
     const auto vector = [&](const Tensor& v, const char* name) {

@@ -33,8 +33,8 @@ void channel_stats_into(const Tensor& x, const Tensor& mean, const Tensor& m2) {
 
 std::tuple<Tensor, Tensor> channel_stats(const Tensor& x) {
   const Map m = map_of(x, "x");
-  const Tensor mean = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
-  const Tensor m2 = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  const Tensor mean = empty_vector(m.C, stats_dtype(m.dtype), x);
+  const Tensor m2 = empty_vector(m.C, stats_dtype(m.dtype), x);
   channel_stats_into(x, mean, m2);
   return {mean, m2};
 }

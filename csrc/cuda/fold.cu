@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2,
   check_vector(m2, "m2", C, mean, "mean");
   if (weight) check_vector(*weight, "weight", C, mean, "mean");
   if (bias) check_vector(*bias, "bias", C, mean, "mean");
-  const auto vector = [&] { return torch::stable::new_empty(mean, {C}); };
+  const auto vector = [&] { return empty_vector(C, mean.scalar_type(), mean); };
   const Tensor scale = vector(), shift = vector(), rstd = vector();
   if (C == 0) return {scale, shift, rstd};
 
@@ -77,7 +77,7 @@ Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor
   check_vector(rstd, "rstd", C, mean, "mean");
   check_vector(beta, "beta", C, mean, "mean");
   check_vector(delta, "delta", C, mean, "mean");
-  const Tensor dgamma = torch::stable::new_empty(mean, {C});
+  const Tensor dgamma = empty_vector(C, mean.scalar_type(), mean);
   if (C == 0) return dgamma;
 
   const Launch on(mean);

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/map.h"
+#include "common/memory.h"
 #include "device.cuh"
 
 #ifdef RESDENSE_SHIM

@@ -72,8 +72,8 @@ inline Items<T> items(const ReducePlan& p, const Map& m) {
 
 // The two vectors of sums over a map: zero where it is empty, else uninitialised.
 inline std::tuple<Tensor, Tensor> new_sums(const Tensor& x, const Map& m) {
-  const Tensor first = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
-  const Tensor second = torch::stable::new_empty(x, {m.C}, stats_dtype(m.dtype));
+  const Tensor first = empty_vector(m.C, stats_dtype(m.dtype), x);
+  const Tensor second = empty_vector(m.C, stats_dtype(m.dtype), x);
   if (m.numel() == 0) {
     torch::stable::fill_(first, 0.0);
     torch::stable::fill_(second, 0.0);

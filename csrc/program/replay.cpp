@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/device.h>
@@ -11,6 +12,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include "common/check.h"
+#include "common/memory.h"
 
 namespace resdense::program {
 namespace {
@@ -40,12 +42,18 @@ enum class Kind : int64_t {
   string,         // where it begins in the names
 };
 
+// In the place of an operator's name: what is done without one.
+constexpr int64_t VIEW = -1, EMPTY = -2;
+
 // Reads a program from its beginning on.
 class Reader {
  public:
   explicit Reader(const int64_t* at) : at_(at) {}
 
   int64_t next() { return *at_++; }
+
+  // So many of them as they are.
+  const int64_t* skip(int64_t count) { return std::exchange(at_, at_ + count); }
 
   double number() {
     double value;
@@ -96,10 +104,8 @@ class Replay {
     same &= read_.next() == static_cast<int64_t>(device.type());
     same &= read_.next() == static_cast<int64_t>(device.index());
     if (!same || read_.next() != t.dim()) return false;
-    for (int64_t d = 0; d < t.dim(); ++d) {
-      same &= read_.next() == t.size(d);
-      same &= read_.next() == t.stride(d);
-    }
+    for (int64_t d = 0; d < t.dim(); ++d) same &= read_.next() == t.size(d);
+    for (int64_t d = 0; d < t.dim(); ++d) same &= read_.next() == t.stride(d);
     return same;
   }
 
@@ -159,19 +165,34 @@ class Replay {
 
   void call() {
     const int64_t name = read_.next();
-    if (name < 0) {
-      narrow();
+    if (name == VIEW) {
+      view();
+    } else if (name == EMPTY) {
+      empty();
     } else {
       call(names_ + name, names_ + read_.next());
     }
     for (int64_t dead = read_.next(); dead > 0; --dead) tensors_[read_.next()].reset();
   }
 
-  // Half of all calls are this one, which the ABI has a function of its own for.
-  void narrow() {
-    Tensor from = tensor();
-    const int64_t dim = read_.next(), start = read_.next(), length = read_.next();
-    keep(torch::stable::narrow(from, dim, start, length));
+  // More than half of all calls: of a tensor with these strides, some sizes, strides and an offset.
+  void view() {
+    const Tensor& from = tensor();
+    bool same = read_.next() == from.dim();
+    for (int64_t d = 0; same && d < from.dim(); ++d) same = read_.next() == from.stride(d);
+    if (!same) fail("program: a call gives a tensor with other strides than it did");
+    const int64_t dim = read_.next();
+    const int64_t *sizes = read_.skip(dim), *strides = read_.skip(dim);
+    keep(view_of(from, dim, sizes, strides, read_.next()));
+  }
+
+  // New memory, likewise: its dtype, device, sizes and strides.
+  void empty() {
+    const auto dtype = static_cast<ScalarType>(read_.next());
+    const auto device_type = static_cast<int32_t>(read_.next()), device_index = static_cast<int32_t>(read_.next());
+    const int64_t dim = read_.next();
+    const int64_t *sizes = read_.skip(dim), *strides = read_.skip(dim);
+    keep(resdense::empty(dim, sizes, strides, dtype, device_type, device_index));
   }
 
   void call(const char* name, const char* overload) {

@@ -41,6 +41,15 @@ _NUMBERS: dict[Any, int] = {
     **{"cpu": 0, "cuda": 1},
 }
 """By which C++ knows what has a name here."""
+_VIEW, _NEW_MEMORY = -1, -2
+"""Likewise, in the place of an operator's name."""
+_EMPTY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
 _SCALAR = r"Scalar\?? (\w+)(=[^,)]*)?"
 """Such an argument in a schema's text, and its name."""
 _SCALARS = {bool: "bool", int: "int", float: "float", type(None): "float?"}
@@ -67,7 +76,7 @@ class Program(NamedTuple):
 
     def __call__(self, inputs: list[Optional[Tensor]]) -> list[Tensor]:
         """The results; none where the inputs are not laid out as those were with which it was recorded."""
-        with torch._C._AutoDispatchBelowAutograd():  # which has nothing to do inside
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # autograd and who counts changes have nothing to do inside
             return told(torch.ops.resdense.replay, self.code, self.names, inputs + self.constants)
 
 
@@ -114,7 +123,7 @@ class Recorder(TorchDispatchMode):
         if not self.reason:
             try:
                 if self._does_something(func, results):
-                    self._calls.append(self._call(func, args, kwargs, results))
+                    self._calls += self._without_operator(func, args, results) or [self._call(func, args, kwargs, results)]
             except Unrecordable as error:
                 self.reason = f"{func}: {error}"
         return results
@@ -153,15 +162,31 @@ class Recorder(TorchDispatchMode):
             raise Unrecordable("what comes then may depend on a tensor's value")
         return False
 
+    def _without_operator(self, func: torch._ops.OpOverload, args: tuple, results: Any) -> list[_Call]:
+        """Of an operator that gives new memory, or views of its first argument, what layouts tell; nothing of any other."""
+        makes: list[int] = []
+        if func in _EMPTY:
+            return [_Call([_NEW_MEMORY, *_layout(results), self._result(results, makes)], [], makes)]
+        aliases = [r.alias_info for r in func._schema.returns]
+        if not aliases or any(alias is None or alias.is_write for alias in aliases):
+            return []
+        source, views = args[0], results if isinstance(results, (list, tuple)) else [results]
+        memory = source.untyped_storage()._cdata
+        if any(t.untyped_storage()._cdata != memory or t.dtype != source.dtype for t in views):
+            return []
+        calls = []
+        for t in views:
+            place, offset, makes = self._place(source), t.storage_offset() - source.storage_offset(), []
+            layouts = [source.dim(), *source.stride(), t.dim(), *t.shape, *t.stride()]
+            calls.append(_Call([_VIEW, place, *layouts, offset, self._result(t, makes)], [place], makes))
+        return calls
+
     def _call(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict, results: Any) -> _Call:
         values = [
             args[i] if i < len(args) else kwargs.get(name, default) for i, (name, *_, default) in enumerate(_signature(func).arguments)
         ]
         reads: list[int] = []
         makes: list[int] = []
-        if func is torch.ops.aten.narrow.default:
-            t, *numbers = values
-            return _Call([-1, *self._argument("Tensor", t, reads), *numbers, self._result(results, makes)], reads, makes)
         _check_numbers(func, values)
         func = _without_scalars(func, values)
         names, arguments, returns = _signature(func)
@@ -291,7 +316,7 @@ def _tensor(values: list) -> Tensor:
 
 def _layout(t: Tensor) -> list[int]:
     """What the operators called depend on."""
-    return [_number(t.dtype), *_device(t.device), t.dim(), *(n for pair in zip(t.shape, t.stride()) for n in pair)]
+    return [_number(t.dtype), *_device(t.device), t.dim(), *t.shape, *t.stride()]
 
 
 def _device(device: torch.device) -> tuple[int, int]:
