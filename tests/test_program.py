@@ -398,6 +398,29 @@ class TestRecorder:
         program = recorded(function, x)
         assert rd.memory.peak_bytes(lambda: program([x])) == 2 * x.nbytes
 
+    def test_a_result_that_lies_otherwise_than_it_did(self, recorded):
+        """Views are made by what was recorded of their tensor's layout."""
+        transposes = [False]
+
+        def fickle(x):
+            return x.t().clone(memory_format=torch.contiguous_format).t() if transposes[0] else x.clone()
+
+        LIBRARY.define("fickle(Tensor x) -> Tensor")
+        LIBRARY.impl("fickle", fickle, "CPU")
+        program = recorded(lambda x: [torch.ops.resdense.fickle(x)[:, 1:] + 1], images(5, 6))
+        assert torch.equal(program([images(5, 6)])[0], images(5, 6)[:, 1:] + 1)
+        transposes[0] = True
+        with pytest.raises(RuntimeError):
+            program([images(5, 6)])
+
+    def test_views_of_all_kinds(self, recorded):
+        def function(x):
+            parts = [x.narrow(1, 1, 2), x[::2], x.t(), x.view(-1), x.unsqueeze(0), x[0].expand(3, 6), *x.split(2), *x.unbind(1)]
+            return [part * 2 for part in parts]
+
+        program = recorded(function, images(5, 6))
+        assert_same_bits(program([images(5, 6, seed=1)]), function(images(5, 6, seed=1)))
+
     def test_an_error_inside(self, recorded):
         """Of an operator that looks at values."""
         program = recorded(lambda x, at: [x.index_select(0, at)], images(5), torch.tensor([1]))
