@@ -13,8 +13,8 @@ namespace {
 
 void check_dtypes(const Map& x, const Map& grad) {
   RESDENSE_CHECK(x.dtype == ScalarType::Float || x.dtype == ScalarType::Double || by_pairs(x, x.C, grad.C),
-                 "x: expected dtype float32 or float64, or, channels_last on a processor that multiplies bfloat16, with a multiple of "
-                 "16 channels and an even number of outputs, bfloat16, got ", x.C, " channels of ", dtype_name(x.dtype), " and ",
+                 "x: expected dtype float32 or float64, or, channels_last on a processor that multiplies bfloat16, with a multiple "
+                 "of 16 channels and an even number of outputs, bfloat16, got ", x.C, " channels of ", dtype_name(x.dtype), " and ",
                  grad.C, " outputs");
   RESDENSE_CHECK(grad.dtype == x.dtype, "grad: expected dtype ", dtype_name(x.dtype), ", got ", dtype_name(grad.dtype));
 }
