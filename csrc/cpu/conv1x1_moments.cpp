@@ -62,19 +62,40 @@ void square(const Matrix& out, const Matrix& a, ScalarType dtype, bool accumulat
   }
 }
 
+// Rows of a matrix for as many threads, in whole blocks.
+template <class F> void each_rows(int64_t rows, const F& f) {
+  constexpr int64_t BLOCK = 16;
+  torch::stable::parallel_for(0, (rows + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
+    f(begin * BLOCK, std::min(end * BLOCK, rows));
+  });
+}
+
+// What is below the diagonal, from what is above it.
+template <class A> void mirror_upper(A* values, int64_t size) {
+  each_rows(size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < i; ++j) values[i * size + j] = values[j * size + i];
+  });
+}
+
 // The chunks' sums of products in order, less count left right^T. Of a square the upper triangle is there.
 template <class A>
 void total_products(const Scratch& partial, int64_t chunks, const Matrix& out, bool square, double count, const double* left,
                     const double* right) {
-  torch::stable::parallel_for(0, out.rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < out.cols; ++j) {
-        const int64_t at = square && j < i ? j * out.cols + i : i * out.cols + j;
-        double sum = -count * (left[i] * right[j]);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial.of<A>(chunk)[at];
-        static_cast<A*>(out.data)[i * out.cols + j] = static_cast<A>(sum);
+  A* values = static_cast<A*>(out.data);
+  each_rows(out.rows, [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(out.cols);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = square ? i : 0;
+      for (int64_t j = first; j < out.cols; ++j) sum[j] = -count * (left[i] * right[j]);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const A* part = partial.of<A>(chunk) + i * out.cols;
+        for (int64_t j = first; j < out.cols; ++j) sum[j] += part[j];
       }
+      std::copy(sum.begin() + first, sum.end(), values + i * out.cols + first);
+    }
   });
+  if (square) mirror_upper(values, out.cols);
 }
 
 Tensor doubles(const double* values, int64_t size) {
@@ -97,14 +118,6 @@ template <class A> double dot(const A* a, const A* b, int64_t size) {
     for (int j = 0; j < SUMS; ++j) sums[j] += static_cast<double>(a[i + j]) * b[i + j];
   for (; i < size; ++i) sums[0] += static_cast<double>(a[i]) * b[i];
   return std::accumulate(sums, sums + SUMS, 0.0);
-}
-
-// Rows of a matrix for as many threads, in whole blocks.
-template <class F> void each_rows(int64_t rows, const F& f) {
-  constexpr int64_t BLOCK = 16;
-  torch::stable::parallel_for(0, (rows + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
-    f(begin * BLOCK, std::min(end * BLOCK, rows));
-  });
 }
 
 // out = a^T b, which is symmetric: of a row of blocks those up to the diagonal, and the rest from there.
