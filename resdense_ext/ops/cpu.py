@@ -31,12 +31,11 @@ _CACHED = 2**18
 
 _CAPABILITY = (_library.build_info() or {}).get("cpu_capability", "DEFAULT")
 
-_HAS_GEMM = _CAPABILITY != "DEFAULT"
-"""Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
-
-
 _MULTIPLIES_BFLOAT16 = _CAPABILITY == "AVX512_BF16"
 """Elsewhere no product of 16-bit matrices is at hand that adds up in float32."""
+
+_HAS_GEMM = _CAPABILITY != "DEFAULT"
+"""Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
 
 
 _FILTERS = 2**21
