@@ -62,14 +62,14 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "-> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "conv1x1_moments(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor near, Tensor grad) "
-      "-> (Tensor mean, Tensor products, Tensor sum_grad, Tensor grad_products)");
+      "-> (Tensor rest, Tensor products, Tensor sum_grad, Tensor grad_products)");
   m.def(
-      "conv1x1_moments_terms(Tensor mean, Tensor products, Tensor sum_grad, Tensor grad_products, Tensor weight, Tensor scale, "
+      "conv1x1_moments_terms(Tensor rest, Tensor products, Tensor sum_grad, Tensor grad_products, Tensor weight, Tensor scale, "
       "Tensor rstd, float count, bool need_weight) "
       "-> (Tensor dgamma, Tensor dweight, Tensor scaled, Tensor terms, Tensor offset)");
   m.def(
       "conv1x1_moments_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor grad, "
-      "Tensor weight, Tensor products, Tensor mean, Tensor offset, Tensor(a!) out, bool accumulate) "
+      "Tensor weight, Tensor products, Tensor near, Tensor offset, Tensor(a!) out, bool accumulate) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "bn_act_winograd(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "

@@ -42,12 +42,12 @@ SCHEMAS = {
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",
     "conv1x1_moments": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor near, Tensor grad)"
-    " -> (Tensor mean, Tensor products, Tensor sum_grad, Tensor grad_products)",
-    "conv1x1_moments_terms": "(Tensor mean, Tensor products, Tensor sum_grad, Tensor grad_products, Tensor weight, Tensor scale, "
+    " -> (Tensor rest, Tensor products, Tensor sum_grad, Tensor grad_products)",
+    "conv1x1_moments_terms": "(Tensor rest, Tensor products, Tensor sum_grad, Tensor grad_products, Tensor weight, Tensor scale, "
     "Tensor rstd, float count, bool need_weight)"
     " -> (Tensor dgamma, Tensor dweight, Tensor scaled, Tensor terms, Tensor offset)",
     "conv1x1_moments_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor grad, "
-    "Tensor weight, Tensor products, Tensor mean, Tensor offset, Tensor(a!) out, bool accumulate)"
+    "Tensor weight, Tensor products, Tensor near, Tensor offset, Tensor(a!) out, bool accumulate)"
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_winograd": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
     "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_conv1x1_bn_add_act import Ours, Stock, fold_of, pointwise
 from test_dense_block import BACKENDS, state
+from test_primitives import multiplies_bfloat16
 from test_residual_block import BLOCKS, Block, input_of, stock_of
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
@@ -14,6 +15,7 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops import moments
+from resdense_ext.ops.cpu import CpuBackend
 from resdense_ext.reference import Activation, Conv
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -79,6 +81,30 @@ def test_blocks(backend, taken, dtype, policy, far, formatted, name, wanted):
     block = Block(**BLOCKS[name], policy=policy)
     params = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state(block).items()}
     assert_rule(stock_of(block), block, formatted(input_of(block, (9, 7)) + far).to(dtype), params, dtype)
+    assert taken == wanted
+
+
+@multiplies_bfloat16
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("far", [0, 30])
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (dict(widths=(64, 16, 48, 64), kernels=(1, 3, 1)), [48]),
+        (dict(widths=(32, 16, 16, 96), kernels=(1, 3, 1), stride=2, projection="normed"), [16, 32]),
+        (dict(widths=(16, 32, 70), kernels=(1, 1), stride=2, projection="normed", bias=True), [32, 16]),
+        (dict(widths=(16, 8, 16, 30), kernels=(3, 3, 1), rank=3, projection="normed"), [16, 16]),
+    ],
+    ids=["bottleneck", "bottleneck down", "stride first", "3d"],
+)
+def test_blocks_by_kernels_of_pairs(monkeypatch, options, wanted, policy, far):
+    """On processors that multiply bfloat16."""
+    taken, backward = [], CpuBackend.moments_backward
+    monkeypatch.setattr(CpuBackend, "moments_backward", lambda self, x, *rest: taken.append(x.shape[1]) or backward(self, x, *rest))
+    block = Block(**options, policy=policy)
+    x = input_of(block, (9, 7, 3)[: block.convs[0].weight.dim() - 2], True, 4) + far
+    params = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state(block).items()}
+    assert_rule(stock_of(block), block, x.bfloat16(), params, torch.bfloat16)
     assert taken == wanted
 
 

@@ -23,6 +23,9 @@ from resdense_ext.ops.triton import architecture_refusal, interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
+multiplies_bfloat16 = pytest.mark.skipif(
+    CPU_LIBRARY is not None or rd.build_info()["cpu_capability"] != "AVX512_BF16", reason="needs AVX512_BF16"
+)
 # The same tests serve Triton's kernels in its interpreter: see test_triton.py.
 BACKENDS = ["triton"] if interpreting() else ["reference", pytest.param("cpu", marks=built)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -528,16 +531,19 @@ OF_MOMENTS += [(shape, torch.float64) for shape in SHAPES[:5]]
 class TestMoments:
     """What is known of a 1x1 convolution without its output: `resdense_ext.ops.conv1x1_bn_add_act`."""
 
+    beside_grad = (2, 1), (0, 0)
+    """What else is in the buffer: in either layout."""
+
     def maps(self, shape, dtype, channels_last, outputs=32):
         n, channels, sizes = shape
-        x, g = (torch.randn(n, c, *sizes, dtype=dtype) for c in (channels, outputs))
-        return x, g, buffer_slice(x, channels_last)[0], buffer_slice(g, channels_last, *((0, 0) if channels_last else (2, 1)))[0]
+        x, g = (torch.randn(n, c, *sizes).to(dtype) for c in (channels, outputs))
+        return x, g, buffer_slice(x, channels_last)[0], buffer_slice(g, channels_last, *self.beside_grad[channels_last])[0]
 
     def test_moments(self, shape, dtype, channels_last, activation):
         x, g, source, grad = self.maps(shape, dtype, channels_last)
         scale, shift = vectors(x.shape[1], dtype, 2)
         a = reference.apply_pending(x, scale, shift, activation).transpose(0, 1).flatten(1)
-        near = a.mean(1) + 0.3 * a.std(1).nan_to_num()
+        near = (a.mean(1) + 0.3 * a.std(1).nan_to_num()).to(stats_dtype(dtype))
 
         def plain(t):
             a = reference.apply_pending(t["x"], t["scale"], t["shift"], activation).transpose(0, 1).flatten(1)
@@ -545,14 +551,14 @@ class TestMoments:
             b = a - a.mean(1, keepdim=True)
             return a.mean(1), b @ b.T, g.sum(1), g @ b.T
 
-        mean, products, sums, of_grad = backends.get("cpu").moments(source, Affine(scale, shift, activation), near, grad)
-        assert mean.dtype == sums.dtype == torch.float64
+        rest, products, sums, of_grad = backends.get("cpu").moments(source, Affine(scale, shift, activation), near, grad)
+        assert rest.dtype == sums.dtype == torch.float64
         if not shape[0]:
-            assert mean.isnan().all() and not sums.any()
+            assert rest.isnan().all() and not sums.any()
             return
-        assert torch.equal(products, products.T)
+        assert products.dtype == of_grad.dtype == near.dtype and torch.equal(products, products.T)
         inputs = {"x": x, "g": g, "scale": scale, "shift": shift}
-        close([mean.to(dtype), products, sums.to(dtype), of_grad], plain, inputs, dtype)
+        close([(near + rest).to(dtype), products, sums.to(dtype), of_grad], plain, inputs, dtype)
 
     @pytest.mark.parametrize("accumulate", [False, True])
     def test_moments_backward(self, shape, dtype, channels_last, activation, accumulate):
@@ -560,21 +566,21 @@ class TestMoments:
         channels = x.shape[1]
         d = torch.randn_like(x)
         out, untouched = buffer_slice(d, channels_last)
-        names = ("scale", "shift", "center", "mean", "offset")
+        names = ("scale", "shift", "center", "near", "offset")
         params = dict(zip(names, vectors(channels, dtype, 5)))
-        params.update(weight=torch.randn(32, channels, dtype=dtype), products=torch.randn(channels, channels, dtype=dtype))
+        params.update(weight=torch.randn(32, channels).to(dtype), products=torch.randn(channels, channels).to(dtype))
 
         def plain(t):
             after = reference.apply_pending(t["x"], t["scale"], t["shift"], Activation("identity"))
             per = lambda name: reference.per_channel(t[name], t["x"])  # noqa: E731
-            b = reference.activate(after, activation) - per("mean")
+            b = (reference.activate(after, activation) - per("near")).to(t["x"])
             da = torch.einsum("nk...,kc->nc...", t["g"], t["weight"]) + torch.einsum("nk...,kc->nc...", b, t["products"])
             dy = (da + per("offset")) * reference.activation_slope(after, activation)
             sums = [v.sum([i for i in range(v.dim()) if i != 1]) for v in (dy, dy * (t["x"] - per("center")))]
-            return [t["d"] + per("scale") * dy if accumulate else dy, *sums]
+            return [(t["d"] + per("scale") * dy if accumulate else dy).to(t["x"]), *sums]
 
         fold = Fold(Affine(params["scale"], params["shift"], activation), params["center"], None, 1)
-        matrices = params["weight"], params["products"], params["mean"], params["offset"]
+        matrices = params["weight"], params["products"], params["near"], params["offset"]
         version = out._version
         sums = backends.get("cpu").moments_backward(source, fold, grad, *matrices, out, accumulate)
         untouched()
@@ -582,31 +588,69 @@ class TestMoments:
         close([out, *sums], plain, {"x": x, "g": g, "d": d, **params}, dtype)
 
 
+OF_PAIRS = [(2, 48, (9, 15)), (1, 16, (7, 1)), (3, 160, (1, 1)), (2, 32, (5, 4, 3)), (5, 64, (37, 29))]
+
+
+@multiplies_bfloat16
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2], ids=str)
+@pytest.mark.parametrize("beside_grad", [(0, 0), (2, 2), (1, 1), (2, 1)], ids=str)
+@pytest.mark.parametrize("shape", OF_PAIRS, ids=str)
+class TestMomentsOfPairs:
+    """The same of bfloat16, by pairs of channels that lie as such or do not."""
+
+    def cases(self, beside_grad):
+        cases = TestMoments()
+        cases.beside_grad = (None, beside_grad)
+        return cases
+
+    def test_moments(self, shape, beside_grad, activation):
+        self.cases(beside_grad).test_moments(shape, torch.bfloat16, True, activation)
+
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_moments_backward(self, shape, beside_grad, activation, accumulate):
+        self.cases(beside_grad).test_moments_backward(shape, torch.bfloat16, True, activation, accumulate)
+
+
+@built
+@pytest.mark.parametrize(
+    ("channels", "outputs", "layout"), [(8, 32, last_format), (16, 31, last_format), (16, 32, torch.Tensor.contiguous)]
+)
+def test_moments_of_what_is_no_pairs(channels, outputs, layout):
+    x, g = (layout(torch.randn(2, c, 3, 3).bfloat16()) for c in (channels, outputs))
+    backend, vector = backends.get("cpu"), torch.zeros(channels)
+    assert not backend.fuses_moments(x, Conv(torch.zeros(outputs, channels, 1, 1).bfloat16()), Activation())
+    with pytest.raises(RuntimeError, match=f"x: expected .* bfloat16, got {channels} channels of bfloat16 and {outputs} outputs"):
+        backend.moments(x, Affine(vector, vector, Activation()), vector, g)
+
+
 @built
 @pytest.mark.parametrize("need_weight", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("outputs", "inputs"), [(3, 5), (64, 16), (48, 144), (20, 130), (256, 64)])
 def test_moments_terms(outputs, inputs, dtype, need_weight):
     """What follows from `moments`: the backward of `resdense_ext.ops.conv1x1_bn_add_act`, in its words."""
-    M = 500
-    b, weight, G = (torch.randn(*size, dtype=dtype) for size in ((M, inputs), (outputs, inputs), (outputs, inputs)))
+    M, wide = 500, stats_dtype(dtype)
+    b, weight, G = (torch.randn(*size, dtype=wide) for size in ((M, inputs), (outputs, inputs), (outputs, inputs)))
+    weight = weight.to(dtype)
     scale, rstd = vectors(outputs, dtype, 2)
-    mean, dbeta = torch.randn(inputs, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
+    rest, dbeta = torch.randn(inputs, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
 
     def plain(t):
-        W, R, s, r = t["weight"], t["b"].T @ t["b"], t["scale"][:, None], t["rstd"][:, None]
+        R, s, r = t["b"].T @ t["b"], t["scale"][:, None], t["rstd"][:, None]
+        W = t["weight"].to(R)
         dgamma = r * (W * t["G"]).sum(1, keepdim=True)
-        P, Q = s * dbeta.to(W)[:, None] / M, s * r * dgamma / M
-        products = -W.T @ (Q * W)
-        offset = products @ (mean.to(dtype) - mean).to(W) - (W.T @ P).flatten()
-        dW = [s * t["G"] - Q * (W @ R)] if need_weight else []
-        return [dgamma.flatten(), *dW, s * W, products, offset]
+        Q = s * r * dgamma / M
+        scaled, products = (matrix.to(t["weight"]) for matrix in (s * W, -W.T @ (Q * W)))
+        offset = -(dbeta.to(R) / M) @ scaled.to(R) - rest.to(R) @ products.to(R)
+        dW = [(s * t["G"] - Q * (W @ R)).to(t["weight"])] if need_weight else []
+        return [dgamma.flatten(), *dW, scaled, products, offset]
 
     fold = Fold(Affine(scale, torch.zeros_like(scale), Activation("identity")), torch.zeros_like(scale), rstd, M)
-    dgamma, dW, *terms = backends.get("cpu").terms_of_moments(mean, b.T @ b, dbeta, G, weight, fold, need_weight)
+    dgamma, dW, *terms = backends.get("cpu").terms_of_moments(rest, b.T @ b, dbeta, G, weight, fold, need_weight)
     assert torch.equal(terms[1], terms[1].T)
     assert need_weight or not dW.numel()
     found = [dgamma, *([dW] if need_weight else []), *terms]
+    assert [t.dtype for t in terms] == [dtype, dtype, wide]
     close(found, plain, {"b": b, "weight": weight, "G": G, "scale": scale, "rstd": rstd}, dtype)
 
 

@@ -12,8 +12,7 @@ namespace {
 
 // Products of bfloat16 tiles without the framework; `depth` is the number of channels that are added up.
 bool by_pairs(const Map& x, const Matrix& w, int64_t cols, int64_t depth) {
-  return kernels.gemm_bf16 != nullptr && x.dtype == ScalarType::BFloat16 && x.channels_last && w.col_stride == 1 &&
-         w.row_stride == w.cols && cols % 16 == 0 && depth % 2 == 0;
+  return resdense::cpu::by_pairs(x, cols, depth) && !kernels.matrix_tiles && w.col_stride == 1 && w.row_stride == w.cols;
 }
 
 // Adds a tile's product, computed in a 16-bit dtype, to the float32 accumulator.
@@ -73,8 +72,8 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     kernels.sweep(s);
 
     if (paired)
-      kernels.gemm_bf16({nullptr, activated, w.data, positions, K, C / 2, product.col_stride, C / 2, 1, K, false, true, product.data,
-                         upcoming.ahead()});
+      kernels.gemm_bf16({nullptr, activated, w.data, positions, K, C / 2, product.col_stride, C / 2, 1, K, true, nullptr, 0,
+                         product.data, upcoming.ahead()});
     else
       matmul(product, w, channels_by_positions(activated, last, C, positions, tiling.size), dtype, upcoming.ahead());
 
@@ -104,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
   Matrix w = matrix_of(weight, "weight", K, C, dtype);
   const bool paired = by_pairs(from, w, C, K), packs = last && by_gemm(dtype, C), narrow = bytes == 2 && !paired;
   const Scratch w_copy(1, paired || packs ? C * K * bytes : 0);
-  if (paired) kernels.pair_rows(w.data, K, C, w_copy.of(0));
+  if (paired) kernels.pair_rows(w.data, K, C, C, w_copy.of(0));
   if (packs) w = pack(w, w_copy.of<uint32_t>(0));
   const void* act_coef[] = {coefficients(scale, "scale", C, x), coefficients(shift, "shift", C, x),
                             coefficients(center, "center", C, x)};
@@ -141,11 +140,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
       if (paired) {
         char* input_pairs = input + tile_bytes;
         char* dz_pairs = input_pairs + C * tiling.size * bytes;
-        kernels.pair_rows(input, positions, C, input_pairs);
-        kernels.pair_rows(dz, positions, K, dz_pairs);
-        kernels.gemm_bf16(
-            {static_cast<float*>(total), dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, started[chunk] != 0, false,
-             nullptr, upcoming.ahead()});
+        kernels.pair_rows(input, positions, C, C, input_pairs);
+        kernels.pair_rows(dz, positions, K, K, dz_pairs);
+        float* const values = static_cast<float*>(total);
+        kernels.gemm_bf16({values, dz_pairs, input_pairs, K, C, (positions + 1) / 2, C, 1, K, C, false,
+                           started[chunk] ? values : nullptr, C, nullptr, upcoming.ahead()});
       } else if (narrow) {
         char* product = dz + K * tiling.size * bytes;
         if (!started[chunk]) std::fill_n(static_cast<float*>(total), K * C, 0.0f);
@@ -161,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
 
     // The data gradient takes the place of the activated input.
     if (paired)
-      kernels.gemm_bf16({nullptr, dz, w_copy.of(0), positions, C, K / 2, C, K / 2, 1, C, false, false, input, upcoming.ahead()});
+      kernels.gemm_bf16({nullptr, dz, w_copy.of(0), positions, C, K / 2, C, K / 2, 1, C, false, nullptr, 0, input,
+                         upcoming.ahead()});
     else
       matmul(input_matrix, w.t(), dz_matrix, dtype, upcoming.ahead());
     s.pass = accumulate ? Pass::mask_accumulate : Pass::mask;

@@ -107,27 +107,48 @@ void check_filters(const Tensor& weight, const Tensor& x, int64_t outputs) {
 }
 
 // The distance of two points' matrices. A tile is stored to all of them, and a power of two would put them all into one cache set.
-int64_t point_size(int64_t rows, int64_t channels) { return (rows * Points::padded(channels) + 1023) / 1024 * 1024 + 16; }
+int64_t point_size(int64_t rows, int64_t channels, bool paired) {
+  return ((paired ? (rows + 1) / 2 : rows) * Points::padded(channels) + 1023) / 1024 * 1024 + 16;
+}
 
-int64_t values(int64_t rows, int64_t channels) { return POINTS * point_size(rows, channels); }
+// The bytes of all points.
+int64_t bytes(int64_t rows, int64_t channels, bool paired = false) { return POINTS * 4 * point_size(rows, channels, paired); }
+
+using Elements = Points::Elements;
 
 // Scratch of one chunk, or shared by all, in points.
-Points points_in(const Scratch& scratch, int64_t chunk, int64_t rows, int64_t channels, int64_t offset = 0) {
-  return {scratch.of<float>(chunk, offset * 4), Points::padded(channels), point_size(rows, channels)};
+Points points_in(const Scratch& scratch, int64_t chunk, int64_t rows, int64_t channels, int64_t offset = 0,
+                 Elements elements = Elements::values) {
+  return {scratch.of<float>(chunk, offset), Points::padded(channels), point_size(rows, channels, elements != Elements::values),
+          elements};
 }
 
 Matrix matrix(const Points& p, int i, int64_t rows, int64_t channels) {
-  return {p.data + i * p.size, rows, channels, p.channels, 1};
+  float* const data = p.data + i * p.size;
+  switch (p.elements) {
+    case Elements::values: return {data, rows, channels, p.channels, 1};
+    case Elements::channel_pairs: return {data, rows, (channels + 1) / 2, p.channels / 2, 1, false, true};
+    default: return {data, (rows + 1) / 2, channels, p.channels, 1, false, true};
+  }
 }
 
+// Rows that are pairs stay together.
 void transform_filters(const Filters& f, const Points& points) {
-  torch::stable::parallel_for(0, f.rows, 16, [&](int64_t begin, int64_t end) { kernels.winograd_filters(f, points, begin, end); });
+  torch::stable::parallel_for(0, (f.rows + 1) / 2, 8, [&](int64_t begin, int64_t end) {
+    kernels.winograd_filters(f, points, 2 * begin, std::min(2 * end, f.rows));
+  });
 }
 
 // The filters of one point.
 Matrix filters_at(const Points& p, int i, int64_t rows) {
-  return {p.data + i * p.size, rows, p.channels, p.channels, 1, kernels.gemm != nullptr};
+  Matrix m = matrix(p, i, rows, p.channels);
+  m.packed = kernels.gemm != nullptr;
+  return m;
 }
+
+// Whether the points of such maps are pairs in backward. Forward, where what is rounded decides which activations are zero, all
+// gradients would show it.
+bool by_pairs(const Map& m) { return kernels.gemm_bf16 != nullptr && m.dtype == ScalarType::BFloat16; }
 
 // Adds up the chunks' gradients of the transformed filters in order, and transforms them back.
 void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, int64_t columns, float* out) {
@@ -154,8 +175,8 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   check_filters(weight, x, K);
   const std::vector<float> zeros(bias ? 0 : K, 0.0f);
 
-  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)), values(C, K) * 4);
-  const Scratch shared(1, values(C, K) * 4), scratch(blocks.chunks, (values(blocks.size, C) + values(blocks.size, K)) * 4);
+  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)), bytes(C, K));
+  const Scratch shared(1, bytes(C, K)), scratch(blocks.chunks, bytes(blocks.size, C) + bytes(blocks.size, K));
   const Points filters = points_in(shared, 0, C, K);
   transform_filters({weight.const_data_ptr(), from.dtype, C, K, weight.stride(1), weight.stride(0),
                     {weight.stride(2), weight.stride(3)}}, filters);
@@ -171,7 +192,7 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles, const std::vector<Segment>& next) {
     Upcoming upcoming(next, {&from, &to});
     const Points windows = points_in(scratch, chunk, blocks.size, C);
-    const Points products = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
+    const Points products = points_in(scratch, chunk, blocks.size, K, bytes(blocks.size, C));
     Transform t = input;
     t.points = windows;
     each_run(kernels.winograd_input, t, runs);
@@ -201,11 +222,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   const int64_t C = from.C, K = grad.C;
   check_filters(weight, x, K);
 
-  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + 2 * Points::padded(K)), values(K, C) * 4);
-  const Scratch shared(1, values(K, C) * 4);
-  const Scratch scratch(blocks.chunks, (values(blocks.size, C) + 2 * values(blocks.size, K)) * 4);
-  const Scratch partial(need_weight ? blocks.chunks : 0, values(K, C) * 4);
-  const Points filters = points_in(shared, 0, K, C);
+  const bool paired = by_pairs(from);
+  const Elements in_tiles = paired ? Elements::tile_pairs : Elements::values;
+  const Elements in_channels = paired ? Elements::channel_pairs : Elements::values;
+  const Blocks blocks(x, POINTS * (Points::padded(C) * 4 + 2 * Points::padded(K) * (paired ? 2 : 4)), bytes(K, C, paired));
+  const int64_t of_windows = bytes(blocks.size, C), of_gradient = bytes(blocks.size, K, paired);
+  const Scratch shared(1, bytes(K, C, paired)), scratch(blocks.chunks, of_windows + 2 * of_gradient);
+  const Scratch partial(need_weight ? blocks.chunks : 0, bytes(K, C));
+  const Points filters = points_in(shared, 0, K, C, 0, in_tiles);
   // Turned: from the last tap to the first.
   const char* last = static_cast<const char*>(weight.const_data_ptr()) +
                      2 * (weight.stride(2) + weight.stride(3)) * element_size(from.dtype);
@@ -227,9 +251,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   Sums sums(blocks.chunks, C);
   blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles, const std::vector<Segment>& next) {
     Upcoming upcoming(next, {&grad, &raw, &from, &to});
-    const Points windows = points_in(scratch, chunk, blocks.size, C);
-    const Points turned = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C));
-    const Points expanded = points_in(scratch, chunk, blocks.size, K, values(blocks.size, C) + values(blocks.size, K));
+    const Points windows = points_in(scratch, chunk, blocks.size, C, 0, in_tiles);
+    const Points turned = points_in(scratch, chunk, blocks.size, K, of_windows, in_channels);
+    const Points expanded = points_in(scratch, chunk, blocks.size, K, of_windows + of_gradient, in_tiles);
     Transform t = gradient;
     t.points = turned;
     if (need_weight) t.gradient = expanded;
@@ -248,11 +272,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
     }
 
     // The data gradient takes the place of the windows.
+    const Points products = points_in(scratch, chunk, blocks.size, C);
     for (int i = 0; i < POINTS; ++i)
-      matmul(matrix(windows, i, tiles, windows.channels), matrix(turned, i, tiles, K),
+      matmul(matrix(products, i, tiles, products.channels), matrix(turned, i, tiles, K),
              filters_at(filters, i, K), ScalarType::Float, upcoming.ahead());
     t = output;
-    t.points = windows;
+    t.points = products;
     t.sweep.sums[0] = sums.of(chunk, 0), t.sweep.sums[1] = sums.of(chunk, 1);
     each_run(kernels.winograd_output, t, runs);
   });

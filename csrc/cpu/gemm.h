@@ -12,7 +12,7 @@ struct Ahead {
   Range *next, *last;  // those not asked for yet
 };
 
-// out (rows x cols) = a b, or out += a b. Neighbouring columns of b and of out are adjacent; cols is a multiple of 16.
+// out (rows x cols) = a b + add. Neighbouring columns of b, out and add are adjacent; cols is a multiple of 16.
 // The elements of a and b are 32 bits: float32, or two neighbours in depth of bfloat16. A packed b has its columns in panels, as
 // `pack` leaves them, and b_row says nothing.
 struct Gemm {
@@ -20,7 +20,9 @@ struct Gemm {
   const void *a, *b;
   int64_t rows, cols, depth;
   int64_t out_row, a_row, a_col, b_row;  // strides
-  bool accumulate, packed;
+  bool packed;
+  const float* add = nullptr;            // a matrix, which may be out, or with a stride of 0 one row for all
+  int64_t add_row = 0;
   void* rounded = nullptr;               // bfloat16 only, instead of out
   Ahead* ahead = nullptr;
 };

@@ -18,8 +18,7 @@ Kernels choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && limit != "avx512" && __builtin_cpu_supports("avx512bf16")) {
     Kernels chosen = isa_avx512_bf16::kernels;
-    // With tiles of its own for matrices the framework's library is faster.
-    if (__builtin_cpu_supports("amx-bf16")) chosen.gemm_bf16 = nullptr;
+    chosen.matrix_tiles = __builtin_cpu_supports("amx-bf16");
     return chosen;
   }
   if (avx512) return isa_avx512::kernels;

@@ -31,9 +31,11 @@ struct Kernels {
   void (*gemm_bf16)(const Gemm& g);
   // The right operand of several products.
   void (*pack)(const Packing& p);
-  // The rows of a dense bfloat16 matrix two by two, their values alternating: as gemm_bf16 wants b, or a transposed a. Behind an
-  // odd number of rows comes one of zeros.
-  void (*pair_rows)(const void* in, int64_t rows, int64_t cols, void* out);
+  // The rows of a bfloat16 matrix two by two, their values alternating: as gemm_bf16 wants b, or a transposed a. Behind an odd
+  // number of rows comes one of zeros.
+  void (*pair_rows)(const void* in, int64_t rows, int64_t cols, int64_t row_stride, void* out);
+  // Whether the processor has tiles of its own for matrices of bfloat16, with which the framework's library is faster.
+  bool matrix_tiles = false;
 };
 
 // All of them work on the calling thread.

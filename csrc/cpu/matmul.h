@@ -13,8 +13,9 @@ struct Matrix {
   void* data;
   int64_t rows, cols, row_stride, col_stride;
   bool packed = false;  // transposed, or as it is
+  bool pairs = false;   // an element is two of bfloat16, which are neighbours in depth
 
-  Matrix t() const { return {data, cols, rows, col_stride, row_stride, packed}; }
+  Matrix t() const { return {data, cols, rows, col_stride, row_stride, packed, pairs}; }
 
   Tensor tensor(ScalarType dtype) const {
     const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
@@ -52,7 +53,18 @@ inline Matrix pack(const Matrix& m, uint32_t* out) {
     kernels.pack({static_cast<const uint32_t*>(m.data) + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride,
                   out + first * m.rows});
   });
-  return {out, m.rows, m.cols, m.cols, 1, true};
+  return {out, m.rows, m.cols, m.cols, 1, true, m.pairs};
+}
+
+// Whether products of the map's tiles, or of their gradients, add up pairs of bfloat16 in float32.
+inline bool by_pairs(const Map& x, int64_t cols, int64_t depth) {
+  return kernels.gemm_bf16 != nullptr && x.dtype == ScalarType::BFloat16 && x.channels_last && cols % 16 == 0 && depth % 2 == 0;
+}
+
+// The columns of a matrix of bfloat16, each adjacent, as pairs for a product along its rows.
+inline Matrix pair_columns(const Matrix& m, void* out) {
+  kernels.pair_rows(m.data, m.cols, m.rows, m.col_stride, out);
+  return {out, m.rows, (m.cols + 1) / 2, 1, m.rows, false, true};
 }
 
 // Whether products with a right operand of so many columns are ours.
@@ -62,14 +74,15 @@ inline bool by_gemm(ScalarType dtype, int64_t cols) {
 
 namespace detail {
 
-inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate,
-                    Ahead* ahead) {
+inline bool by_gemm(const Matrix& out, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate, Ahead* ahead) {
   const auto fits = [&](const Matrix& out, const Matrix& b) {
     return out.col_stride == 1 && b.col_stride == 1 && resdense::cpu::by_gemm(dtype, out.cols);
   };
   const auto run = [&](const Matrix& out, const Matrix& a, const Matrix& b) {
-    kernels.gemm({static_cast<float*>(out.data), a.data, b.data, out.rows, out.cols, a.cols, out.row_stride, a.row_stride,
-                  a.col_stride, b.row_stride, accumulate, b.packed, nullptr, ahead});
+    float* values = static_cast<float*>(out.data);
+    const auto gemm = b.pairs ? kernels.gemm_bf16 : kernels.gemm;
+    gemm({values, a.data, b.data, out.rows, out.cols, a.cols, out.row_stride, a.row_stride, a.col_stride, b.row_stride, b.packed,
+          accumulate ? values : nullptr, out.row_stride, nullptr, ahead});
     return true;
   };
   if (fits(out, b)) return run(out, a, b);

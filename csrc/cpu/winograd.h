@@ -23,10 +23,12 @@ struct TileRun {
   int64_t n, row, column, count;
 };
 
-// Transformed values: by point, tile and channel; channels are padded with zeros to whole vectors.
+// Transformed values: by point, tile and channel; channels are padded with zeros to whole vectors. They are float32; or, of maps of
+// bfloat16 on a processor that multiplies pairs of it, an element is two neighbouring channels or two neighbouring tiles.
 struct Points {
   float* data;
-  int64_t channels, size;  // padded channels; of one point's matrix
+  int64_t channels, size;  // padded channels; elements of one point's matrix
+  enum class Elements { values, channel_pairs, tile_pairs } elements = Elements::values;
 
   static int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 };
@@ -40,7 +42,8 @@ struct Transform {
   Points points, gradient = {};   // B' d B; of an input also A d A', if asked for
 };
 
-// The filters of a convolution as a matrix for each point, packed where there is a gemm. With negative strides they are turned.
+// The filters of a convolution as a matrix for each point, packed where there is a gemm. With negative strides they are turned. Of
+// pairs, an element is of two neighbouring rows.
 struct Filters {
   const void* data;
   torch::headeronly::ScalarType dtype;

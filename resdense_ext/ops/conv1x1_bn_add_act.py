@@ -17,7 +17,8 @@ with W. So var has an error of some units in the last place of ``|w|^T |R| |w| /
 orthogonal to strongly correlated inputs that is more than var itself, as the same error is of stock's (see the tests).
 
 ``a`` is not kept: it is made from the raw ``x``, some samples at a time, wherever it is read. In 16 bits on a GPU backward makes it
-once and whole, as deviations, and is a matter of products: `resdense_ext.ops.moments`.
+once and whole, as deviations, and is a matter of products: `resdense_ext.ops.moments`. A CPU's kernels make it tile by tile; in
+bfloat16, too, as rounded deviations, where the processor multiplies such.
 
 Source: the composition is that of He et al., Deep Residual Learning for Image Recognition (2016); the algebra is this library's.
 """
@@ -310,14 +311,10 @@ def backward(
 
     if of_input is None and fold.count is not None and source.multiplies:
         return _by_products(branch, g, into, need_input, need_weight)
-    dense = source.dense() if fold.count is not None and source.fuses else None
-    if of_input is None and dense is not None:
-        of_input, dbeta, G = _moments_and_gradient_products(dense, g)
-    else:
-        of_input = of_input or moments(source, fold.count is not None)
-        dbeta, G = _gradient_products(source, of_input, g, wide)
-    if dense is not None:
-        return _by_kernels(branch, dense.x, of_input, dbeta, G[0], g, into, need_input, need_weight)
+    if fold.count is not None and source.fuses and g.dtype == conv.weight.dtype:
+        return _by_kernels(branch, of_input, g, into, need_input, need_weight)
+    of_input = of_input or moments(source, fold.count is not None)
+    dbeta, G = _gradient_products(source, of_input, g, wide)
     weight, mean = source.weights(wide), of_input.mean.view(groups, 1, -1)
     dgamma = fold.rstd * (weight * G).sum(-1, dtype=torch.float64).flatten()
     s, r = column(fold.affine.scale), column(fold.rstd)
@@ -364,13 +361,6 @@ def _by_products(branch: Branch, g: Tensor, into: Optional[Pending], need_input:
         into.dy[at].copy_(part.dy)
         found = found._replace(input=into)
     return Gradients(found, *of_norm)
-
-
-def _moments_and_gradient_products(source: Pointwise, g: Tensor) -> tuple[Moments, Tensor, Tensor]:
-    """`moments` and `_gradient_products` in one walk, of a source of stride 1."""
-    near, prologue = _near_mean(source), source.fold or Fold.linear(source.x)
-    mean, products, dbeta, G = source.backend.moments(source.x, prologue.affine, near, g)
-    return Moments(mean, products[None]), dbeta, G[None]
 
 
 def _gradient_products(source: Pointwise, of_input: Moments, g: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -432,21 +422,21 @@ def _through_prologue(source: Pointwise, terms: _Terms, g: Tensor, into: Optiona
 
 
 def _by_kernels(
-    branch: Branch,
-    read: Tensor,
-    of_input: Moments,
-    sum_g: Tensor,
-    G: Tensor,
-    g: Tensor,
-    into: Optional[Pending],
-    need_input: bool,
-    need_weight: bool,
+    branch: Branch, of_input: Optional[Moments], g: Tensor, into: Optional[Pending], need_input: bool, need_weight: bool
 ) -> Gradients:
-    """The rest of `backward` in one walk over what is ``read`` of x."""
+    """As `backward`, in two walks over what is read of x."""
     (x, prologue, conv, backend), fold = branch
-    mean, products = of_input
+    dense = branch.source.dense()
+    read, linear = dense.x, prologue or Fold.linear(x)
+    if of_input is None:
+        near = _near_mean(dense)
+        rest, R, sum_g, G = backend.moments(read, linear.affine, near, g)
+    else:
+        near = of_input.mean.to(fold.mean.dtype)
+        rest, R = of_input.mean - near, of_input.products[0]
+        sum_g, (G,) = _gradient_products(dense, of_input, g, near.dtype)
     weight = conv.weight.detach().flatten(1).contiguous()
-    dgamma, dW, *terms, offset = backend.terms_of_moments(mean, products[0], sum_g, G, weight, fold, need_weight)
+    dgamma, dW, *terms, offset = backend.terms_of_moments(rest, R, sum_g, G, weight, fold, need_weight)
     norm_grads = dgamma, sum_g.to(dgamma.dtype)
     dW = dW.view_as(conv.weight) if need_weight else None
     db = torch.zeros_like(conv.bias) if need_weight and conv.bias is not None else None
@@ -454,8 +444,7 @@ def _by_kernels(
         return Gradients(ConvGrads(None, dW, db, None, None), *norm_grads)
     at = sampling(conv)
     target = torch.empty_like(read) if into is None else into.dy if at is None else dense_map(into.dy[at])
-    center = mean.to(weight.dtype)
-    sums = backend.moments_backward(read, prologue or Fold.linear(x), g, *terms, center, offset, target, into is not None)
+    sums = backend.moments_backward(read, linear, g, *terms, near, offset, target, into is not None)
     dy = target
     if at is not None:
         dy = torch.zeros_like(x) if into is None else into.dy

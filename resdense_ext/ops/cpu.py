@@ -30,7 +30,12 @@ _CACHED = 2**18
 """Values of an activation for a thread, 1 MB in float32: then it is read by the convolution from where it was written."""
 
 
-_HAS_GEMM = (_library.build_info() or {}).get("cpu_capability", "DEFAULT") != "DEFAULT"
+_CAPABILITY = (_library.build_info() or {}).get("cpu_capability", "DEFAULT")
+
+_MULTIPLIES_BFLOAT16 = _CAPABILITY == "AVX512_BF16"
+"""Elsewhere no product of 16-bit matrices is at hand that adds up in float32."""
+
+_HAS_GEMM = _CAPABILITY != "DEFAULT"
 """Elsewhere the framework's convolution is faster than Winograd's algorithm around the framework's matrix products."""
 
 
@@ -215,21 +220,26 @@ class CpuBackend(CompiledBackend):
         return self._grads(x, fold, weight, None, dy, into, *sums)
 
     def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
-        one_dtype = x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        return conv.groups == 1 and one_dtype and knows(activation)
+        if conv.groups != 1 or x.dtype != conv.weight.dtype or not knows(activation):
+            return False
+        if x.dtype == torch.bfloat16:
+            outputs, inputs = conv.weight.shape[:2]
+            channels_last = memory_format_of(x) != torch.contiguous_format
+            return _MULTIPLIES_BFLOAT16 and channels_last and inputs % 16 == 0 and outputs % 2 == 0
+        return x.dtype in (torch.float32, torch.float64)
 
     def moments(self, x: Tensor, affine: Affine, near: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of what a convolution reads, and with the gradient of what it writes: the mean ``[C]`` in float64, R, ``1^T g`` in
-        float64 and ``G``; ``near`` is a point near the mean."""
+        """Of what a convolution reads, and with the gradient of what it writes: the mean less ``near`` ``[C]``, a point near it,
+        in float64, R, ``1^T g`` in float64 and ``G``."""
         return torch.ops.resdense.conv1x1_moments(x, *affine[:2], slope_of(affine.activation), near, g)
 
     def terms_of_moments(
-        self, mean: Tensor, R: Tensor, sum_g: Tensor, G: Tensor, weight: Tensor, fold: Fold, need_weight: bool
+        self, rest: Tensor, R: Tensor, sum_g: Tensor, G: Tensor, weight: Tensor, fold: Fold, need_weight: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """From `moments` and the norm that reads the convolution's output: the gradients of that norm's weight and of ``weight
         [K, C]``, then the weight, the products and the offset that `moments_backward` wants."""
         return torch.ops.resdense.conv1x1_moments_terms(
-            mean, R, sum_g, G, weight, fold.affine.scale, fold.rstd, fold.count, need_weight
+            rest, R, sum_g, G, weight, fold.affine.scale, fold.rstd, fold.count, need_weight
         )
 
     def moments_backward(
@@ -239,17 +249,17 @@ class CpuBackend(CompiledBackend):
         g: Tensor,
         weight: Tensor,
         products: Tensor,
-        mean: Tensor,
+        near: Tensor,
         offset: Tensor,
         out: Tensor,
         accumulate: bool,
     ) -> tuple[Tensor, Tensor]:
-        """``da = g weight + (a - mean) products + offset``, then `bn_act_backward` of it, or with ``accumulate``
+        """``da = g weight + (a - near) products + offset``, then `bn_act_backward` of it, or with ``accumulate``
         `bn_act_backward_accumulate`, into ``out``."""
         scale, shift, activation = fold.affine
         increment_version(out)
         return torch.ops.resdense.conv1x1_moments_backward(
-            x, scale, shift, fold.mean, slope_of(activation), g, weight, products, mean, offset, out, accumulate
+            x, scale, shift, fold.mean, slope_of(activation), g, weight, products, near, offset, out, accumulate
         )
 
 

@@ -77,18 +77,20 @@ def _bn_act_conv1x1_backward(
 
 def _conv1x1_moments(x, scale, shift, negative_slope, near, grad):
     inputs, outputs = x.shape[1], grad.shape[1]
-    mean, sum_grad = (x.new_empty(channels, dtype=torch.float64) for channels in (inputs, outputs))
-    return mean, x.new_empty((inputs, inputs)), sum_grad, x.new_empty((outputs, inputs))
+    rest, sum_grad = (x.new_empty(channels, dtype=torch.float64) for channels in (inputs, outputs))
+    products, grad_products = (x.new_empty((n, inputs), dtype=accumulation_dtype(x.dtype)) for n in (inputs, outputs))
+    return rest, products, sum_grad, grad_products
 
 
-def _conv1x1_moments_terms(mean, products, sum_grad, grad_products, weight, scale, rstd, count, need_weight):
+def _conv1x1_moments_terms(rest, products, sum_grad, grad_products, weight, scale, rstd, count, need_weight):
     outputs, inputs = weight.shape
     dweight = weight.new_empty((outputs if need_weight else 0, inputs))
-    return torch.empty_like(rstd), dweight, torch.empty_like(weight), torch.empty_like(products), weight.new_empty(inputs)
+    terms, offset = weight.new_empty((inputs, inputs)), weight.new_empty(inputs, dtype=accumulation_dtype(weight.dtype))
+    return torch.empty_like(rstd), dweight, torch.empty_like(weight), terms, offset
 
 
 def _conv1x1_moments_backward(
-    x, scale, shift, center, negative_slope, grad, weight, products, mean, offset, out, accumulate
+    x, scale, shift, center, negative_slope, grad, weight, products, near, offset, out, accumulate
 ):
     return _vectors(x, x.shape[1])
 
