@@ -184,8 +184,8 @@ def residual_block(
             and computes the convolutions again. Norms that are frozen altogether need nothing of what they read.
 
     Returns:
-        ``[N, K, *spatial]``, channels-last where ``x`` or a convolution's weight is, as PyTorch's convolutions give it. Backward
-        reads it: changing it in place makes the backward raise.
+        ``[N, K, *spatial]``, channels-last where ``x`` or a convolution's weight is, as PyTorch's convolutions give it; an ``x``
+        of another layout is copied, and the copy kept. Backward reads the output: changing it in place makes the backward raise.
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
@@ -292,8 +292,8 @@ def bn_act_conv(
         negative_slope: of leaky_relu.
 
     Returns:
-        ``[N, K, *spatial of the convolution's output]``, channels-last where ``x`` or the weight is. Backward keeps ``x`` and its
-        statistics, and computes what the convolution reads again.
+        ``[N, K, *spatial of the convolution's output]``, channels-last where ``x`` or the weight is. Backward keeps ``x``,
+        or its copy where it is of another layout, and its statistics, and computes what the convolution reads again.
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; a

@@ -24,7 +24,8 @@ from resdense_ext.reference import Activation, BatchNorm, Conv
 
 built = pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}")
 multiplies_bfloat16 = pytest.mark.skipif(
-    CPU_LIBRARY is not None or rd.build_info()["cpu_capability"] != "AVX512_BF16", reason="needs AVX512_BF16"
+    CPU_LIBRARY is not None or rd.build_info()["cpu_capability"] != "AVX512_BF16",
+    reason="only the CPU kernels for AVX512_BF16 multiply bfloat16, and here others run",
 )
 # The same tests serve Triton's kernels in its interpreter: see test_triton.py.
 BACKENDS = ["triton"] if interpreting() else ["reference", pytest.param("cpu", marks=built)]

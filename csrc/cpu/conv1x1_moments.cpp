@@ -70,11 +70,11 @@ template <class F> void each_rows(int64_t rows, const F& f) {
   });
 }
 
-// What is below the diagonal, from what is above it.
-template <class A> void mirror_upper(A* values, int64_t size) {
+// What is below the diagonal, from what is above it, or the other way round.
+template <class A> void mirror(A* values, int64_t size, bool upper) {
   each_rows(size, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < i; ++j) values[i * size + j] = values[j * size + i];
+      for (int64_t j = upper ? 0 : i + 1; j < (upper ? i : size); ++j) values[i * size + j] = values[j * size + i];
   });
 }
 
@@ -95,7 +95,7 @@ void total_products(const Scratch& partial, int64_t chunks, const Matrix& out, b
       std::copy(sum.begin() + first, sum.end(), values + i * out.cols + first);
     }
   });
-  if (square) mirror_upper(values, out.cols);
+  if (square) mirror(values, out.cols, true);
 }
 
 Tensor doubles(const double* values, int64_t size) {
@@ -136,10 +136,7 @@ template <class A> void symmetric(const Matrix& out, const Matrix& a, const Matr
       if (blocks - 1 - block > block) row(blocks - 1 - block);
     }
   });
-  each_rows(out.rows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = i + 1; j < out.cols; ++j) values[i * out.cols + j] = values[j * out.cols + i];
-  });
+  mirror(values, out.cols, false);
 }
 
 // Of weights in T.

@@ -13,7 +13,7 @@ from resdense_ext.convert.classes import Converted
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.convert.strangers import Stranger, left_in, named_parts
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn.engine import OnEngine, Policy, stock_path, watching, why_stock
+from resdense_ext.nn.engine import READ_FROM_MODULES, OnEngine, Policy, stock_path, watching, why_stock
 from resdense_ext.nn.read import Unsupported
 
 __all__ = ["MemoryReport", "report"]
@@ -117,8 +117,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _has_a_row(module: nn.Module) -> bool:
-    kinds = ("layer_modules", "pooled_modules", "residual_modules", "dual_path_modules", "unit_modules", "end_modules")
-    return isinstance(module, (OnEngine, Converted)) and any(hasattr(module, kind) for kind in kinds)
+    return isinstance(module, (OnEngine, Converted)) and any(hasattr(module, kind) for kind in READ_FROM_MODULES)
 
 
 def _layers(block: nn.Module) -> int:

@@ -16,7 +16,7 @@ from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
 from resdense_ext.convert.trace import Facts, Untraceable, is_layer, is_own, modes_of, trace
-from resdense_ext.nn.engine import is_transformed, say
+from resdense_ext.nn.engine import READ_FROM_MODULES, is_transformed, say
 from resdense_ext.nn.read import Unsupported, is_frozen_norm
 
 __all__ = ["Record", "Stranger", "convert_strangers", "left_in", "named_parts", "put_back", "remember_left"]
@@ -125,10 +125,6 @@ def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Modul
     return Record({path: m for path, m in model.named_modules() if path in walk.owners}, walk.left)
 
 
-_READ = ("layer_modules", "residual_modules", "dual_path_modules", "pooled_modules", "unit_modules", "end_modules")
-"""By what a module shows that an engine reads the modules in it."""
-
-
 class _Walk:
     def __init__(self, policy: str, refused: Container[nn.Module]) -> None:
         self.policy, self.refused = policy, refused
@@ -146,7 +142,7 @@ class _Walk:
             return
         if is_own(module):
             # Inside of a block an adapter's engine reads.
-            if not any(hasattr(module, kind) for kind in _READ):
+            if not any(hasattr(module, kind) for kind in READ_FROM_MODULES):
                 self._visit_children(module, path)
             return
         if type(module).forward is nn.Module.forward:

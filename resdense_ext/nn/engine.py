@@ -54,6 +54,7 @@ __all__ = [
     "Halves",
     "OnEngine",
     "Policy",
+    "READ_FROM_MODULES",
     "Residual",
     "SideBySide",
     "Transition",
@@ -191,6 +192,9 @@ class Transition(Protocol):
         """The forward that the engine stands in for."""
 
 
+READ_FROM_MODULES = ("layer_modules", "residual_modules", "dual_path_modules", "pooled_modules", "unit_modules", "end_modules")
+"""By what a module shows that an engine reads the modules in it."""
+
 _AnyBlock = Block | Transition | Residual | DualPath | Graph | BNActConv | End
 
 _stock: ContextVar[bool] = ContextVar("resdense_stock", default=False)
@@ -320,8 +324,7 @@ def run_bn_act_conv(unit: BNActConv, x: Tensor) -> Tensor:
 
     def read() -> _Run:
         (norm, conv), activation = read_unit(unit.unit_modules())
-        options = {"activation": activation.name, "negative_slope": activation.slope}
-        return lambda x: functional.bn_act_conv(x, norm, conv, **options)
+        return lambda x: functional.bn_act_conv(x, norm, conv, **_options(activation))
 
     return _run(unit, x, read)
 
@@ -330,17 +333,15 @@ def run_end(end: End, maps: tuple[Tensor, Tensor]) -> Tensor:
     """The forward of a residual block's end, see `_run`; maps that are not alike are left to the stock path."""
 
     def read() -> _Run:
-        modules = end.end_modules()
-        (norm, identity_norm), activation = read_end(modules)
-        options = {"activation": activation.name, "negative_slope": activation.slope}
+        (norm, identity_norm), activation = read_end(end.end_modules())
 
         def run(maps: tuple[Tensor, Tensor]) -> Optional[Tensor]:
             x, identity = maps
             if (x.shape, x.dtype, x.device) != (identity.shape, identity.dtype, identity.device):
                 return None
             if norm is None:
-                return functional.add_act(x, identity, **options)
-            return functional.bn_add_act(x, norm, identity, identity_norm, **options)
+                return functional.add_act(x, identity, **_options(activation))
+            return functional.bn_add_act(x, norm, identity, identity_norm, **_options(activation))
 
         return run
 
@@ -581,13 +582,16 @@ def _dense_block(
         for of in modules:
             checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
         layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
-    return functional.dense_block(
-        x, layers, activation=activation.name, negative_slope=activation.slope, policy=policy, behind=behind
-    )
+    return functional.dense_block(x, layers, **_options(activation), policy=policy, behind=behind)
+
+
+def _options(activation: Activation) -> dict[str, str | float]:
+    """An activation as the functional calls take it."""
+    return {"activation": activation.name, "negative_slope": activation.slope}
 
 
 def _pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
-    options = {"activation": activation.name, "negative_slope": activation.slope}
+    options = _options(activation)
     if unit.conv is not None:
         return functional.transition(x, functional.Unit(unit.norm, unit.conv), *unit.pool[1:3], **options)
     return functional.bn_act_pool(x, unit.norm, unit.pool.kind, *unit.pool.windows, **options)

@@ -76,7 +76,7 @@ class Program(NamedTuple):
 
     def __call__(self, inputs: list[Optional[Tensor]]) -> list[Tensor]:
         """The results; none where the inputs are not laid out as those were with which it was recorded."""
-        with torch._C._AutoDispatchBelowADInplaceOrView():  # autograd and who counts changes have nothing to do inside
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # an engine's operator writes to no input of its own
             return told(torch.ops.resdense.replay, self.code, self.names, inputs + self.constants)
 
 
