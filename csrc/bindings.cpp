@@ -25,7 +25,8 @@
 //                   first multiplied by act'(alpha * z + shift)
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
-// bn_act_conv1x1_data_backward gets the gradient of what the convolution has put out: grad * weight is what dy is of.
+// bn_act_conv1x1_data_backward and that of the 3x3 get the gradient of what the convolution has put out: its product with the
+// weight is what dy is of. The weight gradient of the 3x3 is (outputs, 3, 3, channels).
 // Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
@@ -114,6 +115,12 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "-> Tensor dweight");
   m.def(
       "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
+      "-> Tensor dweight");
+  m.def(
+      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
       "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");

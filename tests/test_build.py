@@ -69,6 +69,10 @@ SCHEMAS = {
     "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
     "Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
+    "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope)"
+    " -> Tensor dweight",
+    "bn_act_conv3x3_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+    "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope)"
     " -> Tensor dweight",
     "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "

@@ -13,6 +13,8 @@ import cuda_cases
 import cuda_conv1x1_cases
 import cuda_conv1x1_data_cases
 import cuda_conv1x1_weight_cases
+import cuda_conv3x3_data_cases
+import cuda_conv3x3_weight_cases
 import cuda_conv_cases
 import cuda_pool_cases
 import cuda_residual_cases
@@ -22,7 +24,7 @@ import torch
 TESTS = Path(__file__).resolve().parent
 MODULES = (
     *(cuda_cases, cuda_conv_cases, cuda_conv1x1_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
-    *(cuda_pool_cases, cuda_residual_cases),
+    *(cuda_conv3x3_data_cases, cuda_conv3x3_weight_cases, cuda_pool_cases, cuda_residual_cases),
 )
 CHECKS = tuple(check for module in MODULES for check in module.CHECKS)
 

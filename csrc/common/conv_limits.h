@@ -8,6 +8,8 @@ namespace resdense {
 // Channels of what is read, and of what is written.
 constexpr int64_t kConv1x1Inputs = 1 << 16, kConv1x1Outputs = 192;
 constexpr int64_t kConv3x3Inputs = 256, kConv3x3Outputs = 64;
+// In backward the outputs are read.
+constexpr int64_t kConv3x3BackwardOutputs = 32;
 
 inline bool is_half_precision(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 

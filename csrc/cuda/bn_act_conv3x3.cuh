@@ -1,21 +1,19 @@
 #pragma once
 // A 3x3 convolution of act(scale * x + shift), channels-last, whose tile is activated once in shared memory.
 //
-// The samples' rows are seen as one stack with a row of padding between two samples, which serves both as the lower border of
-// the one and the upper border of the other. A tile is some columns of some rows of the stack, so that small maps fill a
-// tile, too: 7 x 7 ones by 87 %. A block takes every gridDim.x-th tile, and the channels of a tile in chunks: while one
-// chunk is multiplied, the values of the next are on their way to registers; then they are activated and stored for
-// `ldmatrix`, which reads the rows of a tap as those of the first tap, shifted.
+// A block takes every gridDim.x-th tile of the stack of rows, and the channels of a tile in chunks: while one chunk is
+// multiplied, the values of the next are on their way to registers; then they are activated and stored for `ldmatrix`,
+// which reads the rows of a tap as those of the first tap, shifted.
 
 #include <bit>
 
 #include "conv.cuh"
 #include "matrix.cuh"
+#include "stack.cuh"
 
 namespace resdense::cuda {
 
 constexpr int kConvChunk = 32;  // channels
-constexpr int kConvTaps = 9;
 
 // For 128 -> 32 channels a large tile (256 positions) costs, in clocks of a multiprocessor: 4,400 for its bytes; 4,500 for its
 // products at the rate of wgmma, some 7,500 at that of mma.sync; 6,900 for reading its fragments, of which a warp, with its
@@ -47,18 +45,9 @@ struct Conv3x3 {
   float slope;
   int64_t x_sn, x_ss, out_sn, out_ss;  // strides of sample and position
   int channels, outputs;
-  int rows, height, width;             // rows of the stack: (height + 1) a sample, but for the last
-  int tile_rows, tile_columns;
-  int strips, tiles;                   // tiles side by side, and all of them
+  Stack stack;
   int slots;                           // chunks of the weights that have a place in shared memory
   float* parts;                        // count, means and m2 that a block leaves; none where there are no statistics
-
-  // Where a position of the stack lies in a map; -1 where there is padding.
-  __device__ int64_t offset(int row, int column, int64_t sn, int64_t ss) const {
-    if (row < 0 || row >= rows || column < 0 || column >= width) return -1;
-    const int n = row / (height + 1), y = row - n * (height + 1);
-    return y == height ? -1 : n * sn + (int64_t(y) * width + column) * ss;
-  }
 };
 
 // Shared memory holds rows of kConvChunk channels in 16-byte pieces. The eight rows that ldmatrix reads at once have
@@ -77,7 +66,8 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int chunks = (p.channels + kConvChunk - 1) / kConvChunk;
-  const int pitch = p.tile_columns + 2, halo = (p.tile_rows + 2) * pitch;
+  const Stack& stack = p.stack;
+  const int pitch = stack.pitch(), halo = stack.halo();
 
   Piece* const s_tile = reinterpret_cast<Piece*>(dynamic_shared());
   Piece* const s_weight = s_tile + Tile::kHalo * kPieces;
@@ -85,8 +75,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   float* const s_scale = reinterpret_cast<float*>(s_offset + Tile::kHalo);
   float* const s_shift = s_scale + chunks * kConvChunk;
 
-  // A thread loads the same piece of every kRowsAtOnce-th position of the halo. The key of one is its number without the
-  // two columns that a row has at its sides: so keys are consecutive in a tap's rows, wherever a row of the tile ends.
+  // A thread loads the same piece of every kRowsAtOnce-th position of the halo.
   const int piece = thread % kPieces, first = thread / kPieces;
   uint32_t keys = 0;
   for (int i = 0; i < kLoads; ++i) {
@@ -99,15 +88,15 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
 #pragma unroll
   for (int m = 0; m < Tile::kM16; ++m) {
     const int q = (warp * Tile::kM16 + m) * 16 + lane % 16;
-    const int row = q / p.tile_columns;
-    positions[m] = row < p.tile_rows ? q + 2 * row : 0;
+    const int row = q / stack.tile_columns;
+    positions[m] = row < stack.tile_rows ? q + 2 * row : 0;
   }
 
   const auto place_halo = [&](int tile) {
-    const int top = tile / p.strips, left = tile - top * p.strips;
+    const int top = tile / stack.strips, left = tile - top * stack.strips;
     for (int i = thread; i < Tile::kHalo; i += Tile::kThreads) {
       const int row = i / pitch, column = i - row * pitch;
-      const int64_t offset = p.offset(top * p.tile_rows + row - 1, left * p.tile_columns + column - 1, p.x_sn, p.x_ss);
+      const int64_t offset = stack.offset(top * stack.tile_rows + row - 1, left * stack.tile_columns + column - 1, p.x_sn, p.x_ss);
       s_offset[i] = i < halo ? offset : -1;
     }
   };
@@ -166,7 +155,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     for (int dy = 0; dy < 3; ++dy) {
 #pragma unroll
       for (int dx = 0; dx < 3; ++dx) {
-        const int key = lane + dy * p.tile_columns + dx;
+        const int key = lane + dy * stack.tile_columns + dx;
 #pragma unroll
         for (int k = 0; k < kPieces; k += 2) {
           uint32_t b[N16][4];
@@ -193,15 +182,15 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   // Rounds the sums, writes them, and merges what was written into the moments of this lane's channels.
   Moments<float, 4 * N16> moments;
   const auto finish = [&](int tile) {
-    const int top = tile / p.strips, left = tile - top * p.strips;
+    const int top = tile / stack.strips, left = tile - top * stack.strips;
     uint32_t written = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
       const int m = i / 2, half = i % 2 * 2;
       const int q = (warp * Tile::kM16 + m) * 16 + half * 4 + lane / 4;
-      const int row = q / p.tile_columns, column = q - row * p.tile_columns;
+      const int row = q / stack.tile_columns, column = q - row * stack.tile_columns;
       const int64_t offset =
-          row < p.tile_rows ? p.offset(top * p.tile_rows + row, left * p.tile_columns + column, p.out_sn, p.out_ss) : -1;
+          row < stack.tile_rows ? stack.offset(top * stack.tile_rows + row, left * stack.tile_columns + column, p.out_sn, p.out_ss) : -1;
       if (offset >= 0) written |= 1u << i;
 #pragma unroll
       for (int n = 0; n < N16; ++n) {
@@ -256,13 +245,13 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
       activate_values(chunk, p.slope);
     const bool last = chunk + 1 == chunks;
     const int next_tile = last ? tile + gridDim.x : tile;
-    if (last && next_tile < p.tiles) place_halo(next_tile);
+    if (last && next_tile < stack.tiles) place_halo(next_tile);
     finish_copies();
     __syncthreads();
 
     const int next_chunk = last ? 0 : chunk + 1;
     const int next_slot = p.slots == chunks ? next_chunk : slot ^ 1;
-    if (next_tile < p.tiles) {
+    if (next_tile < stack.tiles) {
       load_values(next_chunk);
       if (p.slots < chunks || (tile == int(blockIdx.x) && !last))
         copy_weights(next_chunk, s_weight + next_slot * (Tile::kWeights / 8));
@@ -277,7 +266,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     }
     multiply(s_weight + slot * (Tile::kWeights / 8));
     if (last) finish(tile);
-    if (next_tile >= p.tiles) break;
+    if (next_tile >= stack.tiles) break;
     tile = next_tile, chunk = next_chunk, slot = next_slot;
   }
   if (p.parts == nullptr) return;

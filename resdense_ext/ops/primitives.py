@@ -133,6 +133,14 @@ def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, negative_slope,
     return _vectors(x, x.shape[1])
 
 
+def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, negative_slope):
+    return x.new_empty((grad.shape[1], 3, 3, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+
+
+def _bn_act_conv3x3_data_backward(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+    return _vectors(x, x.shape[1])
+
+
 def _add_act(x, y, negative_slope):
     return torch.empty_like(x)
 
@@ -172,8 +180,26 @@ def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, negative_slope):
 
 def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
     wide = accumulation_dtype(x.dtype)
+    product = torch.einsum("nk...,kc->nc...", grad.to(wide), weight.to(wide))
+    return _masked(product, x, scale, shift, center, negative_slope, out, accumulate)
+
+
+def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, negative_slope):
+    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+    grad, activated = (t.to(accumulation_dtype(x.dtype)) for t in (grad, activated))
+    sizes = grad.shape[1], x.shape[1], 3, 3
+    return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).contiguous()
+
+
+def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+    wide = accumulation_dtype(x.dtype)
+    product = torch.nn.functional.conv_transpose2d(grad.to(wide), weight.to(wide), padding=1)
+    return _masked(product, x, scale, shift, center, negative_slope, out, accumulate)
+
+
+def _masked(product, x, scale, shift, center, negative_slope, out, accumulate):
+    dy, wide = product, product.dtype
     scale, shift, center = (reference.per_channel(v, x) for v in (scale, shift, center))
-    dy = torch.einsum("nk...,kc->nc...", grad.to(wide), weight.to(wide))
     y = scale * x.to(wide) + shift
     # Behind a ReLU that stops it even an infinite gradient is 0.
     dy = torch.where(y <= 0, 0, dy) if negative_slope == 0 else torch.where(y > 0, dy, negative_slope * dy)
@@ -218,6 +244,8 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_conv_backward,
         _bn_act_conv1x1_weight_backward,
         _bn_act_conv1x1_data_backward,
+        _bn_act_conv3x3_weight_backward,
+        _bn_act_conv3x3_data_backward,
         _add_act,
         _add_act_backward,
         _bn_add_act,
@@ -229,6 +257,8 @@ if CPU_LIBRARY is None:  # else there are no such operators
         _bn_act_conv3x3_cpu,
         _bn_act_conv1x1_weight_backward_cpu,
         _bn_act_conv1x1_data_backward_cpu,
+        _bn_act_conv3x3_weight_backward_cpu,
+        _bn_act_conv3x3_data_backward_cpu,
         _add_act_cpu,
         _add_act_backward_cpu,
     ):

@@ -6,6 +6,8 @@
 #include "cuda/bn_act_conv1x1_data.cu"
 #include "cuda/bn_act_conv1x1_weight.cu"
 #include "cuda/bn_act_conv3x3.cu"
+#include "cuda/bn_act_conv3x3_data.cu"
+#include "cuda/bn_act_conv3x3_weight.cu"
 #include "cuda/bn_act_pool.cu"
 #include "cuda/bn_add_act.cu"
 #include "cuda/channel_stats.cu"
@@ -68,6 +70,12 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "-> Tensor dweight");
   m.def(
       "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+  m.def(
+      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
+      "-> Tensor dweight");
+  m.def(
+      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
       "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");

@@ -11,6 +11,8 @@ import cuda_cases
 import cuda_conv1x1_cases
 import cuda_conv1x1_data_cases
 import cuda_conv1x1_weight_cases
+import cuda_conv3x3_data_cases
+import cuda_conv3x3_weight_cases
 import cuda_conv_cases
 import cuda_pool_cases
 import cuda_residual_cases
@@ -22,7 +24,7 @@ for module, step in ((cuda_cases, 17), (cuda_residual_cases, 11), (cuda_pool_cas
 torch.ops.load_library(sys.argv[1])
 modules = (
     *(cuda_cases, cuda_conv_cases, cuda_conv1x1_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
-    *(cuda_pool_cases, cuda_residual_cases),
+    *(cuda_conv3x3_data_cases, cuda_conv3x3_weight_cases, cuda_pool_cases, cuda_residual_cases),
 )
 for check in (check for module in modules for check in module.CHECKS):
     # A shuffled order, since a missing barrier may show in none of the sorted ones, and several blocks a channel.

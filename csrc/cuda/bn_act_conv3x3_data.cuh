@@ -1,0 +1,4 @@
+#pragma once
+
+#include "matrix.cuh"
+#include "stack.cuh"
