@@ -35,6 +35,15 @@ struct Conv {
     return sizes;
   }
 
+  // (outputs, taps, channels) in the weight's shape.
+  Tensor of_taps(const Tensor& t) const {
+    Sizes sizes = shape(), strides(sizes.size(), 1);
+    int64_t stride = sizes[1];
+    for (size_t i = sizes.size() - 1; i >= 2; --i) strides[i] = stride, stride *= sizes[i];
+    strides[0] = stride;
+    return view_of(t, weight.dim(), sizes.data(), strides.data());
+  }
+
   Tensor matrix() const { return matrix_view(weight, weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)); }
 };
 
@@ -101,13 +110,13 @@ bool is_ours(const Tensor& t, ScalarType dtype, int64_t channels) {
   return takes_channels(m, channels) && has_aligned_rows(m) && few;
 }
 
-// Whether the operator bn_act_conv3x3 takes it.
-bool is_conv3x3(const Tensor& x, const Conv& conv, const Optional& bias, const Tensor& out) {
+// Whether the operator bn_act_conv3x3 takes it, and those of its backward: `outputs` is what is written, or its gradient, of so
+// many channels at most.
+bool is_conv3x3(const Tensor& x, const Conv& conv, const Tensor& outputs, int64_t most) {
   const auto ones = [](const Sizes& sizes) { return sizes == Sizes{1, 1}; };
   const ScalarType dtype = conv.weight.scalar_type();
-  return x.dim() == 4 && conv.weight.size(2) == 3 && conv.weight.size(3) == 3 && conv.groups == 1 && !bias &&
-         ones(conv.stride) && ones(conv.padding) && ones(conv.dilation) && is_ours(x, dtype, kConv3x3Inputs) &&
-         is_ours(out, dtype, kConv3x3Outputs);
+  return x.dim() == 4 && conv.weight.size(2) == 3 && conv.weight.size(3) == 3 && conv.groups == 1 && ones(conv.stride) &&
+         ones(conv.padding) && ones(conv.dilation) && is_ours(x, dtype, kConv3x3Inputs) && is_ours(outputs, dtype, most);
 }
 
 // Whether the operators bn_act_conv1x1 take it, and those of its backward: `outputs` is what is written, or its gradient.
@@ -136,7 +145,7 @@ void bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, 
                  const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
                  const Tensor& out, const Optional& mean, const Optional& m2) {
   const Conv conv{weight, stride, padding, dilation, groups};
-  if (scale && is_conv3x3(x, conv, bias, out)) {
+  if (scale && !bias && is_conv3x3(x, conv, out, kConv3x3Outputs)) {
     call("resdense::bn_act_conv3x3", "", x, *scale, *shift, negative_slope, weight, out, mean, m2);
     return;
   }
@@ -231,19 +240,33 @@ struct Found {
   Sum dweight, dbias, sum_dy, sum_dy_xc;
 };
 
-Found backward_by_kernels(const Tensor& x, const Prologue& prologue, const Tensor& center, const Conv& conv, const Tensor& grad,
-                          const Optional& out, bool need_weight) {
+// The operators of a convolution's backward that activate as they multiply.
+struct Kernels {
+  const char *weight, *data;
+};
+
+std::optional<Kernels> kernels_of_backward(const Tensor& x, const Conv& conv, const Tensor& grad, const Optional& out) {
+  const auto all = [&](auto is) { return is(x) && (!out || is(*out)); };
+  if (all([&](const Tensor& t) { return is_conv1x1(t, conv, grad); }))
+    return Kernels{"resdense::bn_act_conv1x1_weight_backward", "resdense::bn_act_conv1x1_data_backward"};
+  if (all([&](const Tensor& t) { return is_conv3x3(t, conv, grad, kConv3x3BackwardOutputs); }))
+    return Kernels{"resdense::bn_act_conv3x3_weight_backward", "resdense::bn_act_conv3x3_data_backward"};
+  return std::nullopt;
+}
+
+Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologue& prologue, const Tensor& center, const Conv& conv,
+                          const Tensor& grad, const Optional& out, bool need_weight) {
   const auto& [scale, shift, negative_slope] = prologue;
   Found found;
   if (need_weight) {
-    const auto [dweight] = call<std::tuple<Tensor>>("resdense::bn_act_conv1x1_weight_backward", "", grad, x, *scale, *shift,
-                                                    negative_slope);
-    found.dweight.add(torch::stable::view(dweight, conv.shape()));
+    const auto [dweight] = call<std::tuple<Tensor>>(kernels.weight, "", grad, x, *scale, *shift, negative_slope);
+    found.dweight.add(conv.of_taps(dweight));
   }
   if (!out) found.dy = torch::stable::empty_like(x);
   const auto [sum_dy, sum_dy_xc] =
-      call<std::tuple<Tensor, Tensor>>("resdense::bn_act_conv1x1_data_backward", "", grad, x, *scale, *shift, center,
-                                       negative_slope, conv.matrix(), out ? *out : *found.dy, out.has_value());
+      call<std::tuple<Tensor, Tensor>>(kernels.data, "", grad, x, *scale, *shift, center, negative_slope,
+                                       conv.is_matrix_product() ? conv.matrix() : conv.weight, out ? *out : *found.dy,
+                                       out.has_value());
   found.sum_dy.add(sum_dy), found.sum_dy_xc.add(sum_dy_xc);
   return found;
 }
@@ -303,10 +326,10 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
   const Prologue prologue{scale, shift, negative_slope};
   const Pending pending{grad, z, alpha, beta, delta};
   const ScalarType dtype = weight.scalar_type();
-  const bool by_kernels = scale && fuse && !need_bias && is_conv1x1(x, conv, grad) && (!out || is_conv1x1(*out, conv, grad));
+  const auto kernels = scale && fuse && !need_bias ? kernels_of_backward(x, conv, grad, out) : std::nullopt;
   const Found found =
-      by_kernels ? backward_by_kernels(x, prologue, *center, conv, pending.finished(Parts::all(x), 0), out, need_weight)
-                 : backward_by_library(x, prologue, center, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
+      kernels ? backward_by_kernels(*kernels, x, prologue, *center, conv, pending.finished(Parts::all(x), 0), out, need_weight)
+              : backward_by_library(x, prologue, center, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
   const Optional dweight = found.dweight.total(dtype), dbias = found.dbias.total(dtype);
   if (!scale) return {found.dy, std::nullopt, std::nullopt, dweight, dbias, std::nullopt, std::nullopt};
 
