@@ -1,8 +1,7 @@
 """Every primitive of the dense engine on a GPU, at the layers of densenet121 and densenet201, beside plain PyTorch's.
 
 And ResNet-50's 3x3 convolutions. The Triton backend's are our own kernels here, whatever `ops.triton` would choose; the CUDA
-backend's are its own for dense layers, but for the backward of the 3x3, and else the vendor's on an activation in memory. "library"
-is that for 1x1 convolutions, too.
+backend's are its own for dense layers, and else the vendor's on an activation in memory. "library" is that for dense layers, too.
 
 Time is set against two floors of the same run: the bytes of every operand, read or written once, over the bandwidth of a large
 copy; and the products over the rate of a large matrix product. Each is preceded by a comparison with the reference in float32.
@@ -159,7 +158,7 @@ def _fold(channels: int, count: int, device: str) -> Fold:
 
 
 class LibraryBackend(CudaBackend):
-    """The CUDA backend without its kernels for 1x1 convolutions."""
+    """The CUDA backend without its kernels for the convolutions of dense layers."""
 
     name = "library"
 

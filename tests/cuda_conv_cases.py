@@ -20,11 +20,13 @@ SLOPES = {"relu": 0.0, "leaky_relu": 0.2, "identity": 1.0}
 
 
 class Case(NamedTuple):
-    """``multiprocessors`` is how large the shim's device is: small tiles are for those that large ones would not fill."""
+    """``multiprocessors`` and ``shared_memory``, in KiB a multiprocessor, are how large the shim's device is: small tiles are for
+    those that large ones would not fill."""
 
     shape: tuple[int, int, int, int]
     outputs: int
     multiprocessors: int
+    shared_memory: int = 100
 
 
 SMALL_TILES, LARGE_TILES = 64, 1
@@ -33,13 +35,16 @@ CASES = (
     Case((2, 32, 5, 3), 16, SMALL_TILES),
     Case((3, 48, 7, 7), 32, SMALL_TILES),  # half a chunk of channels, tiles across samples
     Case((1, 8, 1, 19), 40, SMALL_TILES),
-    Case((2, 24, 11, 9), 48, 4),  # several tiles a block
+    Case((2, 24, 11, 9), 48, 4),  # several tiles
     Case((1, 104, 6, 5), 64, SMALL_TILES),  # weights a chunk ahead of the products, a chunk cut off
-    Case((5, 96, 9, 9), 16, 3),  # weights of three chunks that stay
-    Case((2, 40, 9, 21), 32, LARGE_TILES),  # overhanging tiles
+    Case((5, 96, 9, 9), 16, 3),  # three teams, some without a tile, and weights of three chunks that stay
+    Case((2, 40, 9, 21), 32, LARGE_TILES),  # overhanging tiles, two for a team
     Case((1, 128, 3, 37), 16, LARGE_TILES),  # tiles side by side
     Case((20, 16, 4, 3), 48, LARGE_TILES),
-    Case((1, 72, 5, 4), 64, LARGE_TILES),
+    Case((1, 96, 16, 35), 32, LARGE_TILES),  # weights a chunk ahead of the products of large tiles
+    Case((2, 16, 16, 31), 16, 2, 164),  # three teams, one without a tile
+    Case((1, 24, 29, 33), 24, LARGE_TILES, 164),  # two tiles for some teams
+    Case((1, 72, 15, 20), 64, LARGE_TILES, 128),
 )
 # What takes the shim too long.
 GPU_CASES = (
@@ -51,9 +56,9 @@ GPU_CASES = (
 )
 
 
-def configure(ops, multiprocessors: int, order: int = 2) -> None:
+def configure(ops, multiprocessors: int, order: int = 2, shared_memory: int = 100) -> None:
     if hasattr(ops, "configure"):
-        ops.configure(order, multiprocessors)
+        ops.configure(order, multiprocessors, shared_memory)
 
 
 def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -118,7 +123,7 @@ def assert_right(inputs: dict[str, Tensor], activation: Activation, *found: Tens
 
 def check_bn_act_conv3x3(ops, device: str) -> None:
     for i, case in enumerate(CASES + (GPU_CASES if device == "cuda" else ())):
-        configure(ops, case.multiprocessors)
+        configure(ops, case.multiprocessors, shared_memory=case.shared_memory)
         dtype = (torch.bfloat16, torch.float16)[i % 2]
         activation = ACTIVATIONS[i % 3]
         inputs = tensors(case, dtype, device)
@@ -137,11 +142,11 @@ def check_bn_act_conv3x3_without_stats(ops, device: str) -> None:
 
 def check_bn_act_conv3x3_repeats(ops, device: str) -> None:
     """Bitwise, whatever order the threads run in."""
-    for case in (CASES[2], CASES[4], CASES[8]):
+    for case in (CASES[2], CASES[6], CASES[8], CASES[12]):
         inputs = tensors(case, torch.bfloat16, device)
         results = []
         for order in (0, 1, 2, 3):
-            configure(ops, case.multiprocessors, order)
+            configure(ops, case.multiprocessors, order, case.shared_memory)
             results.append(convolved(ops, inputs, ACTIVATIONS[0]))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other))

@@ -142,8 +142,6 @@ def test_who_convolves(monkeypatch):
         {"affine": False},
     ):
         assert route(**{"x": x, "out": out, **point, **given}) in ("aten::mm", "aten::convolution"), given
-    monkeypatch.setattr(CudaBackend, "fuses", lambda self, x: False)
-    assert route(x, out, **point) == "aten::mm"
     for given in (
         {"x": last(2, 20, 5, 6)[:, :16]},
         {"x": last(2, 24, 5, 6)[:, 4:20]},
@@ -162,6 +160,9 @@ def test_who_convolves(monkeypatch):
         {"affine": False},
     ):
         assert route(**{"x": x, "out": out, "weight": weight, **given}) == "aten::convolution", given
+    monkeypatch.setattr(CudaBackend, "fuses", lambda self, x: False)
+    assert route(x, out, **point) == "aten::mm"
+    assert route(x, out, weight) == "aten::convolution"
 
 
 def test_memory_that_runs_out_in_an_operator(monkeypatch):

@@ -145,11 +145,12 @@ void bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, 
                  const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
                  const Tensor& out, const Optional& mean, const Optional& m2) {
   const Conv conv{weight, stride, padding, dilation, groups};
-  if (scale && !bias && is_conv3x3(x, conv, out, kConv3x3Outputs)) {
+  const bool by_kernels = scale && fuse && !bias;
+  if (by_kernels && is_conv3x3(x, conv, out, kConv3x3Outputs)) {
     call("resdense::bn_act_conv3x3", "", x, *scale, *shift, negative_slope, weight, out, mean, m2);
     return;
   }
-  if (scale && fuse && !bias && is_conv1x1(x, conv, out)) {
+  if (by_kernels && is_conv1x1(x, conv, out)) {
     call("resdense::bn_act_conv1x1", "", x, *scale, *shift, negative_slope, conv.matrix(), bias, out, mean, m2);
     return;
   }

@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::
 
   if (lane == 0 && across == 0) part[0] = positions;
   __syncthreads();
-  leave_moments<kConv1x1Down, OUTPUTS>(gathered, p.outputs, p.parts);
+  leave_moments<OUTPUTS>(gathered, kConv1x1Down, p.outputs, p.parts);
 }
 
 }  // namespace resdense::cuda

@@ -9,14 +9,19 @@ namespace {
 template <typename T, int N16, bool LARGE>
 void run(const Launch& on, Conv3x3<T> p, const Stack& stack, const Optional& mean, const Optional& m2) {
   using Tile = ConvTile<N16, LARGE>;
-  const int64_t chunks = ceil_div(p.channels, kConvChunk), memory = on.shared_memory();
-  const auto fits = [&](int64_t slots) { return Tile::kBlocks * (Tile::bytes(chunks, slots) + 1024) <= memory; };
+  static_assert(Tile::bytes(8, 1, false) <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
+  const int64_t chunks = ceil_div(p.channels, kConvChunk), memory = on.shared_memory() - 1024;
+  // As many teams as there is room and work for; their weights for good where that takes none of them.
+  int64_t teams = std::clamp<int64_t>(ceil_div(stack.tiles, on.multiprocessors()), 1, Tile::kTeams);
+  const auto fits = [&](bool all_weights) { return Tile::bytes(chunks, teams, all_weights) <= memory; };
+  while (teams > 1 && !fits(true) && !fits(false)) --teams;
   p.stack = stack;
-  p.slots = static_cast<int>(chunks <= 2 || fits(chunks) ? chunks : 2);
-  const int64_t blocks = std::min<int64_t>(stack.tiles, on.multiprocessors() * Tile::kBlocks);
+  p.all_weights = fits(true);
+  const int64_t blocks = std::min<int64_t>(ceil_div(stack.tiles, teams), on.multiprocessors());
   run_with_stats(on, blocks, p.outputs, mean, m2, [&](float* parts) {
     p.parts = parts;
-    on.run_shared(Tile::bytes(chunks, p.slots), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks, Tile::kThreads, p);
+    on.run_shared(Tile::bytes(chunks, teams, p.all_weights), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks,
+                  teams * Tile::kThreads, p);
   });
 }
 
@@ -24,9 +29,8 @@ template <typename T, int N16>
 void run(const Launch& on, const Conv3x3<T>& p, const Tensor& x, const Optional& mean, const Optional& m2) {
   using Large = ConvTile<N16, true>;
   using Small = ConvTile<N16, false>;
-  // Small tiles have to read more, but leave half of the device idle less often.
   const Stack large = stack_of(x, Large::kPositions, Large::kHalo);
-  if (2 * large.tiles > on.multiprocessors())
+  if (large.tiles > on.multiprocessors())
     run<T, N16, true>(on, p, large, mean, m2);
   else
     run<T, N16, false>(on, p, stack_of(x, Small::kPositions, Small::kHalo), mean, m2);

@@ -1,9 +1,10 @@
 #pragma once
 // A 3x3 convolution of act(scale * x + shift), channels-last, whose tile is activated once in shared memory.
 //
-// A block takes every gridDim.x-th tile of the stack of rows, and the channels of a tile in chunks: while one chunk is
-// multiplied, the values of the next are on their way to registers; then they are activated and stored for `ldmatrix`,
-// which reads the rows of a tap as those of the first tap, shifted.
+// The warps of a block are a few teams, which share the weights in shared memory and nothing else: each takes tiles of the stack
+// of rows for itself, and the channels of a tile in chunks. While one chunk is multiplied the next is on its way; a thread then
+// activates in place the pieces that it has copied itself, the team meets at its own barrier, and `ldmatrix` reads the rows of
+// a tap as those of the first tap, shifted. So there is one barrier a chunk, and the teams are at different points.
 
 #include <bit>
 
@@ -17,22 +18,25 @@ constexpr int kConvChunk = 32;  // channels
 
 // For 128 -> 32 channels a large tile (256 positions) costs, in clocks of a multiprocessor: 4,400 for its bytes; 4,500 for its
 // products at the rate of wgmma, some 7,500 at that of mma.sync; 6,900 for reading its fragments, of which a warp, with its
-// 64 x 32 products, uses each 4 times; 1,400 for the activation of its halo. The weights, 72 KiB, stay in shared memory for all
-// tiles of a block where the blocks of a multiprocessor have room for them (the halo takes 25 KiB); else they come anew for
-// every tile, a chunk ahead. A small tile (64 positions) is for maps that do not fill the device.
+// 64 x 32 products, uses each 4 times; 2,000 for the activation of its halo, and 1,000 to finish. The weights, 72 KiB, stay in
+// shared memory for all tiles of a block where there is room for them (two chunks of a halo take 40 KiB a team); else a team
+// copies them anew for every tile, a chunk ahead. Small tiles (64 positions), whose fragments are used half as often, are for maps
+// of which large ones would leave most of the device's warps idle.
 template <int N16, bool LARGE>
 struct ConvTile {
   static constexpr int kOutputs = 16 * N16;
   static constexpr int kM16 = !LARGE ? 1 : N16 <= 2 ? 4 : 2;  // a warp's products: 16 kM16 positions by kOutputs channels
   static constexpr int kPositions = LARGE ? 256 : 64;
-  static constexpr int kThreads = kPositions / (16 * kM16) * 32;
-  static constexpr int kBlocks = LARGE && N16 > 2 ? 1 : 2;  // a multiprocessor
-  static constexpr int kHalo = !LARGE ? 128 : N16 <= 2 ? 352 : 320;  // positions of the tile and around it, at most
-  static constexpr int kWeights = kConvTaps * kOutputs * kConvChunk;
+  static constexpr int kThreads = kPositions / (16 * kM16) * 32;  // of a team
+  static constexpr int kTeams = !LARGE ? 4 : N16 <= 2 ? 3 : 1;    // of a block, at most
+  static constexpr int kHalo = LARGE ? 320 : 128;                 // positions of the tile and around it, at most
+  static constexpr int kWeights = kConvTaps * kOutputs * kConvChunk;  // of a chunk
 
-  // Shared memory: the halo, where it comes from, scale and shift, and `slots` chunks of the weights.
-  static constexpr int64_t bytes(int64_t chunks, int64_t slots) {
-    return kHalo * (kConvChunk * 2 + 8) + chunks * kConvChunk * 8 + slots * kWeights * 2;
+  // Shared memory: weights, of all chunks or of two a team; scale and shift; the halos of two chunks, and where those of two
+  // tiles come from.
+  static constexpr int64_t bytes(int64_t chunks, int64_t teams, bool all_weights) {
+    const int64_t team = 2 * kHalo * (kConvChunk * 2 + 8);
+    return (all_weights ? chunks : 2 * teams) * kWeights * 2 + chunks * kConvChunk * 8 + teams * team;
   }
 };
 
@@ -46,7 +50,7 @@ struct Conv3x3 {
   int64_t x_sn, x_ss, out_sn, out_ss;  // strides of sample and position
   int channels, outputs;
   Stack stack;
-  int slots;                           // chunks of the weights that have a place in shared memory
+  bool all_weights;                    // all chunks of the weights have a place in shared memory
   float* parts;                        // count, means and m2 that a block leaves; none where there are no statistics
 };
 
@@ -55,7 +59,7 @@ struct Conv3x3 {
 __device__ inline int swizzled(int row, int key, int piece) { return row * 4 + (piece ^ ((key >> 1) & 3)); }
 
 template <typename T, int N16, bool LARGE>
-__global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, LARGE>::kBlocks)
+__global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16, LARGE>::kTeams)
     bn_act_conv3x3_fwd_kernel(Conv3x3<T> p) {
   using Tile = ConvTile<N16, LARGE>;
   using Piece = Vector<T, 8>;
@@ -64,24 +68,30 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   constexpr int kLoads = Tile::kHalo / kRowsAtOnce;
   static_assert(kPieces == 4 && Tile::kHalo % kRowsAtOnce == 0 && kLoads <= 16);
 
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int team = threadIdx.x / Tile::kThreads, teams = blockDim.x / Tile::kThreads;
+  const int thread = threadIdx.x % Tile::kThreads, lane = thread % 32, warp = thread / 32;
   const int chunks = (p.channels + kConvChunk - 1) / kConvChunk;
   const Stack& stack = p.stack;
   const int pitch = stack.pitch(), halo = stack.halo();
 
-  Piece* const s_tile = reinterpret_cast<Piece*>(dynamic_shared());
-  Piece* const s_weight = s_tile + Tile::kHalo * kPieces;
-  int64_t* const s_offset = reinterpret_cast<int64_t*>(s_weight + p.slots * (Tile::kWeights / 8));
-  float* const s_scale = reinterpret_cast<float*>(s_offset + Tile::kHalo);
+  Piece* const s_weight = reinterpret_cast<Piece*>(dynamic_shared());
+  float* const s_scale = reinterpret_cast<float*>(s_weight + (p.all_weights ? chunks : 2 * teams) * (Tile::kWeights / 8));
   float* const s_shift = s_scale + chunks * kConvChunk;
+  Piece* const s_halos = reinterpret_cast<Piece*>(s_shift + chunks * kConvChunk);
+  const auto halo_of = [&](int slot) { return s_halos + (team * 2 + slot) * (Tile::kHalo * kPieces); };
+  const auto weight_of = [&](int chunk, int slot) {
+    return s_weight + (p.all_weights ? chunk : team * 2 + slot) * (Tile::kWeights / 8);
+  };
+  int64_t* const s_offsets = reinterpret_cast<int64_t*>(s_halos + teams * 2 * (Tile::kHalo * kPieces)) + team * 2 * Tile::kHalo;
 
-  // A thread loads the same piece of every kRowsAtOnce-th position of the halo.
+  // A thread copies the same piece of every kRowsAtOnce-th position of the halo.
   const int piece = thread % kPieces, first = thread / kPieces;
   uint32_t keys = 0;
   for (int i = 0; i < kLoads; ++i) {
     const int row = first + i * kRowsAtOnce;
     keys |= (((row >> 1) - row / pitch) & 3u) << 2 * i;
   }
+  const auto mine = [&](int i) { return swizzled(first + i * kRowsAtOnce, keys >> 2 * i << 1, piece); };
 
   // The positions of the tile that this lane brings to ldmatrix, as rows of the halo.
   int positions[Tile::kM16];
@@ -92,55 +102,52 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     positions[m] = row < stack.tile_rows ? q + 2 * row : 0;
   }
 
-  const auto place_halo = [&](int tile) {
+  // Those of a tile and of the next one have a place each: the copies of the one may still be asked for.
+  const auto place_halo = [&](int tile, int place) {
     const int top = tile / stack.strips, left = tile - top * stack.strips;
     for (int i = thread; i < Tile::kHalo; i += Tile::kThreads) {
       const int row = i / pitch, column = i - row * pitch;
-      const int64_t offset = stack.offset(top * stack.tile_rows + row - 1, left * stack.tile_columns + column - 1, p.x_sn, p.x_ss);
-      s_offset[i] = i < halo ? offset : -1;
+      const int64_t offset =
+          stack.offset(top * stack.tile_rows + row - 1, left * stack.tile_columns + column - 1, p.x_sn, p.x_ss);
+      s_offsets[place * Tile::kHalo + i] = i < halo ? offset : -1;
     }
   };
 
-  // As words, since 16-bit values that are loaded on a condition would take a register each.
-  Vector<uint32_t, 4> values[kLoads];
-  uint32_t inside = 0;  // a bit for each of the values that is not padding
-  const auto load_values = [&](int chunk) {
+  uint32_t inside = 0;  // a bit for each of the pieces that is not padding
+  const auto copy_halo = [&](int chunk, int place, Piece* to) {
     const int channel = chunk * kConvChunk + piece * 8;
     inside = 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int64_t offset = s_offset[first + i * kRowsAtOnce];
-      if (offset >= 0 && channel < p.channels) {
-        values[i] = load<uint32_t, 4>(reinterpret_cast<const uint32_t*>(p.x + offset + channel));
-        inside |= 1u << i;
-      }
+      const int64_t offset = s_offsets[place * Tile::kHalo + first + i * kRowsAtOnce];
+      const bool exists = offset >= 0 && channel < p.channels;
+      inside |= uint32_t(exists) << i;
+      copy_16_bytes(to + mine(i), exists ? p.x + offset + channel : p.x, exists);
     }
   };
 
-  const auto activate_values = [&](int chunk, float slope) {
+  const auto activate_halo = [&](int chunk, Piece* halo, float slope) {
     const int channel = chunk * kConvChunk + piece * 8;
-    float scale[8], shift[8];
+    Vector<float, 2> scale[4], shift[4];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      scale[k] = s_scale[channel + k];
-      shift[k] = s_shift[channel + k];
+    for (int k = 0; k < 4; ++k) {
+      scale[k] = load<float, 2>(s_scale + channel + 2 * k);
+      shift[k] = load<float, 2>(s_shift + channel + 2 * k);
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      Piece activated = std::bit_cast<Piece>(values[i]);
+      if (!(inside >> i & 1)) continue;
+      auto words = std::bit_cast<Vector<uint32_t, 4>>(halo[mine(i)]);
 #pragma unroll
-      for (int k = 0; k < 8; ++k)
-        narrow(activate(scale[k] * widen(activated.v[k]) + shift[k], slope), activated.v[k]);
-      auto words = std::bit_cast<Vector<uint32_t, 4>>(activated);
-#pragma unroll
-      for (uint32_t& word : words.v) word = inside >> i & 1 ? word : 0;
-      s_tile[swizzled(first + i * kRowsAtOnce, keys >> 2 * i << 1, piece)] = std::bit_cast<Piece>(words);
+      for (int k = 0; k < 4; ++k) words.v[k] = activate_pair<T>(words.v[k], scale[k], shift[k], slope);
+      halo[mine(i)] = std::bit_cast<Piece>(words);
     }
   };
 
-  const auto copy_weights = [&](int chunk, Piece* to) {
+  // By so many threads, each of which takes every so many pieces.
+  const auto copy_weights = [&](int chunk, Piece* to, int from_row, int rows_at_once) {
     const int channel = chunk * kConvChunk + piece * 8;
-    for (int row = first; row < kConvTaps * Tile::kOutputs; row += kRowsAtOnce) {
+    for (int row = from_row; row < kConvTaps * Tile::kOutputs; row += rows_at_once) {
       const int tap = row / Tile::kOutputs, output = row - tap * Tile::kOutputs;
       const bool exists = output < p.outputs && channel < p.channels;
       const int64_t from = exists ? (int64_t(output) * kConvTaps + tap) * p.channels + channel : 0;
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
   };
 
   float sums[Tile::kM16][2 * N16][4];
-  const auto multiply = [&](const Piece* weight) {
+  const auto multiply = [&](const Piece* halo, const Piece* weight) {
     const int output = lane % 8 + lane / 16 * 8;
 #pragma unroll 1
     for (int dy = 0; dy < 3; ++dy) {
@@ -167,7 +174,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
 #pragma unroll
           for (int m = 0; m < Tile::kM16; ++m) {
             uint32_t a[4];
-            load_matrices(a, s_tile + swizzled(positions[m] + dy * pitch + dx, key, k + lane / 16));
+            load_matrices(a, halo + swizzled(positions[m] + dy * pitch + dx, key, k + lane / 16));
 #pragma unroll
             for (int n = 0; n < N16; ++n) {
               multiply_add(sums[m][2 * n], a, b[n][0], b[n][1], T{});
@@ -226,36 +233,39 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     });
   };
 
-  for (int channel = thread; channel < p.channels; channel += Tile::kThreads) {
-    s_scale[channel] = p.scale[channel];
-    s_shift[channel] = p.shift[channel];
+  for (int channel = threadIdx.x; channel < chunks * kConvChunk; channel += blockDim.x) {
+    s_scale[channel] = channel < p.channels ? p.scale[channel] : 0;
+    s_shift[channel] = channel < p.channels ? p.shift[channel] : 0;
   }
-  int tile = blockIdx.x, chunk = 0;
-  place_halo(tile);
+  // The teams of different blocks first.
+  int tile = blockIdx.x + team * gridDim.x;
+  if (tile < stack.tiles) place_halo(tile, 0);
   __syncthreads();
-  load_values(0);
-  copy_weights(0, s_weight);
-  // The place of the chunk's weights: its own, or one of two in turn.
-  for (int slot = 0;;) {
-    __syncthreads();  // all are done with the chunk before
+  const auto copy = [&](int chunk, int place, int slot) {
+    copy_halo(chunk, place, halo_of(slot));
+    if (!p.all_weights) copy_weights(chunk, weight_of(chunk, slot), first, kRowsAtOnce);
+  };
+  if (tile < stack.tiles) copy(0, 0, 0);
+  for (int chunk = 0; p.all_weights && chunk < chunks; ++chunk)
+    copy_weights(chunk, weight_of(chunk, 0), threadIdx.x / kPieces, blockDim.x / kPieces);
+  finish_copies();
+  __syncthreads();
+
+  for (int chunk = 0, place = 0, slot = 0; tile < stack.tiles;) {
+    finish_copies();
     // With a slope that the compiler knows the ReLU is part of the rounding.
     if (p.slope == 0)
-      activate_values(chunk, 0);
+      activate_halo(chunk, halo_of(slot), 0);
     else
-      activate_values(chunk, p.slope);
+      activate_halo(chunk, halo_of(slot), p.slope);
     const bool last = chunk + 1 == chunks;
-    const int next_tile = last ? tile + gridDim.x : tile;
-    if (last && next_tile < stack.tiles) place_halo(next_tile);
-    finish_copies();
-    __syncthreads();
+    const int next_tile = last ? tile + gridDim.x * teams : tile, next_chunk = last ? 0 : chunk + 1;
+    const int next_place = last ? place ^ 1 : place;
+    if (last && next_tile < stack.tiles) place_halo(next_tile, next_place);
+    // What the team has activated is there, and all are done with the chunk before, whose place is free.
+    sync_threads(1 + team, Tile::kThreads);
+    if (next_tile < stack.tiles) copy(next_chunk, next_place, slot ^ 1);
 
-    const int next_chunk = last ? 0 : chunk + 1;
-    const int next_slot = p.slots == chunks ? next_chunk : slot ^ 1;
-    if (next_tile < stack.tiles) {
-      load_values(next_chunk);
-      if (p.slots < chunks || (tile == int(blockIdx.x) && !last))
-        copy_weights(next_chunk, s_weight + next_slot * (Tile::kWeights / 8));
-    }
     if (chunk == 0) {
 #pragma unroll
       for (auto& of_positions : sums)
@@ -264,22 +274,20 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
 #pragma unroll
           for (float& sum : of_outputs) sum = 0;
     }
-    multiply(s_weight + slot * (Tile::kWeights / 8));
+    multiply(halo_of(slot), weight_of(chunk, slot));
     if (last) finish(tile);
-    if (next_tile >= stack.tiles) break;
-    tile = next_tile, chunk = next_chunk, slot = next_slot;
+    tile = next_tile, chunk = next_chunk, place = next_place, slot ^= 1;
   }
   if (p.parts == nullptr) return;
 
   // The block's moments: those of a channel's lanes, then of the warps in order.
   merge_lanes(moments, 4);
-  constexpr int kWarps = Tile::kThreads / 32;
-  float* const s_parts = reinterpret_cast<float*>(s_tile);  // [warp][count, means, m2]
+  float* const s_parts = reinterpret_cast<float*>(s_halos);  // [warp][count, means, m2]
   constexpr int kPart = 1 + 2 * Tile::kOutputs;
-  static_assert(kWarps * kPart * sizeof(float) <= Tile::kHalo * kPieces * sizeof(Piece));
+  static_assert(Tile::kThreads / 32 * kPart * sizeof(float) <= 2 * Tile::kHalo * kPieces * sizeof(Piece));
   __syncthreads();
   if (lane < 4) {
-    float* const part = s_parts + warp * kPart;
+    float* const part = s_parts + threadIdx.x / 32 * kPart;
     part[0] = moments.count;
 #pragma unroll
     for (int k = 0; k < 4 * N16; ++k) {
@@ -289,7 +297,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads, ConvTile<N16, 
     }
   }
   __syncthreads();
-  leave_moments<kWarps, Tile::kOutputs>(s_parts, p.outputs, p.parts);
+  leave_moments<Tile::kOutputs>(s_parts, blockDim.x / 32, p.outputs, p.parts);
 }
 
 }  // namespace resdense::cuda

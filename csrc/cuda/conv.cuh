@@ -87,14 +87,14 @@ __device__ inline Moments<float, K / 2> merge_halves(const Moments<float, K>& mi
   return merge_halves<K>(mine.count, apart, of);
 }
 
-// What the warps of a block have gathered in shared memory, [WARPS][count, means, m2], merged and left for the second
+// What the warps of a block have gathered in shared memory, [warps][count, means, m2], merged and left for the second
 // stage.
-template <int WARPS, int CHANNELS>
-__device__ inline void leave_moments(const float* gathered, int channels, float* parts) {
+template <int CHANNELS>
+__device__ inline void leave_moments(const float* gathered, int warps, int channels, float* parts) {
   const int channel = threadIdx.x;
   if (channel >= channels) return;
   Moments<float, 1> all;
-  for (int warp = 0; warp < WARPS; ++warp) {
+  for (int warp = 0; warp < warps; ++warp) {
     const float* const part = gathered + warp * (1 + 2 * CHANNELS);
     all.merge(part[0], part[1 + channel], part[1 + CHANNELS + channel]);
   }

@@ -27,7 +27,7 @@ SCRATCH = 2**28
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
 _FUSED_SHARED_MEMORY = 156 * 1024
-"""Bytes that no block of the 1x1 kernels exceeds: ``csrc/cuda`` asserts it."""
+"""Bytes that no block of the dense layers' kernels has to have: ``csrc/cuda`` asserts it."""
 
 _NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
 
@@ -41,7 +41,7 @@ class VendorBackend(ReferenceBackend):
     """In the libraries' way a 1x1 convolution is a matrix product of a channels-last map as it lies in memory."""
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether the device of ``x`` has the shared memory that the 1x1 kernels ask for."""
+        """Whether the device of ``x`` has the shared memory that the dense layers' kernels ask for."""
         return _fuses(x.device)
 
     def chunks(self, x: Tensor) -> list[slice]:

@@ -15,13 +15,14 @@
 #include "cuda/fold.cu"
 #include "cuda/pending_grad.cu"
 
-static void configure(int64_t order, int64_t multiprocessors) {
+static void configure(int64_t order, int64_t multiprocessors, int64_t shared_kib) {
   shim::order = static_cast<int>(order);
   shim::multiprocessors = static_cast<int>(multiprocessors);
+  shim::shared_bytes = 1024 * shared_kib;
 }
 
 STABLE_TORCH_LIBRARY(resdense_shim, m) {
-  m.def("configure(int order, int multiprocessors) -> ()");
+  m.def("configure(int order, int multiprocessors, int shared_kib=100) -> ()");
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
   m.def("channel_stats_into(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()");
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");

@@ -65,6 +65,7 @@ struct Index {
 // 0 forward and 1 reverse, all warps in step; else the seed of a shuffle, in which a warp goes as far as it can before the next.
 inline int order = 0;
 inline int multiprocessors = 1;
+inline int64_t shared_bytes = 100 * 1024;  // of a multiprocessor
 
 }  // namespace shim
 
@@ -106,9 +107,8 @@ class Block {
       }
       if (moved) continue;
       if (count(State::done) == fibers_.size()) return;
-      if (count(State::barrier) != fibers_.size())
-        throw std::runtime_error("shim: not all threads of the block arrive at the barrier or warp collective");
-      for (Fiber& fiber : fibers_) fiber.state = State::ready;
+      if (!release_barriers())
+        throw std::runtime_error("shim: not all threads arrive at the barrier or warp collective");
     }
   }
 
@@ -120,7 +120,14 @@ class Block {
     return indices;
   }
 
-  static void barrier() { current_->yield(State::barrier); }
+  // The barrier of all threads has the number 0.
+  static void barrier() { barrier(0, blockDim.x); }
+
+  static void barrier(unsigned number, unsigned threads) {
+    Fiber& fiber = current_->fibers_[threadIdx.x];
+    fiber.barrier = number, fiber.barrier_threads = threads;
+    current_->yield(State::barrier);
+  }
 
   // What every lane of the warp brings, as a function of the lane; valid until this lane's next but one exchange.
   template <typename V>
@@ -181,6 +188,7 @@ class Block {
     unsigned char slots[2][kSlot];
     std::vector<Copy> copies;
     int groups;
+    unsigned barrier, barrier_threads;
   };
 
   static void finish_copies(int groups) {
@@ -222,6 +230,22 @@ class Block {
     for (size_t t = warp * 32; t < end; ++t)
       if (fibers_[t].state != State::exchange) return;
     for (size_t t = warp * 32; t < end; ++t) fibers_[t].state = State::ready;
+  }
+
+  // Lets the threads at every barrier go on at which as many wait as are to come; false where there is none.
+  bool release_barriers() {
+    bool released = false;
+    for (unsigned number = 0; number < 16; ++number) {
+      size_t waiting = 0;
+      const auto waits = [=](const Fiber& fiber) { return fiber.state == State::barrier && fiber.barrier == number; };
+      for (const Fiber& fiber : fibers_) waiting += waits(fiber);
+      for (Fiber& fiber : fibers_) {
+        if (!waits(fiber) || waiting != fiber.barrier_threads) continue;
+        fiber.state = State::ready;
+        released = true;
+      }
+    }
+    return released;
   }
 
   size_t count(State state) const {

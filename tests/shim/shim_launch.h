@@ -10,7 +10,7 @@ class Launch {
   explicit Launch(const Tensor&) {}
 
   int multiprocessors() const { return shim::multiprocessors; }
-  int64_t shared_memory() const { return 100 * 1024; }
+  int64_t shared_memory() const { return shim::shared_bytes; }
 
   template <typename... Parameters, typename... Args>
   void run(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {

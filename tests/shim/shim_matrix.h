@@ -57,6 +57,8 @@ inline void wait_for_copies() {
   shim::Block::wait_for_copies(LEFT);
 }
 
+inline void sync_threads(int barrier, int threads) { shim::Block::barrier(barrier, threads); }
+
 inline void finish_copies() { shim::Block::finish_copies(); }
 
 }  // namespace resdense::cuda
