@@ -27,7 +27,7 @@ SCRATCH = 2**28
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
 _FUSED_SHARED_MEMORY = 156 * 1024
-"""Bytes that no block of the dense layers' kernels has to have: ``csrc/cuda`` asserts it."""
+"""Bytes of shared memory that are enough for a block of any of the dense layers' kernels: ``csrc/cuda`` asserts it."""
 
 _NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
 
