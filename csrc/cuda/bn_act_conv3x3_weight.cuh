@@ -1,4 +1,249 @@
 #pragma once
+// The weight gradient of a 3x3 convolution of act(scale * x + shift), channels-last: for every tap grad^T times the activation
+// that lies a step beside it, summed over the positions.
+//
+// A block takes all outputs, up to 64 channels and every splits-th tile of the stack of rows, and keeps its sums, of 9 taps, in
+// registers all the way. While the warps multiply a tile, every thread activates in place those pieces of the next one that it
+// has copied itself, and copies its share of the one after: there is one barrier a tile. A warp has 16 channels; the two that
+// share a scheduler have the same ones, and take the tile's positions in turns of 16. One of them multiplies first, the
+// other one copies and activates first, so that the matrix units are not idle meanwhile.
+//
+// Both operands have the summed positions as their rows, and are read transposed: a lane has the values of two neighbouring
+// positions in one register. So what the middle tap of three needs is the later position for the left one and the earlier
+// position for the right one, and is not read.
+
+#include <algorithm>
 
 #include "matrix.cuh"
 #include "stack.cuh"
+
+namespace resdense::cuda {
+
+// For 64 channels, 32 outputs and 224 positions, in clocks of a multiprocessor: 3,200 for the products at the rate of mma.sync
+// (2,000 at that of wgmma); 2,800 for shared memory, of it 1,800 for reading fragments and 1,000 for copying and activating; 1,800
+// for 53 KB from the second-level cache, as the gradient comes again for every 64 channels, and the halo for every tile; 2,200
+// for what is issued. A block's part of the result, 72 KiB, costs 2,400 to write. Were its channels 128, it would take half of
+// the splits more, or leave twice the parts; with 32 the gradients would be half of what it reads.
+struct Conv3x3WeightTile {
+  static constexpr int kThreads = 256;
+  static constexpr int kChannels = 64, kOutputs = 32;
+  static constexpr int kPositions = 224;  // 8 x 28, 16 x 14 or 28 x 8
+  static constexpr int kHalo = 304;       // positions of the tile and around it, at most
+  static constexpr int kGroups = kChannels / 16, kWays = kThreads / 32 / kGroups;  // the warps': of channels, of positions
+  static constexpr int kStages = 3;       // tiles in shared memory: multiplied, activated, copied
+  static constexpr int kHaloPieces = kHalo * kChannels / 8;
+  static constexpr int kStagePieces = kHaloPieces + kPositions * kOutputs / 8;
+  static constexpr int64_t kBytes = int64_t(kStages) * kStagePieces * 16;
+
+  // Where a 16-byte piece lies: those that ldmatrix reads at once, of eight rows, are in different banks.
+  __device__ static int place(int row, int key, int piece) { return row * 8 + (piece ^ (key & 7)); }
+  __device__ static int place_grad(int row, int piece) { return kHaloPieces + row * 4 + (piece ^ (row >> 1 & 3)); }
+};
+
+template <typename T>
+struct Conv3x3Weight {
+  const T *grad, *x;
+  const float *scale, *shift;
+  float* parts;  // [splits][outputs][3][3][channels], the result itself where there is one split
+  float slope;
+  int64_t grad_sn, grad_ss, x_sn, x_ss;  // strides of sample and position
+  int channels, outputs;
+  int chunks, chunk_channels;            // of the channels, which the blocks of a split have side by side
+  int splits;
+  Stack stack;                           // of an even number of columns, at least 8
+};
+
+// A number below 2^9 by one below 2^6 of which there is the inverse.
+__device__ inline int inverse_of(int divisor) { return 65536 / divisor + 1; }
+__device__ inline int quotient(int n, int inverse) { return n * inverse >> 16; }
+
+template <typename T, int M16>
+__global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
+    bn_act_conv3x3_weight_bwd_kernel(Conv3x3Weight<T> p) {
+  using Tile = Conv3x3WeightTile;
+  using Piece = Vector<T, 8>;
+  using Four = Vector<float, 4>;
+  constexpr int kRowsAtOnce = Tile::kThreads / 8, kGradsAtOnce = Tile::kThreads / 4;
+  static_assert(Tile::kWays == 2 && Tile::kChannels == 64 && Tile::kOutputs == 32);
+
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int group = warp % Tile::kGroups, way = warp / Tile::kGroups;
+  const int split = blockIdx.x / p.chunks, chunk = blockIdx.x - split * p.chunks;
+  const int first_channel = chunk * p.chunk_channels, end_channel = std::min(p.channels, first_channel + p.chunk_channels);
+  const bool busy = first_channel + group * 16 < end_channel;
+
+  const Stack& stack = p.stack;
+  const int columns = stack.tile_columns, pitch = stack.pitch(), halo = stack.halo();
+  const int per_column = inverse_of(columns), per_pitch = inverse_of(pitch);
+  const int positions = stack.tile_rows * columns, steps = (positions + 15) / 16;
+
+  Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
+
+  // A thread copies the same piece of every kRowsAtOnce-th position of the halo, and of every kGradsAtOnce-th gradient; zeros
+  // where there are none. A bit says of which positions there is something to activate.
+  const int copy_row = thread / 8, copy_piece = thread % 8, copy_channel = first_channel + copy_piece * 8;
+  const auto copy_tile = [&](int tile, Piece* stage) {
+    uint32_t inside = 0;
+    if (tile < stack.tiles) {
+      const int top = tile / stack.strips, left = (tile - top * stack.strips) * columns;
+      // The lanes know where the rows of the halo lie: at least 8 columns have at most 32 of them.
+      const int row_of_lane = lane < stack.tile_rows + 2 ? top * stack.tile_rows + lane - 1 : -1;
+      const int64_t x_row = stack.offset(row_of_lane, 0, p.x_sn, p.x_ss);
+      const int64_t grad_row = stack.offset(row_of_lane, 0, p.grad_sn, p.grad_ss);
+#pragma unroll 1
+      for (int i = 0; i * kRowsAtOnce < halo; ++i) {
+        const int at = i * kRowsAtOnce + copy_row, row = quotient(at, per_pitch), column = left + at - row * pitch - 1;
+        const int64_t from = __shfl_sync(0xffffffffu, x_row, row);
+        const bool exists =
+            at < halo && from >= 0 && column >= 0 && column < stack.width && copy_channel < end_channel;
+        inside |= uint32_t(exists) << i;
+        if (at < halo)
+          copy_16_bytes(stage + Tile::place(at, at - 2 * row, copy_piece),
+                        p.x + (exists ? from + column * p.x_ss + copy_channel : 0), exists);
+      }
+#pragma unroll 1
+      for (int i = 0; i * kGradsAtOnce < steps * 16; ++i) {
+        const int at = i * kGradsAtOnce + thread / 4, row = quotient(at, per_column), column = left + at - row * columns;
+        const int64_t from = __shfl_sync(0xffffffffu, grad_row, row + 1);
+        const bool exists = at < positions && from >= 0 && column < stack.width && thread % 4 * 8 < p.outputs;
+        if (at < steps * 16)
+          copy_16_bytes(stage + Tile::place_grad(at, thread % 4),
+                        p.grad + (exists ? from + column * p.grad_ss + thread % 4 * 8 : 0), exists);
+      }
+    }
+    commit_copies();
+    return inside;
+  };
+
+  const auto activate_tile = [&](Piece* stage, uint32_t inside, float slope) {
+    if (inside == 0) return;
+    float scale[8], shift[8];
+    load_neighbours(p.scale + copy_channel, 8, scale);
+    load_neighbours(p.shift + copy_channel, 8, shift);
+#pragma unroll 2
+    for (int i = 0; i * kRowsAtOnce < halo; ++i) {
+      if (!(inside >> i & 1)) continue;
+      const int at = i * kRowsAtOnce + copy_row;
+      auto* const piece = reinterpret_cast<Vector<uint32_t, 4>*>(
+          stage + Tile::place(at, at - 2 * quotient(at, per_pitch), copy_piece));
+      auto words = *piece;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        words.v[k] = activate_pair<T>(words.v[k], {scale[2 * k], scale[2 * k + 1]}, {shift[2 * k], shift[2 * k + 1]}, slope);
+      *piece = words;
+    }
+  };
+
+  // What this lane brings to ldmatrix: of the gradients, and for the left and the right tap of every row of taps.
+  int load_grad[M16], load_x[3][2];
+#pragma unroll
+  for (int m = 0; m < M16; ++m) load_grad[m] = Tile::place_grad(lane % 8 + lane / 16 * 8, m * 2 + lane / 8 % 2);
+#pragma unroll
+  for (int dy = 0; dy < 3; ++dy)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      load_x[dy][j] = Tile::place(dy * pitch + 2 * j, lane + dy * columns + 2 * j, group * 2 + lane / 16);
+
+  float sums[kConvTaps][M16][2][4] = {};
+  const auto multiply_tile = [&](const Piece* stage) {
+#pragma unroll 1
+    for (int k = way; k < steps; k += Tile::kWays) {
+      uint32_t a[M16][4];
+#pragma unroll
+      for (int m = 0; m < M16; ++m) load_matrices_transposed(a[m], stage + load_grad[m] + k * 16 * 4);
+      // Positions past the end have gradients of 0, and take their values from some that exist, of the same key. (An infinite
+      // value or NaN makes NaN of them, as of positions of padding beside it: of all taps of its channel, where in stock some
+      // may not meet it. So may such a gradient at a border make NaN of all taps of its output.)
+      const int q = k * 16 + lane % 16, position = q < positions ? q : lane % 8;
+      const Piece* const from = stage + (position + 2 * quotient(position, per_column)) * 8;
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {
+        // Upper and lower positions of the first eight channels are 0 and 1, of the others 2 and 3.
+        uint32_t b[3][4];
+        load_matrices_transposed(b[0], from + load_x[dy][0]);
+        load_matrices_transposed(b[2], from + load_x[dy][1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[1][i] = b[0][i] >> 16 | b[2][i] << 16;
+#pragma unroll
+        for (int dx = 0; dx < 3; ++dx) {
+#pragma unroll
+          for (int m = 0; m < M16; ++m) {
+            multiply_add(sums[dy * 3 + dx][m][0], a[m], b[dx][0], b[dx][1], T{});
+            multiply_add(sums[dy * 3 + dx][m][1], a[m], b[dx][2], b[dx][3], T{});
+          }
+        }
+      }
+    }
+  };
+
+  const auto activate_next = [&](Piece* stage, uint32_t inside) {
+    // With a slope that the compiler knows the ReLU is part of the rounding.
+    if (p.slope == 0)
+      activate_tile(stage, inside, 0);
+    else
+      activate_tile(stage, inside, p.slope);
+  };
+
+  uint32_t inside = copy_tile(split, s_stages);
+  uint32_t inside_next = copy_tile(split + p.splits, s_stages + Tile::kStagePieces);
+  wait_for_copies<1>();
+  activate_next(s_stages, inside);
+  int now = 0, next = Tile::kStagePieces, after = 2 * Tile::kStagePieces;
+  for (int tile = split; tile < stack.tiles; tile += p.splits) {
+    __syncthreads();  // the tile is there, and all are done with the one before
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      if (turn == way) {
+        if (busy) multiply_tile(s_stages + now);
+      } else {
+        inside = inside_next;
+        inside_next = copy_tile(tile + 2 * p.splits, s_stages + after);
+        wait_for_copies<1>();
+        activate_next(s_stages + next, inside);
+      }
+    }
+    const int free = now;
+    now = next, next = after, after = free;
+  }
+
+  // The sums of both ways, in shared memory fragment by fragment.
+  Four* const s_sums = reinterpret_cast<Four*>(s_stages) + thread % (Tile::kGroups * 32);
+  const auto s_sum = [&](int tap, int m, int n) -> Four& { return s_sums[((tap * M16 + m) * 2 + n) * (Tile::kGroups * 32)]; };
+  static_assert(kConvTaps * M16 * 2 * Tile::kGroups * 32 * sizeof(Four) <= Tile::kBytes);
+  __syncthreads();
+  if (way == 1) {
+#pragma unroll
+    for (int tap = 0; tap < kConvTaps; ++tap)
+#pragma unroll
+      for (int m = 0; m < M16; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const auto& mine = sums[tap][m][n];
+          s_sum(tap, m, n) = {mine[0], mine[1], mine[2], mine[3]};
+        }
+  }
+  __syncthreads();
+  if (way == 1) return;
+  float* const part = p.parts + int64_t(split) * p.outputs * kConvTaps * p.channels;
+#pragma unroll
+  for (int tap = 0; tap < kConvTaps; ++tap) {
+#pragma unroll
+    for (int m = 0; m < M16; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int channel = first_channel + group * 16 + n * 8 + lane % 4 * 2;
+        const auto& mine = sums[tap][m][n];
+        const Four other = s_sum(tap, m, n);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int output = m * 16 + half * 8 + lane / 4;
+          if (output < p.outputs && channel < end_channel)
+            store<float, 2>(part + (output * kConvTaps + tap) * p.channels + channel,
+                            {mine[2 * half] + other.v[2 * half], mine[2 * half + 1] + other.v[2 * half + 1]});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace resdense::cuda
