@@ -28,16 +28,23 @@ struct Conv3x3WeightTile {
   static constexpr int kThreads = 256;
   static constexpr int kChannels = 64, kOutputs = 32;
   static constexpr int kPositions = 224;  // 8 x 28, 16 x 14 or 28 x 8
-  static constexpr int kHalo = 304;       // positions of the tile and around it, at most
+  static constexpr int kHalo = 300;       // positions of the tile and around it, at most, in
+  static constexpr int kRows = 32;        // rows
   static constexpr int kGroups = kChannels / 16, kWays = kThreads / 32 / kGroups;  // the warps': of channels, of positions
   static constexpr int kStages = 3;       // tiles in shared memory: multiplied, activated, copied
   static constexpr int kHaloPieces = kHalo * kChannels / 8;
-  static constexpr int kStagePieces = kHaloPieces + kPositions * kOutputs / 8;
+  static constexpr int kRowsAt = kHaloPieces + kPositions * kOutputs / 8;  // the rows' addresses
+  static constexpr int kStagePieces = kRowsAt + kRows;
   static constexpr int64_t kBytes = int64_t(kStages) * kStagePieces * 16;
 
   // Where a 16-byte piece lies: those that ldmatrix reads at once, of eight rows, are in different banks.
   __device__ static int place(int row, int key, int piece) { return row * 8 + (piece ^ (key & 7)); }
   __device__ static int place_grad(int row, int piece) { return kHaloPieces + row * 4 + (piece ^ (row >> 1 & 3)); }
+};
+
+// Where a row of the halo lies in x, and a row of the tile in the gradient: addresses of its first column; 0 where there is none.
+struct alignas(16) WeightRow {
+  uint64_t x, grad;
 };
 
 template <typename T>
@@ -79,36 +86,48 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 
   Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
 
+  // A lane for every row: at least 8 columns have at most 32 of them.
+  const auto place_rows = [&](int tile, Piece* stage) {
+    const int top = tile / stack.strips, left = (tile - top * stack.strips) * columns;
+    const int row = top * stack.tile_rows + lane - 1;
+    const int64_t x = stack.offset(row, 0, p.x_sn, p.x_ss), grad = stack.offset(row, 0, p.grad_sn, p.grad_ss);
+    const auto address = [&](const T* map, int64_t offset, int64_t step, int column) {
+      return reinterpret_cast<uint64_t>(map) + (offset + column * step) * sizeof(T);
+    };
+    const bool in_halo = tile < stack.tiles && lane < stack.tile_rows + 2 && x >= 0;
+    const bool in_tile = in_halo && lane > 0 && lane <= stack.tile_rows;
+    reinterpret_cast<WeightRow*>(stage + Tile::kRowsAt)[lane] = {
+        in_halo ? address(p.x, x, p.x_ss, left - 1) : 0, in_tile ? address(p.grad, grad, p.grad_ss, left) : 0};
+  };
+
   // A thread copies the same piece of every kRowsAtOnce-th position of the halo, and of every kGradsAtOnce-th gradient; zeros
   // where there are none. A bit says of which positions there is something to activate.
   const int copy_row = thread / 8, copy_piece = thread % 8, copy_channel = first_channel + copy_piece * 8;
+  const int grad_row = thread / 4, grad_piece = thread % 4;
+  const unsigned x_width = copy_channel < end_channel ? stack.width : 0;
+  const unsigned grad_width = grad_piece * 8 < p.outputs ? stack.width : 0;
+  const uint32_t x_step = p.x_ss * sizeof(T), grad_step = p.grad_ss * sizeof(T);
   const auto copy_tile = [&](int tile, Piece* stage) {
     uint32_t inside = 0;
     if (tile < stack.tiles) {
-      const int top = tile / stack.strips, left = (tile - top * stack.strips) * columns;
-      // The lanes know where the rows of the halo lie: at least 8 columns have at most 32 of them.
-      const int row_of_lane = lane < stack.tile_rows + 2 ? top * stack.tile_rows + lane - 1 : -1;
-      const int64_t x_row = stack.offset(row_of_lane, 0, p.x_sn, p.x_ss);
-      const int64_t grad_row = stack.offset(row_of_lane, 0, p.grad_sn, p.grad_ss);
-#pragma unroll 1
-      for (int i = 0; i * kRowsAtOnce < halo; ++i) {
-        const int at = i * kRowsAtOnce + copy_row, row = quotient(at, per_pitch), column = left + at - row * pitch - 1;
-        const int64_t from = __shfl_sync(0xffffffffu, x_row, row);
-        const bool exists =
-            at < halo && from >= 0 && column >= 0 && column < stack.width && copy_channel < end_channel;
-        inside |= uint32_t(exists) << i;
-        if (at < halo)
-          copy_16_bytes(stage + Tile::place(at, at - 2 * row, copy_piece),
-                        p.x + (exists ? from + column * p.x_ss + copy_channel : 0), exists);
+      const auto* const rows = reinterpret_cast<const WeightRow*>(stage + Tile::kRowsAt);
+      const int left = tile % stack.strips * columns;
+#pragma unroll 2
+      for (int at = copy_row, bit = 1; at < halo; at += kRowsAtOnce, bit *= 2) {
+        const int row = quotient(at, per_pitch), column = at - row * pitch;
+        const uint64_t from = rows[row].x + copy_channel * sizeof(T);
+        const bool exists = rows[row].x != 0 && left - 1u + column < x_width;
+        copy_16_bytes(stage + Tile::place(at, at - 2 * row, copy_piece),
+                      reinterpret_cast<const T*>(from + uint64_t(x_step) * unsigned(column)), exists);
+        if (exists) inside |= bit;
       }
-#pragma unroll 1
-      for (int i = 0; i * kGradsAtOnce < steps * 16; ++i) {
-        const int at = i * kGradsAtOnce + thread / 4, row = quotient(at, per_column), column = left + at - row * columns;
-        const int64_t from = __shfl_sync(0xffffffffu, grad_row, row + 1);
-        const bool exists = at < positions && from >= 0 && column < stack.width && thread % 4 * 8 < p.outputs;
-        if (at < steps * 16)
-          copy_16_bytes(stage + Tile::place_grad(at, thread % 4),
-                        p.grad + (exists ? from + column * p.grad_ss + thread % 4 * 8 : 0), exists);
+#pragma unroll 2
+      for (int at = grad_row; at < steps * 16; at += kGradsAtOnce) {
+        const int row = quotient(at, per_column), column = at - row * columns;
+        const uint64_t from = rows[row + 1].grad + grad_piece * 16;
+        const bool exists = rows[row + 1].grad != 0 && unsigned(left + column) < grad_width;
+        copy_16_bytes(stage + Tile::place_grad(at, grad_piece),
+                      reinterpret_cast<const T*>(from + uint64_t(grad_step) * unsigned(column)), exists);
       }
     }
     commit_copies();
@@ -121,9 +140,8 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
     load_neighbours(p.scale + copy_channel, 8, scale);
     load_neighbours(p.shift + copy_channel, 8, shift);
 #pragma unroll 2
-    for (int i = 0; i * kRowsAtOnce < halo; ++i) {
-      if (!(inside >> i & 1)) continue;
-      const int at = i * kRowsAtOnce + copy_row;
+    for (int at = copy_row; inside != 0; at += kRowsAtOnce, inside >>= 1) {
+      if (!(inside & 1)) continue;
       auto* const piece = reinterpret_cast<Vector<uint32_t, 4>*>(
           stage + Tile::place(at, at - 2 * quotient(at, per_pitch), copy_piece));
       auto words = *piece;
@@ -134,45 +152,71 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
     }
   };
 
-  // What this lane brings to ldmatrix: of the gradients, and for the left and the right tap of every row of taps.
+  // What this lane brings to ldmatrix, in bytes: of the gradients, and for the left and the right tap of every row of taps.
   int load_grad[M16], load_x[3][2];
 #pragma unroll
-  for (int m = 0; m < M16; ++m) load_grad[m] = Tile::place_grad(lane % 8 + lane / 16 * 8, m * 2 + lane / 8 % 2);
+  for (int m = 0; m < M16; ++m) load_grad[m] = Tile::place_grad(lane % 8 + lane / 16 * 8, m * 2 + lane / 8 % 2) * 16;
 #pragma unroll
   for (int dy = 0; dy < 3; ++dy)
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      load_x[dy][j] = Tile::place(dy * pitch + 2 * j, lane + dy * columns + 2 * j, group * 2 + lane / 16);
+      load_x[dy][j] = Tile::place(dy * pitch + 2 * j, lane + dy * columns + 2 * j, group * 2 + lane / 16) * 16;
 
   float sums[kConvTaps][M16][2][4] = {};
   const auto multiply_tile = [&](const Piece* stage) {
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(stage);
+    const auto load_a = [&](uint32_t(&a)[M16][4], int k) {
+#pragma unroll
+      for (int m = 0; m < M16; ++m) load_matrices_transposed(a[m], bytes + load_grad[m] + k * (16 * 4 * 16));
+    };
+    // Positions past the end have gradients of 0, and take their values from some that exist, of the same key. (An infinite
+    // value or NaN makes NaN of them, as of positions of padding beside it: of all taps of its channel, where in stock some
+    // may not meet it. So may such a gradient at a border make NaN of all taps of its output.)
+    const auto place_x = [&](int k) {
+      const int q = k * 16 + lane % 16, position = q < positions ? q : lane % 8;
+      return bytes + (position + 2 * quotient(position, per_column)) * (8 * 16);
+    };
+    // Upper and lower positions of the first eight channels are 0 and 1, of the others 2 and 3.
+    const auto load_b = [&](uint32_t(&b)[2][4], const unsigned char* x, int dy) {
+      load_matrices_transposed(b[0], x + load_x[dy][0]);
+      load_matrices_transposed(b[1], x + load_x[dy][1]);
+    };
+
+    // What is multiplied next is always on its way.
+    uint32_t a[M16][4], b[2][4];
+    const unsigned char* x = place_x(way);
+    load_a(a, way);
+    load_b(b, x, 0);
 #pragma unroll 1
     for (int k = way; k < steps; k += Tile::kWays) {
-      uint32_t a[M16][4];
-#pragma unroll
-      for (int m = 0; m < M16; ++m) load_matrices_transposed(a[m], stage + load_grad[m] + k * 16 * 4);
-      // Positions past the end have gradients of 0, and take their values from some that exist, of the same key. (An infinite
-      // value or NaN makes NaN of them, as of positions of padding beside it: of all taps of its channel, where in stock some
-      // may not meet it. So may such a gradient at a border make NaN of all taps of its output.)
-      const int q = k * 16 + lane % 16, position = q < positions ? q : lane % 8;
-      const Piece* const from = stage + (position + 2 * quotient(position, per_column)) * 8;
+      const int next = k + Tile::kWays < steps ? k + Tile::kWays : k;
+      const unsigned char* const next_x = place_x(next);
+      uint32_t next_a[M16][4];
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
-        // Upper and lower positions of the first eight channels are 0 and 1, of the others 2 and 3.
-        uint32_t b[3][4];
-        load_matrices_transposed(b[0], from + load_x[dy][0]);
-        load_matrices_transposed(b[2], from + load_x[dy][1]);
+        uint32_t taps[3][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) b[1][i] = b[0][i] >> 16 | b[2][i] << 16;
+        for (int i = 0; i < 4; ++i) taps[0][i] = b[0][i], taps[1][i] = b[0][i] >> 16 | b[1][i] << 16, taps[2][i] = b[1][i];
+        if (dy < 2) {
+          load_b(b, x, dy + 1);
+        } else {
+          load_a(next_a, next);
+          load_b(b, next_x, 0);
+        }
 #pragma unroll
         for (int dx = 0; dx < 3; ++dx) {
 #pragma unroll
           for (int m = 0; m < M16; ++m) {
-            multiply_add(sums[dy * 3 + dx][m][0], a[m], b[dx][0], b[dx][1], T{});
-            multiply_add(sums[dy * 3 + dx][m][1], a[m], b[dx][2], b[dx][3], T{});
+            multiply_add(sums[dy * 3 + dx][m][0], a[m], taps[dx][0], taps[dx][1], T{});
+            multiply_add(sums[dy * 3 + dx][m][1], a[m], taps[dx][2], taps[dx][3], T{});
           }
         }
       }
+      x = next_x;
+#pragma unroll
+      for (int m = 0; m < M16; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = next_a[m][i];
     }
   };
 
@@ -184,6 +228,8 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
       activate_tile(stage, inside, p.slope);
   };
 
+  if (warp < Tile::kStages) place_rows(split + warp * p.splits, s_stages + warp * Tile::kStagePieces);
+  __syncthreads();
   uint32_t inside = copy_tile(split, s_stages);
   uint32_t inside_next = copy_tile(split + p.splits, s_stages + Tile::kStagePieces);
   wait_for_copies<1>();
@@ -196,6 +242,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
       if (turn == way) {
         if (busy) multiply_tile(s_stages + now);
       } else {
+        if (warp == 0) place_rows(tile + 3 * p.splits, s_stages + now);
         inside = inside_next;
         inside_next = copy_tile(tile + 2 * p.splits, s_stages + after);
         wait_for_copies<1>();
