@@ -51,14 +51,18 @@ Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const
   }
   check_rows(from, x, "x");
   check_rows(of, grad, "grad");
+  for (const auto& [map, name] : {std::pair(from, "x"), std::pair(of, "grad")})
+    RESDENSE_CHECK(map.ss < int64_t(1) << 30, name, ": expected less than 2^30 elements from one position to the next, got ",
+                   map.ss);
 
   const Launch on(x);
+  const Tensor aligned_scale = at_aligned_address(scale), aligned_shift = at_aligned_address(shift);
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     Conv3x3Weight<T> p{};
     p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
-    p.scale = static_cast<const float*>(scale.const_data_ptr());
-    p.shift = static_cast<const float*>(shift.const_data_ptr());
+    p.scale = static_cast<const float*>(aligned_scale.const_data_ptr());
+    p.shift = static_cast<const float*>(aligned_shift.const_data_ptr());
     p.slope = static_cast<float>(negative_slope);
     p.grad_sn = of.sn, p.grad_ss = of.ss, p.x_sn = from.sn, p.x_ss = from.ss;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);

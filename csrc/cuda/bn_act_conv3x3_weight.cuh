@@ -2,15 +2,15 @@
 // The weight gradient of a 3x3 convolution of act(scale * x + shift), channels-last: for every tap grad^T times the activation
 // that lies a step beside it, summed over the positions.
 //
-// A block takes all outputs, up to 64 channels and every splits-th tile of the stack of rows, and keeps its sums, of 9 taps, in
-// registers all the way. While the warps multiply a tile, every thread activates in place those pieces of the next one that it
-// has copied itself, and copies its share of the one after: there is one barrier a tile. A warp has 16 channels; the two that
-// share a scheduler have the same ones, and take the tile's positions in turns of 16. One of them multiplies first, the
-// other one copies and activates first, so that the matrix units are not idle meanwhile.
+// A block takes all outputs, up to 64 channels and every splits-th tile of the stack of rows, and keeps the sums of all taps in
+// registers to the end. While a tile is multiplied, every thread activates in place those pieces of the next one that it has
+// copied itself, and copies its share of the one after: there is one barrier a tile. A warp has 16 channels; the two that share a
+// scheduler have the same ones, and the tile's positions in turns of 16. One of them multiplies first, the other one copies and
+// activates first, so that the matrix units are busy all the time.
 //
 // Both operands have the summed positions as their rows, and are read transposed: a lane has the values of two neighbouring
-// positions in one register. So what the middle tap of three needs is the later position for the left one and the earlier
-// position for the right one, and is not read.
+// positions in one register. What the middle one of three taps needs is the later position for the left tap and the earlier one
+// for the right tap, so it is not read.
 
 #include <algorithm>
 
@@ -20,10 +20,10 @@
 namespace resdense::cuda {
 
 // For 64 channels, 32 outputs and 224 positions, in clocks of a multiprocessor: 3,200 for the products at the rate of mma.sync
-// (2,000 at that of wgmma); 2,800 for shared memory, of it 1,800 for reading fragments and 1,000 for copying and activating; 1,800
-// for 53 KB from the second-level cache, as the gradient comes again for every 64 channels, and the halo for every tile; 2,200
-// for what is issued. A block's part of the result, 72 KiB, costs 2,400 to write. Were its channels 128, it would take half of
-// the splits more, or leave twice the parts; with 32 the gradients would be half of what it reads.
+// (2,000 at that of wgmma); 2,800 for shared memory, of it 1,800 for reading fragments and 1,000 for copying and activating;
+// 2,600 for the instructions, half of them to copy and to activate; 1,800 for 53 KB of the second-level cache, as the gradient
+// comes again for every 64 channels and the halo for every tile. At the end 2,500 to write 72 KiB of sums: with 128 channels a
+// block it would be twice that, and twice as much to add up, with 32 half; but then half of what is read would be gradients.
 struct Conv3x3WeightTile {
   static constexpr int kThreads = 256;
   static constexpr int kChannels = 64, kOutputs = 32;
@@ -50,7 +50,7 @@ struct alignas(16) WeightRow {
 template <typename T>
 struct Conv3x3Weight {
   const T *grad, *x;
-  const float *scale, *shift;
+  const float *scale, *shift;  // 16-byte aligned
   float* parts;  // [splits][outputs][3][3][channels], the result itself where there is one split
   float slope;
   int64_t grad_sn, grad_ss, x_sn, x_ss;  // strides of sample and position
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
   using Tile = Conv3x3WeightTile;
   using Piece = Vector<T, 8>;
   using Four = Vector<float, 4>;
-  constexpr int kRowsAtOnce = Tile::kThreads / 8, kGradsAtOnce = Tile::kThreads / 4;
+  constexpr int kHaloAtOnce = Tile::kThreads / 4, kGradsAtOnce = Tile::kThreads / 2;
   static_assert(Tile::kWays == 2 && Tile::kChannels == 64 && Tile::kOutputs == 32);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -100,34 +100,44 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
         in_halo ? address(p.x, x, p.x_ss, left - 1) : 0, in_tile ? address(p.grad, grad, p.grad_ss, left) : 0};
   };
 
-  // A thread copies the same piece of every kRowsAtOnce-th position of the halo, and of every kGradsAtOnce-th gradient; zeros
-  // where there are none. A bit says of which positions there is something to activate.
-  const int copy_row = thread / 8, copy_piece = thread % 8, copy_channel = first_channel + copy_piece * 8;
-  const int grad_row = thread / 4, grad_piece = thread % 4;
-  const unsigned x_width = copy_channel < end_channel ? stack.width : 0;
-  const unsigned grad_width = grad_piece * 8 < p.outputs ? stack.width : 0;
+  // A thread copies the same two pieces of every kHaloAtOnce-th position of the halo, and of every kGradsAtOnce-th gradient;
+  // zeros where there are none. Positions 4 apart are those of neighbouring threads, so that the pieces of eight threads lie in
+  // different banks. A bit says of which positions there is something to activate.
+  const int copy_row = warp * 8 + lane / 8 + lane / 4 % 2 * 4, copy_piece = lane % 4;
+  const int grad_row = warp * 16 + lane / 16 * 8 + lane / 2 % 2 + lane / 4 % 2 * 4 + lane / 8 % 2 * 2, grad_piece = lane % 2;
+  const int copy_channel = first_channel + copy_piece * 8, second_channel = copy_channel + 32;
+  const unsigned width = stack.width, none = 0;
+  const unsigned x_width = copy_channel < end_channel ? width : none, second_width = second_channel < end_channel ? width : none;
+  const unsigned grad_width = grad_piece * 8 < p.outputs ? width : none;
+  const unsigned second_grad_width = grad_piece * 8 + 16 < p.outputs ? width : none;
   const uint32_t x_step = p.x_ss * sizeof(T), grad_step = p.grad_ss * sizeof(T);
+  int strip = split % stack.strips;  // of the tile that is copied next
   const auto copy_tile = [&](int tile, Piece* stage) {
     uint32_t inside = 0;
-    if (tile < stack.tiles) {
+    if (tile >= 0 && tile < stack.tiles) {
       const auto* const rows = reinterpret_cast<const WeightRow*>(stage + Tile::kRowsAt);
-      const int left = tile % stack.strips * columns;
-#pragma unroll 2
-      for (int at = copy_row, bit = 1; at < halo; at += kRowsAtOnce, bit *= 2) {
+      const int left = strip * columns;
+      strip += p.splits % stack.strips;
+      if (strip >= stack.strips) strip -= stack.strips;
+      uint32_t bit = 1;
+#pragma unroll 1
+      for (int at = copy_row; at < halo; at += kHaloAtOnce, bit *= 2) {
         const int row = quotient(at, per_pitch), column = at - row * pitch;
-        const uint64_t from = rows[row].x + copy_channel * sizeof(T);
-        const bool exists = rows[row].x != 0 && left - 1u + column < x_width;
-        copy_16_bytes(stage + Tile::place(at, at - 2 * row, copy_piece),
-                      reinterpret_cast<const T*>(from + uint64_t(x_step) * unsigned(column)), exists);
-        if (exists) inside |= bit;
+        const uint64_t first = rows[row].x, from = first + uint64_t(x_step) * unsigned(column) + copy_channel * sizeof(T);
+        const unsigned x = first == 0 ? ~0u : left - 1u + column;
+        const int place = Tile::place(at, at - 2 * row, copy_piece);
+        copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < x_width);
+        copy_16_bytes(stage + (place ^ 4), reinterpret_cast<const T*>(from + 64), x < second_width);
+        if (x < x_width) inside |= bit;
       }
-#pragma unroll 2
+#pragma unroll 1
       for (int at = grad_row; at < steps * 16; at += kGradsAtOnce) {
         const int row = quotient(at, per_column), column = at - row * columns;
-        const uint64_t from = rows[row + 1].grad + grad_piece * 16;
-        const bool exists = rows[row + 1].grad != 0 && unsigned(left + column) < grad_width;
-        copy_16_bytes(stage + Tile::place_grad(at, grad_piece),
-                      reinterpret_cast<const T*>(from + uint64_t(grad_step) * unsigned(column)), exists);
+        const uint64_t first = rows[row + 1].grad, from = first + uint64_t(grad_step) * unsigned(column) + grad_piece * 16;
+        const unsigned x = first == 0 ? ~0u : unsigned(left + column);
+        const int place = Tile::place_grad(at, grad_piece);
+        copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < grad_width);
+        copy_16_bytes(stage + (place ^ 2), reinterpret_cast<const T*>(from + 32), x < second_grad_width);
       }
     }
     commit_copies();
@@ -136,19 +146,34 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 
   const auto activate_tile = [&](Piece* stage, uint32_t inside, float slope) {
     if (inside == 0) return;
-    float scale[8], shift[8];
-    load_neighbours(p.scale + copy_channel, 8, scale);
-    load_neighbours(p.shift + copy_channel, 8, shift);
-#pragma unroll 2
-    for (int at = copy_row; inside != 0; at += kRowsAtOnce, inside >>= 1) {
-      if (!(inside & 1)) continue;
-      auto* const piece = reinterpret_cast<Vector<uint32_t, 4>*>(
-          stage + Tile::place(at, at - 2 * quotient(at, per_pitch), copy_piece));
-      auto words = *piece;
+    // Where the second piece does not exist it is no matter what becomes of it.
+    float scale[2][8], shift[2][8];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        words.v[k] = activate_pair<T>(words.v[k], {scale[2 * k], scale[2 * k + 1]}, {shift[2 * k], shift[2 * k + 1]}, slope);
-      *piece = words;
+    for (int half = 0; half < 2; ++half) {
+      const int channel = half == 0 || second_channel >= end_channel ? copy_channel : second_channel;
+#pragma unroll
+      for (int k = 0; k < 8; k += 4) {
+        const Four a = load<float, 4>(p.scale + channel + k), b = load<float, 4>(p.shift + channel + k);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scale[half][k + j] = a.v[j], shift[half][k + j] = b.v[j];
+      }
+    }
+#pragma unroll 1
+    for (int at = copy_row; at < halo; at += kHaloAtOnce, inside >>= 1) {
+      using Words = Vector<uint32_t, 4>;
+      const int place = Tile::place(at, at - 2 * quotient(at, per_pitch), copy_piece);
+      Words* const pieces[] = {reinterpret_cast<Words*>(stage + place), reinterpret_cast<Words*>(stage + (place ^ 4))};
+      Words words[] = {*pieces[0], *pieces[1]};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          uint32_t& word = words[half].v[k];
+          word = activate_pair<T>(word, {scale[half][2 * k], scale[half][2 * k + 1]},
+                                  {shift[half][2 * k], shift[half][2 * k + 1]}, slope);
+        }
+        if (inside & 1) *pieces[half] = words[half];
+      }
     }
   };
 
@@ -165,89 +190,71 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
   float sums[kConvTaps][M16][2][4] = {};
   const auto multiply_tile = [&](const Piece* stage) {
     const auto* const bytes = reinterpret_cast<const unsigned char*>(stage);
-    const auto load_a = [&](uint32_t(&a)[M16][4], int k) {
-#pragma unroll
-      for (int m = 0; m < M16; ++m) load_matrices_transposed(a[m], bytes + load_grad[m] + k * (16 * 4 * 16));
+    const auto load_a = [&](uint32_t(&a)[4], int m, int k) {
+      load_matrices_transposed(a, bytes + load_grad[m] + k * (16 * 4 * 16));
     };
     // Positions past the end have gradients of 0, and take their values from some that exist, of the same key. (An infinite
     // value or NaN makes NaN of them, as of positions of padding beside it: of all taps of its channel, where in stock some
     // may not meet it. So may such a gradient at a border make NaN of all taps of its output.)
     const auto place_x = [&](int k) {
       const int q = k * 16 + lane % 16, position = q < positions ? q : lane % 8;
-      return bytes + (position + 2 * quotient(position, per_column)) * (8 * 16);
+      return (position + 2 * quotient(position, per_column)) * (8 * 16);
     };
     // Upper and lower positions of the first eight channels are 0 and 1, of the others 2 and 3.
-    const auto load_b = [&](uint32_t(&b)[2][4], const unsigned char* x, int dy) {
-      load_matrices_transposed(b[0], x + load_x[dy][0]);
-      load_matrices_transposed(b[1], x + load_x[dy][1]);
+    const auto load_b = [&](uint32_t(&b)[2][4], int dy, int x) {
+      load_matrices_transposed(b[0], bytes + load_x[dy][0] + x);
+      load_matrices_transposed(b[1], bytes + load_x[dy][1] + x);
     };
 
     // What is multiplied next is always on its way.
     uint32_t a[M16][4], b[2][4];
-    const unsigned char* x = place_x(way);
-    load_a(a, way);
-    load_b(b, x, 0);
+    int x = place_x(way);
+#pragma unroll
+    for (int m = 0; m < M16; ++m) load_a(a[m], m, way);
+    load_b(b, 0, x);
 #pragma unroll 1
     for (int k = way; k < steps; k += Tile::kWays) {
-      const int next = k + Tile::kWays < steps ? k + Tile::kWays : k;
-      const unsigned char* const next_x = place_x(next);
-      uint32_t next_a[M16][4];
+      const int next = k + Tile::kWays < steps ? k + Tile::kWays : k, next_x = place_x(next);
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
         uint32_t taps[3][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) taps[0][i] = b[0][i], taps[1][i] = b[0][i] >> 16 | b[1][i] << 16, taps[2][i] = b[1][i];
-        if (dy < 2) {
-          load_b(b, x, dy + 1);
-        } else {
-          load_a(next_a, next);
-          load_b(b, next_x, 0);
-        }
+        load_b(b, (dy + 1) % 3, dy < 2 ? x : next_x);
 #pragma unroll
-        for (int dx = 0; dx < 3; ++dx) {
+        for (int m = 0; m < M16; ++m) {
 #pragma unroll
-          for (int m = 0; m < M16; ++m) {
+          for (int dx = 0; dx < 3; ++dx) {
             multiply_add(sums[dy * 3 + dx][m][0], a[m], taps[dx][0], taps[dx][1], T{});
             multiply_add(sums[dy * 3 + dx][m][1], a[m], taps[dx][2], taps[dx][3], T{});
           }
+          if (dy == 2) load_a(a[m], m, next);
         }
       }
       x = next_x;
-#pragma unroll
-      for (int m = 0; m < M16; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = next_a[m][i];
     }
   };
 
-  const auto activate_next = [&](Piece* stage, uint32_t inside) {
-    // With a slope that the compiler knows the ReLU is part of the rounding.
-    if (p.slope == 0)
-      activate_tile(stage, inside, 0);
-    else
-      activate_tile(stage, inside, p.slope);
-  };
-
-  if (warp < Tile::kStages) place_rows(split + warp * p.splits, s_stages + warp * Tile::kStagePieces);
-  __syncthreads();
-  uint32_t inside = copy_tile(split, s_stages);
-  uint32_t inside_next = copy_tile(split + p.splits, s_stages + Tile::kStagePieces);
-  wait_for_copies<1>();
-  activate_next(s_stages, inside);
+  // The first three rounds have less to do.
+  uint32_t inside = 0, inside_next = 0;
   int now = 0, next = Tile::kStagePieces, after = 2 * Tile::kStagePieces;
-  for (int tile = split; tile < stack.tiles; tile += p.splits) {
+  for (int tile = split - 3 * p.splits; tile < stack.tiles; tile += p.splits) {
     __syncthreads();  // the tile is there, and all are done with the one before
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
       if (turn == way) {
-        if (busy) multiply_tile(s_stages + now);
-      } else {
-        if (warp == 0) place_rows(tile + 3 * p.splits, s_stages + now);
-        inside = inside_next;
-        inside_next = copy_tile(tile + 2 * p.splits, s_stages + after);
-        wait_for_copies<1>();
-        activate_next(s_stages + next, inside);
+        if (busy && tile >= 0) multiply_tile(s_stages + now);
+        continue;
       }
+      if (warp == 0) place_rows(tile + 3 * p.splits, s_stages + now);
+      inside = inside_next;
+      inside_next = copy_tile(tile + 2 * p.splits, s_stages + after);
+      wait_for_copies<1>();
+      // With a slope that the compiler knows the ReLU is part of the rounding.
+      if (p.slope == 0)
+        activate_tile(s_stages + next, inside, 0);
+      else
+        activate_tile(s_stages + next, inside, p.slope);
     }
     const int free = now;
     now = next, next = after, after = free;
