@@ -110,7 +110,6 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
   const unsigned x_width = copy_channel < end_channel ? width : none, second_width = second_channel < end_channel ? width : none;
   const unsigned grad_width = grad_piece * 8 < p.outputs ? width : none;
   const unsigned second_grad_width = grad_piece * 8 + 16 < p.outputs ? width : none;
-  const uint32_t x_step = p.x_ss * sizeof(T), grad_step = p.grad_ss * sizeof(T);
   int strip = split % stack.strips;  // of the tile that is copied next
   const auto copy_tile = [&](int tile, Piece* stage) {
     uint32_t inside = 0;
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 #pragma unroll 1
       for (int at = copy_row; at < halo; at += kHaloAtOnce, bit *= 2) {
         const int row = quotient(at, per_pitch), column = at - row * pitch;
-        const uint64_t first = rows[row].x, from = first + uint64_t(x_step) * unsigned(column) + copy_channel * sizeof(T);
+        const uint64_t first = rows[row].x, from = first + (column * p.x_ss + copy_channel) * sizeof(T);
         const unsigned x = first == 0 ? ~0u : left - 1u + column;
         const int place = Tile::place(at, at - 2 * row, copy_piece);
         copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < x_width);
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 #pragma unroll 1
       for (int at = grad_row; at < steps * 16; at += kGradsAtOnce) {
         const int row = quotient(at, per_column), column = at - row * columns;
-        const uint64_t first = rows[row + 1].grad, from = first + uint64_t(grad_step) * unsigned(column) + grad_piece * 16;
+        const uint64_t first = rows[row + 1].grad, from = first + (column * p.grad_ss + grad_piece * 8) * sizeof(T);
         const unsigned x = first == 0 ? ~0u : unsigned(left + column);
         const int place = Tile::place_grad(at, grad_piece);
         copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < grad_width);
