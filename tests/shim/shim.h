@@ -251,11 +251,6 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
 inline void __syncthreads() { shim::Block::barrier(); }
 
 template <typename V>
-inline V __shfl_sync(unsigned, V value, int from) {
-  return shim::Block::exchange(value)(from & 31);
-}
-
-template <typename V>
 inline V __shfl_down_sync(unsigned, V value, unsigned delta) {
   const auto values = shim::Block::exchange(value);
   const unsigned from = threadIdx.x % 32 + delta;
