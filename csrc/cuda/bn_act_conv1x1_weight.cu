@@ -1,6 +1,7 @@
 #include "bn_act_conv1x1_weight.cuh"
 
 #include "conv.h"
+#include "splits.h"
 
 namespace resdense::cuda {
 namespace {
@@ -14,17 +15,14 @@ void run(const Launch& on, Conv1x1Weight<T> p, const Tensor& dweight) {
   const int64_t chunks = ceil_div(p.rows, kWeightChunk), blocks = on.multiprocessors() * Tile::kBlocks;
   const int64_t tiles = ceil_div(p.channels, 64 * Tile::kPanels);
   const int64_t split_chunks = std::max(kWeightLeastChunks, ceil_div(chunks, std::max<int64_t>(1, blocks / tiles)));
-  const int64_t splits = ceil_div(chunks, split_chunks), size = int64_t(p.outputs) * p.channels;
+  const int64_t splits = ceil_div(chunks, split_chunks);
   p.tiles = static_cast<int>(tiles), p.split_chunks = static_cast<int>(split_chunks);
 
-  float* const sums = static_cast<float*>(dweight.mutable_data_ptr());
-  Tensor parts;
-  if (splits > 1) parts = torch::stable::new_empty(dweight, {splits, size});
-  p.parts = splits > 1 ? static_cast<float*>(parts.mutable_data_ptr()) : sums;
   static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
-  on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
-  if (splits > 1)
-    on.run(conv1x1_weight_sum_kernel, ceil_div(size, 128), kWeightSumWarps * 32, p.parts, splits, size, sums);
+  run_in_splits(on, splits, dweight, [&](float* parts) {
+    p.parts = parts;
+    on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
+  });
 }
 
 template <typename T>

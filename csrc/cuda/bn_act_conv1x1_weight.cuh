@@ -14,7 +14,6 @@ namespace resdense::cuda {
 
 constexpr int kWeightChunk = 32;    // positions
 constexpr int kWeightThreads = 256;
-constexpr int kWeightSumWarps = 8;  // that share the blocks' parts of an output out
 
 // In clocks of a multiprocessor, for C channels, 128 outputs and 128 positions: 13.8 (C + 128) for the bytes of memory;
 // 13 C for those of the second-level cache at 30 a clock, as the gradient comes again for every 256 channels (for every
@@ -190,34 +189,6 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
           store<float, 2>(part + int64_t(output) * p.channels + channel, {sum[2 * half], sum[2 * half + 1]});
       }
     }
-  }
-}
-
-// Adds the splits' parts, always in the same order: a lane four neighbouring values, a warp every kWeightSumWarps-th
-// split.
-__global__ void __launch_bounds__(kWeightSumWarps * 32)
-    conv1x1_weight_sum_kernel(const float* parts, int splits, int64_t size, float* sums) {
-  using Four = Vector<float, 4>;
-  __shared__ Four s_sums[kWeightSumWarps][32];
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t first = blockIdx.x * int64_t(128), mine = first + lane * 4;
-
-  Four sum{};
-  if (mine < size) {
-#pragma unroll 4
-    for (int split = warp; split < splits; split += kWeightSumWarps) {
-      const Four part = load<float, 4>(parts + split * size + mine);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum.v[k] += part.v[k];
-    }
-  }
-  s_sums[warp][lane] = sum;
-  __syncthreads();
-  if (thread < 128 && first + thread < size) {
-    float all = 0;
-#pragma unroll
-    for (int w = 0; w < kWeightSumWarps; ++w) all += s_sums[w][thread / 4].v[thread % 4];
-    sums[first + thread] = all;
   }
 }
 

@@ -1,9 +1,78 @@
 #include "bn_act_conv3x3_weight.cuh"
 
 #include "conv.h"
+#include "splits.h"
 #include "stack.h"
 
 namespace resdense::cuda {
 namespace {
+
+template <typename T, int M16>
+void run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x, const Tensor& dweight) {
+  using Tile = Conv3x3WeightTile;
+  const int64_t chunks = ceil_div(p.channels, Tile::kChannels), blocks = std::max<int64_t>(1, on.multiprocessors() / chunks);
+  p.chunks = static_cast<int>(chunks);
+  p.chunk_channels = static_cast<int>(ceil_div(p.channels, chunks * 16) * 16);
+
+  // Tiles that all splits have equally many of: as low as that number allows.
+  Stack& stack = p.stack = stack_of(x, Tile::kPositions, Tile::kHalo, true);
+  const int64_t split_tiles = ceil_div(stack.tiles, blocks);
+  if (split_tiles > 1) {
+    stack.tile_rows = static_cast<int>(ceil_div(stack.rows, split_tiles * blocks / stack.strips));
+    stack.tiles = static_cast<int>(ceil_div(stack.rows, stack.tile_rows) * stack.strips);
+  }
+  const int64_t splits = ceil_div(stack.tiles, split_tiles);
+  p.splits = static_cast<int>(splits);
+
+  static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
+  run_in_splits(on, splits, dweight, [&](float* parts) {
+    p.parts = parts;
+    on.run_shared(Tile::kBytes, bn_act_conv3x3_weight_bwd_kernel<T, M16>, splits * chunks, Tile::kThreads, p);
+  });
+}
+
+Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                      double negative_slope) {
+  const Map from = map_of(x, "x"), of = map_of(grad, "grad");
+  RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
+  check_half_precision(from, "x");
+  check_channels(from, "x", kConv3x3Inputs);
+  check_dtype(grad, "grad", from.dtype);
+  check_same_device(grad, "grad", x, "x");
+  check_positions(grad, "grad", x);
+  check_channels(of, "grad", kConv3x3BackwardOutputs);
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+
+  Tensor dweight = torch::stable::new_empty(scale, {of.C, 3, 3, from.C});
+  if (from.numel() == 0) {
+    torch::stable::fill_(dweight, 0.0);
+    return dweight;
+  }
+  check_rows(from, x, "x");
+  check_rows(of, grad, "grad");
+
+  const Launch on(x);
+  const Tensor aligned_scale = at_aligned_address(scale), aligned_shift = at_aligned_address(shift);
+  dispatch_half_precision(from, [&](auto zero) {
+    using T = decltype(zero);
+    Conv3x3Weight<T> p{};
+    p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
+    p.scale = static_cast<const float*>(aligned_scale.const_data_ptr());
+    p.shift = static_cast<const float*>(aligned_shift.const_data_ptr());
+    p.slope = static_cast<float>(negative_slope);
+    p.grad_sn = of.sn, p.grad_ss = of.ss, p.x_sn = from.sn, p.x_ss = from.ss;
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
+    if (of.C <= 16)
+      run<T, 1>(on, p, x, dweight);
+    else
+      run<T, 2>(on, p, x, dweight);
+  });
+  return dweight;
+}
+
 }  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_act_conv3x3_weight_backward", TORCH_BOX(&bn_act_conv3x3_weight_backward)); }
+
 }  // namespace resdense::cuda

@@ -1,4 +1,302 @@
 #pragma once
+// The weight gradient of a 3x3 convolution of act(scale * x + shift), channels-last: for every tap grad^T times the activation
+// that lies a step beside it, summed over the positions.
+//
+// A block takes all outputs, up to 64 channels and every splits-th tile of the stack of rows, and keeps the sums of all taps in
+// registers to the end. While a tile is multiplied, every thread activates in place those pieces of the next one that it has
+// copied itself, and copies its share of the one after: there is one barrier a tile. A warp has 16 channels; the two that share a
+// scheduler have the same ones, and the tile's positions in turns of 16. One of them multiplies first, the other one copies and
+// activates first, so that the matrix units are busy all the time.
+//
+// Both operands have the summed positions as their rows, and are read transposed: a lane has the values of two neighbouring
+// positions in one register. What the middle one of three taps needs is the later position for the left tap and the earlier one
+// for the right tap, so it is not read.
+
+#include <algorithm>
 
 #include "matrix.cuh"
 #include "stack.cuh"
+
+namespace resdense::cuda {
+
+// For 64 channels, 32 outputs and 224 positions, in clocks of a multiprocessor: 3,200 for the products at the rate of mma.sync
+// (2,000 at that of wgmma); 2,800 for shared memory, of it 1,800 for reading fragments and 1,000 for copying and activating;
+// 2,600 for the instructions, half of them to copy and to activate; 1,800 for 53 KB of the second-level cache, as the gradient
+// comes again for every 64 channels and the halo for every tile. At the end 2,500 to write 72 KiB of sums: with 128 channels a
+// block it would be twice that, and twice as much to add up, with 32 half; but then half of what is read would be gradients.
+struct Conv3x3WeightTile {
+  static constexpr int kThreads = 256;
+  static constexpr int kChannels = 64, kOutputs = 32;
+  static constexpr int kPositions = 224;  // 8 x 28, 16 x 14 or 28 x 8
+  static constexpr int kHalo = 300;       // positions of the tile and around it, at most, in
+  static constexpr int kRows = 32;        // rows
+  static constexpr int kGroups = kChannels / 16, kWays = kThreads / 32 / kGroups;  // the warps': of channels, of positions
+  static constexpr int kStages = 3;       // tiles in shared memory: multiplied, activated, copied
+  static constexpr int kHaloPieces = kHalo * kChannels / 8;
+  static constexpr int kRowsAt = kHaloPieces + kPositions * kOutputs / 8;  // the rows' addresses
+  static constexpr int kStagePieces = kRowsAt + kRows;
+  static constexpr int64_t kBytes = int64_t(kStages) * kStagePieces * 16;
+
+  // Where a 16-byte piece lies: those that ldmatrix reads at once, of eight rows, are in different banks.
+  __device__ static int place(int row, int key, int piece) { return row * 8 + (piece ^ (key & 7)); }
+  __device__ static int place_grad(int row, int piece) { return kHaloPieces + row * 4 + (piece ^ (row >> 1 & 3)); }
+};
+
+// Where a row of the halo lies in x, and a row of the tile in the gradient: addresses of its first column; 0 where there is none.
+struct alignas(16) WeightRow {
+  uint64_t x, grad;
+};
+
+template <typename T>
+struct Conv3x3Weight {
+  const T *grad, *x;
+  const float *scale, *shift;  // 16-byte aligned
+  float* parts;  // [splits][outputs][3][3][channels], the result itself where there is one split
+  float slope;
+  int64_t grad_sn, grad_ss, x_sn, x_ss;  // strides of sample and position
+  int channels, outputs;
+  int chunks, chunk_channels;            // of the channels, which the blocks of a split have side by side
+  int splits;
+  Stack stack;                           // of an even number of columns, at least 8
+};
+
+// A number below 2^9 by one below 2^6 of which there is the inverse.
+__device__ inline int inverse_of(int divisor) { return 65536 / divisor + 1; }
+__device__ inline int quotient(int n, int inverse) { return n * inverse >> 16; }
+
+template <typename T, int M16>
+__global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
+    bn_act_conv3x3_weight_bwd_kernel(Conv3x3Weight<T> p) {
+  using Tile = Conv3x3WeightTile;
+  using Piece = Vector<T, 8>;
+  using Four = Vector<float, 4>;
+  constexpr int kHaloAtOnce = Tile::kThreads / 4, kGradsAtOnce = Tile::kThreads / 2;
+  static_assert(Tile::kWays == 2 && Tile::kChannels == 64 && Tile::kOutputs == 32);
+
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int group = warp % Tile::kGroups, way = warp / Tile::kGroups;
+  const int split = blockIdx.x / p.chunks, chunk = blockIdx.x - split * p.chunks;
+  const int first_channel = chunk * p.chunk_channels, end_channel = std::min(p.channels, first_channel + p.chunk_channels);
+  const bool busy = first_channel + group * 16 < end_channel;
+
+  const Stack& stack = p.stack;
+  const int columns = stack.tile_columns, pitch = stack.pitch(), halo = stack.halo();
+  const int per_column = inverse_of(columns), per_pitch = inverse_of(pitch);
+  const int positions = stack.tile_rows * columns, steps = (positions + 15) / 16;
+
+  Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
+
+  // A lane for every row: at least 8 columns have at most 32 of them.
+  const auto place_rows = [&](int tile, Piece* stage) {
+    const int top = tile / stack.strips, left = (tile - top * stack.strips) * columns;
+    const int row = top * stack.tile_rows + lane - 1;
+    const int64_t x = stack.offset(row, 0, p.x_sn, p.x_ss), grad = stack.offset(row, 0, p.grad_sn, p.grad_ss);
+    const auto address = [&](const T* map, int64_t offset, int64_t step, int column) {
+      return reinterpret_cast<uint64_t>(map) + (offset + column * step) * sizeof(T);
+    };
+    const bool in_halo = tile < stack.tiles && lane < stack.tile_rows + 2 && x >= 0;
+    const bool in_tile = in_halo && lane > 0 && lane <= stack.tile_rows;
+    reinterpret_cast<WeightRow*>(stage + Tile::kRowsAt)[lane] = {
+        in_halo ? address(p.x, x, p.x_ss, left - 1) : 0, in_tile ? address(p.grad, grad, p.grad_ss, left) : 0};
+  };
+
+  // A thread copies the same two pieces of every kHaloAtOnce-th position of the halo, and of every kGradsAtOnce-th gradient;
+  // zeros where there are none. Positions 4 apart are those of neighbouring threads, so that the pieces of eight threads lie in
+  // different banks. A bit says of which positions there is something to activate.
+  const int copy_row = warp * 8 + lane / 8 + lane / 4 % 2 * 4, copy_piece = lane % 4;
+  const int grad_row = warp * 16 + lane / 16 * 8 + lane / 2 % 2 + lane / 4 % 2 * 4 + lane / 8 % 2 * 2, grad_piece = lane % 2;
+  const int copy_channel = first_channel + copy_piece * 8, second_channel = copy_channel + 32;
+  const unsigned width = stack.width, none = 0;
+  const unsigned x_width = copy_channel < end_channel ? width : none, second_width = second_channel < end_channel ? width : none;
+  const unsigned grad_width = grad_piece * 8 < p.outputs ? width : none;
+  const unsigned second_grad_width = grad_piece * 8 + 16 < p.outputs ? width : none;
+  int strip = split % stack.strips;  // of the tile that is copied next
+  const auto copy_tile = [&](int tile, Piece* stage) {
+    uint32_t inside = 0;
+    if (tile >= 0 && tile < stack.tiles) {
+      const auto* const rows = reinterpret_cast<const WeightRow*>(stage + Tile::kRowsAt);
+      const int left = strip * columns;
+      strip += p.splits % stack.strips;
+      if (strip >= stack.strips) strip -= stack.strips;
+      uint32_t bit = 1;
+#pragma unroll 1
+      for (int at = copy_row; at < halo; at += kHaloAtOnce, bit *= 2) {
+        const int row = quotient(at, per_pitch), column = at - row * pitch;
+        const uint64_t first = rows[row].x, from = first + (column * p.x_ss + copy_channel) * sizeof(T);
+        const unsigned x = first == 0 ? ~0u : left - 1u + column;
+        const int place = Tile::place(at, at - 2 * row, copy_piece);
+        copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < x_width);
+        copy_16_bytes(stage + (place ^ 4), reinterpret_cast<const T*>(from + 64), x < second_width);
+        if (x < x_width) inside |= bit;
+      }
+#pragma unroll 1
+      for (int at = grad_row; at < steps * 16; at += kGradsAtOnce) {
+        const int row = quotient(at, per_column), column = at - row * columns;
+        const uint64_t first = rows[row + 1].grad, from = first + (column * p.grad_ss + grad_piece * 8) * sizeof(T);
+        const unsigned x = first == 0 ? ~0u : unsigned(left + column);
+        const int place = Tile::place_grad(at, grad_piece);
+        copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < grad_width);
+        copy_16_bytes(stage + (place ^ 2), reinterpret_cast<const T*>(from + 32), x < second_grad_width);
+      }
+    }
+    commit_copies();
+    return inside;
+  };
+
+  const auto activate_tile = [&](Piece* stage, uint32_t inside, float slope) {
+    if (inside == 0) return;
+    // Where the second piece does not exist it is no matter what becomes of it.
+    float scale[2][8], shift[2][8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int channel = half == 0 || second_channel >= end_channel ? copy_channel : second_channel;
+#pragma unroll
+      for (int k = 0; k < 8; k += 4) {
+        const Four a = load<float, 4>(p.scale + channel + k), b = load<float, 4>(p.shift + channel + k);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scale[half][k + j] = a.v[j], shift[half][k + j] = b.v[j];
+      }
+    }
+#pragma unroll 1
+    for (int at = copy_row; at < halo; at += kHaloAtOnce, inside >>= 1) {
+      using Words = Vector<uint32_t, 4>;
+      const int place = Tile::place(at, at - 2 * quotient(at, per_pitch), copy_piece);
+      Words* const pieces[] = {reinterpret_cast<Words*>(stage + place), reinterpret_cast<Words*>(stage + (place ^ 4))};
+      Words words[] = {*pieces[0], *pieces[1]};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          uint32_t& word = words[half].v[k];
+          word = activate_pair<T>(word, {scale[half][2 * k], scale[half][2 * k + 1]},
+                                  {shift[half][2 * k], shift[half][2 * k + 1]}, slope);
+        }
+        if (inside & 1) *pieces[half] = words[half];
+      }
+    }
+  };
+
+  // What this lane brings to ldmatrix, in bytes: of the gradients, and for the left and the right tap of every row of taps.
+  int load_grad[M16], load_x[3][2];
+#pragma unroll
+  for (int m = 0; m < M16; ++m) load_grad[m] = Tile::place_grad(lane % 8 + lane / 16 * 8, m * 2 + lane / 8 % 2) * 16;
+#pragma unroll
+  for (int dy = 0; dy < 3; ++dy)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      load_x[dy][j] = Tile::place(dy * pitch + 2 * j, lane + dy * columns + 2 * j, group * 2 + lane / 16) * 16;
+
+  float sums[kConvTaps][M16][2][4] = {};
+  const auto multiply_tile = [&](const Piece* stage) {
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(stage);
+    const auto load_a = [&](uint32_t(&a)[4], int m, int k) {
+      load_matrices_transposed(a, bytes + load_grad[m] + k * (16 * 4 * 16));
+    };
+    // Positions past the end have gradients of 0, and take their values from some that exist, of the same key. (An infinite
+    // value or NaN makes NaN of them, as of positions of padding beside it: of all taps of its channel, where in stock some
+    // may not meet it. So may such a gradient at a border make NaN of all taps of its output.)
+    const auto place_x = [&](int k) {
+      const int q = k * 16 + lane % 16, position = q < positions ? q : lane % 8;
+      return (position + 2 * quotient(position, per_column)) * (8 * 16);
+    };
+    // Upper and lower positions of the first eight channels are 0 and 1, of the others 2 and 3.
+    const auto load_b = [&](uint32_t(&b)[2][4], int dy, int x) {
+      load_matrices_transposed(b[0], bytes + load_x[dy][0] + x);
+      load_matrices_transposed(b[1], bytes + load_x[dy][1] + x);
+    };
+
+    // What is multiplied next is always on its way.
+    uint32_t a[M16][4], b[2][4];
+    int x = place_x(way);
+#pragma unroll
+    for (int m = 0; m < M16; ++m) load_a(a[m], m, way);
+    load_b(b, 0, x);
+#pragma unroll 1
+    for (int k = way; k < steps; k += Tile::kWays) {
+      const int next = k + Tile::kWays < steps ? k + Tile::kWays : k, next_x = place_x(next);
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {
+        uint32_t taps[3][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) taps[0][i] = b[0][i], taps[1][i] = b[0][i] >> 16 | b[1][i] << 16, taps[2][i] = b[1][i];
+        load_b(b, (dy + 1) % 3, dy < 2 ? x : next_x);
+#pragma unroll
+        for (int m = 0; m < M16; ++m) {
+#pragma unroll
+          for (int dx = 0; dx < 3; ++dx) {
+            multiply_add(sums[dy * 3 + dx][m][0], a[m], taps[dx][0], taps[dx][1], T{});
+            multiply_add(sums[dy * 3 + dx][m][1], a[m], taps[dx][2], taps[dx][3], T{});
+          }
+          if (dy == 2) load_a(a[m], m, next);
+        }
+      }
+      x = next_x;
+    }
+  };
+
+  // The first three rounds have less to do.
+  uint32_t inside = 0, inside_next = 0;
+  int now = 0, next = Tile::kStagePieces, after = 2 * Tile::kStagePieces;
+  for (int tile = split - 3 * p.splits; tile < stack.tiles; tile += p.splits) {
+    __syncthreads();  // the tile is there, and all are done with the one before
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      if (turn == way) {
+        if (busy && tile >= 0) multiply_tile(s_stages + now);
+        continue;
+      }
+      if (warp == 0) place_rows(tile + 3 * p.splits, s_stages + now);
+      inside = inside_next;
+      inside_next = copy_tile(tile + 2 * p.splits, s_stages + after);
+      wait_for_copies<1>();
+      // With a slope that the compiler knows the ReLU is part of the rounding.
+      if (p.slope == 0)
+        activate_tile(s_stages + next, inside, 0);
+      else
+        activate_tile(s_stages + next, inside, p.slope);
+    }
+    const int free = now;
+    now = next, next = after, after = free;
+  }
+
+  // The sums of both ways, in shared memory fragment by fragment.
+  Four* const s_sums = reinterpret_cast<Four*>(s_stages) + thread % (Tile::kGroups * 32);
+  const auto s_sum = [&](int tap, int m, int n) -> Four& { return s_sums[((tap * M16 + m) * 2 + n) * (Tile::kGroups * 32)]; };
+  static_assert(kConvTaps * M16 * 2 * Tile::kGroups * 32 * sizeof(Four) <= Tile::kBytes);
+  __syncthreads();
+  if (way == 1) {
+#pragma unroll
+    for (int tap = 0; tap < kConvTaps; ++tap)
+#pragma unroll
+      for (int m = 0; m < M16; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const auto& mine = sums[tap][m][n];
+          s_sum(tap, m, n) = {mine[0], mine[1], mine[2], mine[3]};
+        }
+  }
+  __syncthreads();
+  if (way == 1) return;
+  float* const part = p.parts + int64_t(split) * p.outputs * kConvTaps * p.channels;
+#pragma unroll
+  for (int tap = 0; tap < kConvTaps; ++tap) {
+#pragma unroll
+    for (int m = 0; m < M16; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int channel = first_channel + group * 16 + n * 8 + lane % 4 * 2;
+        const auto& mine = sums[tap][m][n];
+        const Four other = s_sum(tap, m, n);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int output = m * 16 + half * 8 + lane / 4;
+          if (output < p.outputs && channel < end_channel)
+            store<float, 2>(part + (output * kConvTaps + tap) * p.channels + channel,
+                            {mine[2 * half] + other.v[2 * half], mine[2 * half + 1] + other.v[2 * half + 1]});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace resdense::cuda

@@ -9,15 +9,18 @@
 namespace resdense::cuda {
 
 // Of the tiles of at most so many positions, and so many with those around them, the shape of which the fewest cover the
-// stack of x, (N, C, H, W) of at least one position; and of these the one that reads least.
-inline Stack stack_of(const Tensor& x, int64_t positions, int64_t halo) {
+// stack of x, (N, C, H, W) of at least one position; and of these the one that reads least. For those who take positions by
+// twos the columns are even, and at least 8.
+inline Stack stack_of(const Tensor& x, int64_t positions, int64_t halo, bool twos = false) {
   const int64_t height = x.size(2), width = x.size(3), rows = x.size(0) * (height + 1) - 1;
   constexpr int64_t most = std::numeric_limits<int32_t>::max() / 2;
   RESDENSE_CHECK(rows < most && width < most, "x: expected less than 2^30 rows and columns, got ", rows, " and ", width);
 
   Stack best{};
   int64_t least = 0;
-  for (int64_t columns = std::min<int64_t>(width, 32); columns >= std::min<int64_t>(width, 4); --columns) {
+  const int64_t step = twos ? 2 : 1;
+  const int64_t widest = std::min<int64_t>(twos ? std::max<int64_t>(8, ceil_div(width, 2) * 2) : width, 32);
+  for (int64_t columns = widest; columns >= std::min<int64_t>(widest, twos ? 8 : 4); columns -= step) {
     const int64_t tile_rows = std::min({positions / columns, halo / (columns + 2) - 2, rows});
     const int64_t strips = ceil_div(width, columns), tiles = strips * ceil_div(rows, tile_rows);
     const int64_t around = (tile_rows + 2) * (columns + 2);
