@@ -2,8 +2,7 @@
 
 #include <tuple>
 
-#include "conv.h"
-#include "reduce.h"
+#include "conv_data.h"
 
 namespace resdense::cuda {
 namespace {
@@ -30,13 +29,7 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const std::tuple<Tenso
   const int64_t slices = std::clamp<int64_t>(multiprocessors * blocks / chunks, 1, tiles);
   p.tiles = static_cast<int>(tiles), p.slices = static_cast<int>(slices), p.chunks = static_cast<int>(chunks);
 
-  // Every kDataChain tiles of a slice leave a part, and so does what remains of them.
-  const int64_t round = slices * kDataChain;
-  ReducePlan parts{};
-  parts.share.channels = p.channels;
-  parts.share.chunk_items = parts.item_positions = 1;
-  parts.share.items = parts.chunks = tiles / round * slices + std::min(tiles % round, slices);
-  reduce<Sums<float, 1>>(on, parts, std::get<0>(sums), std::get<1>(sums), [&](float* sum_dy, float* sum_dy_xc) {
+  reduce_data_sums(on, {tiles, slices, kDataChain, 1}, p.channels, sums, [&](float* sum_dy, float* sum_dy_xc) {
     p.sum_dy = sum_dy, p.sum_dy_xc = sum_dy_xc;
     on.run_shared(bytes, bn_act_conv1x1_data_bwd_kernel<T, N64>, chunks * slices, warps * 32, p);
   });

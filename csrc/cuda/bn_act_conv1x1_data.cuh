@@ -2,25 +2,19 @@
 // The data gradient of a 1x1 convolution of act(scale * x + shift), channels-last: the mask, the batch norm's sums and
 // the accumulation are done on the product where it arises.
 //
-// A warp keeps the weights of kDataChannels of the input's channels in registers, as fragments, and walks down the
-// positions. The warps of a block share the gradients of a tile of positions; everything else a lane reads and writes
-// for itself: the columns of the products are permuted so that it has 8 neighbouring channels, whose sums it keeps. So
-// there is one barrier a tile, and copies stay under way across it.
+// A warp walks down the positions with the weights of its channels. The warps of a block share the gradients of a tile of
+// positions; everything else a lane reads and writes for itself. So there is one barrier a tile, and copies stay under way
+// across it.
 
 #include <type_traits>
 
-#include "bn_act.cuh"
-#include "matrix.cuh"
+#include "conv_data.cuh"
 
 namespace resdense::cuda {
 
-constexpr int kDataPositions = 16;  // of a tile
-constexpr int kDataChannels = 32;   // of a warp
-// The tiles that have a place in shared memory, all but one of them under way: 16 KiB each for 6 warps that accumulate
-// and 128 outputs.
+// The tiles, of the positions of a product, that have a place in shared memory, all but one of them under way: 16 KiB each for
+// 6 warps that accumulate and 128 outputs.
 constexpr int kDataStages = 6;
-// The tiles after which a warp leaves its sums: a lane adds up two positions of each, and a longer chain loses digits.
-constexpr int kDataChain = 32;
 
 // For 128 outputs and C channels 128 positions cost, in clocks of a multiprocessor: 41 C for the bytes of x and out;
 // 1,800 for those of the gradients, which L2 has for all but the first block that reads them; 13 C for the products;
@@ -28,13 +22,12 @@ constexpr int kDataChain = 32;
 template <int N64>
 struct DataTile {
   static constexpr int kOutputs = 64 * N64;
-  static constexpr int kPieces = kOutputs / 8;                     // of 16 bytes, of a position's gradients
-  static constexpr int kGrad = kDataPositions * kPieces;           // those of a tile
-  static constexpr int kMap = kDataPositions * kDataChannels / 8;  // and those that a warp has of a map
-  static constexpr int kWarps = N64 == 2 ? 6 : 8;                  // of a block, at most
-  static constexpr int kBlocks = N64 == 3 ? 1 : 2;                 // of so many warps, a multiprocessor
+  static constexpr int kPieces = kOutputs / 8;            // of 16 bytes, of a position's gradients
+  static constexpr int kGrad = kDataPositions * kPieces;  // those of a tile
+  static constexpr int kWarps = N64 == 2 ? 6 : 8;         // of a block, at most
+  static constexpr int kBlocks = N64 == 3 ? 1 : 2;        // of so many warps, a multiprocessor
 
-  static constexpr int stage(int warps, int maps) { return kGrad + warps * maps * kMap; }
+  static constexpr int stage(int warps, int maps) { return kGrad + warps * maps * kDataMap; }
   static constexpr int64_t bytes(int warps, int maps) { return int64_t(kDataStages) * 16 * stage(warps, maps); }
 
   // Every 8 pieces of a row are permuted so that those that ldmatrix reads at once, of 8 rows, lie in different banks.
@@ -71,7 +64,7 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
     bn_act_conv1x1_data_bwd_kernel(Conv1x1Data<T> p) {
   using Tile = DataTile<N64>;
   using Piece = Vector<T, 8>;
-  constexpr int kSteps = Tile::kOutputs / 16, kColumns = kDataChannels / 8;
+  constexpr int kSteps = Tile::kOutputs / 16;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int slice = blockIdx.x / p.chunks, chunk = blockIdx.x - slice * p.chunks;
@@ -85,7 +78,7 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
   // upper 8 positions, then of the lower.
   const int maps = p.accumulate ? 2 : 1, stage_pieces = Tile::stage(blockDim.x / 32, maps);
   Piece* const stages = reinterpret_cast<Piece*>(dynamic_shared());
-  const int mine = Tile::kGrad + warp * maps * Tile::kMap + lane;
+  const int values = Tile::kGrad + warp * maps * kDataMap + lane;
 
   // A thread copies the same piece of the gradients of every rows_at_once-th position.
   const int rows_at_once = blockDim.x / Tile::kPieces, piece = thread % Tile::kPieces;
@@ -103,9 +96,9 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
       for (int row = lane / 4, half = 0; half < 2; row += 8, ++half) {
         if (!live || row >= left) continue;
         const int position = tile * kDataPositions + row;
-        Piece* const here = to + mine + half * 32;
+        Piece* const here = to + values + half * 32;
         copy_16_bytes(here, p.x.at(position, channel), true);
-        if (p.accumulate) copy_16_bytes(here + Tile::kMap, p.out.at(position, channel), true);
+        if (p.accumulate) copy_16_bytes(here + kDataMap, p.out.at(position, channel), true);
       }
     }
     commit_copies();
@@ -113,38 +106,20 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
 #pragma unroll 1
   for (int stage = 0; stage < kDataStages - 1; ++stage) copy(slice + stage * p.slices, stage);
 
-  // Column c of the j-th product of 8 columns is the warp's channel c / 2 * 8 + 2 * j + c % 2: those that a lane has of
-  // all four are neighbours. A fragment takes one channel of the rows of two outputs, and 16 bytes of such a row have
-  // one for each of the products.
-  uint32_t weight[kSteps][kColumns][2];
-  const int first_channel = group * kDataChannels + lane / 8 * 8;
-  const bool odd = lane / 4 % 2;
+  uint32_t weight[kSteps][kDataColumns][2];
+  const int weight_channel = group * kDataChannels + data_weight_channel();
+  const bool has_weights = busy && weight_channel < p.channels;
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int output = k * 16 + half * 8 + lane % 4 * 2;
-      Vector<uint32_t, 4> rows[2] = {};
-      if (busy && output < p.outputs && first_channel < p.channels) {
-        const T* const from = p.weight + int64_t(output) * p.channels + first_channel;
-        rows[0] = load<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from));
-        rows[1] = load<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from + p.channels));
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        weight[k][j][half] = odd ? rows[0].v[j] >> 16 | (rows[1].v[j] & 0xffff0000u)
-                                 : (rows[0].v[j] & 0xffffu) | rows[1].v[j] << 16;
-      }
-    }
+    const int outputs = has_weights ? p.outputs - k * 16 : 0;
+    load_data_weights(p.weight, k * 16 * p.channels + weight_channel, p.channels, outputs, weight[k]);
   }
 
-  float scale[8], shift[8], center[8];
-  load_neighbours(p.scale + channel, live ? 8 : 0, scale);
-  load_neighbours(p.shift + channel, live ? 8 : 0, shift);
-  load_neighbours(p.center + channel, live ? 8 : 0, center);
-  Sums<float, 8> sums;
+  DataSums sums;
+  DataCoefficients coefficients;
+  coefficients.load(p.scale, p.shift, p.center, channel, live);
 
-  float product[kColumns][4];
+  float product[kDataColumns][4];
   const auto multiply = [&](const Piece* grad) {
 #pragma unroll
     for (auto& of_columns : product)
@@ -155,46 +130,21 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
       uint32_t a[4];
       load_matrices(a, grad + Tile::place(lane % 16, k / 4, k % 4 * 2 + lane / 16));
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) multiply_add(product[j], a, weight[k][j][0], weight[k][j][1], T{});
+      for (int j = 0; j < kDataColumns; ++j) multiply_add(product[j], a, weight[k][j][0], weight[k][j][1], T{});
     }
   };
 
-  // What a lane writes to one of its two positions; `from` has what it reads.
-  const auto masked = [&]<bool ACCUMULATE>(const Piece* from, int half, float slope) {
-    const Piece x = from[0], before = from[ACCUMULATE * Tile::kMap];
-    float result[8];
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      result[k] = mask_value<ACCUMULATE>(product[k / 2][half * 2 + k % 2], widen(x.v[k]), widen(before.v[k]), scale[k],
-                                         shift[k], center[k], slope, k, sums);
-    }
-    return narrow<T>(result);
-  };
   const auto finish = [&](int tile, const Piece* from) {
-    const auto with_slope = [&](int half, float slope) {
-      return p.accumulate ? masked.template operator()<true>(from + half * 32, half, slope)
-                          : masked.template operator()<false>(from + half * 32, half, slope);
-    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int position = tile * kDataPositions + half * 8 + lane / 4;
       if (!live || position >= p.positions) continue;
       // With a slope that the compiler knows its product is left out.
-      store(p.out.at(position, channel), p.slope == 0 ? with_slope(half, 0) : with_slope(half, p.slope));
+      const auto with_slope = [&](float slope) {
+        return sums.mask(product, half, from + half * 32, coefficients, slope, p.accumulate);
+      };
+      store(p.out.at(position, channel), p.slope == 0 ? with_slope(0) : with_slope(p.slope));
     }
-  };
-
-  // Adds up the sums of the lanes that have the same channels, and leaves them.
-  const auto leave_sums = [&](int part) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-#pragma unroll
-      for (int other = 4; other < 32; other *= 2)
-        sums.add(k, __shfl_xor_sync(0xffffffffu, sums.a[k], other), __shfl_xor_sync(0xffffffffu, sums.b[k], other));
-      const int64_t at = int64_t(part) * p.channels + channel + k;
-      if (live && lane < 4) sums.put(k, p.sum_dy + at, p.sum_dy_xc + at);
-    }
-    sums = {};
   };
 
   int stage = 0, count = 0;
@@ -206,9 +156,11 @@ __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBl
     if (busy) {
       const Piece* const here = stages + stage * stage_pieces;
       multiply(here);
-      finish(tile, here + mine);
-      if (count % kDataChain == 0 || tile + p.slices >= p.tiles)
-        leave_sums((count - 1) / kDataChain * p.slices + blockIdx.x / p.chunks);
+      finish(tile, here + values);
+      if (count % kDataChain == 0 || tile + p.slices >= p.tiles) {
+        const int64_t part = (count - 1) / kDataChain * p.slices + slice, at = part * p.channels + channel;
+        sums.leave(live, p.sum_dy + at, p.sum_dy_xc + at);
+      }
     }
     stage = stage + 1 == kDataStages ? 0 : stage + 1;
   }

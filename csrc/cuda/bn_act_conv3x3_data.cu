@@ -1,9 +1,97 @@
 #include "bn_act_conv3x3_data.cuh"
 
-#include "conv.h"
+#include <tuple>
+
+#include "conv_data.h"
 #include "stack.h"
 
 namespace resdense::cuda {
 namespace {
+
+template <typename T, int N16>
+void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const std::tuple<Tensor, Tensor>& sums) {
+  using Tile = Conv3x3DataTile<N16>;
+  using Tables = Conv3x3DataTables<N16>;
+  // A halo takes the most with a column, and so the most rows.
+  static_assert(Tables::bytes(Tile::halo_pieces(Tile::kHalo / 3 - 2, 1), Tile::kWarps, 2) <= 156 * 1024,
+                "what resdense_ext.ops.vendor takes a device to need");
+  p.stack = stack_of(x, Tile::kPositions, Tile::kHalo);
+  p.by_strips = Divisor(p.stack.strips), p.by_sample = Divisor(p.stack.height + 1);
+  const int64_t multiprocessors = on.multiprocessors(), tiles = p.stack.tiles, groups = ceil_div(p.channels, kDataChannels);
+
+  // Few chunks, as each reads the gradients; more where there are fewer tiles than multiprocessors.
+  const int64_t chunks = std::clamp(multiprocessors / tiles, ceil_div(groups, Tile::kWarps), groups);
+  const int64_t across = ceil_div(groups, chunks), down = Tile::kWarps / across, warps = across * down;
+  const int64_t halo_pieces = Tile::halo_pieces(p.stack.tile_rows, p.stack.tile_columns);
+  const int64_t bytes = Tables::bytes(halo_pieces, across, p.accumulate ? 2 : 1);
+  const int64_t blocks = std::min<int64_t>(Tile::kBlocks, on.shared_memory() / (bytes + 1024));
+  const int64_t slices = std::clamp<int64_t>(multiprocessors * blocks / chunks, 1, tiles);
+  const int64_t chain = kDataChain / Tile::kSteps * down;
+  const auto number = [](int64_t n) { return static_cast<int>(n); };
+  p.slices = number(slices), p.chunks = number(chunks), p.chain = number(chain);
+  p.across = number(across), p.down = number(down);
+
+  reduce_data_sums(on, {tiles, slices, chain, down}, p.channels, sums, [&](float* sum_dy, float* sum_dy_xc) {
+    p.sum_dy = sum_dy, p.sum_dy_xc = sum_dy_xc;
+    on.run_shared(bytes, bn_act_conv3x3_data_bwd_kernel<T, N16>, chunks * slices, warps * 32, p);
+  });
+}
+
+std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                        const Tensor& shift, const Tensor& center, double negative_slope,
+                                                        const Tensor& weight, const Tensor& out, bool accumulate) {
+  const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
+  RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
+  check_half_precision(from, "x");
+  check_channels(from, "x", kConv3x3Inputs);
+  check_dtype(grad, "grad", from.dtype);
+  check_same_device(grad, "grad", x, "x");
+  check_positions(grad, "grad", x);
+  check_channels(g, "grad", kConv3x3BackwardOutputs);
+  check_same(out, "out", x, "x");
+  RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == g.C && weight.size(1) == from.C && weight.size(2) == 3 &&
+                     weight.size(3) == 3,
+                 "weight: expected shape (", g.C, ", ", from.C, ", 3, 3), got ", shape_string(weight));
+  check_dtype(weight, "weight", from.dtype);
+  check_same_device(weight, "weight", x, "x");
+  check_vector(scale, "scale", from.C, x, "x");
+  check_vector(shift, "shift", from.C, x, "x");
+  check_vector(center, "center", from.C, x, "x");
+  if (from.numel() == 0) return new_sums(x, from);
+  check_rows(g, grad, "grad");
+  check_rows(from, x, "x");
+  check_rows(to, out, "out");
+  check_few_rows(g, "grad");
+  check_few_rows(from, "x");
+  check_few_rows(to, "out");
+
+  const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
+  const Launch on(x);
+  // Free for the weights of a channels-last network.
+  const Tensor weights =
+      at_aligned_address(torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast));
+  dispatch_half_precision(from, [&](auto zero) {
+    using T = decltype(zero);
+    const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+    Conv3x3Data<T> p{};
+    const auto map = [](const Map& m) {
+      return Conv3x3DataMap<T>{static_cast<T*>(m.data), m.sn, static_cast<int>(m.ss)};
+    };
+    p.grad = map(g), p.x = map(from), p.out = map(to);
+    p.scale = vector(scale), p.shift = vector(shift), p.center = vector(center);
+    p.weight = static_cast<const T*>(weights.const_data_ptr());
+    p.slope = static_cast<float>(negative_slope), p.accumulate = accumulate;
+    p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
+    if (g.C <= 16)
+      run_conv3x3_data<T, 1>(on, p, x, sums);
+    else
+      run_conv3x3_data<T, 2>(on, p, x, sums);
+  });
+  return sums;
+}
+
 }  // namespace
+
+RESDENSE_CUDA_OPERATORS(m) { m.impl("bn_act_conv3x3_data_backward", TORCH_BOX(&bn_act_conv3x3_data_backward)); }
+
 }  // namespace resdense::cuda

@@ -22,13 +22,17 @@ inline void check_rows(const Map& m, const Tensor& t, const char* name) {
                  stride_string(t), aligned(m.data) ? "" : " at an address that is not aligned");
 }
 
+inline void check_few_rows(const Map& m, const char* name) {
+  RESDENSE_CHECK(has_few_rows(m), name,
+                 ": expected less than 2^30 positions, and elements from one to the next, got ", m.rows(), " and ", m.ss);
+}
+
 // The positions of all samples as the rows of one matrix.
 inline void check_matrix(const Map& m, const Tensor& t, const char* name) {
   check_rows(m, t, name);
   RESDENSE_CHECK(m.uniform_rows(), name, ": expected one stride from position to position across samples, got shape ",
                  shape_string(t), " with strides ", stride_string(t));
-  RESDENSE_CHECK(has_few_rows(m), name,
-                 ": expected less than 2^30 positions, and elements from one to the next, got ", m.rows(), " and ", m.ss);
+  check_few_rows(m, name);
 }
 
 // A map of the positions of x, with channels of its own.

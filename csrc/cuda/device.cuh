@@ -21,6 +21,18 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
+// n / divisor for 0 <= n < 2^31, as a product: with 2^shift >= divisor the multiplier is too large by less than 2^-31 of itself.
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+
+  explicit Divisor(int divisor) : shift(31 + std::bit_width(static_cast<uint32_t>(divisor - 1))) {
+    multiplier = static_cast<uint32_t>(((uint64_t(1) << shift) + divisor - 1) / divisor);
+  }
+
+  __device__ int quotient(int n) const { return static_cast<int>(uint64_t(n) * multiplier >> shift); }
+};
+
 // The type that a value is computed in, and its sums are kept in.
 template <typename T>
 struct Wide {

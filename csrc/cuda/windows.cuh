@@ -101,18 +101,6 @@ struct Windows : WindowSizes {
   }
 };
 
-// n / divisor for 0 <= n < 2^31, as a product: with 2^shift >= divisor the multiplier is too large by less than 2^-31 of itself.
-struct Divisor {
-  uint32_t multiplier;
-  int shift;
-
-  explicit Divisor(int divisor) : shift(31 + std::bit_width(static_cast<uint32_t>(divisor - 1))) {
-    multiplier = static_cast<uint32_t>(((uint64_t(1) << shift) + divisor - 1) / divisor);
-  }
-
-  __device__ int quotient(int n) const { return static_cast<int>(uint64_t(n) * multiplier >> shift); }
-};
-
 // So many items that those of any known windows, and their inputs, are numbered in 32 bits: 64 bits would take the registers of
 // loads.
 constexpr int64_t kMostKnownItems = int64_t(1) << 28;

@@ -56,6 +56,16 @@ inline uint32_t __hneu2_mask(Pair<T> a, Pair<T> b) {
   return pair_mask(a, b, std::not_equal_to<>());
 }
 
+// The bytes of low and high, of eight, that the selector's four digits name.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = selector >> 4 * i & 7;
+    result |= ((byte < 4 ? low : high) >> byte % 4 * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 namespace shim {
 
 struct Index {
