@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16,
   uint32_t keys = 0;
   for (int i = 0; i < kLoads; ++i) {
     const int row = first + i * kRowsAtOnce;
-    keys |= (((row >> 1) - row / pitch) & 3u) << 2 * i;
+    keys |= (((row >> 1) - stack.by_pitch.quotient(row)) & 3u) << 2 * i;
   }
   const auto mine = [&](int i) { return swizzled(first + i * kRowsAtOnce, keys >> 2 * i << 1, piece); };
 
@@ -98,15 +98,15 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16,
 #pragma unroll
   for (int m = 0; m < Tile::kM16; ++m) {
     const int q = (warp * Tile::kM16 + m) * 16 + lane % 16;
-    const int row = q / stack.tile_columns;
+    const int row = stack.by_columns.quotient(q);
     positions[m] = row < stack.tile_rows ? q + 2 * row : 0;
   }
 
   // Those of a tile and of the next one have a place each: the copies of the one may still be asked for.
   const auto place_halo = [&](int tile, int place) {
-    const int top = tile / stack.strips, left = tile - top * stack.strips;
+    const int top = stack.by_strips.quotient(tile), left = tile - top * stack.strips;
     for (int i = thread; i < Tile::kHalo; i += Tile::kThreads) {
-      const int row = i / pitch, column = i - row * pitch;
+      const int row = stack.by_pitch.quotient(i), column = i - row * pitch;
       const int64_t offset =
           stack.offset(top * stack.tile_rows + row - 1, left * stack.tile_columns + column - 1, p.x_sn, p.x_ss);
       s_offsets[place * Tile::kHalo + i] = i < halo ? offset : -1;
@@ -189,13 +189,13 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16,
   // Rounds the sums, writes them, and merges what was written into the moments of this lane's channels.
   Moments<float, 4 * N16> moments;
   const auto finish = [&](int tile) {
-    const int top = tile / stack.strips, left = tile - top * stack.strips;
+    const int top = stack.by_strips.quotient(tile), left = tile - top * stack.strips;
     uint32_t written = 0;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kM16; ++i) {
       const int m = i / 2, half = i % 2 * 2;
       const int q = (warp * Tile::kM16 + m) * 16 + half * 4 + lane / 4;
-      const int row = q / stack.tile_columns, column = q - row * stack.tile_columns;
+      const int row = stack.by_columns.quotient(q), column = q - row * stack.tile_columns;
       const int64_t offset =
           row < stack.tile_rows ? stack.offset(top * stack.tile_rows + row, left * stack.tile_columns + column, p.out_sn, p.out_ss) : -1;
       if (offset >= 0) written |= 1u << i;

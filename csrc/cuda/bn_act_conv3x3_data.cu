@@ -16,7 +16,6 @@ void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const
   static_assert(Tables::bytes(Tile::halo_pieces(Tile::kHalo / 3 - 2, 1), Tile::kWarps, 2) <= 156 * 1024,
                 "what resdense_ext.ops.vendor takes a device to need");
   p.stack = stack_of(x, Tile::kPositions, Tile::kHalo);
-  p.by_strips = Divisor(p.stack.strips), p.by_sample = Divisor(p.stack.height + 1);
   const int64_t multiprocessors = on.multiprocessors(), tiles = p.stack.tiles, groups = ceil_div(p.channels, kDataChannels);
 
   // Few chunks, as each reads the gradients; more where there are fewer tiles than multiprocessors.

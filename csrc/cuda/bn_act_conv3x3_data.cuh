@@ -51,11 +51,10 @@ struct Conv3x3Data {
   bool accumulate;
   int channels, outputs;
   Stack stack;
-  Divisor by_strips{1}, by_sample{1};  // tiles side by side, and the rows of the stack that a sample has
   int slices, chunks;                  // a block has every slices-th tile, and one of the channels' chunks:
   int across, down;                    // so many warps for its channels, and so many times these for the positions
   int chain;                           // the tiles after which a warp leaves its sums
-  float *sum_dy, *sum_dy_xc;  // [parts][channels]
+  float *sum_dy, *sum_dy_xc;           // [parts][channels]
 };
 
 // What shared memory begins with. There follow two halos of gradients, and the values of a tile for each warp across.
@@ -106,11 +105,11 @@ __global__ void __launch_bounds__(Conv3x3DataTile<N16>::kWarps * 32, Conv3x3Data
 
   const auto find_positions = [&](int tile, Offsets& to) {
     if (tile >= stack.tiles) return;
-    const int top = p.by_strips.quotient(tile), left = tile - top * stack.strips;
+    const int top = stack.by_strips.quotient(tile), left = tile - top * stack.strips;
     for (int i = thread; i < halo; i += blockDim.x) {
       const int row = s_tables.places[i].row - 1, column = s_tables.places[i].column - 1;
       const int in_stack = top * stack.tile_rows + row, in_map = left * stack.tile_columns + column;
-      const int n = p.by_sample.quotient(std::max(in_stack, 0)), y = in_stack - n * (stack.height + 1);
+      const int n = stack.by_sample.quotient(std::max(in_stack, 0)), y = in_stack - n * (stack.height + 1);
       const bool is_row = unsigned(in_stack) < unsigned(stack.rows) && y != stack.height;
       const bool exists = is_row && unsigned(in_map) < unsigned(stack.width);
       const auto offset = [&](const Conv3x3DataMap<T>& m) {
@@ -147,11 +146,11 @@ __global__ void __launch_bounds__(Conv3x3DataTile<N16>::kWarps * 32, Conv3x3Data
   };
 
   for (int i = thread; i < halo; i += blockDim.x) {
-    const int row = i / stack.pitch();
+    const int row = stack.by_pitch.quotient(i);
     s_tables.places[i] = {uint16_t(row), uint16_t(i - row * stack.pitch())};
   }
   for (int q = thread; q < Tile::kPositions; q += blockDim.x) {
-    const int row = q / stack.tile_columns;
+    const int row = stack.by_columns.quotient(q);
     s_tables.first[q] = q < positions ? q * Tile::kPitch + row * (row_pitch - stack.tile_columns * Tile::kPitch) : 0;
     for (Offsets& offsets : s_tables.of_tiles) offsets.x[q] = offsets.out[q] = -1;
   }

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 
   // A lane for every row: at least 8 columns have at most 32 of them.
   const auto place_rows = [&](int tile, Piece* stage) {
-    const int top = tile / stack.strips, left = (tile - top * stack.strips) * columns;
+    const int top = stack.by_strips.quotient(tile), left = (tile - top * stack.strips) * columns;
     const int row = top * stack.tile_rows + lane - 1;
     const int64_t x = stack.offset(row, 0, p.x_sn, p.x_ss), grad = stack.offset(row, 0, p.grad_sn, p.grad_ss);
     const auto address = [&](const T* map, int64_t offset, int64_t step, int column) {

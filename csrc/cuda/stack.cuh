@@ -18,6 +18,7 @@ struct Stack {
   int rows, height, width;  // rows of the stack: (height + 1) a sample, but for the last
   int tile_rows, tile_columns;
   int strips, tiles;        // tiles side by side, and all of them
+  Divisor by_sample{1}, by_strips{1}, by_columns{1}, by_pitch{1};  // by the rows of a sample, and as they are called
 
   // Of the halo: the positions of a row, and all.
   __device__ int pitch() const { return tile_columns + 2; }
@@ -26,7 +27,7 @@ struct Stack {
   // Where a position of the stack lies in a map; -1 where there is padding.
   __device__ int64_t offset(int row, int column, int64_t sn, int64_t ss) const {
     if (row < 0 || row >= rows || column < 0 || column >= width) return -1;
-    const int n = row / (height + 1), y = row - n * (height + 1);
+    const int n = by_sample.quotient(row), y = row - n * (height + 1);
     return y == height ? -1 : n * sn + (int64_t(y) * width + column) * ss;
   }
 };

@@ -31,6 +31,8 @@ inline Stack stack_of(const Tensor& x, int64_t positions, int64_t halo, bool two
       least = around;
     }
   }
+  best.by_sample = Divisor(best.height + 1), best.by_strips = Divisor(best.strips);
+  best.by_columns = Divisor(best.tile_columns), best.by_pitch = Divisor(best.tile_columns + 2);
   return best;
 }
 
