@@ -42,6 +42,9 @@ def test_on_the_cpu():
     pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
     cuda_conv_cases.check_bn_act_conv3x3(torch.ops.resdense, "cpu")
     cuda_conv1x1_data_cases.check_bn_act_conv1x1_data_backward(torch.ops.resdense, "cpu")
+    cuda_conv1x1_weight_cases.check_bn_act_conv1x1_weight_backward_tolerance(torch.ops.resdense, "cpu")
+    cuda_conv3x3_data_cases.check_bn_act_conv3x3_data_backward(torch.ops.resdense, "cpu")
+    cuda_conv3x3_weight_cases.check_bn_act_conv3x3_weight_backward(torch.ops.resdense, "cpu")
 
 
 def on_the_shim(source: str, target: Path, *options: str) -> Path:
