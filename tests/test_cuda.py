@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,16 @@ def test_on_the_cpu():
     cuda_conv1x1_weight_cases.check_bn_act_conv1x1_weight_backward_tolerance(torch.ops.resdense, "cpu")
     cuda_conv3x3_data_cases.check_bn_act_conv3x3_data_backward(torch.ops.resdense, "cpu")
     cuda_conv3x3_weight_cases.check_bn_act_conv3x3_weight_backward(torch.ops.resdense, "cpu")
+
+
+def test_every_kernel_waits_for_those_before_it():
+    """It may be started before they have ended, which nothing on the shim would show."""
+    kernels = {"started": 0, "all": 0}
+    for source in (TESTS.parent / "csrc" / "cuda").glob("*.cu*"):
+        text = source.read_text()
+        kernels["all"] += text.count("__global__")
+        kernels["started"] += len(re.findall(r"__global__[^{;]*_kernel\([^{;]*\) \{\n  start_kernel\(\);\n", text))
+    assert kernels["started"] == kernels["all"] > 20
 
 
 def on_the_shim(source: str, target: Path, *options: str) -> Path:

@@ -206,6 +206,36 @@ def test_a_side_stream_is_respected(backend):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("size", [7, 112])
+def test_kernels_wait_for_those_before_them(backend, size):
+    """A chain of operators, of which each reads all that the one before has written, beside the same with pauses."""
+    ops, x = torch.ops.resdense, maps((16, 64, size, size), torch.bfloat16)
+
+    def chain(pause) -> torch.Tensor:
+        y = x.clone()
+        for _ in range(30):
+            mean, m2 = ops.channel_stats(y)
+            pause()
+            scale, shift, _ = ops.bn_fold(mean, m2, y.numel() / 64, 1e-5, mean.cos(), mean.sin())
+            pause()
+            out = torch.empty_like(y)
+            ops.bn_act(y, scale, shift, 0.5, out)
+            pause()
+            y = ops.add_act(out, y, 0.5)
+            pause()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    assert torch.equal(chain(lambda: None), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
 def test_gradients_repeat_bitwise(backend, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     block, x = block_of(), maps((16, 64, 28, 28)).requires_grad_()

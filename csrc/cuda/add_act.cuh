@@ -8,6 +8,7 @@ namespace resdense::cuda {
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     add_act_fwd_kernel(Walk walk, Items<const T> x, Items<const T> y, Items<T> out, wide_t<T> slope) {
+  start_kernel();
   using W = wide_t<T>;
   walk_rows<VEC>(walk, lane_of<VEC>(walk), x, y, out, [=](int, W a, W b) { return activate(a + b, slope); });
 }
@@ -16,6 +17,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     add_act_bwd_kernel(Walk walk, Items<const T> grad, Items<const T> out, Items<T> dx, wide_t<T> slope) {
+  start_kernel();
   using W = wide_t<T>;
   walk_rows<VEC>(walk, lane_of<VEC>(walk), grad, out, dx, [=](int, W g, W y) { return activate_backward(g, y, slope); });
 }

@@ -10,6 +10,7 @@ template <typename T, int VEC>
 __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     bn_act_fwd_kernel(Walk walk, Items<const T> x, Items<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
                       wide_t<T> slope) {
+  start_kernel();
   using W = wide_t<T>;
   const Lane lane = lane_of<VEC>(walk);
   W a[VEC], b[VEC];
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> x, Items<T> out, const wide_t<T>* scale,
                       const wide_t<T>* shift, const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy,
                       wide_t<T>* sum_dy_xc) {
+  start_kernel();
   const auto run = [&]<int MAPS>(const Items<const T>(&maps)[MAPS]) {
     const auto loaded = [](const Cursor&, const auto& values, int u, wide_t<T>(&g)[VEC]) {
 #pragma unroll

@@ -57,6 +57,7 @@ struct Conv1x1 {
 template <typename T, int OUTPUTS, bool LARGE>
 __global__ void __launch_bounds__(kConv1x1Threads, Conv1x1Tile<OUTPUTS, LARGE>::kBlocks)
     bn_act_conv1x1_fwd_kernel(Conv1x1<T> p) {
+  start_kernel();
   using Tile = Conv1x1Tile<OUTPUTS, LARGE>;
   using Piece = Vector<T, 8>;
   constexpr int kPieces = kConv1x1Chunk / 8;

@@ -62,6 +62,7 @@ struct Conv1x1Data {
 template <typename T, int N64>
 __global__ void __launch_bounds__(DataTile<N64>::kWarps * 32, DataTile<N64>::kBlocks)
     bn_act_conv1x1_data_bwd_kernel(Conv1x1Data<T> p) {
+  start_kernel();
   using Tile = DataTile<N64>;
   using Piece = Vector<T, 8>;
   constexpr int kSteps = Tile::kOutputs / 16;

@@ -56,6 +56,7 @@ __device__ inline uint32_t mask_of_rows(int row, int rows) {
 template <typename T, int K64>
 __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
     bn_act_conv1x1_weight_bwd_kernel(Conv1x1Weight<T> p) {
+  start_kernel();
   using Tile = WeightTile<K64>;
   using Piece = Vector<T, 8>;
   constexpr int kRowsAtOnce = kWeightThreads / 8;

@@ -61,6 +61,7 @@ __device__ inline int swizzled(int row, int key, int piece) { return row * 4 + (
 template <typename T, int N16, bool LARGE>
 __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16, LARGE>::kTeams)
     bn_act_conv3x3_fwd_kernel(Conv3x3<T> p) {
+  start_kernel();
   using Tile = ConvTile<N16, LARGE>;
   using Piece = Vector<T, 8>;
   constexpr int kPieces = kConvChunk / 8;

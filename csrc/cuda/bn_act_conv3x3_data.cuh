@@ -80,6 +80,7 @@ struct Conv3x3DataTables {
 template <typename T, int N16>
 __global__ void __launch_bounds__(Conv3x3DataTile<N16>::kWarps * 32, Conv3x3DataTile<N16>::kBlocks)
     bn_act_conv3x3_data_bwd_kernel(Conv3x3Data<T> p) {
+  start_kernel();
   using Tile = Conv3x3DataTile<N16>;
   using Piece = Vector<T, 8>;
   using Tables = Conv3x3DataTables<N16>;

@@ -67,6 +67,7 @@ __device__ inline int quotient(int n, int inverse) { return n * inverse >> 16; }
 template <typename T, int M16>
 __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
     bn_act_conv3x3_weight_bwd_kernel(Conv3x3Weight<T> p) {
+  start_kernel();
   using Tile = Conv3x3WeightTile;
   using Piece = Vector<T, 8>;
   using Four = Vector<float, 4>;

@@ -166,6 +166,7 @@ template <typename T, int VEC, bool MAXIMUM, typename WINDOWS>
 __global__ void __launch_bounds__(kReduceThreads, !WINDOWS::kKnown ? 2 : MAXIMUM ? 3 : 4)
     bn_act_pool_fwd_kernel(Share share, WINDOWS windows, Items<const T> x, const wide_t<T>* scale, const wide_t<T>* shift,
                            wide_t<T> slope, Items<T> out, Items<uint8_t> taps) {
+  start_kernel();
   using W = wide_t<T>;
   const Lane lane = whole_lane_of<VEC>(share);
 
@@ -223,6 +224,7 @@ __global__ void __launch_bounds__(kReduceThreads, kBackwardBlocks<MAXIMUM, ACCUM
     bn_act_pool_bwd_kernel(Share share, WINDOWS windows, Items<const T> grad, Items<const uint8_t> taps,
                            Items<const T> x, Items<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
                            const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc) {
+  start_kernel();
   using W = wide_t<T>;
   constexpr int INPUTS = WINDOWS::kInputs;
   const Lane lane = whole_lane_of<VEC>(share);
@@ -314,6 +316,7 @@ template <typename T, int VEC>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_global_pool_fwd_kernel(Share share, Items<const T> x, const wide_t<T>* scale, const wide_t<T>* shift,
                                   wide_t<T> slope, T* out) {
+  start_kernel();
   using W = wide_t<T>;
   const Lane lane = whole_lane_of<VEC>(share);
 

@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     bn_add_act_fwd_kernel(Walk walk, Items<const T> z, Items<const T> identity, Items<T> out, const wide_t<T>* scale,
                           const wide_t<T>* shift, const wide_t<T>* identity_scale, const wide_t<T>* identity_shift,
                           wide_t<T> slope) {
+  start_kernel();
   using W = wide_t<T>;
   const Lane lane = lane_of<VEC>(walk);
   W a[VEC], b[VEC], c[VEC] = {};
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_add_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> out, Items<const T> z, Items<const T> identity,
                           Items<T> g, const wide_t<T>* center, const wide_t<T>* identity_center, wide_t<T> slope,
                           wide_t<T>* sum_g, wide_t<T>* sum_g_zc, wide_t<T>* sum_g_too, wide_t<T>* sum_g_ic) {
+  start_kernel();
   using W = wide_t<T>;
   constexpr int CHANNELS = ROWS ? VEC : 1;
   const Lane lane = lane_of<VEC, ROWS>(share);

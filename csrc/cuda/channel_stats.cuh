@@ -29,6 +29,7 @@ __device__ inline void merge_vectors(Moments<wide_t<T>, VEC>& moments, const Vec
 template <typename T, int VEC, bool ROWS>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     channel_stats_kernel(Share share, Items<const T> x, wide_t<T>* mean, wide_t<T>* m2) {
+  start_kernel();
   const Lane lane = lane_of<VEC, ROWS>(share);
   Moments<wide_t<T>, VEC> moments;
   walk_items<T, VEC, kAtOnce<1>>(share, lane, {x},

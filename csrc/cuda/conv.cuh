@@ -106,6 +106,7 @@ __device__ inline void leave_moments(const float* gathered, int warps, int chann
 
 // The second stage: a warp merges what the blocks left of one channel.
 static __global__ void conv_stats_finish_kernel(const float* parts, int blocks, int channels, float* mean, float* m2) {
+  start_kernel();
   const int channel = blockIdx.x;
   const float* const means = parts + int64_t(blocks) * (1 + channel);
   Moments<float, 1> all;

@@ -20,6 +20,7 @@ constexpr int kCopyVector = kVector<From> < kVector<To> ? kVector<From> : kVecto
 template <typename From, typename To, int VEC>
 __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     copy_map_kernel(Walk walk, Items<const From> x, Items<To> out) {
+  start_kernel();
   walk_rows<VEC>(walk, lane_of<VEC>(walk), x, out, [](int, wide_t<From> value) { return static_cast<wide_t<To>>(value); });
 }
 
@@ -37,6 +38,7 @@ struct Transpose {
 // writes both are of neighbours.
 template <typename From, typename To>
 __global__ void __launch_bounds__(kTile * kTileRows) copy_map_transpose_kernel(Transpose t, const From* x, To* out) {
+  start_kernel();
   // A column more, so that the elements of a column lie in different banks.
   __shared__ To tile[kTile][kTile + 1];
   const int64_t tiles = t.row_tiles * t.column_tiles;

@@ -14,6 +14,15 @@
 
 namespace resdense::cuda {
 
+// What every kernel does first. From Hopper on one is started while those before it still run: it waits here until they have
+// ended and what they have written is there, and lets the next one be started. So launches cost a chain of short kernels less.
+__device__ inline void start_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Whether this is compiled for Blackwell, whose arithmetic on pairs of float32 wants them side by side: that takes more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kPairs = true;

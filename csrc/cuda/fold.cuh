@@ -25,6 +25,7 @@ template <typename W>
 __global__ void __launch_bounds__(kFoldThreads)
     bn_fold_kernel(int64_t channels, const W* mean, const W* m2, double count, double eps, const W* weight, const W* bias,
                    W* scale, W* shift, W* rstd) {
+  start_kernel();
   const int64_t c = int64_t(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (c >= channels) return;
   const FoldOf<W> fold = fold_of(mean[c], m2[c], count, eps, weight ? weight[c] : W(1), bias ? bias[c] : W(0));
@@ -45,6 +46,7 @@ struct FoldTable {
 // `bn_fold_kernel` of every norm of a table, of which each has `chunks` blocks. Rows of folds are `total` apart.
 template <typename W>
 __global__ void __launch_bounds__(kFoldThreads) bn_folds_kernel(FoldTable<W> of, int chunks, int64_t total, W* folds) {
+  start_kernel();
   const int i = blockIdx.x / chunks, c = blockIdx.x % chunks * kFoldThreads + threadIdx.x;
   if (c >= of.channels[i]) return;
   W* const to = folds + of.start[i] + c;
@@ -58,6 +60,7 @@ template <typename W, bool ACCUMULATE>
 __global__ void __launch_bounds__(kFoldThreads)
     bn_correction_kernel(int64_t channels, const W* sum_dy, const W* sum_dy_xc, const W* scale, const W* mean, const W* rstd,
                          double count, W* beta, W* delta, W* dgamma) {
+  start_kernel();
   const int64_t c = int64_t(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (c >= channels) return;
   const double shared = scale[c] / count, dg = static_cast<double>(rstd[c]) * sum_dy_xc[c], slope = -shared * rstd[c] * dg;

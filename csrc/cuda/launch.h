@@ -1,5 +1,5 @@
 #pragma once
-// What every launcher shares. Host code, for .cu files only; the one place with launch syntax. (Under RESDENSE_SHIM tests
+// What every launcher shares. Host code, for .cu files only; the one place that launches. (Under RESDENSE_SHIM tests
 // put an execution-model shim in its place, and the .cu files compile as plain C++.)
 
 #include <algorithm>
@@ -56,12 +56,24 @@ class Launch {
                      most);
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     }
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream_>>>(
-        static_cast<Parameters>(args)...);
-    check(cudaGetLastError());
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(bytes), config.stream = stream_;
+    config.attrs = &early, config.numAttrs = kernels_wait() ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
   }
 
  private:
+  // Whether the device runs code in which kernels wait for those before them, see `start_kernel`.
+  bool kernels_wait() const {
+    const int device = 100 * attribute(cudaDevAttrComputeCapabilityMajor) + 10 * attribute(cudaDevAttrComputeCapabilityMinor);
+    constexpr int compiled_for[] = {__CUDA_ARCH_LIST__};
+    return std::any_of(std::begin(compiled_for), std::end(compiled_for), [=](int arch) { return 900 <= arch && arch <= device; });
+  }
+
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device_));

@@ -11,6 +11,7 @@ template <typename T, int VEC, bool MASK>
 __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     pending_grad_kernel(Walk walk, Items<const T> dy, Items<const T> z, Items<T> out, const wide_t<T>* alpha,
                         const wide_t<T>* beta, const wide_t<T>* delta, const wide_t<T>* shift, wide_t<T> slope) {
+  start_kernel();
   using W = wide_t<T>;
   const Lane lane = lane_of<VEC>(walk);
   W a[VEC], b[VEC], c[VEC];

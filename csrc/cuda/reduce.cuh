@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     reduce_finish_kernel(const typename A::Value* part_first, const typename A::Value* part_second, int64_t channels,
                          int64_t positions, int64_t chunk_positions, int64_t chunks, typename A::Value* first,
                          typename A::Value* second) {
+  start_kernel();
   using W = typename A::Value;
   constexpr int STEP = kReduceThreads / kFinishChannels;
   const int y = threadIdx.x / kFinishChannels, x = threadIdx.x - y * kFinishChannels;

@@ -11,6 +11,7 @@ constexpr int kSplitWarps = 8;  // that share the splits out
 // A lane adds up four neighbouring values, a warp every kSplitWarps-th split.
 static __global__ void __launch_bounds__(kSplitWarps * 32)
     sum_splits_kernel(const float* parts, int splits, int64_t size, float* sums) {
+  start_kernel();
   using Four = Vector<float, 4>;
   __shared__ Four s_sums[kSplitWarps][32];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
