@@ -74,9 +74,11 @@ def on_the_shim(source: str, target: Path, *options: str) -> Path:
     return target
 
 
-def test_on_the_shim(tmp_path):
+@pytest.fixture(scope="module")
+def output_on_the_shim(tmp_path_factory):
+    """Runs a script of tests/shim on the library of the CUDA operators there: what it prints."""
     links = ("-fPIC", "-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
-    library = on_the_shim("operators.cpp", tmp_path / "shim.so", *links)
+    library = on_the_shim("operators.cpp", tmp_path_factory.mktemp("shim") / "shim.so", *links)
 
     # Python is not built with the sanitizer, whose library must come first; the C++ one must be there when it looks for it.
     runtime = [
@@ -84,11 +86,31 @@ def test_on_the_shim(tmp_path):
         for name in ("libasan.so", "libstdc++.so")
     ]
     environment = {**os.environ, "LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "shim" / "run.py"), str(library)], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("passed") == len(CHECKS)
+
+    def run(script: str) -> str:
+        command = [sys.executable, str(TESTS / "shim" / script), str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_operators_on_the_shim(output_on_the_shim):
+    assert output_on_the_shim("run.py").count("passed") == len(CHECKS)
+
+
+def test_engines_on_the_shim(output_on_the_shim):
+    """The engines, their choice of operators and the kernels together."""
+    pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
+    output = output_on_the_shim("engines.py")
+    called = set(output.split("called: ")[1].split())
+    convolutions = {f"bn_act_conv{size}" for size in ("1x1", "3x3")}
+    convolutions |= {f"{name}_{of}_backward" for name in convolutions for of in ("weight", "data")}
+    assert called >= convolutions | {"channel_stats", "bn_fold", "bn_folds", "bn_correction", "pending_grad", "finished_grad"}
+    pools = {f"bn_act_{kind}_pool" for kind in ("avg", "max", "global")}
+    assert called >= pools | {f"{name}_backward" for name in pools}
+    assert called >= {"bn_add_act", "bn_add_act_backward", "add_act_backward", "bn_act_backward"}
 
 
 def test_the_shim_shows_what_is_wrong(tmp_path):
