@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_cases import assert_nan_around, make
 from cuda_conv_cases import ACTIVATIONS, SLOPES, configure
-from tolerance import assert_within_rule, torch_runs, true_run
+from tolerance import Run, assert_within_rule, torch_runs, true_run
 from torch import Tensor
 
 from resdense_ext import reference
@@ -72,11 +72,16 @@ def gradient(ops, inputs: Tensors, slope: float, accumulate: bool) -> Tensors:
 
 
 def expected(maps: Tensors, params: Tensors, activation: Activation, accumulate: bool) -> Tensors:
-    """In the dtype of the maps, the vectors' where ``bn_act_backward`` has it."""
+    product = torch.einsum("nk...,kc->nc...", maps["grad"], params["weight"])
+    return masked(product, maps, params, activation, accumulate)
+
+
+def masked(product: Tensor, maps: Tensors, params: Tensors, activation: Activation, accumulate: bool) -> Tensors:
+    """What is written, and the sums, in the dtype of the maps, the vectors' where ``bn_act_backward`` has it."""
     x = maps["x"]
     scale, shift, center = (per_channel(params[name], x) for name in ("scale", "shift", "center"))
     wide, positions = x.to(scale.dtype), [d for d in range(x.dim()) if d != 1]
-    product = torch.einsum("nk...,kc->nc...", maps["grad"], params["weight"]).to(scale.dtype)
+    product = product.to(scale.dtype)
     slopes = reference.activation_slope(scale * wide + shift, activation)
     dy = torch.where(slopes == 0, 0, product * slopes)
     out = (maps["out"] + scale * dy if accumulate else dy).to(x.dtype)
@@ -87,6 +92,21 @@ def split(inputs: Tensors) -> tuple[Tensors, Tensors]:
     """Copies on the CPU, the maps apart."""
     copies = {name: t.cpu().clone() for name, t in inputs.items()}
     return {name: copies.pop(name) for name in ("grad", "x", "out")}, copies
+
+
+def assert_gradient(ours: Tensors, run: Run, maps: Tensors, params: Tensors) -> None:
+    """What was written and the sums are those of ``run``."""
+    ours = {name: t.cpu() for name, t in ours.items()}
+    assert ours["sum_dy"].dtype == ours["sum_dy_xc"].dtype == torch.float32
+    truth, runs = true_run(run, maps, params), torch_runs(run, maps, params)
+    assert_within_rule(ours, truth, runs, maps["x"].dtype)
+
+    # The sums are of products that nothing has rounded to 16 bits.
+    wide = {name: t.float() for name, t in maps.items()}
+    runs = torch_runs(run, wide, {name: t.float() for name, t in params.items()})
+    for results in (ours, truth, *runs):
+        del results["out"]
+    assert_within_rule(ours, truth, runs, torch.float32)
 
 
 def check_bn_act_conv1x1_data_backward(ops, device: str) -> None:
@@ -103,18 +123,9 @@ def check_bn_act_conv1x1_data_backward(ops, device: str) -> None:
         def run(maps, params, activation=activation, accumulate=case.accumulate):
             return expected(maps, params, activation, accumulate)
 
-        ours = {name: t.cpu() for name, t in gradient(ops, inputs, SLOPES[activation.name], case.accumulate).items()}
-        assert ours["sum_dy"].dtype == ours["sum_dy_xc"].dtype == torch.float32
+        ours = gradient(ops, inputs, SLOPES[activation.name], case.accumulate)
         assert_nan_around(inputs["out"], case)
-        truth, runs = true_run(run, maps, params), torch_runs(run, maps, params)
-        assert_within_rule(ours, truth, runs, dtype)
-
-        # The sums are of products that nothing has rounded to 16 bits.
-        wide = {name: t.float() for name, t in maps.items()}
-        runs = torch_runs(run, wide, {name: t.float() for name, t in params.items()})
-        for results in (ours, truth, *runs):
-            del results["out"]
-        assert_within_rule(ours, truth, runs, torch.float32)
+        assert_gradient(ours, run, maps, params)
 
 
 def check_bn_act_conv1x1_data_backward_repeats(ops, device: str) -> None:

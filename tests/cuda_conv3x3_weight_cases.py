@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cuda_cases import make
+from cuda_conv1x1_weight_cases import IDENTITY, LEAKY, RELU, SLOPES, Case, whole_numbers
 from cuda_conv_cases import configure
 from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.reference import Activation
-
-RELU, LEAKY, IDENTITY = Activation("relu"), Activation("leaky_relu", 0.5), Activation("identity")
-SLOPES = {"relu": 0.0, "leaky_relu": 0.5, "identity": 1.0}
-
-
-class Case(NamedTuple):
-    """``multiprocessors`` is how large the shim's device is: the more, the fewer tiles a block takes."""
-
-    shape: tuple[int, int, int, int]
-    outputs: int
-    multiprocessors: int
-    activation: Activation = RELU
-
 
 CASES = (
     Case((1, 8, 1, 1), 8, 1),
@@ -64,13 +51,6 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     x = make((2 * n, channels, *spatial), dtype, "channels_last_slice", device)
     x[1::2] = math.nan
     return {"grad": grad, "x": x[::2], "scale": scale, "shift": shift}
-
-
-def whole_numbers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same layouts; nothing is rounded on the way to the result, neither products nor sums in any order."""
-    for name, t in inputs.items():
-        t.copy_((2 * t).round().clamp(-3, 3) / (2 if name == "scale" else 1))
-    return inputs
 
 
 def gradient(ops, inputs: dict[str, Tensor], activation: Activation) -> Tensor:

@@ -38,12 +38,7 @@ void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Opti
 void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
                     const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
-  check_half_precision(from, "x");
-  check_channels(from, "x", kConv1x1Inputs);
-  check_dtype(out, "out", from.dtype);
-  check_same_device(out, "out", x, "x");
-  check_positions(out, "out", x);
-  check_channels(to, "out", kConv1x1Outputs);
+  check_maps(x, from, kConv1x1Inputs, out, "out", to, kConv1x1Outputs);
   RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == to.C && weight.size(1) == from.C, "weight: expected shape (",
                  to.C, ", ", from.C, "), got ", shape_string(weight));
   check_dtype(weight, "weight", from.dtype);

@@ -40,12 +40,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
                                                         double negative_slope, const Tensor& weight, const Tensor& out,
                                                         bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
-  check_half_precision(from, "x");
-  check_channels(from, "x", kConv1x1Inputs);
-  check_dtype(grad, "grad", from.dtype);
-  check_same_device(grad, "grad", x, "x");
-  check_positions(grad, "grad", x);
-  check_channels(g, "grad", kConv1x1Outputs);
+  check_maps(x, from, kConv1x1Inputs, grad, "grad", g, kConv1x1Outputs);
   check_same(out, "out", x, "x");
   RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == g.C && weight.size(1) == from.C,
                  "weight: expected shape (", g.C, ", ", from.C, "), got ", shape_string(weight));

@@ -37,12 +37,7 @@ void run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& dweight) {
 Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                       double negative_slope) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
-  check_half_precision(from, "x");
-  check_channels(from, "x", kConv1x1Inputs);
-  check_dtype(grad, "grad", from.dtype);
-  check_same_device(grad, "grad", x, "x");
-  check_positions(grad, "grad", x);
-  check_channels(of, "grad", kConv1x1Outputs);
+  check_maps(x, from, kConv1x1Inputs, grad, "grad", of, kConv1x1Outputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 

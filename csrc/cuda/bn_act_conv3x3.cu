@@ -1,7 +1,6 @@
 #include "bn_act_conv3x3.cuh"
 
-#include "conv.h"
-#include "stack.h"
+#include "conv3x3.h"
 
 namespace resdense::cuda {
 namespace {
@@ -49,18 +48,8 @@ void run(const Launch& on, const Conv3x3<T>& p, const Tensor& x, const Optional&
 void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
                     const Tensor& out, const Optional& mean, const Optional& m2) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
-  RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
-  check_half_precision(from, "x");
-  check_channels(from, "x", kConv3x3Inputs);
-  check_dtype(out, "out", from.dtype);
-  check_same_device(out, "out", x, "x");
-  check_positions(out, "out", x);
-  check_channels(to, "out", kConv3x3Outputs);
-  RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == to.C && weight.size(1) == from.C && weight.size(2) == 3 &&
-                     weight.size(3) == 3,
-                 "weight: expected shape (", to.C, ", ", from.C, ", 3, 3), got ", shape_string(weight));
-  check_dtype(weight, "weight", from.dtype);
-  check_same_device(weight, "weight", x, "x");
+  check_conv3x3_maps(x, from, out, "out", to, kConv3x3Outputs);
+  check_conv3x3_weight(weight, to.C, x, from);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
@@ -70,9 +59,7 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   check_rows(to, out, "out");
 
   const Launch on(x);
-  // Free for the weights of a channels-last network.
-  const Tensor rows_of_channels =
-      at_aligned_address(torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast));
+  const Tensor rows_of_channels = rows_of_taps(weight);
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     Conv3x3<T> p{};

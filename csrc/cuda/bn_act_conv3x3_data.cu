@@ -2,8 +2,8 @@
 
 #include <tuple>
 
+#include "conv3x3.h"
 #include "conv_data.h"
-#include "stack.h"
 
 namespace resdense::cuda {
 namespace {
@@ -40,19 +40,9 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, cons
                                                         const Tensor& shift, const Tensor& center, double negative_slope,
                                                         const Tensor& weight, const Tensor& out, bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
-  RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
-  check_half_precision(from, "x");
-  check_channels(from, "x", kConv3x3Inputs);
-  check_dtype(grad, "grad", from.dtype);
-  check_same_device(grad, "grad", x, "x");
-  check_positions(grad, "grad", x);
-  check_channels(g, "grad", kConv3x3BackwardOutputs);
+  check_conv3x3_maps(x, from, grad, "grad", g, kConv3x3BackwardOutputs);
   check_same(out, "out", x, "x");
-  RESDENSE_CHECK(weight.dim() == 4 && weight.size(0) == g.C && weight.size(1) == from.C && weight.size(2) == 3 &&
-                     weight.size(3) == 3,
-                 "weight: expected shape (", g.C, ", ", from.C, ", 3, 3), got ", shape_string(weight));
-  check_dtype(weight, "weight", from.dtype);
-  check_same_device(weight, "weight", x, "x");
+  check_conv3x3_weight(weight, g.C, x, from);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
   check_vector(center, "center", from.C, x, "x");
@@ -66,9 +56,7 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, cons
 
   const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
   const Launch on(x);
-  // Free for the weights of a channels-last network.
-  const Tensor weights =
-      at_aligned_address(torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast));
+  const Tensor weights = rows_of_taps(weight);
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };

@@ -1,8 +1,7 @@
 #include "bn_act_conv3x3_weight.cuh"
 
-#include "conv.h"
+#include "conv3x3.h"
 #include "splits.h"
-#include "stack.h"
 
 namespace resdense::cuda {
 namespace {
@@ -34,13 +33,7 @@ void run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x, const Tensor& dw
 Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                       double negative_slope) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
-  RESDENSE_CHECK(x.dim() == 4, "x: expected shape (N, C, H, W), got ", shape_string(x));
-  check_half_precision(from, "x");
-  check_channels(from, "x", kConv3x3Inputs);
-  check_dtype(grad, "grad", from.dtype);
-  check_same_device(grad, "grad", x, "x");
-  check_positions(grad, "grad", x);
-  check_channels(of, "grad", kConv3x3BackwardOutputs);
+  check_conv3x3_maps(x, from, grad, "grad", of, kConv3x3BackwardOutputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
@@ -51,6 +44,8 @@ Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const
   }
   check_rows(from, x, "x");
   check_rows(of, grad, "grad");
+  check_few_rows(from, "x");
+  check_few_rows(of, "grad");
 
   const Launch on(x);
   const Tensor aligned_scale = at_aligned_address(scale), aligned_shift = at_aligned_address(shift);

@@ -48,6 +48,17 @@ inline void check_half_precision(const Map& m, const char* name) {
                  ": expected dtype bfloat16 or float16, got ", dtype_name(m.dtype));
 }
 
+// The convolution's input and a map of its outputs, or of their gradient: dtypes, positions and channels, at most so many.
+inline void check_maps(const Tensor& x, const Map& from, int64_t inputs, const Tensor& t, const char* name, const Map& m,
+                       int64_t outputs) {
+  check_half_precision(from, "x");
+  check_channels(from, "x", inputs);
+  check_dtype(t, name, from.dtype);
+  check_same_device(t, name, x, "x");
+  check_positions(t, name, x);
+  check_channels(m, name, outputs);
+}
+
 // Calls f with a value of the map's dtype, one of those two.
 template <typename F>
 inline void dispatch_half_precision(const Map& m, F f) {
