@@ -60,10 +60,6 @@ struct Conv3x3Weight {
   Stack stack;                           // of an even number of columns, at least 8
 };
 
-// A number below 2^9 by one below 2^6 of which there is the inverse.
-__device__ inline int inverse_of(int divisor) { return 65536 / divisor + 1; }
-__device__ inline int quotient(int n, int inverse) { return n * inverse >> 16; }
-
 template <typename T, int M16>
 __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
     bn_act_conv3x3_weight_bwd_kernel(Conv3x3Weight<T> p) {
@@ -82,7 +78,6 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 
   const Stack& stack = p.stack;
   const int columns = stack.tile_columns, pitch = stack.pitch(), halo = stack.halo();
-  const int per_column = inverse_of(columns), per_pitch = inverse_of(pitch);
   const int positions = stack.tile_rows * columns, steps = (positions + 15) / 16;
 
   Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
@@ -122,7 +117,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
       uint32_t bit = 1;
 #pragma unroll 1
       for (int at = copy_row; at < halo; at += kHaloAtOnce, bit *= 2) {
-        const int row = quotient(at, per_pitch), column = at - row * pitch;
+        const int row = stack.by_pitch.quotient(at), column = at - row * pitch;
         const uint64_t first = rows[row].x, from = first + (column * p.x_ss + copy_channel) * sizeof(T);
         const unsigned x = first == 0 ? ~0u : left - 1u + column;
         const int place = Tile::place(at, at - 2 * row, copy_piece);
@@ -132,7 +127,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
       }
 #pragma unroll 1
       for (int at = grad_row; at < steps * 16; at += kGradsAtOnce) {
-        const int row = quotient(at, per_column), column = at - row * columns;
+        const int row = stack.by_columns.quotient(at), column = at - row * columns;
         const uint64_t first = rows[row + 1].grad, from = first + (column * p.grad_ss + grad_piece * 8) * sizeof(T);
         const unsigned x = first == 0 ? ~0u : unsigned(left + column);
         const int place = Tile::place_grad(at, grad_piece);
@@ -161,7 +156,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
 #pragma unroll 1
     for (int at = copy_row; at < halo; at += kHaloAtOnce, inside >>= 1) {
       using Words = Vector<uint32_t, 4>;
-      const int place = Tile::place(at, at - 2 * quotient(at, per_pitch), copy_piece);
+      const int place = Tile::place(at, at - 2 * stack.by_pitch.quotient(at), copy_piece);
       Words* const pieces[] = {reinterpret_cast<Words*>(stage + place), reinterpret_cast<Words*>(stage + (place ^ 4))};
       Words words[] = {*pieces[0], *pieces[1]};
 #pragma unroll
@@ -198,7 +193,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
     // may not meet it. So may such a gradient at a border make NaN of all taps of its output.)
     const auto place_x = [&](int k) {
       const int q = k * 16 + lane % 16, position = q < positions ? q : lane % 8;
-      return (position + 2 * quotient(position, per_column)) * (8 * 16);
+      return (position + 2 * stack.by_columns.quotient(position)) * (8 * 16);
     };
     // Upper and lower positions of the first eight channels are 0 and 1, of the others 2 and 3.
     const auto load_b = [&](uint32_t(&b)[2][4], int dy, int x) {
