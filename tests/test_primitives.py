@@ -261,13 +261,22 @@ class TestConvolution:
 
 
 @built
+def test_parts_are_no_smaller_than_twice_the_weights(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x, cpu = last_format(torch.empty(8, 512, 32, 32)), backends.get("cpu")
+    parts = [len(cpu.chunks(of, conv)) for of in (x, x.bfloat16()) for conv in (None, Conv(torch.empty(512, 512, 3, 3)))]
+    assert parts == [8, 1, 8, 1] and len(cpu.chunks(x, Conv(torch.empty(256, 512, 3, 3)))) == 2
+
+
+@built
 class TestWinograd:
     """The operators themselves, wherever the CPU backend would rather use the framework's convolution."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    # Samples, channels of the input and of the output, height and width: one position, one line, rows in parts, samples together.
+    # Samples, channels of the input and of the output, height and width: one position, one line, rows in parts, samples together,
+    # and in 16 bits tiles of 4 cut off anyhow.
     @pytest.mark.parametrize(
-        "shape", [(2, 5, 3, 1, 1), (3, 1, 1, 2, 1), (1, 20, 8, 1, 31), (1, 32, 16, 5, 260), (5, 128, 32, 7, 7)], ids=str
+        "shape", [(2, 5, 3, 1, 1), (3, 1, 1, 2, 1), (1, 20, 8, 1, 31), (1, 32, 16, 5, 260), (5, 128, 32, 7, 7), (2, 24, 40, 10, 12)], ids=str
     )
     @pytest.mark.parametrize("slope", [0.0, 0.2])
     def test_sizes(self, shape, dtype, slope):

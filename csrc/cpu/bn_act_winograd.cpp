@@ -10,12 +10,16 @@
 namespace resdense::cpu {
 namespace {
 
-// The 2x2 tiles of maps of one size, in blocks of a few runs, and these dealt out to the threads.
+using Elements = Points::Elements;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The tiles of maps of one size, in blocks of a few runs, and these dealt out to the threads.
 class Blocks {
  public:
   // `filters` has the bytes of what every block is multiplied with: from memory where they exceed the cache.
-  Blocks(const Tensor& x, int64_t bytes_a_tile, int64_t filters)
-      : height_(x.size(2)), width_(x.size(3)), rows_((height_ + 1) / 2), columns_((width_ + 1) / 2) {
+  Blocks(const Tensor& x, int tile, int64_t bytes_a_tile, int64_t filters)
+      : tile_(tile), height_(x.size(2)), width_(x.size(3)), rows_(ceil_div(height_, tile)), columns_(ceil_div(width_, tile)) {
     constexpr int64_t CACHE = 768 << 10, SMALLEST = 14, LARGEST = 112;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t most = std::clamp(std::max(CACHE, filters) / bytes_a_tile, SMALLEST, LARGEST);
@@ -51,8 +55,8 @@ class Blocks {
     out.clear();
     int64_t positions = 0;
     for (const TileRun& run : runs)
-      for (int64_t row = 2 * run.row; row < std::min(2 * run.row + 2, height_); ++row) {
-        const int64_t first = 2 * run.column, count = std::min(2 * run.count, width_ - first);
+      for (int64_t row = tile_ * run.row; row < std::min(tile_ * (run.row + 1), height_); ++row) {
+        const int64_t first = tile_ * run.column, count = std::min(tile_ * run.count, width_ - first);
         out.push_back({run.n, row * width_ + first, positions, count});
         positions += count;
       }
@@ -73,7 +77,7 @@ class Blocks {
     return tiles;
   }
 
-  int64_t height_, width_, rows_, columns_, parts_, runs_, longest_, count_;
+  int64_t tile_, height_, width_, rows_, columns_, parts_, runs_, longest_, count_;
 };
 
 // A transform walks the channels of its tiles one vector after another; of so few tiles all of them stay in the first cache.
@@ -111,16 +115,19 @@ int64_t point_size(int64_t rows, int64_t channels, bool paired) {
   return ((paired ? (rows + 1) / 2 : rows) * Points::padded(channels) + 1023) / 1024 * 1024 + 16;
 }
 
-// The bytes of all points.
-int64_t bytes(int64_t rows, int64_t channels, bool paired = false) { return POINTS * 4 * point_size(rows, channels, paired); }
+// The points of tiles of this side.
+int64_t points_of(int tile) { return (tile + 2) * (tile + 2); }
 
-using Elements = Points::Elements;
+// The bytes of all points.
+int64_t bytes(int tile, int64_t rows, int64_t channels, bool paired = false) {
+  return points_of(tile) * 4 * point_size(rows, channels, paired);
+}
 
 // Scratch of one chunk, or shared by all, in points.
-Points points_in(const Scratch& scratch, int64_t chunk, int64_t rows, int64_t channels, int64_t offset = 0,
+Points points_in(const Scratch& scratch, int64_t chunk, int tile, int64_t rows, int64_t channels, int64_t offset = 0,
                  Elements elements = Elements::values) {
   return {scratch.of<float>(chunk, offset), Points::padded(channels), point_size(rows, channels, elements != Elements::values),
-          elements};
+          tile, elements};
 }
 
 Matrix matrix(const Points& p, int i, int64_t rows, int64_t channels) {
@@ -150,14 +157,24 @@ Matrix filters_at(const Points& p, int i, int64_t rows) {
 // gradients would show it.
 bool by_pairs(const Map& m) { return kernels.gemm_bf16 != nullptr && m.dtype == ScalarType::BFloat16; }
 
+// The side of the tiles forward. Of 16 bits it is 4, which costs float32 a digit that they do not show, where that takes fewer
+// products and the filters are at most twice as large as the transformed maps.
+int best_tile(const Tensor& x, int64_t outputs) {
+  if (x.scalar_type() == ScalarType::Float) return 2;
+  const int64_t C = x.size(1);
+  const auto tiles = [&](int tile) { return x.size(0) * ceil_div(x.size(2), tile) * ceil_div(x.size(3), tile); };
+  if (points_of(4) * tiles(4) >= points_of(2) * tiles(2)) return 2;
+  return C * outputs <= 2 * tiles(4) * (C + outputs) ? 4 : 2;
+}
+
 // Adds up the chunks' gradients of the transformed filters in order, and transforms them back.
 void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, int64_t columns, float* out) {
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-    const Points sum = points_in(partial, 0, rows, columns);
+    const Points sum = points_in(partial, 0, 2, rows, columns);
     const Points part{sum.data + begin * sum.channels, sum.channels, sum.size};
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const float* other = points_in(partial, chunk, rows, columns).data + begin * sum.channels;
-      for (int point = 0; point < POINTS; ++point)
+      const float* other = points_in(partial, chunk, 2, rows, columns).data + begin * sum.channels;
+      for (int point = 0; point < sum.count(); ++point)
         for (int64_t i = 0; i < (end - begin) * sum.channels; ++i) part.data[point * sum.size + i] += other[point * sum.size + i];
     }
     kernels.winograd_filter_gradient(part, end - begin, columns, out + begin * 9 * columns);
@@ -167,7 +184,7 @@ void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, i
 }  // namespace
 
 void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
-                                           const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
+                     const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
                      const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   const Map from = image_of(map_of(x, "x"), x, "x", x), to = image_of(mutable_map_of(out, "out"), out, "out", x);
   check_stats(mean, m2, out);
@@ -175,9 +192,11 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   check_filters(weight, x, K);
   const std::vector<float> zeros(bias ? 0 : K, 0.0f);
 
-  const Blocks blocks(x, POINTS * 4 * (Points::padded(C) + Points::padded(K)), bytes(C, K));
-  const Scratch shared(1, bytes(C, K)), scratch(blocks.chunks, bytes(blocks.size, C) + bytes(blocks.size, K));
-  const Points filters = points_in(shared, 0, C, K);
+  const int tile = best_tile(x, K);
+  const Blocks blocks(x, tile, points_of(tile) * 4 * (Points::padded(C) + Points::padded(K)), bytes(tile, C, K));
+  const int64_t of_windows = bytes(tile, blocks.size, C);
+  const Scratch shared(1, bytes(tile, C, K)), scratch(blocks.chunks, of_windows + bytes(tile, blocks.size, K));
+  const Points filters = points_in(shared, 0, tile, C, K);
   transform_filters({weight.const_data_ptr(), from.dtype, C, K, weight.stride(1), weight.stride(0),
                     {weight.stride(2), weight.stride(3)}}, filters);
 
@@ -191,12 +210,12 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
   Stats statistics(mean ? blocks.chunks : 0, to);
   blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles, const std::vector<Segment>& next) {
     Upcoming upcoming(next, {&from, &to});
-    const Points windows = points_in(scratch, chunk, blocks.size, C);
-    const Points products = points_in(scratch, chunk, blocks.size, K, bytes(blocks.size, C));
+    const Points windows = points_in(scratch, chunk, tile, blocks.size, C);
+    const Points products = points_in(scratch, chunk, tile, blocks.size, K, of_windows);
     Transform t = input;
     t.points = windows;
     each_run(kernels.winograd_input, t, runs);
-    for (int i = 0; i < POINTS; ++i)
+    for (int i = 0; i < filters.count(); ++i)
       matmul(matrix(products, i, tiles, products.channels), matrix(windows, i, tiles, C),
              filters_at(filters, i, C), ScalarType::Float, upcoming.ahead());
     t = output;
@@ -225,11 +244,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   const bool paired = by_pairs(from);
   const Elements in_tiles = paired ? Elements::tile_pairs : Elements::values;
   const Elements in_channels = paired ? Elements::channel_pairs : Elements::values;
-  const Blocks blocks(x, POINTS * (Points::padded(C) * 4 + 2 * Points::padded(K) * (paired ? 2 : 4)), bytes(K, C, paired));
-  const int64_t of_windows = bytes(blocks.size, C), of_gradient = bytes(blocks.size, K, paired);
-  const Scratch shared(1, bytes(K, C, paired)), scratch(blocks.chunks, of_windows + 2 * of_gradient);
-  const Scratch partial(need_weight ? blocks.chunks : 0, bytes(K, C));
-  const Points filters = points_in(shared, 0, K, C, 0, in_tiles);
+  constexpr int TILE = 2;
+  const Blocks blocks(x, TILE, points_of(TILE) * (Points::padded(C) * 4 + 2 * Points::padded(K) * (paired ? 2 : 4)), bytes(TILE, K, C, paired));
+  const int64_t of_windows = bytes(TILE, blocks.size, C), of_gradient = bytes(TILE, blocks.size, K, paired);
+  const Scratch shared(1, bytes(TILE, K, C, paired)), scratch(blocks.chunks, of_windows + 2 * of_gradient);
+  const Scratch partial(need_weight ? blocks.chunks : 0, bytes(TILE, K, C));
+  const Points filters = points_in(shared, 0, TILE, K, C, 0, in_tiles);
   // Turned: from the last tap to the first.
   const char* last = static_cast<const char*>(weight.const_data_ptr()) +
                      2 * (weight.stride(2) + weight.stride(3)) * element_size(from.dtype);
@@ -251,9 +271,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   Sums sums(blocks.chunks, C);
   blocks.each([&](int64_t chunk, const std::vector<TileRun>& runs, int64_t tiles, const std::vector<Segment>& next) {
     Upcoming upcoming(next, {&grad, &raw, &from, &to});
-    const Points windows = points_in(scratch, chunk, blocks.size, C, 0, in_tiles);
-    const Points turned = points_in(scratch, chunk, blocks.size, K, of_windows, in_channels);
-    const Points expanded = points_in(scratch, chunk, blocks.size, K, of_windows + of_gradient, in_tiles);
+    const Points windows = points_in(scratch, chunk, TILE, blocks.size, C, 0, in_tiles);
+    const Points turned = points_in(scratch, chunk, TILE, blocks.size, K, of_windows, in_channels);
+    const Points expanded = points_in(scratch, chunk, TILE, blocks.size, K, of_windows + of_gradient, in_tiles);
     Transform t = gradient;
     t.points = turned;
     if (need_weight) t.gradient = expanded;
@@ -263,17 +283,17 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
       t = input;
       t.points = windows;
       each_run(kernels.winograd_input, t, runs);
-      const Points total = points_in(partial, chunk, K, C);
+      const Points total = points_in(partial, chunk, TILE, K, C);
       const auto product = started[chunk] ? matmul_accumulate : matmul;
-      for (int i = 0; i < POINTS; ++i)
+      for (int i = 0; i < filters.count(); ++i)
         product(matrix(total, i, K, total.channels), matrix(expanded, i, tiles, K).t(),
                 matrix(windows, i, tiles, windows.channels), ScalarType::Float, upcoming.ahead());
       started[chunk] = 1;
     }
 
     // The data gradient takes the place of the windows.
-    const Points products = points_in(scratch, chunk, blocks.size, C);
-    for (int i = 0; i < POINTS; ++i)
+    const Points products = points_in(scratch, chunk, TILE, blocks.size, C);
+    for (int i = 0; i < filters.count(); ++i)
       matmul(matrix(products, i, tiles, products.channels), matrix(turned, i, tiles, K),
              filters_at(filters, i, K), ScalarType::Float, upcoming.ahead());
     t = output;

@@ -1,24 +1,29 @@
 #pragma once
-// Winograd's F(2x2, 3x3) for channels-last maps (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015):
-// a 2x2 tile of the output takes 16 products a pair of channels, not 36.
+// Winograd's F(2x2, 3x3) and F(4x4, 3x3) for channels-last maps (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+// Networks", 2015): a 2x2 tile of the output takes 16 products a pair of channels, not 36, a 4x4 tile 36, not 144.
 //
 //   y = A' [ (G g G') . (B' d B) ] A      B' = 1  0 -1  0     G = 1    0    0     A' = 1  1  1  0
 //                                              0  1  1  0         1/2  1/2  1/2        0  1 -1 -1
 //                                              0 -1  1  0         1/2 -1/2  1/2
 //                                              0  1  0 -1         0    0    1
 //
-// d is the 4x4 window of the input, padded by 1, g the filter. An infinity in a window makes the
+//   B' = 4  0 -5  0  1  0     G =  1/4    0    0      A' = 1  1  1  1  1  0
+//        0 -4 -4  1  1  0         -1/6 -1/6 -1/6           0  1 -1  2 -2  0
+//        0  4 -4 -1  1  0         -1/6  1/6 -1/6           0  1  1  4  4  0
+//        0 -2 -1  2  1  0         1/24 1/12  1/6           0  1 -1  8 -8  1
+//        0  2 -1 -2  1  0         1/24 -1/12 1/6
+//        0  4  0 -5  0  1            0    0    1
+//
+// d is the window of the input, one wider than the tile on every side, padded by 1; g the filter. An infinity in a window makes the
 // whole tile NaN. The gradient of d is such a convolution of y's gradient with the
-// turned filter; that of g is G' [ (A dy A') . (B' d B) ] G. The products of the 16 points are matrix products (gemm.h),
+// turned filter; that of g is G' [ (A dy A') . (B' d B) ] G. The products of a window's points are matrix products (gemm.h),
 // the transforms around them kernels.
 
 #include "sweep.h"
 
 namespace resdense::cpu {
 
-constexpr int POINTS = 16;
-
-// Neighbouring tiles: outputs (2 row + {0, 1}, 2 (column + i) + {0, 1}) of sample n, for i < count.
+// Neighbouring tiles of sample n, in this row of tiles, from this column on.
 struct TileRun {
   int64_t n, row, column, count;
 };
@@ -28,8 +33,10 @@ struct TileRun {
 struct Points {
   float* data;
   int64_t channels, size;  // padded channels; elements of one point's matrix
+  int tile = 2;            // the side of the output's tiles
   enum class Elements { values, channel_pairs, tile_pairs } elements = Elements::values;
 
+  int count() const { return (tile + 2) * (tile + 2); }
   static int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 };
 

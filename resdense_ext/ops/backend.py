@@ -129,8 +129,8 @@ class ReferenceBackend:
         """Why this backend cannot take such an input; None where it can."""
         return None
 
-    def chunks(self, x: Tensor) -> list[slice]:
-        """The ranges of samples whose activations may be in memory at once."""
+    def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
+        """The ranges of samples whose activations may be in memory at once, where there is one for a convolution to read."""
         return [slice(0, x.shape[0])]
 
     def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
@@ -240,7 +240,7 @@ class ReferenceBackend:
         Without an affine it is a convolution of x as it is. ``reader`` is the norm that alone will read ``out``, behind the
         same activation: it is returned folded.
         """
-        for part in self.chunks(x):
+        for part in self.chunks(x, conv):
             activated = x[part] if affine is None else self.bn_act(x[part], affine)
             activated = activated.to(conv.weight.dtype)
             z = reference.convolution(activated, conv)
@@ -288,7 +288,7 @@ class ReferenceBackend:
         """
         dtype = conv.weight.dtype
         total: list[Optional[Tensor]] = [None, None, None, None]
-        parts = self.chunks(x)
+        parts = self.chunks(x, conv)
         dy = torch.empty_like(x) if into is None and len(parts) > 1 else None
         for part in parts:
             # What only the weight's gradient reads; the other's takes the shape alone.

@@ -26,8 +26,8 @@ from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulati
 __all__ = ["CpuBackend"]
 
 
-_CACHED = 2**18
-"""Values of an activation for a thread, 1 MB in float32: then it is read by the convolution from where it was written."""
+_CACHED = 2**20
+"""Bytes of an activation for a thread: then it is read by the convolution from where it was written."""
 
 
 _CAPABILITY = (_library.build_info() or {}).get("cpu_capability", "DEFAULT")
@@ -104,11 +104,15 @@ class CpuBackend(CompiledBackend):
             return super().refusal(x, compute_dtype, activation)
         return None
 
-    def chunks(self, x: Tensor) -> list[slice]:
-        """Of a bottleneck so many samples that every thread's share of an activation stays in its cache; of a buffer one."""
+    def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
+        """Of a bottleneck so many samples that every thread's share of an activation stays in its cache, but not fewer values than
+        twice a weight's, which every part reads and has a gradient of; of a buffer one sample."""
         if not x.is_contiguous(memory_format=memory_format_of(x)):
             return [slice(n, n + 1) for n in range(x.shape[0])]
-        size = max(1, _CACHED * torch.get_num_threads() // max(x[0].numel(), 1))
+        values = _CACHED * torch.get_num_threads() // x.element_size()
+        if conv is not None:
+            values = max(values, 2 * conv.weight.numel())
+        size = max(1, values // max(x[0].numel(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)]
 
     def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
@@ -179,7 +183,7 @@ class CpuBackend(CompiledBackend):
     def convolved(
         self, x: Tensor, affine: Optional[Affine], conv: Conv, reader: Optional[BatchNorm]
     ) -> tuple[Tensor, Stats]:
-        if _operator(x, affine, conv) is not None or len(self.chunks(x)) > 1:
+        if _operator(x, affine, conv) is not None or len(self.chunks(x, conv)) > 1:
             return super().convolved(x, affine, conv, reader)
         # What the framework's convolution makes is new memory.
         z = reference.convolution(x if affine is None else self.bn_act(x, affine), conv)

@@ -44,7 +44,7 @@ class VendorBackend(ReferenceBackend):
         """Whether the device of ``x`` has the shared memory that the dense layers' kernels ask for."""
         return _fuses(x.device)
 
-    def chunks(self, x: Tensor) -> list[slice]:
+    def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
         size = max(1, SCRATCH * x.shape[0] // max(x.numel() * x.element_size(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)] or [slice(0, 0)]
 
