@@ -8,6 +8,7 @@ import torch
 from small_nets import assert_same, engine, images, policy, randomise, small_block, steps, torchvision_models  # noqa: F401
 from tolerance import assert_within_rule, torch_runs, true_run
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.optim import swa_utils
 
@@ -225,6 +226,34 @@ def test_one_block_twice_in_a_forward(pair, policy, engine):  # noqa: F811
     stock, model, _ = pair
     assert_same(steps(model, X, call=call), steps(stock, X, call=call))
     assert engine == [policy] * 2
+
+
+def _batched(output, inputs, upstream):
+    return torch.autograd.grad(output, inputs, upstream, is_grads_batched=True)
+
+
+def _mapped(output, inputs, upstream):
+    return torch.func.vmap(lambda grad: torch.autograd.grad(output, inputs, grad, retain_graph=True))(upstream)
+
+
+def _with_tangents(output, inputs, upstream):
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(output, inputs, forward_ad.make_dual(*upstream))
+        return [part for grad in grads for part in forward_ad.unpack_dual(grad)]
+
+
+@pytest.mark.parametrize("kind", [_batched, _mapped, _with_tangents])
+def test_backward_under_a_transformation(pair, kind, policy, engine):  # noqa: F811
+    """Forward runs on the engine, which does not know yet; of the gradients none has a graph."""
+    results = []
+    for model in pair[:2]:
+        x = X.clone().requires_grad_()
+        output = model(x)
+        found = kind(output, [x, *model.parameters()], torch.stack([torch.ones_like(output), output.detach()]))
+        assert not any(t.requires_grad for t in found)
+        results.append({f"grad {i}": t for i, t in enumerate(found)})
+    assert_same(*reversed(results))
+    assert engine == [policy]
 
 
 @pytest.mark.parametrize("strict", [False, True])

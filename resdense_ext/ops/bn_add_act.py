@@ -16,6 +16,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops.add_act import fused_slope, kernels_of
 from resdense_ext.ops.backend import Affine, Fold
 from resdense_ext.ops.batch_norm import batch_norm
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
@@ -38,7 +39,7 @@ class BNAddActFunction(torch.autograd.Function):
         out, *saved = ctx.saved_tensors
         operands = [saved[:3]] + ([saved[3:]] if len(saved) > 3 else [])
         shortcut = (None, None, None)
-        if torch.is_grad_enabled():
+        if by_reference(grad):
             g = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
             grads = [_differentiable_gradients(g, *of, norm) for of, norm in zip(operands, ctx.norms)]
         else:
@@ -65,14 +66,15 @@ def _gradients(g: Tensor, operands: tuple, fold: Fold, sum_g_xc: Tensor, sum_g: 
     return g, None if weight is None else dgamma.to(weight.dtype), None if bias is None else sum_g.to(bias.dtype)
 
 
+@differentiable
 def _differentiable_gradients(
-    g: Tensor, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], norm: BatchNorm
+    g: Tensor, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], norm: BatchNorm, create_graph: bool
 ) -> list[Optional[Tensor]]:
     # Of aliases: what they were computed from is not to be walked again.
     x, weight, bias = operands = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
     y = batch_norm(x, norm._replace(weight=weight, bias=bias, momentum=None, num_batches_tracked=None))
     wanted = [t for t in operands if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
+    grads = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph) if wanted else ())
     return [next(grads) if t is not None and t.requires_grad else None for t in operands]
 
 

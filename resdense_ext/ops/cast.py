@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext.checks import has_autocast
+from resdense_ext.ops.by_reference import by_reference
 from resdense_ext.reference import Conv, ConvGraph, DenseLayer, DualPathBlock, ResidualBlock, Unit
 
 __all__ = [
@@ -36,7 +37,7 @@ class CastFunction(torch.autograd.Function):
         wanted = [grad is not None for grad in grads]
         given = [grad for grad in grads if grad is not None]
         dtypes = [dtype for dtype, want in zip(ctx.dtypes, wanted) if want]
-        if torch.is_grad_enabled():
+        if by_reference(*grads):
             cast = iter([grad.to(dtype) for grad, dtype in zip(given, dtypes)])
         else:
             cast = iter(_cast(given, dtypes))

@@ -14,6 +14,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
+from resdense_ext.ops.by_reference import by_reference
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointwise
 from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
@@ -257,7 +258,7 @@ class Conv1x1BNAddActFunction(torch.autograd.Function):
         needs = [*ctx.needs_input_grad[2:4], *parameters_of(ctx.needs_input_grad[4 : 4 + len(tensors)])]
         if grad is None and grad_before is None:
             found = [None] * len(needs)
-        elif torch.is_grad_enabled() or grad_before is not None:
+        elif by_reference(grad) or grad_before is not None:
             found = _differentiable_backward(grad, grad_before, mark, x, identity, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):

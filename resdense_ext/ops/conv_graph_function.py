@@ -12,6 +12,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.backend import ReferenceBackend, Stats
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm, positions_of
 from resdense_ext.ops.layout import as_convolved, walkable_map
@@ -66,7 +67,7 @@ class ConvGraphFunction(torch.autograd.Function):
 
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
-        elif torch.is_grad_enabled():
+        elif by_reference(*upstream):
             found = _differentiable_backward(upstream, maps[: ctx.count], tensors, ctx.graph, needs)
         else:
             with without_autocast(maps[0].device):
@@ -113,14 +114,15 @@ def _targets(sources: Sequence[Tensor], tensors: Sequence[Optional[Tensor]]) -> 
     return [*sources, *parameters_of(tensors)]
 
 
-def _differentiable_backward(upstream, sources, tensors, graph, needs) -> list[Optional[Tensor]]:
+@differentiable
+def _differentiable_backward(upstream, sources, tensors, graph, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     sources = [x.view_as(x) for x in sources]
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     wanted = [value for value, need in zip(_targets(sources, tensors), needs) if need]
     outputs = reference.conv_graph(sources, _around(graph, tensors))
     outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, upstream) if grad is not None))
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

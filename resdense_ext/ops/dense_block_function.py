@@ -13,6 +13,7 @@ from resdense_ext import reference
 from resdense_ext.ops import dense_block as block_engine
 from resdense_ext.ops import dense_stage as stage_engine
 from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
@@ -70,7 +71,7 @@ class DenseBlockFunction(torch.autograd.Function):
         needs = [ctx.needs_input_grad[4], *parameters_of(ctx.needs_input_grad[5 : 5 + len(tensors)])]
         if all(grad is None for grad in grads):
             found = [None] * len(needs)
-        elif torch.is_grad_enabled():
+        elif by_reference(*grads):
             found = _differentiable_backward(grads, buffer, ctx.channels, config, unit, tensors, masks, needs)
         else:
             found = _backward(grads, buffer, config, unit, tensors, masks, stats, list(saved), needs)
@@ -118,7 +119,8 @@ def _norm_statistics(config, stats, channels: int, tensors) -> list[tuple[Tensor
     return result
 
 
-def _differentiable_backward(grads, buffer, channels, config, unit, tensors, masks, needs) -> list[Optional[Tensor]]:
+@differentiable
+def _differentiable_backward(grads, buffer, channels, config, unit, tensors, masks, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference.
 
     The input is read from the buffer, of which it is the first channels, and everything is aliased: differentiation is to
@@ -136,7 +138,7 @@ def _differentiable_backward(grads, buffer, channels, config, unit, tensors, mas
         activation = Activation(unit.activation, unit.slope)
         outputs = [reference.bn_act_pool(y, unit.unit(*unit_tensors), activation), y]
     outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, grads) if grad is not None))
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import dual_path_stage as engine
 from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dual_path_stage import DualPathStageConfig, saved_inputs, statistics_of, units_of
 from resdense_ext.ops.running import update_running_statistics
@@ -52,7 +53,7 @@ class DualPathStageFunction(torch.autograd.Function):
         needs = [*ctx.needs_input_grad[3 : 3 + inputs], *parameters_of(ctx.needs_input_grad[3 + inputs : 3 + inputs + len(tensors)])]
         if all(grad is None for grad in grads):
             found: Sequence[Optional[Tensor]] = [None] * len(needs)
-        elif torch.is_grad_enabled():
+        elif by_reference(*grads):
             found = _differentiable_backward(grads, xs, tensors, ctx.config, needs)
         else:
             with without_autocast(dense.device):
@@ -67,7 +68,8 @@ class DualPathStageFunction(torch.autograd.Function):
         return None, None, None, *wanted[:inputs], *result
 
 
-def _differentiable_backward(grads, xs, tensors, config, needs) -> list[Optional[Tensor]]:
+@differentiable
+def _differentiable_backward(grads, xs, tensors, config, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     xs = [x.view_as(x) for x in xs]
     tensors = [t if t is None else t.view_as(t) for t in tensors]
@@ -76,7 +78,7 @@ def _differentiable_backward(grads, xs, tensors, config, needs) -> list[Optional
     x = xs[0] if len(xs) == 1 else tuple(xs)
     halves = reference.dual_path_stage(x, config.blocks(tensors), Activation(config.activation, config.slope))
     outputs, grads = zip(*((half, grad) for half, grad in zip(halves, grads) if grad is not None))
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

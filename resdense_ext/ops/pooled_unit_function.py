@@ -10,6 +10,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import pooled_unit
 from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
@@ -38,7 +39,7 @@ class BNActPoolFunction(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         (*tensors, taps), stats = saved[: UNIT + 1], saved[UNIT + 1 :]
         needs = [ctx.needs_input_grad[2], *parameters_of(ctx.needs_input_grad[3 : 3 + UNIT])]
-        if torch.is_grad_enabled():
+        if by_reference(grad):
             grads = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
@@ -47,7 +48,8 @@ class BNActPoolFunction(torch.autograd.Function):
         return None, None, dx, weight, bias, None, None, conv_weight, conv_bias
 
 
-def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[Tensor]]:
+@differentiable
+def _differentiable_backward(grad, x, tensors, config, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     check_one_process(config.group)
     x = x.view_as(x)
@@ -55,7 +57,7 @@ def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[T
     inputs = [x, *parameters_of(tensors)]
     wanted = [value for value, need in zip(inputs, needs) if need]
     y = reference.bn_act_pool(x, config.unit(*tensors), Activation(config.activation, config.slope))
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

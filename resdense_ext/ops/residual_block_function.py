@@ -11,6 +11,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import residual_block as engine
 from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.residual_maps import ResidualBlockConfig, counts_of, norms_of, plan_of, reads_out, units_of
@@ -44,7 +45,7 @@ class ResidualBlockFunction(torch.autograd.Function):
         saved = iter(saved)
         tensors, stats = (list(islice(saved, size)) for size in ctx.counts)
         needs = [ctx.needs_input_grad[2], *parameters_of(ctx.needs_input_grad[3 : 3 + len(tensors)])]
-        if torch.is_grad_enabled():
+        if by_reference(grad):
             found = _differentiable_backward(grad, x, tensors, ctx.config, needs)
         else:
             with without_autocast(x.device):
@@ -59,7 +60,8 @@ class ResidualBlockFunction(torch.autograd.Function):
         return None, None, wanted[0], *result
 
 
-def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[Tensor]]:
+@differentiable
+def _differentiable_backward(grad, x, tensors, config, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     check_one_process(config.group)
     x = x.view_as(x)
@@ -67,7 +69,7 @@ def _differentiable_backward(grad, x, tensors, config, needs) -> list[Optional[T
     inputs = [x, *parameters_of(tensors)]
     wanted = [value for value, need in zip(inputs, needs) if need]
     y = reference.residual_block(x, config.block(tensors), *config.activations)
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 
