@@ -24,6 +24,20 @@ class GrowingList(nn.Module):
         return torch.cat(features, 1)
 
 
+def drop_path(x, keep):
+    """Of some samples nothing is left, of the others more (stochastic depth as timm and many others write it)."""
+    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+    mask.div_(keep)
+    return x * mask
+
+
+class StochasticDepth(GrowingList):
+    """A dense block whose output is dropped for some samples."""
+
+    def forward(self, x):
+        return drop_path(super().forward(x), 0.5) if self.training else super().forward(x)
+
+
 class OneByOne(nn.Module):
     """A layer that returns its input beside what it made of it; single convolutions; keyword arguments."""
 

@@ -22,6 +22,7 @@ from resdense_ext.convert.strangers import Stranger, left_in
 
 STRANGERS = {
     S.GrowingList: (2, 8, 9, 7),
+    S.StochasticDepth: (2, 8, 9, 7),
     S.Recursive: (2, 3, 12, 10),
     S.SequentialBlock: (2, 8, 9, 7),
     S.CopiedBlock: (2, 8, 9, 7),
@@ -304,6 +305,12 @@ class Refused:
         F.relu(y, inplace=True)
         return self.maps(x)
 
+    def noise_changed_when_read(self, x):
+        noise = torch.rand_like(x)
+        x = x + noise
+        noise.zero_()
+        return self.maps(x) * noise.mean()
+
     def read_in_between(self, x):
         new = self.layers[0](x)
         x = torch.cat([x, new], 1)
@@ -334,6 +341,7 @@ REASONS = {
     # Which it is depends on what torch has loaded by then.
     "checkpointed": "does not trace|depends on values|changes a mode|asks for the type",
     "input_changed_in_place": "changes a value in place that may be read elsewhere",
+    "noise_changed_when_read": "changes a value in place that may be read elsewhere",
 }
 
 

@@ -228,6 +228,15 @@ def test_one_block_twice_in_a_forward(pair, policy, engine):  # noqa: F811
     assert engine == [policy] * 2
 
 
+def test_a_training_forward_before_an_evaluations_backward_is_named(pair):
+    """It changes the running statistics by which that backward normalises; stock takes the new ones, which is wrong."""
+    _, model, _ = pair
+    output = model.eval()(X)
+    model.train()(X)
+    with pytest.raises(RuntimeError, match="a running statistic by a training forward behind it, and the backward needs it"):
+        output.sum().backward()
+
+
 def _batched(output, inputs, upstream):
     return torch.autograd.grad(output, inputs, upstream, is_grads_batched=True)
 

@@ -22,7 +22,7 @@ from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
 from resdense_ext.nn.read import is_frozen_norm, pool_kind
 
-__all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "find", "layer_of"]
+__all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of"]
 
 
 class Unit(NamedTuple):
@@ -101,6 +101,12 @@ _FUNCTIONS = {
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FRESH = (*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, "add", "mul", "sub", "mean")
+_NEW = (
+    *(f"new_{name}" for name in ("empty", "zeros", "ones", "full")),
+    *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn),
+    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.bernoulli),
+)
+"""These make memory that has nothing of their operands'."""
 _FRESH_KINDS = ("norm", "activation", "conv", "pool")
 _FRESH_LAYERS = (
     nn.Linear,
@@ -134,6 +140,17 @@ def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
         return _FUNCTIONS[node.target](*node.args[1:], **options).train(training)
     except (TypeError, ValueError):
         return None
+
+
+def changes_in_place(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node changes a value that it reads."""
+    if node.op == "call_module":
+        return bool(getattr(modules[node.target], "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place_operator = getattr(operator, name, None) is node.target and name in _IN_PLACE_OPERATORS
+    return in_place_operator or (name[-1:] == "_" != name[-2:-1]) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
@@ -216,21 +233,25 @@ class _Reader:
         return self._pieces[node]
 
     def changes_in_place(self, node: Node) -> bool:
-        if node.op == "call_module":
-            return bool(getattr(self.modules[node.target], "inplace", False))
-        if node.op not in ("call_function", "call_method"):
-            return False
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place_operator = getattr(operator, name, None) is node.target and name in _IN_PLACE_OPERATORS
-        return in_place_operator or (name[-1:] == "_" != name[-2:-1]) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        return changes_in_place(node, self.modules)
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""
         if not self.changes_in_place(node) and not self._passes_on(node):
             made = self._kinds[node] in _FRESH_KINDS or self._runs_one_of(node, _FRESH_LAYERS)
-            return made or _calls_one_of(node, _FRESH)
+            return made or _calls_one_of(node, (*_FRESH, *_NEW))
         operand = node.args[0] if node.args and "out" not in node.kwargs else None
-        return isinstance(operand, Node) and set(operand.users) == {node} and self.is_fresh(operand)
+        if not isinstance(operand, Node):
+            return False
+        return self._is_new(operand, node) or (set(operand.users) == {node} and self.is_fresh(operand))
+
+    def _is_new(self, node: Node, change: Node) -> bool:
+        """Whether it is new memory, perhaps changed itself, that nothing reads before this change: a mask as it is drawn."""
+        if any(self.order[user] < self.order[change] for user in node.users):
+            return False
+        if not self.changes_in_place(node):
+            return _calls_one_of(node, _NEW)
+        return len(node.args) > 0 and isinstance(node.args[0], Node) and self._is_new(node.args[0], node)
 
     def changed_later(self, node: Node) -> bool:
         """Whether a value, or what may share its memory, is changed in place."""
@@ -241,7 +262,8 @@ class _Reader:
         )
 
     def _may_share(self, user: Node) -> bool:
-        return user.op == "call_method" or user.target is operator.getitem or self._passes_on(user)
+        method = user.op == "call_method" and not _calls_one_of(user, (*_FRESH, *_NEW))
+        return method or user.target is operator.getitem or self._passes_on(user)
 
     def _passes_on(self, node: Node) -> bool:
         """Whether it may return its first operand, or a view of that, and of nothing else."""

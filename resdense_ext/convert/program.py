@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
-from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, layer_of
+from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, changes_in_place, layer_of
 from resdense_ext.convert.trace import Traced, is_held, is_hooked
 from resdense_ext.nn.engine import (
     Policy,
@@ -292,8 +292,9 @@ def _steps(owner: nn.Module, traced: Traced, matches: list[Match], parts: dict[N
     for node in traced.graph.nodes:
         match = inside.get(node)
         if match is None:
-            # A layer that nobody reads may change its running statistics.
-            if node.op == "call_module" or (node.users and node.op not in ("placeholder", "output")):
+            # A layer that nobody reads may change its running statistics, and a call what others read.
+            counts = node.users or node.op == "call_module" or changes_in_place(node, traced.modules)
+            if counts and node.op not in ("placeholder", "output"):
                 yield _Call(node, _function(weakref.ref(owner), traced.modules, node))
         elif node is match.last and node not in joined:
             pooled = _only_reader(match, behind)

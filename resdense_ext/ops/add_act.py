@@ -13,6 +13,7 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.by_reference import by_reference
 from resdense_ext.ops.layout import walkable_map
+from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.reference import Activation
 
 __all__ = ["add_act", "fused_slope", "kernels_of"]
@@ -38,7 +39,7 @@ class AddActFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (out,) = ctx.saved_tensors
+        (out,) = saved_tensors(ctx, "add_act", "its output tells the derivative of its activation")
         if by_reference(grad):
             dx = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
         else:

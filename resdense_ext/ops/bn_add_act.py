@@ -19,6 +19,7 @@ from resdense_ext.ops.batch_norm import batch_norm
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
 __all__ = ["bn_add_act"]
@@ -36,7 +37,7 @@ class BNAddActFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        out, *saved = ctx.saved_tensors
+        out, *saved = saved_tensors(ctx, "bn_add_act", "its output tells the derivative of its activation")
         operands = [saved[:3]] + ([saved[3:]] if len(saved) > 3 else [])
         shortcut = (None, None, None)
         if by_reference(grad):

@@ -15,6 +15,7 @@ from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import UNIT, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, BatchNorm, PooledUnit
 
@@ -36,7 +37,7 @@ class BNActPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, *saved = ctx.saved_tensors
+        x, *saved = saved_tensors(ctx, "bn_act_pool", "its activation is computed again from its input")
         (*tensors, taps), stats = saved[: UNIT + 1], saved[UNIT + 1 :]
         needs = [ctx.needs_input_grad[2], *parameters_of(ctx.needs_input_grad[3 : 3 + UNIT])]
         if by_reference(grad):

@@ -19,6 +19,6 @@ def saved_tensors(ctx, block: str, why: str) -> tuple[Tensor, ...]:
         if "inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"{block}: its output, or a parameter of it, was changed in place after the forward, and the backward needs "
-            f"it as it was ({why}): {error}"
+            f"{block}: its output, or a parameter of it, was changed in place after the forward, or in evaluation a running "
+            f"statistic by a training forward behind it, and the backward needs it as it was ({why}): {error}"
         ) from error
