@@ -437,10 +437,23 @@ def test_a_folder_of_volumes(tmp_path):
     assert ((image[0] > 150) == mask.bool()).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16, np.uint32, np.uint64])
+def test_volumes_with_masks_of_any_whole_numbers(dtype, tmp_path):
+    masks = write_volumes(tmp_path) / "masks"
+    for path in masks.iterdir():
+        np.save(path, np.load(path).astype(dtype))
+    data = folders.folder(tmp_path, 14, False)
+    assert data.classes == (["0", "1"] if dtype is bool else ["0", "3"])
+    assert set(data.train.read(0)[1].unique().tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
         (np.zeros((9, 12), np.uint8), "expected a mask of whole numbers .* shape"),
+        (np.zeros((0, 12, 10), np.uint8), "expected a mask of whole numbers .* shape"),
+        (np.zeros((9, 12, 10), np.complex64), "expected a mask of whole numbers .* torch.complex64"),
+        (np.full((9, 12, 10), 256, np.uint16), "expected a mask of whole numbers from 0 to 255"),
         (np.zeros((9, 12, 10)), "expected a mask of whole numbers .* torch.float64"),
         (np.full((9, 12, 10), 256, np.int32), "expected a mask of whole numbers from 0 to 255"),
         (np.array([{}]), "expected a readable volume"),

@@ -227,7 +227,9 @@ def _read_volumes(path: Path, mask_path: Path, side: int) -> tuple[Tensor, Tenso
     image = image if image.ndim == 4 else image.unsqueeze(0)
     if not image.isfinite().all():
         raise CommandError(f"--data: expected finite values, got {path}")
-    if mask.is_floating_point() or mask.shape != image.shape[1:] or mask.min() < 0 or mask.max() > 255:
+    # In int64: torch has no minimum of uint16, and does not compare int8 with 255.
+    whole = not (mask.is_floating_point() or mask.is_complex()) and mask.numel() > 0
+    if not whole or mask.shape != image.shape[1:] or mask.long().min() < 0 or mask.long().max() > 255:
         raise CommandError(
             f"--data: expected a mask of whole numbers from 0 to 255 of its volume's shape {tuple(image.shape[1:])}, got "
             f"{mask_path} of {mask.dtype} and shape {tuple(mask.shape)}"
