@@ -515,6 +515,16 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, capsys):
     assert re.search("the training loss is nan at step .*: try a smaller --lr than 1e\\+30", capsys.readouterr().err)
 
 
+def test_a_test_loss_that_is_not_finite_ends_the_training(tmp_path, capsys, monkeypatch):
+    def diverged(self):
+        return {"loss": float("nan"), "accuracy": 0.5}
+
+    monkeypatch.setattr(Trainer, "test", diverged)
+    train(tmp_path, *DIGITS, status=2)
+    assert "the test loss is nan at step 5: try a smaller --lr than 0.1" in capsys.readouterr().err
+    assert not rows(tmp_path, "test") and checkpoint.load(tmp_path, "last")["step"] == 3
+
+
 def test_learning_rate_rises_and_falls():
     rates = [objective.learning_rate(step, 100, 10, 0.3) for step in range(100)]
     assert rates[:10] == pytest.approx([0.03 * i for i in range(1, 11)])

@@ -72,6 +72,9 @@ class Trainer:
         """Takes the steps up to the end of this epoch, then tests; yields a row of metrics now and then, and the test's last.
 
         Whoever reads the rows may save `state` whenever `step` has changed; `epoch` yields None after every step that has no row.
+
+        Raises:
+            CommandError: a loss is not finite.
         """
         epoch, start = divmod(self.step, self.steps_an_epoch)
         settings = self.settings
@@ -87,9 +90,6 @@ class Trainer:
                 yield None
                 continue
             values = self.scores.values(self.processes.total)
-            if not values["loss"] < float("inf"):
-                found = f"the training loss is {values['loss']} at step {self.step}"
-                raise CommandError(f"{found}: try a smaller --lr than {settings.lr}")
             if self.processes.first:
                 bar.set_postfix_str(f"loss {values['loss']:.3f}")
             now = time.perf_counter()
@@ -161,4 +161,8 @@ class Trainer:
         checkpoint.set_random_state(state["random"][self.processes.number], self.device)
 
     def _row(self, kind: str, **values) -> dict:
+        if not values["loss"] < float("inf"):
+            name = {"train": "training", "test": "test"}[kind]
+            found = f"the {name} loss is {values['loss']} at step {self.step}"
+            raise CommandError(f"{found}: try a smaller --lr than {self.settings.lr}")
         return {"kind": kind, "epoch": round(self.step / self.steps_an_epoch, 4), "step": self.step, **values}

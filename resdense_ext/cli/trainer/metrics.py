@@ -72,7 +72,7 @@ class Journal:
         self._file.truncate(length)
 
     def add(self, row: dict) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> int:
