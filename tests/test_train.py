@@ -477,6 +477,7 @@ def test_unfit_volumes_are_named(array, message, tmp_path):
         (["--model", "picky"], r"--model: expected one that takes inputs of 16x16 .*'picky' \(at least 99 pixels, please\)"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--batch-size", "321"], r"--batch-size: .* training examples \(320\), got 321"),
+        ([*SHAPES, "--model", "fc_densenet56", "--batch-size", "1"], "--batch-size: expected at least 2 .*'fc_densenet56', got 1 "),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["--lr", "-1"], "--lr: expected a positive number, got -1.0"),
         (["--lr", "nan"], "--lr: expected a positive number, got nan"),

@@ -163,8 +163,10 @@ def _settings(args: argparse.Namespace, data: Data, budget: int | float | None, 
 
 def _trainer(args: argparse.Namespace, data: Data, settings: Settings, processes: Processes) -> Trainer:
     planned = settings.policy in (None, "auto")
+    policy = {"none": None, "auto": "min", None: "min"}.get(settings.policy, settings.policy)
+    batch_size = settings.batch_size // processes.count
     torch.manual_seed(settings.seed)
-    model = network.build(settings.model, data, {"none": None, "auto": "min", None: "min"}.get(settings.policy, settings.policy))
+    model = network.build(settings.model, data, policy, batch_size)
     # The networks are the same; what they draw in training is not.
     torch.manual_seed(settings.seed + processes.number)
     model = model.to(processes.device)
@@ -175,7 +177,7 @@ def _trainer(args: argparse.Namespace, data: Data, settings: Settings, processes
     trainer = Trainer(model, data, settings, processes, workers)
     if planned:
         sides = (data.size,) * data.spatial_dims
-        example = torch.zeros(settings.batch_size // processes.count, data.channels, *sides, device=processes.device)
+        example = torch.zeros(batch_size, data.channels, *sides, device=processes.device)
         with trainer.autocast():
             network.plan(model, settings.memory_budget, example)
     return trainer

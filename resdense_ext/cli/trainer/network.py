@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -21,11 +23,14 @@ def default_model(data: Data) -> str:
     return "densenet_bc40" if data.size <= SMALL else "densenet121"
 
 
-def build(name: str, data: Data, policy: str | None) -> nn.Module:
+def build(name: str, data: Data, policy: str | None, batch_size: int) -> nn.Module:
     """The network `name` of `resdense_ext.models` for the channels, dimensions and classes of `data`, on the CPU.
 
+    Args:
+        batch_size: examples a step of one process.
+
     Raises:
-        CommandError: there is no such network, or it does not fit the data.
+        CommandError: there is no such network, or it does not fit the data or the batches.
     """
     options = {
         "num_classes": len(data.classes),
@@ -49,6 +54,8 @@ def build(name: str, data: Data, policy: str | None) -> nn.Module:
                 raise CommandError(f"--model: expected one that takes {unknown}={options[unknown]!r}, got {name!r}") from None
             del options[unknown]
     _check_output(name, model, data)
+    if batch_size == 1:
+        _check_single(name, model, data)
     return model
 
 
@@ -69,6 +76,16 @@ def _check_output(name: str, model: nn.Module, data: Data) -> None:
             f"--model: expected one for {task}, whose output for an input of {kind} has shape {expected}, got {name!r} with "
             f"{tuple(output.shape)}"
         )
+
+
+def _check_single(name: str, model: nn.Module, data: Data) -> None:
+    """Refuses batches of one example where a batch norm would see one value a channel."""
+    try:
+        with torch.no_grad():
+            # A copy, since it moves running statistics.
+            copy.deepcopy(model)(torch.zeros(1, data.channels, *(data.size,) * data.spatial_dims))
+    except ValueError as error:
+        raise CommandError(f"--batch-size: expected at least 2 examples a process for {name!r}, got 1 ({error})") from None
 
 
 def plan(model: nn.Module, memory_budget: int | float | None, example: torch.Tensor) -> None:
