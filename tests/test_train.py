@@ -390,6 +390,15 @@ def test_a_folder_of_masks(tmp_path):
     assert normalised.mean().abs() < 1e-4 and abs(normalised.std() - 1) < 1e-2
 
 
+def test_a_folder_is_the_same_wherever_it_lies(tmp_path, monkeypatch):
+    for name, write in {"labels": write_images, "masks": write_masked, "volumes": write_volumes}.items():
+        folder = write(tmp_path / name)
+        here = folders.folder(folder, 14, False).identity
+        monkeypatch.chdir(tmp_path)
+        assert folders.folder(Path(name), 14, False).identity == here
+        assert folders.folder(folder.rename(tmp_path / f"moved {name}"), 14, False).identity == here
+
+
 @pytest.mark.parametrize("how", ["no mask", "no image", "size", "colour", "damaged", "one value"])
 def test_unfit_masks_are_named(how, tmp_path, refused):
     folder = write_masked(tmp_path / "data")

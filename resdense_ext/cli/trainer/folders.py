@@ -114,8 +114,8 @@ def _masked(path: Path, size: int | None, skip_damaged: bool) -> Data:
 def _data(path: Path, examples, labels: Tensor, moments: Tensor, classes: Sequence[str], size: int, flips) -> Data:
     test = held_back(labels)
     mean, square = moments[~test].mean(0)
-    names = "\n".join(f"{file.relative_to(path)} {other}" for file, other in examples.files)
     masks = isinstance(examples, MaskedImages)
+    names = "\n".join(f"{file.relative_to(path)} {other.relative_to(path) if masks else other}" for file, other in examples.files)
     return Data(
         name=path.resolve().name,
         identity=hashlib.sha256(f"{classes} {size}\n{names}".encode()).hexdigest()[:16],
