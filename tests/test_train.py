@@ -399,7 +399,7 @@ def test_a_folder_is_the_same_wherever_it_lies(tmp_path, monkeypatch):
         assert folders.folder(folder.rename(tmp_path / f"moved {name}"), 14, False).identity == here
 
 
-@pytest.mark.parametrize("how", ["no mask", "no image", "size", "colour", "damaged", "one value"])
+@pytest.mark.parametrize("how", ["no mask", "no image", "two images", "size", "colour", "damaged", "one value"])
 def test_unfit_masks_are_named(how, tmp_path, refused):
     folder = write_masked(tmp_path / "data")
     mask = folder / "masks" / "2.png"
@@ -407,6 +407,8 @@ def test_unfit_masks_are_named(how, tmp_path, refused):
         mask.unlink()
     elif how == "no image":
         (folder / "images" / "2.jpg").unlink()
+    elif how == "two images":
+        Image.new("RGB", (20, 12)).save(folder / "images" / "2.png")
     elif how == "size":
         Image.new("L", (20, 13)).save(mask)
     elif how == "colour":
@@ -420,6 +422,7 @@ def test_unfit_masks_are_named(how, tmp_path, refused):
     expected = {
         "no mask": "got 1 without a partner: 2$",
         "no image": "got 1 without a partner: 2$",
+        "two images": f"one file of a name, got {folder / 'images' / '2.jpg'} and {folder / 'images' / '2.png'}",
         "size": rf"its image's size \(20, 12\), got \(20, 13\) in {mask}",
         "colour": f"a mask of one channel of 8 bits, got {mask} of mode RGB",
         "damaged": f"1 of 6 examples cannot be read:\n--data: expected a readable mask, got {mask}",
@@ -451,6 +454,7 @@ def test_volumes_with_masks_of_any_whole_numbers(dtype, tmp_path):
     masks = write_volumes(tmp_path) / "masks"
     for path in masks.iterdir():
         np.save(path, np.load(path).astype(dtype))
+        path.rename(path.with_suffix(".NPY"))
     data = folders.folder(tmp_path, 14, False)
     assert data.classes == (["0", "1"] if dtype is bool else ["0", "3"])
     assert set(data.train.read(0)[1].unique().tolist()) == {0, 1}

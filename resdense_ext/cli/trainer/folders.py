@@ -57,7 +57,7 @@ class MaskedImages:
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         path, mask_path = self.files[index]
-        read = _read_volumes if path.suffix == VOLUME else _read_pair
+        read = _read_volumes if _is_volume(path) else _read_pair
         image, mask = read(path, mask_path, self.side)
         table = torch.zeros(256, dtype=torch.int64)
         table[list(self.values)] = torch.arange(len(self.values))
@@ -96,7 +96,7 @@ def _labelled(path: Path, size: int | None, skip_damaged: bool) -> Data:
 
 def _masked(path: Path, size: int | None, skip_damaged: bool) -> Data:
     files = _pairs(path)
-    volumes = files[0][0].suffix == VOLUME
+    volumes = _is_volume(files[0][0])
     if volumes:
         require("numpy")
     size = size or DEFAULT_SIZE[3 if volumes else 2]
@@ -125,7 +125,7 @@ def _data(path: Path, examples, labels: Tensor, moments: Tensor, classes: Sequen
         test=replace(examples, files=[file for file, held in zip(examples.files, test) if held]),
         size=size,
         margin=_margin(size),
-        spatial_dims=3 if masks and examples.files[0][0].suffix == VOLUME else 2,
+        spatial_dims=3 if masks and _is_volume(examples.files[0][0]) else 2,
         flips=flips,
         mean=mean.float(),
         deviation=(square - mean**2).clamp_min(0).sqrt().clamp_min(1e-3).float(),
@@ -149,14 +149,23 @@ def _pairs(path: Path) -> list[tuple[Path, Path]]:
     if len(images) < 2:
         raise CommandError(f"--data: expected at least 2 images with masks in {path}, got {len(images)}")
     pairs = [(images[name], masks[name]) for name in sorted(images)]
-    if len({file.suffix == VOLUME for pair in pairs for file in pair}) > 1:
+    if len({_is_volume(file) for pair in pairs for file in pair}) > 1:
         raise CommandError(f"--data: expected pictures alone or volumes ({VOLUME}) alone, got both in {path}")
     return pairs
 
 
+def _is_volume(path: Path) -> bool:
+    return path.suffix.lower() == VOLUME
+
+
 def _by_name(path: Path, suffixes: frozenset[str]) -> dict[str, Path]:
-    files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file())
-    return {str(file.relative_to(path).with_suffix("")): file for file in files}
+    files = {}
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in suffixes and file.is_file():
+            same = files.setdefault(str(file.relative_to(path).with_suffix("")), file)
+            if same is not file:
+                raise CommandError(f"--data: expected one file of a name, got {same} and {file}")
+    return files
 
 
 def _check(examples, paths: Sequence[Path], skip_damaged: bool) -> tuple[list[int], Tensor, list[int]]:
