@@ -159,6 +159,13 @@ def test_no_such_folder(tmp_path, refused):
     assert re.search("--data: expected a folder .*nowhere .no such folder", refused("demo", "--data", tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_a_folder_that_cannot_be_looked_into(command, tmp_path, refused):
+    # A permission would be none to the super-user.
+    folder = tmp_path / ("long" * 99)
+    assert re.search(f"--data: expected a folder .*got {folder} .*File name too long", refused(command, "--data", folder))
+
+
 def test_data_is_a_file(images, refused):
     path = images / "cat" / "0.png"
     assert f"got {path} (not a folder)" in refused("demo", "--data", path)

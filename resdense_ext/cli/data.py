@@ -70,9 +70,9 @@ def labelled_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
         CommandError: no such folder, fewer than two classes, a class with fewer than two images.
     """
     expected = "--data: expected a folder with one subfolder of images a class"
-    if not folder.is_dir():
-        raise CommandError(f"{expected}, got {folder} ({'not a folder' if folder.exists() else 'no such folder'})")
     try:
+        if not folder.is_dir():
+            raise CommandError(f"{expected}, got {folder} ({'not a folder' if folder.exists() else 'no such folder'})")
         files = _files_by_class(folder)
     except OSError as error:
         raise CommandError(f"{expected}, got {folder} ({error})") from None

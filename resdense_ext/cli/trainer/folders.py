@@ -76,9 +76,11 @@ def folder(path: Path, size: int | None, skip_damaged: bool) -> Data:
     Raises:
         CommandError: no such folder, nothing or too little in it, damaged files; the message names them.
     """
-    if (path / IMAGES).is_dir() and (path / MASKS).is_dir():
-        return _masked(path, size, skip_damaged)
-    return _labelled(path, size, skip_damaged)
+    try:
+        masks = (path / IMAGES).is_dir() and (path / MASKS).is_dir()
+        return (_masked if masks else _labelled)(path, size, skip_damaged)
+    except OSError as error:
+        raise CommandError(f"--data: expected a folder that can be read, got {path} ({error})") from None
 
 
 def _labelled(path: Path, size: int | None, skip_damaged: bool) -> Data:
