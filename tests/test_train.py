@@ -399,6 +399,17 @@ def test_a_folder_is_the_same_wherever_it_lies(tmp_path, monkeypatch):
         assert folders.folder(folder.rename(tmp_path / f"moved {name}"), 14, False).identity == here
 
 
+def test_any_name_will_do(tmp_path, capsys):
+    """Neither a formula to matplotlib nor UTF-8."""
+    folder = write_masked(tmp_path / os.fsdecode(b"5$ \\a{ $ \xff"))
+    for kind in ("images", "masks"):
+        for path in (folder / kind).iterdir():
+            path.rename(path.with_name(os.fsdecode(b"\xe9") + path.name))
+    arguments = ["--data", folder, "--model", "tiny_segmenter", "--size", 16, "--epochs", 1, "--batch-size", 2, "--workers", 0]
+    assert tree(train(tmp_path / "out", *arguments)) == RESULTS
+    assert "tiny_segmenter on 5$ \\a{ $ ?: 5 training" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", ["no mask", "no image", "two images", "size", "colour", "damaged", "one value"])
 def test_unfit_masks_are_named(how, tmp_path, refused):
     folder = write_masked(tmp_path / "data")

@@ -60,7 +60,7 @@ def image_folder(folder: Path) -> Dataset:
     classes, files = labelled_files(folder)
     images = [pixels(read_image(path, FOLDER_SIZE)) for path, _ in progress(files, "reading images")]
     labels = torch.tensor([label for _, label in files])
-    return _split(folder.resolve().name, classes, torch.stack(images).float(), labels)
+    return _split(folder_name(folder), classes, torch.stack(images).float(), labels)
 
 
 def labelled_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -84,6 +84,11 @@ def labelled_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             kinds = " ".join(sorted(SUFFIXES))
             raise CommandError(f"--data: expected at least 2 images ({kinds}) a class, got {len(paths)} in {folder / name}")
     return list(files), [(path, label) for label, paths in enumerate(files.values()) for path in paths]
+
+
+def folder_name(folder: Path) -> str:
+    """For people: bytes that are not UTF-8, which can neither be printed nor drawn, as question marks."""
+    return folder.resolve().name.encode(errors="replace").decode()
 
 
 def _files_by_class(folder: Path) -> dict[str, list[Path]]:

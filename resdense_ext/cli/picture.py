@@ -59,7 +59,7 @@ def panels(path: Path, title: str, count: int) -> Iterator[Sequence]:
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.04)
-        figure.suptitle(title, x=0.012, ha="left", fontsize=10, color=MUTED)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=10, color=MUTED, parse_math=False)
         yield figure.subplots(1, count, squeeze=False)[0]
         figure.savefig(path, dpi=130)
 

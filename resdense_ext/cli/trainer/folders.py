@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resdense_ext.cli.data import SUFFIXES, held_back, labelled_files, pixels, read_image
+from resdense_ext.cli.data import SUFFIXES, folder_name, held_back, labelled_files, pixels, read_image
 from resdense_ext.cli.errors import CommandError, require
 from resdense_ext.cli.progress import progress
 from resdense_ext.cli.trainer.examples import Data
@@ -119,8 +119,8 @@ def _data(path: Path, examples, labels: Tensor, moments: Tensor, classes: Sequen
     masks = isinstance(examples, MaskedImages)
     names = "\n".join(f"{file.relative_to(path)} {other.relative_to(path) if masks else other}" for file, other in examples.files)
     return Data(
-        name=path.resolve().name,
-        identity=hashlib.sha256(f"{classes} {size}\n{names}".encode()).hexdigest()[:16],
+        name=folder_name(path),
+        identity=hashlib.sha256(f"{classes} {size}\n{names}".encode(errors="surrogateescape")).hexdigest()[:16],
         classes=classes,
         masks=masks,
         train=replace(examples, files=[file for file, held in zip(examples.files, test) if not held]),
