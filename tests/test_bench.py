@@ -17,7 +17,7 @@ from torch._functorch import config as functorch
 
 import resdense_ext as rd
 from resdense_ext.cli import main
-from resdense_ext.cli.bench import comparison, depth, kernels, max_batch, providers, rows, sources
+from resdense_ext.cli.bench import comparison, depth, kernels, max_batch, picture, providers, rows, sources
 from resdense_ext.cli.bench.compiled import compile_within
 from resdense_ext.cli.bench.inplace_abn import with_inplace_abn
 from resdense_ext.cli.errors import CommandError
@@ -265,6 +265,27 @@ def test_rows_say_where_the_checkout_was_changed(monkeypatch, tmp_path):
     assert rows.conditions("cpu")["commit"] == clean and not clean.endswith("-dirty")
     (tmp_path / "code").write_text("two")
     assert rows.conditions("cpu")["commit"] == f"{clean}-dirty"
+
+
+def test_rows_are_added_whole(tmp_path, full_disk):
+    path = tmp_path / "rows.jsonl"
+    entry = rows.row("op", "ours", "train", "step", "s", [1.0, 2.0])
+    rows.append([entry], path, "cpu")
+    before = path.read_text()
+    with full_disk(len(before) + 99), pytest.raises(CommandError, match="^--out: the rows could not be written to .*too large"):
+        rows.append([entry], path, "cpu")
+    assert path.read_text() == before
+    rows.append([entry, entry], path, "cpu")
+    assert path.read_text() == 3 * before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_cannot_be_written_is_said_so(bench, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(picture, "draw_by_depth", fail)
+    status, said, found = bench("depth", "basic_block", "--depths", 1, 2, "--batch", 1, "--repeats", 1, "--device", "cpu")
+    assert status == 2 and "--out: the picture could not be written to" in said.err and "no space left" in said.err and found
 
 
 def test_a_wrong_result_is_refused(bench, monkeypatch):

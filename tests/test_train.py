@@ -4,13 +4,11 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -220,17 +218,7 @@ def test_lost_metrics_are_not_passed_over(part, capsys):
     assert f"bytes in {part / 'metrics.jsonl'}, as when the checkpoint was written" in capsys.readouterr().err
 
 
-@contextmanager
-def full_disk(size):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_failing_write_leaves_both_checkpoints(tmp_path):
+def test_a_failing_write_leaves_both_checkpoints(tmp_path, full_disk):
     for step in (1, 2):
         checkpoint.save(tmp_path, {"step": step, "model": torch.zeros(9999)})
     with full_disk(5000), pytest.raises(OSError):

@@ -20,7 +20,7 @@ from resdense_ext.cli.errors import CommandError, require
 from resdense_ext.cli.families import COMPARISONS, check_depths, designs
 from resdense_ext.cli.family_measurements import EPOCHS, LEARNING_RATE, TARGET_LOSS, THREADS, WINDOW, threads
 from resdense_ext.cli.family_results import Measurement, Results
-from resdense_ext.cli.files import check_writable, replacing
+from resdense_ext.cli.files import check_writable, written
 from resdense_ext.cli.network import POLICIES
 from resdense_ext.cli.progress import progress
 from resdense_ext.cli.training import batch_size
@@ -83,11 +83,8 @@ def run(args: argparse.Namespace) -> None:
         measure(results, sorted(depths), seeds, POLICIES[args.policy], data, device)
     summaries = family_table.summarise(results, sorted(depths), seeds)
     print(f"\n{family_table.table(summaries)}\n\n{NOTES}\n\n{family_table.findings(summaries)}\n", flush=True)
-    try:
-        with replacing(args.out / PICTURE) as path:
-            family_picture.draw(path, summaries, title)
-    except OSError as error:
-        raise CommandError(f"--out: the picture could not be written to {args.out} ({error})") from None
+    with written(args.out / PICTURE, "picture") as path:
+        family_picture.draw(path, summaries, title)
     print(f"Results: {args.out / RESULTS}\nPicture: {args.out / PICTURE}")
 
 

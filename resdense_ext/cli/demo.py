@@ -13,7 +13,7 @@ from resdense_ext.cli import data, network, picture
 from resdense_ext.cli.demo_comparison import compare
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError, require
-from resdense_ext.cli.files import check_writable, replacing
+from resdense_ext.cli.files import check_writable, written
 from resdense_ext.cli.info import versions
 
 NAME = "demo"
@@ -71,12 +71,8 @@ def run(args: argparse.Namespace) -> None:
         "saved_bytes_an_image_by_depth": saved,
     }
     losses = {picture.STOCK: comparison.stock.losses, args.policy: comparison.converted.losses}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out / RESULTS) as path:
-            path.write_text(json.dumps(results, indent=1) + "\n")
-        with replacing(args.out / PICTURE) as path:
-            picture.draw(path, losses, saved, title)
-    except OSError as error:
-        raise CommandError(f"--out: the results could not be written to {args.out} ({error})") from None
+    with written(args.out / RESULTS, "results") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    with written(args.out / PICTURE, "picture") as path:
+        picture.draw(path, losses, saved, title)
     print(f"Results: {args.out / RESULTS}\nPicture: {args.out / PICTURE}")

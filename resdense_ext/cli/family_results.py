@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from resdense_ext.cli.errors import CommandError
 from resdense_ext.cli.families import Design
-from resdense_ext.cli.files import replacing
+from resdense_ext.cli.files import written
 
 
 class Measurement(NamedTuple):
@@ -50,12 +50,8 @@ class Results:
         """Writes one more row; the file is replaced in one step."""
         row = {**measurement.key, "settings": self.settings, "measured": dict(measured)}
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in (*self._rows, row))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as temporary:
-                temporary.write_text(lines)
-        except OSError as error:
-            raise CommandError(f"--out: the results could not be written to {self.path} ({error})") from None
+        with written(self.path, "results") as temporary:
+            temporary.write_text(lines)
         self._rows.append(row)
         self._measured[_id(row)] = row["measured"]
 

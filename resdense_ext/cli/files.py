@@ -36,6 +36,21 @@ def check_writable(folder: Path, names: tuple[str, ...], argument: str) -> None:
 
 
 @contextmanager
+def written(path: Path, what: str) -> Iterator[Path]:
+    """As `replacing`, in a folder that is made for it.
+
+    Raises:
+        CommandError: `what`, as people call it, could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise CommandError(f"--out: the {what} could not be written to {path} ({error})") from None
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` that takes its place when the block succeeds, and is removed if it fails.
 

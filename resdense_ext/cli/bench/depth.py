@@ -23,7 +23,7 @@ from resdense_ext.cli.bench.options import DTYPES, add_shared, check_shared
 from resdense_ext.cli.bench.rows import append, row
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError
-from resdense_ext.cli.files import replacing
+from resdense_ext.cli.files import written
 from resdense_ext.cli.progress import progress
 from resdense_ext.cli.table import format_table
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append(row(args.name, p, "train", "step", "s", found[p, n], size=n, **setting))
     append(rows, args.out / ROWS, str(device))
     print(table(rows))
-    with replacing(args.out / PICTURE) as path:
+    with written(args.out / PICTURE, "picture") as path:
         picture.draw_by_depth(rows, path, title)
     rounds = len(found["stock", depths[0]])
     if rounds < args.repeats:

@@ -17,7 +17,7 @@ from resdense_ext.cli.bench.providers import COMPILED, PROVIDERS, Subject, examp
 from resdense_ext.cli.bench.rows import append
 from resdense_ext.cli.device import usable_device
 from resdense_ext.cli.errors import CommandError
-from resdense_ext.cli.files import replacing
+from resdense_ext.cli.files import written
 
 NAME = "models"
 HELP = "training steps of networks: ours, stock, checkpoints, torch.compile; of this library and others"
@@ -81,13 +81,6 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f"{done} of {len(args.names)} networks are kept in {args.out / ROWS}") from None
     finally:
         if measured:
-            _draw(measured, args)
+            with written(args.out / PICTURE, "picture") as path:
+                picture.draw(measured, path)
     print(f"Rows: {args.out / ROWS}\nPicture: {args.out / PICTURE}")
-
-
-def _draw(rows: list[dict], args: argparse.Namespace) -> None:
-    try:
-        with replacing(args.out / PICTURE) as path:
-            picture.draw(rows, path)
-    except OSError as error:
-        raise CommandError(f"--out: the picture could not be written to {args.out} ({error})") from None

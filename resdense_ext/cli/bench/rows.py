@@ -13,6 +13,7 @@ from statistics import quantiles
 import torch
 
 import resdense_ext
+from resdense_ext.cli.files import written
 
 CHECKOUT = Path(resdense_ext.__file__).resolve().parent.parent
 """Where the package lies, in a checkout beside its benchmarks."""
@@ -61,11 +62,11 @@ def row(op: str, provider: str, mode: str, metric: str, unit: str, values: list[
 
 
 def append(rows: list[dict], path: Path, device: str) -> None:
-    """Adds rows to a file of JSON lines, each with the conditions of this run."""
+    """Adds rows to a file of JSON lines, each with the conditions of this run: all of them, or with `CommandError` none."""
     shared = conditions(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**r, **shared}) + "\n" for r in rows)
+    lines = "".join(json.dumps({**r, **shared}) + "\n" for r in rows)
+    with written(path, "rows") as temporary:
+        temporary.write_text((path.read_text() if path.exists() else "") + lines)
 
 
 def read(path: Path) -> list[dict]:

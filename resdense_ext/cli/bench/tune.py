@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from resdense_ext.cli.errors import CommandError
-from resdense_ext.cli.files import check_writable, replacing
+from resdense_ext.cli.files import check_writable, written
 from resdense_ext.cli.progress import progress
 from resdense_ext.cli.table import format_table
 from resdense_ext.ops.triton import missing
@@ -30,7 +30,6 @@ def tune(out: Path | None) -> None:
         rows.append((key.op, key.taps, key.precision, f"sm_{key.arch}", names[0], f"{before_seconds * 1e6:.1f}", names[1],
                      f"{best_seconds * 1e6:.1f}"))  # fmt: skip
     print(format_table(rows, "<<<<<><>"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with written(path, "table") as temporary:
         temporary.write_text(tune.table_text(choices))
     print(f"\nwritten to {path}")
