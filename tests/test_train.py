@@ -210,6 +210,16 @@ def test_without_any_checkpoint_there_is_no_restart(whole, tmp_path, refused):
 def test_another_setting_is_refused(whole, refused):
     message = refused(*DIGITS, "--resume", "--lr", "0.5", "--seed", "3", out=whole)
     assert "--resume: expected the settings of the checkpoint: --lr 0.1 (got 0.5), --seed 0 (got 3)" in message
+    message = refused(*DIGITS, "--resume", "--data", "shapes", "--model", "tiny_segmenter", "--amp", "bf16", out=whole)
+    assert "--data with the same examples (got others)" in message and "no --amp (got bf16)" in message
+    path = whole / "checkpoint.pt"
+    content = path.read_bytes()
+    try:
+        state = checkpoint.load(whole, "last")
+        checkpoint.write(path, {**state, "settings": {**state["settings"], "processes": 2}})
+        assert "the settings of the checkpoint: as many processes, 2 (got 1)" in refused(*DIGITS, "--resume", out=whole)
+    finally:
+        path.write_bytes(content)
 
 
 def test_lost_metrics_are_not_passed_over(part, capsys):
@@ -221,7 +231,7 @@ def test_lost_metrics_are_not_passed_over(part, capsys):
 def test_a_failing_write_leaves_both_checkpoints(tmp_path, full_disk):
     for step in (1, 2):
         checkpoint.save(tmp_path, {"step": step, "model": torch.zeros(9999)})
-    with full_disk(5000), pytest.raises(OSError):
+    with full_disk(5000), pytest.raises(OSError, match="File too large"):
         checkpoint.save(tmp_path, {"step": 3, "model": torch.zeros(9999)})
     assert tree(tmp_path) == set(checkpoint.FILES.values())
     assert [checkpoint.load(tmp_path, which)["step"] for which in ("last", "previous")] == [2, 1]
@@ -230,12 +240,12 @@ def test_a_failing_write_leaves_both_checkpoints(tmp_path, full_disk):
 def test_a_failing_write_in_training_is_said_so(tmp_path, capsys, monkeypatch):
     save, states = torch.save, []
 
-    def fails_late(state, path):
+    def fails_late(state, file):
         states.append(state)
         if len(states) > 2:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise OSError("no space left")
-        save(state, path)
+        save(state, file)
 
     monkeypatch.setattr(torch, "save", fails_late)
     train(tmp_path, *DIGITS, status=2)

@@ -33,11 +33,12 @@ def save(folder: Path, state: dict) -> None:
 
 
 def write(path: Path, state: dict) -> None:
-    """`torch.save`, which raises RuntimeError on a full disk; here it is OSError."""
+    """`torch.save`, which raises RuntimeError on a full disk; here it is the file's OSError."""
     try:
-        torch.save(state, path)
+        with open(path, "wb") as file:
+            torch.save(state, file)
     except RuntimeError as error:
-        raise OSError(str(error).partition("\n")[0]) from None
+        raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).partition("\n")[0]) from None
 
 
 def load(folder: Path, which: str) -> dict:

@@ -42,11 +42,18 @@ class Settings:
     def check_same(self, other: dict) -> None:
         """Raises `CommandError` if a checkpoint's settings are others."""
         here = asdict(self)
-        different = [
-            f"--{name.replace('_', '-')} {other.get(name)} (got {here[name]})" for name in here if here[name] != other.get(name)
-        ]
+        different = [_in_words(name, other.get(name), here[name]) for name in here if here[name] != other.get(name)]
         if different:
             raise CommandError(f"--resume: expected the settings of the checkpoint: {', '.join(different)}")
+
+
+def _in_words(name: str, expected: object, got: object) -> str:
+    if name == "data":
+        return "--data with the same examples (got others)"
+    if name == "processes":
+        return f"as many processes, {expected} (got {got})"
+    option = f"--{name.replace('_', '-')}"
+    return f"{f'no {option}' if expected is None else f'{option} {expected}'} (got {'none' if got is None else got})"
 
 
 class Trainer:
