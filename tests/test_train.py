@@ -222,10 +222,31 @@ def test_another_setting_is_refused(whole, refused):
         path.write_bytes(content)
 
 
-def test_lost_metrics_are_not_passed_over(part, capsys):
+@pytest.mark.parametrize("which", checkpoint.FILES)
+def test_lost_metrics_are_not_passed_over(which, part, refused):
     damage(part / "metrics.jsonl", "truncated")
-    train(part, *DIGITS, "--resume", status=2)
-    assert f"bytes in {part / 'metrics.jsonl'}, as when the checkpoint was written" in capsys.readouterr().err
+    message = refused(*DIGITS, "--resume", which, out=part)
+    assert f"bytes in {part / 'metrics.jsonl'}, as when the checkpoint was written" in message
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    code = """
+import os, signal
+import torch
+from resdense_ext.cli import main
+save, states = torch.save, []
+def killed(state, file):
+    save(state, file)
+    states.append(state)
+    if len(states) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+torch.save = killed
+main(sys.argv[1:])
+"""
+    process = python(code, "train", "--device", "cpu", "--out", tmp_path, *DIGITS)
+    assert process.wait(timeout=120) == -signal.SIGTERM, process.stderr.read()
+    assert len(tree(tmp_path) - RESULTS) == 1
+    assert tree(train(tmp_path, *DIGITS, "--resume")) == RESULTS
 
 
 def test_a_failing_write_leaves_both_checkpoints(tmp_path, full_disk):

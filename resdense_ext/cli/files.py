@@ -73,6 +73,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_stale(path: Path) -> None:
+    """Removes what `replacing` left beside `path` where its process was killed."""
+    for temporary in path.parent.glob(f".{path.stem}-{'?' * 8}{path.suffix}"):
+        temporary.unlink(missing_ok=True)
+
+
 def keep_aside(path: Path, aside: Path) -> None:
     """Makes `aside` a second name of the file `path` (a copy where the file system has no hard links), in one step."""
     if aside.exists() and aside.samefile(path):

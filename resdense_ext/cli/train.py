@@ -12,7 +12,7 @@ import torch
 
 from resdense_ext import plan
 from resdense_ext.cli.errors import CommandError, require
-from resdense_ext.cli.files import check_writable, keep_aside, replacing
+from resdense_ext.cli.files import check_writable, keep_aside, remove_stale, replacing
 from resdense_ext.cli.info import versions
 from resdense_ext.cli.trainer import checkpoint, curves, examples, folders, network
 from resdense_ext.cli.trainer.distributed import Processes, joined
@@ -193,9 +193,11 @@ def _train(args: argparse.Namespace, trainer: Trainer, state: dict | None) -> No
     journal = None
     if first:
         args.out.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, PICTURE, *checkpoint.FILES.values()):
+            remove_stale(args.out / name)
+        journal = Journal(args.out / METRICS, state["metrics_length"] if state else 0)
         if args.resume == checkpoint.PREVIOUS:
             keep_aside(*(args.out / checkpoint.FILES[which] for which in (checkpoint.PREVIOUS, checkpoint.LAST)))
-        journal = Journal(args.out / METRICS, state["metrics_length"] if state else 0)
         print(title, flush=True)
         if state:
             print(f"going on from step {trainer.step} of {trainer.steps}", flush=True)
