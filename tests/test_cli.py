@@ -160,6 +160,12 @@ def test_no_such_folder(tmp_path, refused):
 
 
 @pytest.mark.parametrize("command", ["demo", "train"])
+def test_results_are_no_class(command, images, refused):
+    assert "--out: expected a folder outside of --data" in refused(command, "--data", images, "--out", images / "a" / "b")
+    assert "--out: expected a folder outside of --data" in refused(command, "--data", ".")
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
 def test_a_folder_that_cannot_be_looked_into(command, tmp_path, refused):
     # A permission would be none to the super-user.
     folder = tmp_path / ("long" * 99)

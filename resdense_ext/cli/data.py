@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ def image_folder(folder: Path) -> Dataset:
     images = [pixels(read_image(path, FOLDER_SIZE)) for path, _ in progress(files, "reading images")]
     labels = torch.tensor([label for _, label in files])
     return _split(folder_name(folder), classes, torch.stack(images).float(), labels)
+
+
+def check_outside(out: Path, folder: Path) -> None:
+    """Raises `CommandError` for results in a folder of labelled images: the next command would take them for a class."""
+    if Path(os.path.realpath(folder)) in Path(os.path.realpath(out)).parents:
+        raise CommandError(f"--out: expected a folder outside of --data, whose subfolders are the classes, got {out}")
 
 
 def labelled_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:

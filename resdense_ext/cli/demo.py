@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if args.epochs < 1:
         raise CommandError(f"--epochs: expected at least 1, got {args.epochs}")
     device = usable_device(args.device)
+    if args.data:
+        data.check_outside(args.out, args.data)
     check_writable(args.out, (PICTURE, RESULTS), "--out")
     images = data.image_folder(args.data) if args.data else data.digits()
 

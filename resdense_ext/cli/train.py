@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from resdense_ext import plan
+from resdense_ext.cli.data import check_outside
 from resdense_ext.cli.errors import CommandError, require
 from resdense_ext.cli.files import check_writable, keep_aside, remove_stale, replacing
 from resdense_ext.cli.info import versions
@@ -125,6 +126,8 @@ def _check_for(args: argparse.Namespace, processes: Processes) -> None:
         raise CommandError(f"--amp: expected bf16 on {processes.device}, or a CUDA device for fp16, got fp16")
     if not processes.first:
         return
+    if args.data not in BUILT_IN and not folders.has_masks(Path(args.data)):
+        check_outside(args.out, Path(args.data))
     check_writable(args.out, (WEIGHTS, METRICS, PICTURE, *checkpoint.FILES.values()), "--out")
     taken = [name for name in (METRICS, *checkpoint.FILES.values()) if (args.out / name).exists()]
     if taken and not args.resume:

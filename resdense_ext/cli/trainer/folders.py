@@ -77,10 +77,13 @@ def folder(path: Path, size: int | None, skip_damaged: bool) -> Data:
         CommandError: no such folder, nothing or too little in it, damaged files; the message names them.
     """
     try:
-        masks = (path / IMAGES).is_dir() and (path / MASKS).is_dir()
-        return (_masked if masks else _labelled)(path, size, skip_damaged)
+        return (_masked if has_masks(path) else _labelled)(path, size, skip_damaged)
     except OSError as error:
         raise CommandError(f"--data: expected a folder that can be read, got {path} ({error})") from None
+
+
+def has_masks(path: Path) -> bool:
+    return os.path.isdir(path / IMAGES) and os.path.isdir(path / MASKS)
 
 
 def _labelled(path: Path, size: int | None, skip_damaged: bool) -> Data:
