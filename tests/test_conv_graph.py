@@ -8,6 +8,8 @@ from torch.autograd import gradgradcheck
 
 import resdense_ext as rd
 from resdense_ext import reference
+from resdense_ext.ops import conv_graph_function
+from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.conv_graph_function import conv_graph
 from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, Piece
 
@@ -160,6 +162,23 @@ def test_keeps_its_maps_and_nothing_else():
     tensors = sum(t.numel() for name, t in params.items() if name.split()[0] not in ("mean", "var"))
     frozen = 2 * WIDTHS[4]
     assert kept == 8 * (maps + statistics + tensors + frozen)
+
+
+@pytest.mark.skipif(bool(CPU_LIBRARY), reason=f"the CPU library is {CPU_LIBRARY}, and plain PyTorch has more in memory before that")
+def test_what_was_gathered_is_not_beside_its_maps_gradients(monkeypatch):
+    """Nor is it in a run that no program shortens, which a first run is."""
+    monkeypatch.setattr(conv_graph_function, "may_replay", lambda names: False)
+    sources = [torch.randn(2, 32, 48, 48, requires_grad=True) for _ in range(2)]
+    conv = Conv(torch.randn(2, 64, 1, 1, requires_grad=True))
+    norm = BatchNorm(torch.ones(2), torch.zeros(2), None, None, True)
+    graph = ConvGraph((conv,), ((Piece(0), Piece(1)),), (norm,), ((Piece(2, 0, RELU),),))
+    gathered = sum(x.nbytes for x in sources)
+
+    def step():
+        (out,) = conv_graph(sources, graph)
+        torch.autograd.grad(out.sum(), [*sources, conv.weight])
+
+    assert 2 * gathered < rd.memory.peak_bytes(step) < 2.5 * gathered
 
 
 def test_second_derivatives():

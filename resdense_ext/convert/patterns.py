@@ -240,8 +240,8 @@ class _Reader:
         if not self.changes_in_place(node) and not self._passes_on(node):
             made = self._kinds[node] in _FRESH_KINDS or self._runs_one_of(node, _FRESH_LAYERS)
             return made or _calls_one_of(node, (*_FRESH, *_NEW))
-        operand = node.args[0] if node.args and "out" not in node.kwargs else None
-        if not isinstance(operand, Node):
+        operand = self._first(node)
+        if operand is None:
             return False
         return self._is_new(operand, node) or (set(operand.users) == {node} and self.is_fresh(operand))
 
@@ -251,7 +251,14 @@ class _Reader:
             return False
         if not self.changes_in_place(node):
             return _calls_one_of(node, _NEW)
-        return len(node.args) > 0 and isinstance(node.args[0], Node) and self._is_new(node.args[0], node)
+        operand = self._first(node)
+        return operand is not None and self._is_new(operand, node)
+
+    @staticmethod
+    def _first(node: Node) -> Optional[Node]:
+        """The value that a node changes or passes on, if it is its first operand."""
+        operand = node.args[0] if node.args and "out" not in node.kwargs else None
+        return operand if isinstance(operand, Node) else None
 
     def changed_later(self, node: Node) -> bool:
         """Whether a value, or what may share its memory, is changed in place."""

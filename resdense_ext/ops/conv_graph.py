@@ -230,7 +230,9 @@ class _Backward(_Maps):
             self._record_norm(pieces[0], found.norm_weight, found.norm_bias)
             self.grads[pieces[0].map] = found.input
         else:
-            self.spread(pieces, found.input.dy)
+            grad = found.input.dy
+            del x, into, found  # what was gathered is not beside the maps' gradients
+            self.spread(pieces, grad)
 
     def _taken(self, of: int) -> Pending | Tensor | None:
         """The gradient of a map, which nobody adds to any more; finished already where no norm reads the map."""
