@@ -170,7 +170,7 @@ class TestAgreement:
             backends.ReferenceBackend, "bn_act", lambda self, x, affine: seen.append(x.shape[0]) or plain(self, x, affine)
         )
         monkeypatch.setattr(
-            backends.ReferenceBackend, "chunks", lambda self, x: [slice(n, n + 2) for n in range(0, x.shape[0], 2)]
+            backends.ReferenceBackend, "chunks", lambda self, x, conv=None: [slice(n, n + 2) for n in range(0, x.shape[0], 2)]
         )
         with rd.use_backend("reference"):
             agree(Case(stride=2, bias=True))
