@@ -115,9 +115,6 @@ int64_t point_size(int64_t rows, int64_t channels, bool paired) {
   return ((paired ? (rows + 1) / 2 : rows) * Points::padded(channels) + 1023) / 1024 * 1024 + 16;
 }
 
-// The points of tiles of this side.
-int64_t points_of(int tile) { return (tile + 2) * (tile + 2); }
-
 // The bytes of all points.
 int64_t bytes(int tile, int64_t rows, int64_t channels, bool paired = false) {
   return points_of(tile) * 4 * point_size(rows, channels, paired);
@@ -167,13 +164,16 @@ int best_tile(const Tensor& x, int64_t outputs) {
   return C * outputs <= 2 * tiles(4) * (C + outputs) ? 4 : 2;
 }
 
+// The side of the tiles backward.
+constexpr int TILE = 2;
+
 // Adds up the chunks' gradients of the transformed filters in order, and transforms them back.
 void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, int64_t columns, float* out) {
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-    const Points sum = points_in(partial, 0, 2, rows, columns);
+    const Points sum = points_in(partial, 0, TILE, rows, columns);
     const Points part{sum.data + begin * sum.channels, sum.channels, sum.size};
     for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const float* other = points_in(partial, chunk, 2, rows, columns).data + begin * sum.channels;
+      const float* other = points_in(partial, chunk, TILE, rows, columns).data + begin * sum.channels;
       for (int point = 0; point < sum.count(); ++point)
         for (int64_t i = 0; i < (end - begin) * sum.channels; ++i) part.data[point * sum.size + i] += other[point * sum.size + i];
     }
@@ -244,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   const bool paired = by_pairs(from);
   const Elements in_tiles = paired ? Elements::tile_pairs : Elements::values;
   const Elements in_channels = paired ? Elements::channel_pairs : Elements::values;
-  constexpr int TILE = 2;
-  const Blocks blocks(x, TILE, points_of(TILE) * (Points::padded(C) * 4 + 2 * Points::padded(K) * (paired ? 2 : 4)), bytes(TILE, K, C, paired));
+  const int64_t bytes_a_tile = points_of(TILE) * (Points::padded(C) * 4 + 2 * Points::padded(K) * (paired ? 2 : 4));
+  const Blocks blocks(x, TILE, bytes_a_tile, bytes(TILE, K, C, paired));
   const int64_t of_windows = bytes(TILE, blocks.size, C), of_gradient = bytes(TILE, blocks.size, K, paired);
   const Scratch shared(1, bytes(TILE, K, C, paired)), scratch(blocks.chunks, of_windows + 2 * of_gradient);
   const Scratch partial(need_weight ? blocks.chunks : 0, bytes(TILE, K, C));

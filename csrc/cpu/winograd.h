@@ -23,6 +23,9 @@
 
 namespace resdense::cpu {
 
+// The points of the window of a tile with this side.
+constexpr int points_of(int tile) { return (tile + 2) * (tile + 2); }
+
 // Neighbouring tiles of sample n, in this row of tiles, from this column on.
 struct TileRun {
   int64_t n, row, column, count;
@@ -36,7 +39,7 @@ struct Points {
   int tile = 2;            // the side of the output's tiles
   enum class Elements { values, channel_pairs, tile_pairs } elements = Elements::values;
 
-  int count() const { return (tile + 2) * (tile + 2); }
+  int count() const { return points_of(tile); }
   static int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 };
 

@@ -14,7 +14,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
-from resdense_ext.ops.by_reference import by_reference
+from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointwise
 from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
@@ -278,23 +278,26 @@ def _differentiable_backward(grad, grad_before, mark, x, identity, tensors, conf
 
     The activation's slope is a function of what was returned, so that its own gradient comes back to this node.
     """
-    create_graph = torch.is_grad_enabled()
-    input_activation, activation = config.activations
+    _, activation = config.activations
     g = grad if mark is None or grad is None else grad * reference.marked_slope(mark, activation)
     if grad_before is not None:
         g = grad_before if g is None else g + grad_before
-    with torch.enable_grad():
-        x, *tensors = [t if t is None else t.view_as(t) for t in (x, *tensors)]
-        shortcut = x.new_zeros(()) if identity is None else identity.view_as(identity)
-        input_norm, norm, identity_norm = config.norms(tensors)
-        y = reference.conv1x1_bn_add_act(
-            x, config.conv(tensors), norm, shortcut, identity_norm, LINEAR, input_norm, input_activation
-        )
-        targets = _targets(x, shortcut, tensors)
-        wanted = [t for i, (t, need) in enumerate(zip(targets, needs)) if need and not (i == 1 and identity is None)]
-        grads = torch.autograd.grad(y, wanted, g.to(y.dtype), create_graph=create_graph, allow_unused=True) if wanted else ()
-    grads = iter(grads)
+    grads = iter(_through_reference(g, x, identity, tensors, config, needs))
     return [None if not need else g if i == 1 and identity is None else next(grads) for i, need in enumerate(needs)]
+
+
+@differentiable
+def _through_reference(g, x, identity, tensors, config, needs, create_graph) -> Sequence[Optional[Tensor]]:
+    """The gradients that are wanted of the sum's operands and parameters, but of the identity where g is that."""
+    x, *tensors = [t if t is None else t.view_as(t) for t in (x, *tensors)]
+    shortcut = x.new_zeros(()) if identity is None else identity.view_as(identity)
+    input_norm, norm, identity_norm = config.norms(tensors)
+    y = reference.conv1x1_bn_add_act(
+        x, config.conv(tensors), norm, shortcut, identity_norm, LINEAR, input_norm, config.activations[0]
+    )
+    targets = _targets(x, shortcut, tensors)
+    wanted = [t for i, (t, need) in enumerate(zip(targets, needs)) if need and not (i == 1 and identity is None)]
+    return torch.autograd.grad(y, wanted, g.to(y.dtype), create_graph=create_graph, allow_unused=True) if wanted else ()
 
 
 def conv1x1_bn_add_act(

@@ -1,7 +1,7 @@
 """The CPU backend: the bandwidth-bound primitives in C++ (``csrc/cpu``), other convolutions through the framework.
 
-No convolution's input is activated whole: a 1x1 convolution goes tile by tile through the cache, any other some samples at a time
-through the framework's convolution. Activations that the operators do not know are the framework's, behind the norm as an operator;
+A convolution's input is activated tile by tile in the cache where it is 1x1 or goes by Winograd's algorithm, for any other some
+samples at a time, which the framework's convolution reads. Activations that the operators do not know are the framework's, behind the norm as an operator;
 such an input goes to the framework's convolution whatever the kernel size, and whole to its pools.
 """
 

@@ -53,9 +53,12 @@ class Ranks:
 
 
 def check_one_process(group: str) -> None:
-    """Raises RuntimeError where second derivatives would need those of other ranks."""
+    """Raises RuntimeError where a backward through the reference, see `by_reference`, would need other ranks."""
     if group:
-        raise RuntimeError("create_graph: expected norms of this process alone, got batch statistics shared over several ranks")
+        raise RuntimeError(
+            "create_graph, is_grads_batched or another transformation of a backward: expected norms of this process alone, got batch "
+            "statistics shared over several ranks"
+        )
 
 
 def _group(name: str) -> dist.ProcessGroup:
