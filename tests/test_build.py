@@ -25,71 +25,71 @@ SCHEMAS = {
     "bn_folds": "(Tensor[] mean, Tensor[] m2, float[] count, float[] eps, Tensor[] weight, Tensor[] bias) -> Tensor",
     "bn_correction": "(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
     "Tensor(b!) delta, bool accumulate) -> Tensor dgamma",
-    "bn_act": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()",
-    "bn_act_backward": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope)"
+    "bn_act": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor(a!) out) -> ()",
+    "bn_act_backward": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation)"
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_backward_accumulate": "(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
-    "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_sums": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope)"
+    "float activation) -> (Tensor sum_dy, Tensor sum_dy_xc)",
+    "bn_act_sums": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation)"
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "pending_grad": "(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
-    "float negative_slope=1.) -> ()",
+    "float activation=1.) -> ()",
     "finished_grad": "(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor",
     "copy_map": "(Tensor x, Tensor(a!) out) -> ()",
-    "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
+    "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor? bias, "
     "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
-    "bn_act_conv1x1_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor weight, "
+    "bn_act_conv1x1_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, Tensor weight, "
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",
-    "conv1x1_moments": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor near, Tensor grad)"
+    "conv1x1_moments": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor near, Tensor grad)"
     " -> (Tensor rest, Tensor products, Tensor sum_grad, Tensor grad_products)",
     "conv1x1_moments_terms": "(Tensor rest, Tensor products, Tensor sum_grad, Tensor grad_products, Tensor weight, Tensor scale, "
     "Tensor rstd, float count, bool need_weight)"
     " -> (Tensor dgamma, Tensor dweight, Tensor scaled, Tensor terms, Tensor offset)",
-    "conv1x1_moments_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor grad, "
+    "conv1x1_moments_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, Tensor grad, "
     "Tensor weight, Tensor products, Tensor near, Tensor offset, Tensor(a!) out, bool accumulate)"
     " -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_winograd": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
+    "bn_act_winograd": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor? bias, "
     "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
-    "bn_act_winograd_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, Tensor weight, "
+    "bn_act_winograd_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, Tensor weight, "
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_avg_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+    "bn_act_avg_pool": "(Tensor x, Tensor scale, Tensor shift, float activation, int[] kernel_size, int[] stride, "
     "int[] padding, Tensor(a!) out) -> ()",
-    "bn_act_avg_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+    "bn_act_avg_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
     "int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
     "-> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_max_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+    "bn_act_max_pool": "(Tensor x, Tensor scale, Tensor shift, float activation, int[] kernel_size, int[] stride, "
     "int[] padding, Tensor(a!) out, Tensor(b!) taps) -> ()",
     "bn_act_max_pool_backward": "(Tensor grad, Tensor taps, Tensor x, Tensor scale, Tensor shift, Tensor center, "
-    "float negative_slope, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+    "float activation, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
     "-> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_global_pool": "(Tensor x, Tensor scale, Tensor shift, float negative_slope) -> Tensor",
+    "bn_act_global_pool": "(Tensor x, Tensor scale, Tensor shift, float activation) -> Tensor",
     "bn_act_global_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
-    "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
+    "float activation, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
+    "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
     "Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
-    "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope)"
+    "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation)"
     " -> Tensor dweight",
-    "bn_act_conv3x3_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+    "bn_act_conv3x3_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
     "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope)"
+    "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation)"
     " -> Tensor dweight",
-    "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+    "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
     "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
-    "bn_act_conv": "(Tensor x, Tensor? scale, Tensor? shift, float negative_slope, Tensor weight, Tensor? bias, int[] stride, "
+    "bn_act_conv": "(Tensor x, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias, int[] stride, "
     "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
     "bn_act_conv_backward": "(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
-    "float negative_slope, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
+    "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
     "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "
     "Tensor(c!)? out_delta, bool finish, bool need_weight, bool need_bias)"
     " -> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)",
-    "add_act": "(Tensor x, Tensor y, float negative_slope) -> Tensor",
-    "add_act_backward": "(Tensor grad, Tensor out, float negative_slope) -> Tensor",
+    "add_act": "(Tensor x, Tensor y, float activation) -> Tensor",
+    "add_act_backward": "(Tensor grad, Tensor out, float activation) -> Tensor",
     "bn_add_act": "(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, Tensor? identity_shift, "
-    "float negative_slope) -> Tensor",
+    "float activation) -> Tensor",
     "bn_add_act_backward": "(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
-    "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)",
+    "float activation) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)",
 }
 
 

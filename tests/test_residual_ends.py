@@ -111,7 +111,7 @@ def fused(monkeypatch):
         return
     pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
     slopes = {"relu": 0.0, "identity": 1.0}
-    monkeypatch.setattr(bn_add_act, "fused_slope", lambda x, activation: slopes.get(activation.name, activation.slope))
+    monkeypatch.setattr(bn_add_act, "fused_number", lambda x, activation: slopes.get(activation.name, activation.slope))
     monkeypatch.setattr(bn_add_act, "kernels_of", lambda x: backends.get("cpu").ends)
 
 

@@ -5,18 +5,18 @@
 #include "sweep_maps.h"
 
 namespace resdense::cpu {
-void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& out) {
+void bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation, const Tensor& out) {
   check_same(out, "out", x, "x");
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   unify({&from, &to}, "bn_act");
   Sweep s{Pass::act};
   s.coef[0] = coefficients(scale, "scale", from.C, x), s.coef[1] = coefficients(shift, "shift", from.C, x);
-  s.slope = negative_slope;
+  s.activation = activation;
   sweep_maps(s, {&from}, to);
 }
 
 std::tuple<Tensor, Tensor> mask_and_sum(Pass pass, const Tensor& out, const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                        const Tensor& shift, const Tensor& center, double negative_slope, const char* op) {
+                                        const Tensor& shift, const Tensor& center, double activation, const char* op) {
   check_same(grad, "grad", x, "x");
   check_same(out, "out", x, "x");
   Map g = map_of(grad, "grad"), from = map_of(x, "x"), to = mutable_map_of(out, "out");
@@ -24,39 +24,39 @@ std::tuple<Tensor, Tensor> mask_and_sum(Pass pass, const Tensor& out, const Tens
   Sweep s{pass};
   s.coef[0] = coefficients(scale, "scale", from.C, x), s.coef[1] = coefficients(shift, "shift", from.C, x);
   s.coef[2] = coefficients(center, "center", from.C, x);
-  s.slope = negative_slope;
+  s.activation = activation;
   Sums sums(torch::stable::get_num_threads(), from.C);
   sweep_maps(s, {&g, &from, &to}, to, &sums);
   return {sums.total(0, from), sums.total(1, from)};
 }
 
 std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                           const Tensor& center, double negative_slope) {
-  return mask_and_sum(Pass::mask, grad, grad, x, scale, shift, center, negative_slope, "bn_act_backward");
+                                           const Tensor& center, double activation) {
+  return mask_and_sum(Pass::mask, grad, grad, x, scale, shift, center, activation, "bn_act_backward");
 }
 
 std::tuple<Tensor, Tensor> bn_act_backward_accumulate(const Tensor& out, const Tensor& grad, const Tensor& x,
                                                       const Tensor& scale, const Tensor& shift, const Tensor& center,
-                                                      double negative_slope) {
-  return mask_and_sum(Pass::mask_accumulate, out, grad, x, scale, shift, center, negative_slope,
+                                                      double activation) {
+  return mask_and_sum(Pass::mask_accumulate, out, grad, x, scale, shift, center, activation,
                       "bn_act_backward_accumulate");
 }
 
 // What `bn_act_backward` returns.
 std::tuple<Tensor, Tensor> bn_act_sums(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                       const Tensor& center, double negative_slope) {
-  return bn_act_backward(torch::stable::clone(grad), x, scale, shift, center, negative_slope);
+                                       const Tensor& center, double activation) {
+  return bn_act_backward(torch::stable::clone(grad), x, scale, shift, center, activation);
 }
 
 void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
-                  const std::optional<Tensor>& shift, double negative_slope) {
+                  const std::optional<Tensor>& shift, double activation) {
   check_same(z, "z", dy, "dy");
   Map to = mutable_map_of(dy, "dy"), from = map_of(z, "z");
   unify({&to, &from}, "pending_grad");
   Sweep s{Pass::pending};
   s.coef[0] = coefficients(alpha, "alpha", to.C, dy), s.coef[1] = coefficients(beta, "beta", to.C, dy);
   s.coef[2] = coefficients(delta, "delta", to.C, dy);
-  if (shift) bn_act_backward(dy, z, alpha, *shift, alpha, negative_slope);
+  if (shift) bn_act_backward(dy, z, alpha, *shift, alpha, activation);
   sweep_maps(s, {&to, &from}, to);
 }
 

@@ -35,7 +35,7 @@ template <class A> void total_weight(const Scratch& others, int64_t chunks, int6
 
 }  // namespace
 
-void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation,
                                           const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
                     const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
@@ -68,7 +68,7 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
                : channels_by_positions(activated + C * tiling.size * bytes, last, K, positions, tiling.size);
     Sweep s{Pass::act, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
     s.in[0] = operand(from), s.out = scratch(activated, last, C, tiling.size);
-    s.coef[0] = a, s.coef[1] = b, s.slope = negative_slope;
+    s.coef[0] = a, s.coef[1] = b, s.activation = activation;
     kernels.sweep(s);
 
     if (paired)
@@ -88,7 +88,7 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double negative_slope,
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double activation,
     const Tensor& weight, const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
     const Tensor& out, bool accumulate, bool need_weight) {
   check_same(out, "out", x, "x");
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(
     std::copy_n(grad_coef, 3, s.coef);
     kernels.sweep(s);
 
-    s.channels = C, s.slope = negative_slope;
+    s.channels = C, s.activation = activation;
     std::copy_n(act_coef, 3, s.coef);
     if (need_weight) {
       s.pass = Pass::act, s.in[0] = operand(from), s.out = scratch(input, last, C, tiling.size);

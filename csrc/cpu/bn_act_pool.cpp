@@ -27,7 +27,7 @@ template <class F> void deal(int64_t items, int64_t chunks, const F& f) {
 
 int64_t chunks_of(int64_t items) { return std::min<int64_t>(items, torch::stable::get_num_threads()); }
 
-void pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const WindowSizes& windows,
+void pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation, const WindowSizes& windows,
           const Tensor& out, const std::optional<Tensor>& taps) {
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   Map chosen = taps ? mutable_byte_map_of(*taps, "taps") : to;
@@ -36,7 +36,7 @@ void pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double nega
   if (taps) check_pooled(*taps, "taps", x, windows);
   Pooling p{taps.has_value(), false, from.dtype, windows, from.C};
   p.coef[0] = coefficients(scale, "scale", from.C, x), p.coef[1] = coefficients(shift, "shift", from.C, x);
-  p.slope = negative_slope;
+  p.activation = activation;
   if (from.numel() == 0) return;
   p.planes = all_planes({&from, &to, &chosen});
   p.x = operand(from), p.pooled = operand(to), p.taps = operand(chosen);
@@ -47,7 +47,7 @@ void pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double nega
 
 std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional<Tensor>& taps, const Tensor& x,
                                          const Tensor& scale, const Tensor& shift, const Tensor& center,
-                                         double negative_slope, const WindowSizes& windows, const Tensor& out,
+                                         double activation, const WindowSizes& windows, const Tensor& out,
                                          bool accumulate) {
   Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   Map chosen = taps ? byte_map_of(*taps, "taps") : g;
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional
   Pooling p{taps.has_value(), false, from.dtype, windows, from.C};
   p.coef[0] = coefficients(scale, "scale", from.C, x), p.coef[1] = coefficients(shift, "shift", from.C, x);
   p.coef[2] = coefficients(center, "center", from.C, x);
-  p.slope = negative_slope, p.accumulate = accumulate;
+  p.activation = activation, p.accumulate = accumulate;
   p.planes = all_planes({&from, &g, &to, &chosen});
   p.x = operand(from), p.pooled = operand(g), p.taps = operand(chosen), p.out = operand(to);
   const int64_t items = from.numel() == 0 ? 0 : p.items(from.N, true), chunks = chunks_of(items);
@@ -74,49 +74,49 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const std::optional
 
 }  // namespace
 
-void bn_act_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+void bn_act_avg_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation,
                      const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Tensor& out) {
-  pool(x, scale, shift, negative_slope, windows_of(x, kernel_size, stride, padding), out, {});
+  pool(x, scale, shift, activation, windows_of(x, kernel_size, stride, padding), out, {});
 }
 
-void bn_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+void bn_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation,
                      const Sizes& kernel_size, const Sizes& stride, const Sizes& padding, const Tensor& out,
                      const Tensor& taps) {
   const WindowSizes windows = windows_of(x, kernel_size, stride, padding);
   check_taps(windows);
-  pool(x, scale, shift, negative_slope, windows, out, taps);
+  pool(x, scale, shift, activation, windows, out, taps);
 }
 
-Tensor bn_act_global_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope) {
+Tensor bn_act_global_pool(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation) {
   const WindowSizes windows = whole(x);
   Sizes shape(x.dim(), 1);
   shape[0] = x.size(0), shape[1] = x.size(1);
   const Tensor out = torch::stable::new_empty(x, shape);
-  pool(x, scale, shift, negative_slope, windows, out, {});
+  pool(x, scale, shift, activation, windows, out, {});
   return out;
 }
 
 std::tuple<Tensor, Tensor> bn_act_avg_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                    const Tensor& shift, const Tensor& center, double negative_slope,
+                                                    const Tensor& shift, const Tensor& center, double activation,
                                                     const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
                                                     const Tensor& out, bool accumulate) {
   const WindowSizes windows = windows_of(x, kernel_size, stride, padding);
-  return pool_backward(grad, {}, x, scale, shift, center, negative_slope, windows, out, accumulate);
+  return pool_backward(grad, {}, x, scale, shift, center, activation, windows, out, accumulate);
 }
 
 std::tuple<Tensor, Tensor> bn_act_max_pool_backward(const Tensor& grad, const Tensor& taps, const Tensor& x,
                                                     const Tensor& scale, const Tensor& shift, const Tensor& center,
-                                                    double negative_slope, const Sizes& kernel_size, const Sizes& stride,
+                                                    double activation, const Sizes& kernel_size, const Sizes& stride,
                                                     const Sizes& padding, const Tensor& out, bool accumulate) {
   const WindowSizes windows = windows_of(x, kernel_size, stride, padding);
   check_taps(windows);
-  return pool_backward(grad, taps, x, scale, shift, center, negative_slope, windows, out, accumulate);
+  return pool_backward(grad, taps, x, scale, shift, center, activation, windows, out, accumulate);
 }
 
 std::tuple<Tensor, Tensor> bn_act_global_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                       const Tensor& shift, const Tensor& center, double negative_slope,
+                                                       const Tensor& shift, const Tensor& center, double activation,
                                                        const Tensor& out, bool accumulate) {
-  return pool_backward(grad, {}, x, scale, shift, center, negative_slope, whole(x), out, accumulate);
+  return pool_backward(grad, {}, x, scale, shift, center, activation, whole(x), out, accumulate);
 }
 
 }  // namespace resdense::cpu

@@ -183,7 +183,7 @@ void transform_gradients(const Scratch& partial, int64_t chunks, int64_t rows, i
 
 }  // namespace
 
-void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope,
+void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation,
                      const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
                      const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
   const Map from = image_of(map_of(x, "x"), x, "x", x), to = image_of(mutable_map_of(out, "out"), out, "out", x);
@@ -201,7 +201,7 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
                     {weight.stride(2), weight.stride(3)}}, filters);
 
   Transform input{{Pass::act, from.dtype, true, nullptr, 0, C}, x.size(2), x.size(3)};
-  input.sweep.in[0] = operand(from), input.sweep.slope = negative_slope;
+  input.sweep.in[0] = operand(from), input.sweep.activation = activation;
   input.sweep.coef[0] = coefficients(scale, "scale", C, x), input.sweep.coef[1] = coefficients(shift, "shift", C, x);
   Transform output{{Pass::bias, to.dtype, true, nullptr, 0, K}, x.size(2), x.size(3)};
   output.sweep.out = operand(to);
@@ -231,7 +231,7 @@ void bn_act_winograd(const Tensor& x, const Tensor& scale, const Tensor& shift, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
-    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double negative_slope,
+    const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, double activation,
     const Tensor& weight, const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
     const Tensor& out, bool accumulate, bool need_weight) {
   check_same(out, "out", x, "x");
@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_winograd_backward(
   transform_filters({last, from.dtype, K, C, weight.stride(0), weight.stride(1), {-weight.stride(2), -weight.stride(3)}}, filters);
 
   Transform input{{Pass::act, from.dtype, true, nullptr, 0, C}, x.size(2), x.size(3)};
-  input.sweep.in[0] = operand(from), input.sweep.slope = negative_slope;
+  input.sweep.in[0] = operand(from), input.sweep.activation = activation;
   input.sweep.coef[0] = coefficients(scale, "scale", C, x), input.sweep.coef[1] = coefficients(shift, "shift", C, x);
   Transform output = input;
   output.sweep.pass = accumulate ? Pass::mask_accumulate : Pass::mask;

@@ -11,7 +11,7 @@ namespace resdense::cpu {
 
 Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, const Tensor& identity,
                   const std::optional<Tensor>& identity_scale, const std::optional<Tensor>& identity_shift,
-                  double negative_slope) {
+                  double activation) {
   const bool projected = identity_scale.has_value();
   RESDENSE_CHECK(projected == identity_shift.has_value(), projected ? "identity_shift" : "identity_scale",
                  ": expected a tensor, as the other of identity_scale and identity_shift is one, got None");
@@ -34,7 +34,7 @@ Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, con
     a.dtype == ScalarType::Double ? add(double{}) : add(float{});
     s.coef[1] = both.const_data_ptr();
   }
-  s.slope = negative_slope;
+  s.activation = activation;
   sweep_maps(s, {&a, &b}, to);
   return out;
 }
@@ -42,18 +42,18 @@ Tensor bn_add_act(const Tensor& z, const Tensor& scale, const Tensor& shift, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad, const Tensor& out, const Tensor& z,
                                                                const Tensor& center, const std::optional<Tensor>& identity,
                                                                const std::optional<Tensor>& identity_center,
-                                                               double negative_slope) {
+                                                               double activation) {
   const bool projected = identity.has_value();
   RESDENSE_CHECK(projected == identity_center.has_value(), projected ? "identity_center" : "identity",
                  ": expected a tensor, as the other of identity and identity_center is one, got None");
-  RESDENSE_CHECK(negative_slope >= 0, "negative_slope: expected 0 or more, as the sign is told from the output, got ",
-                 negative_slope);
+  RESDENSE_CHECK(activation >= 0, "activation: expected no negative slope, as the sign is told from the output, got ",
+                 activation);
   check_same(grad, "grad", z, "z");
   check_same(out, "out", z, "z");
   const Tensor g = torch::stable::empty_like(z);
   Map from = map_of(grad, "grad"), y = map_of(out, "out"), a = map_of(z, "z"), to = mutable_map_of(g, "g"), b = a;
   Sweep s{projected ? Pass::unmask_both : Pass::unmask};
-  s.coef[0] = coefficients(center, "center", a.C, z), s.slope = negative_slope;
+  s.coef[0] = coefficients(center, "center", a.C, z), s.activation = activation;
   Sums sums(torch::stable::get_num_threads(), a.C, projected ? 3 : 2);
   if (projected) {
     check_same(*identity, "identity", z, "z");

@@ -223,7 +223,7 @@ const double* doubles_of(const Tensor& v, const char* name, int64_t size) {
 // Of the M positions: how far the mean of a is from `near`, a point some deviations from it, around which the products are added
 // up; R = (a - mean)^T (a - mean); and with the gradient g of the convolution's output 1^T g and G = g^T (a - mean).
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                                           double negative_slope, const Tensor& near, const Tensor& grad) {
+                                                           double activation, const Tensor& near, const Tensor& grad) {
   Map from = map_of(x, "x"), of_grad = map_of(grad, "grad");
   check_positions(of_grad, "grad", from);
   unify({&from, &of_grad}, "conv1x1_moments");
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_moments(const Tensor& x, cons
     Matrix b = channels_by_positions(deviations, last, C, positions, tiling.size);
     Matrix g = reader.read(tiling, tile, segments, copy);
     Sweep s{Pass::deviate, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
-    s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.slope = negative_slope;
+    s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.activation = activation;
     std::copy_n(coef, 3, s.coef);
     kernels.sweep(s);
     s.pass = Pass::sum, s.in[0] = s.out, s.sums[0] = sums.of(chunk, 0);
@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv1x1_moments_terms(const T
 
 // da = g weight + (a - near) products + offset, then through the activation as bn_act_backward, or bn_act_backward_accumulate.
 std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center,
-                                                    double negative_slope, const Tensor& grad, const Tensor& weight,
+                                                    double activation, const Tensor& grad, const Tensor& weight,
                                                     const Tensor& products, const Tensor& near, const Tensor& offset,
                                                     const Tensor& out, bool accumulate) {
   check_same(out, "out", x, "x");
@@ -323,7 +323,7 @@ std::tuple<Tensor, Tensor> conv1x1_moments_backward(const Tensor& x, const Tenso
     const Matrix da = channels_by_positions(gradient, last, C, positions, tiling.size);
     const Matrix g = reader.read(tiling, tile, segments, gradient + C * tiling.size * sum_bytes);
     Sweep s{Pass::deviate, dtype, last, segments.data(), static_cast<int64_t>(segments.size()), C};
-    s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.slope = negative_slope;
+    s.in[0] = operand(from), s.out = scratch(deviations, last, C, tiling.size), s.activation = activation;
     s.coef[0] = coef[0], s.coef[1] = coef[1], s.coef[2] = of_a;
     kernels.sweep(s);
     if (paired) {

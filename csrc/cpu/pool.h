@@ -14,7 +14,7 @@ struct Pooling {
   int64_t channels;
   Operand x, pooled, taps, out;         // forward writes pooled and taps; backward reads them and writes out
   const void* coef[3] = {};             // scale, shift, center
-  double slope = 0;                     // of the activation for negative inputs
+  double activation = 0;                // see common/activation.h
   bool accumulate = false;              // out += scale * dy, else out = dy
   double* sums[2] = {};                 // of dy and of dy * (x - center), added to
 

@@ -47,7 +47,7 @@ struct Sweep {
   Operand in[4], out;
   const void* coef[3] = {};
   double* sums[3] = {};                 // one value a channel, added to
-  double slope = 0;                     // of the activation for negative inputs
+  double activation = 0;                // see common/activation.h
 };
 
 }  // namespace resdense::cpu

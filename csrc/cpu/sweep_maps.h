@@ -5,7 +5,7 @@
 
 namespace resdense::cpu {
 
-// Runs one pass over whole maps, tile by tile. `s` carries the pass, its coefficients and slope.
+// Runs one pass over whole maps, tile by tile. `s` carries the pass, its coefficients and activation.
 inline void sweep_maps(Sweep s, std::initializer_list<const Map*> in, const Map& out, Sums* sums = nullptr) {
   s.dtype = out.dtype, s.channels_last = out.channels_last, s.channels = out.C, s.out = operand(out);
   int i = 0;

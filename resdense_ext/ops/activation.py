@@ -1,25 +1,36 @@
-"""Activations by the framework's kernels, forward in place: a pass each."""
+"""Activations as the compiled operators know them, and their backward by the framework's kernels."""
 
 from __future__ import annotations
 
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resdense_ext.reference import Activation
 
-__all__ = ["LINEAR", "activate_", "activation_backward"]
+__all__ = ["LINEAR", "activation_backward", "activation_of", "is_slope", "number_of"]
 
 LINEAR = Activation("identity")
 
-_IN_PLACE = {"relu6": F.relu6, "elu": F.elu, "silu": F.silu}
+_NUMBERS = {"relu": 0.0, "identity": 1.0, "relu6": 2.0**1000, "elu": 2.0**1001, "silu": 2.0**1002}
+"""As in ``csrc/common/activation.h``."""
+_NAMES = {number: name for name, number in _NUMBERS.items()}
 
 
-def activate_(y: Tensor, activation: Activation) -> Tensor:
-    """``act(y)`` in the place of ``y``, of those activations that the compiled operators do not know."""
-    return _IN_PLACE[activation.name](y, inplace=True)
+def number_of(activation: Activation) -> float:
+    """By which the operators know an activation: the slope of what is negative, or what no slope is."""
+    return _NUMBERS.get(activation.name, activation.slope)
+
+
+def activation_of(number: float) -> Activation:
+    """That which the operators know by this number."""
+    return Activation(_NAMES[number]) if number in _NAMES else Activation("leaky_relu", number)
+
+
+def is_slope(activation: Activation) -> bool:
+    """Whether the number is the slope of what is negative."""
+    return activation.name in ("relu", "identity", "leaky_relu")
 
 
 def activation_backward(grad: Tensor, mark: Optional[Tensor], activation: Activation) -> Tensor:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
+from resdense_ext.ops.activation import activation_of
 from resdense_ext.ops.by_reference import by_reference
 from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.reference import Activation
 
-__all__ = ["add_act", "fused_slope", "kernels_of"]
+__all__ = ["add_act", "fused_number", "kernels_of"]
 
 
 def kernels_of(x: Tensor):
@@ -24,32 +25,32 @@ def kernels_of(x: Tensor):
     return backends.choose(x, x.dtype, Activation()).ends
 
 
-def fused_slope(x: Tensor, activation: Activation) -> float | None:
-    """The negative slope by which the fused kernels know an activation; None where they do not serve the input."""
-    return None if kernels_of(x) is None else backends.end_slope(activation)
+def fused_number(x: Tensor, activation: Activation) -> float | None:
+    """By which the fused kernels know an activation; None where they do not serve the input, or need more than the output."""
+    return backends.choose(x, x.dtype, Activation()).end_number(activation) if reference.determined(activation) else None
 
 
 class AddActFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, identity: Tensor, slope: float):
-        out = kernels_of(x).add_act(x, identity, slope)
+    def forward(ctx, x: Tensor, identity: Tensor, number: float):
+        out = kernels_of(x).add_act(x, identity, number)
         ctx.save_for_backward(out)
-        ctx.slope = slope
+        ctx.number = number
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (out,) = saved_tensors(ctx, "add_act", "its output tells the derivative of its activation")
         if by_reference(grad):
-            dx = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
+            dx = grad * reference.marked_slope(out.detach(), activation_of(ctx.number))
         else:
-            dx = kernels_of(out).add_act_backward(walkable_map(grad, like=out), out, ctx.slope)
+            dx = kernels_of(out).add_act_backward(walkable_map(grad, like=out), out, ctx.number)
         return dx, dx, None
 
 
 def add_act(x: Tensor, identity: Tensor, activation: Activation) -> Tensor:
     """The checked call: see `resdense_ext.functional.add_act`."""
-    slope = fused_slope(x, activation)
-    if slope is None:
+    number = fused_number(x, activation)
+    if number is None:
         return reference.add_act(x, identity, activation)
-    return AddActFunction.apply(walkable_map(x), walkable_map(identity, like=x), slope)
+    return AddActFunction.apply(walkable_map(x), walkable_map(identity, like=x), number)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops.activation import activation_backward
+from resdense_ext.ops.activation import activation_backward, is_slope, number_of
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
@@ -28,7 +28,6 @@ __all__ = [
     "ReferenceBackend",
     "Stats",
     "choose",
-    "end_slope",
     "get",
     "register",
     "registered",
@@ -315,6 +314,14 @@ class ReferenceBackend:
         weight, bias = (None if grads is None else grads.to(dtype) for grads in total[:2])
         return self._grads(x, fold, weight, bias, dy, into, *total[2:])
 
+    def end_number(self, activation: Activation) -> Optional[float]:
+        """By which the kernels of residual blocks' ends know an activation; None where they do not serve it.
+
+        Backward tells the sign of the activation's input from that of its output, so no slope may be negative.
+        """
+        number = number_of(activation)
+        return None if self.ends is None or number < 0 or not is_slope(activation) else number
+
     def bn_add_act(
         self, z: Tensor, affine: Affine, identity: Tensor, identity_affine: Optional[Affine], activation: Activation
     ) -> Tensor:
@@ -322,10 +329,10 @@ class ReferenceBackend:
 
         The affines' own activations are not applied.
         """
-        slope = end_slope(activation)
-        if self.ends is not None and slope is not None and identity.dtype == z.dtype:
+        number = self.end_number(activation)
+        if number is not None and identity.dtype == z.dtype:
             projection = (None, None) if identity_affine is None else identity_affine[:2]
-            return self.ends.bn_add_act(z, *affine[:2], identity, *projection, slope)
+            return self.ends.bn_add_act(z, *affine[:2], identity, *projection, number)
         y = _affine(z, affine)
         y += identity if identity_affine is None else _affine(identity, identity_affine)
         return reference.activate(y, activation).to(z.dtype)
@@ -342,9 +349,9 @@ class ReferenceBackend:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``g = grad * act'``, in new memory, and the sums of g, of g times ``z - center`` and, where there is one with a norm,
         of g times ``identity - identity_center``. See `reference.marked_slope` for the mark."""
-        slope = end_slope(activation)
-        if self.ends is not None and slope is not None and grad.dtype == z.dtype:
-            return self.ends.bn_add_act_backward(grad, mark, z, center, identity, identity_center, slope)
+        number = self.end_number(activation)
+        if number is not None and grad.dtype == z.dtype:
+            return self.ends.bn_add_act_backward(grad, mark, z, center, identity, identity_center, number)
         wide = center.dtype
         g = grad.to(wide) * reference.marked_slope(mark.to(wide), activation)
         sum_g, sum_g_zc = self._sums(g, z, center)
@@ -353,10 +360,10 @@ class ReferenceBackend:
 
     def activation_backward(self, grad: Tensor, mark: Optional[Tensor], activation: Activation) -> Tensor:
         """``grad * act'`` in new memory, for the identity ``grad`` itself. See `reference.marked_slope` for the mark."""
-        slope = end_slope(activation)
-        if self.ends is None or slope is None or activation.name == "identity" or grad.dtype != mark.dtype:
+        number = self.end_number(activation)
+        if number is None or activation.name == "identity" or grad.dtype != mark.dtype:
             return activation_backward(grad, mark, activation)
-        return self.ends.add_act_backward(grad, mark, slope)
+        return self.ends.add_act_backward(grad, mark, number)
 
     def norm_backward(self, g: Tensor, z: Tensor, fold: Fold, sum_g: Tensor, sum_g_zc: Tensor) -> ConvGrads:
         """The gradients of a norm that nothing activates: of its input, pending on ``g``, which stays as it is, and of its
@@ -446,15 +453,6 @@ def empty_deviations(x: Tensor) -> Tensor:
     """Uninitialised memory for `ReferenceBackend.deviations`; rows of a multiple of 16 bytes suit the matrix units."""
     channels = x.shape[1]
     return x.new_empty((x.numel() // channels, -(-(channels + 2) // 8) * 8))
-
-
-def end_slope(activation: Activation) -> Optional[float]:
-    """The negative slope by which the kernels of residual blocks' ends know an activation; None where they do not serve it.
-
-    Backward tells the sign of the activation's input from that of its output, so the slope may not be negative.
-    """
-    slope = {"relu": 0.0, "identity": 1.0, "leaky_relu": activation.slope}.get(activation.name)
-    return None if slope is None or slope < 0 else slope
 
 
 def _convolution_backward(

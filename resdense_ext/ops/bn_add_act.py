@@ -13,7 +13,8 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.add_act import fused_slope, kernels_of
+from resdense_ext.ops.activation import activation_of
+from resdense_ext.ops.add_act import fused_number, kernels_of
 from resdense_ext.ops.backend import Affine, Fold
 from resdense_ext.ops.batch_norm import batch_norm
 from resdense_ext.ops.by_reference import by_reference, differentiable
@@ -27,12 +28,12 @@ __all__ = ["bn_add_act"]
 
 class BNAddActFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, weight, bias, identity, identity_weight, identity_bias, norms, folds, slope: float):
+    def forward(ctx, z, weight, bias, identity, identity_weight, identity_bias, norms, folds, number: float):
         projection = (None, None) if folds[1] is None else folds[1].affine[:2]
-        out = kernels_of(z).bn_add_act(z, *folds[0].affine[:2], identity, *projection, slope)
+        out = kernels_of(z).bn_add_act(z, *folds[0].affine[:2], identity, *projection, number)
         shortcut = () if folds[1] is None else (identity, identity_weight, identity_bias)
         ctx.save_for_backward(out, z, weight, bias, *shortcut)
-        ctx.norms, ctx.folds, ctx.slope = norms, folds, slope
+        ctx.norms, ctx.folds, ctx.number = norms, folds, number
         return out
 
     @staticmethod
@@ -41,14 +42,14 @@ class BNAddActFunction(torch.autograd.Function):
         operands = [saved[:3]] + ([saved[3:]] if len(saved) > 3 else [])
         shortcut = (None, None, None)
         if by_reference(grad):
-            g = grad * reference.activation_slope(out.detach(), Activation("leaky_relu", ctx.slope))
+            g = grad * reference.marked_slope(out.detach(), activation_of(ctx.number))
             grads = [_differentiable_gradients(g, *of, norm) for of, norm in zip(operands, ctx.norms)]
         else:
             z, identity = (of[0] for of in (*operands, shortcut)[:2])
             fold, identity_fold = ctx.folds
             center = None if identity_fold is None else identity_fold.mean
             grad = walkable_map(grad, like=out)
-            g, sum_g, *sums = kernels_of(z).bn_add_act_backward(grad, out, z, fold.mean, identity, center, ctx.slope)
+            g, sum_g, *sums = kernels_of(z).bn_add_act_backward(grad, out, z, fold.mean, identity, center, ctx.number)
             # A plain shortcut's gradient is g itself; of a projection g is free for it in the end.
             targets = (g.clone(), g)
             grads = [_gradients(*of, sum_g) for of in zip(targets, operands, ctx.folds, sums)]
@@ -83,14 +84,14 @@ def bn_add_act(
     z: Tensor, norm: BatchNorm, identity: Tensor, identity_norm: Optional[BatchNorm], activation: Activation
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.bn_add_act`."""
-    slope = fused_slope(z, activation)
-    if slope is None:
+    number = fused_number(z, activation)
+    if number is None:
         shortcut = identity if identity_norm is None else batch_norm(identity, identity_norm)
         return reference.add_act(batch_norm(z, norm), shortcut, activation)
     z, identity = walkable_map(z), walkable_map(identity)
     folds = _fold(z, norm), None if identity_norm is None else _fold(identity, identity_norm)
     projection = (None, None) if identity_norm is None else identity_norm[:2]
-    return BNAddActFunction.apply(z, *norm[:2], identity, *projection, (norm, identity_norm), folds, slope)
+    return BNAddActFunction.apply(z, *norm[:2], identity, *projection, (norm, identity_norm), folds, number)
 
 
 @torch.no_grad()

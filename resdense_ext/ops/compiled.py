@@ -9,24 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from resdense_ext.ops.activation import is_slope, number_of
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Pool, accumulation_dtype
 
-__all__ = ["CompiledBackend", "knows", "slope_of"]
+__all__ = ["CompiledBackend"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SLOPES = {"relu": 0.0, "identity": 1.0}
-
-
-def knows(activation: Activation) -> bool:
-    """Whether the operators have it."""
-    return activation.name in (*_SLOPES, "leaky_relu")
-
-
-def slope_of(activation: Activation) -> float:
-    """The negative slope by which the operators know an activation."""
-    return _SLOPES.get(activation.name, activation.slope)
 
 
 class CompiledBackend(ReferenceBackend):
@@ -38,12 +28,16 @@ class CompiledBackend(ReferenceBackend):
     def ends(self):
         return torch.ops.resdense
 
+    def knows(self, activation: Activation) -> bool:
+        """Whether its operators have this activation."""
+        return is_slope(activation)
+
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         # One dtype of statistics must suit both.
         supported = x.dtype in _DTYPES and compute_dtype in _DTYPES
         if not supported or accumulation_dtype(x.dtype) != accumulation_dtype(compute_dtype):
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        if not knows(activation):
+        if not self.knows(activation):
             return f"the activation is {activation.name}"
         return None
 
@@ -96,20 +90,20 @@ class CompiledBackend(ReferenceBackend):
     def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
         out = torch.empty_like(x) if out is None else out
         increment_version(out)
-        torch.ops.resdense.bn_act(x, affine.scale, affine.shift, slope_of(affine.activation), out)
+        torch.ops.resdense.bn_act(x, affine.scale, affine.shift, number_of(affine.activation), out)
         return out
 
     def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift, activation = affine
         increment_version(grad)
-        return torch.ops.resdense.bn_act_backward(grad, x, scale, shift, center, slope_of(activation))
+        return torch.ops.resdense.bn_act_backward(grad, x, scale, shift, center, number_of(activation))
 
     def bn_act_backward_accumulate(
         self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
     ) -> tuple[Tensor, Tensor]:
         scale, shift, activation = affine
         increment_version(out)
-        return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, slope_of(activation))
+        return torch.ops.resdense.bn_act_backward_accumulate(out, grad, x, scale, shift, center, number_of(activation))
 
     def pending_grad_(self, pending: Pending) -> Tensor:
         increment_version(pending.dy)
@@ -118,12 +112,12 @@ class CompiledBackend(ReferenceBackend):
 
     def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
         scale, shift, activation = affine
-        return run_pool(torch.ops.resdense, x, scale, shift, slope_of(activation), pool)
+        return run_pool(torch.ops.resdense, x, scale, shift, number_of(activation), pool)
 
     def bn_act_pool_backward(
         self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
     ) -> ConvGrads:
         scale, shift, activation = fold.affine
-        vectors = (scale, shift, fold.mean, slope_of(activation))
+        vectors = (scale, shift, fold.mean, number_of(activation))
         dy, sums = run_pool_backward(torch.ops.resdense, grad, taps, x, vectors, pool, into)
         return self._grads(x, fold, None, None, dy, into, *sums)

@@ -1,8 +1,7 @@
 """The CPU backend: the bandwidth-bound primitives in C++ (``csrc/cpu``), other convolutions through the framework.
 
 A convolution's input is activated tile by tile in the cache where it is 1x1 or goes by Winograd's algorithm, for any other some
-samples at a time, which the framework's convolution reads. Activations that the operators do not know are the framework's, behind the norm as an operator;
-such an input goes to the framework's convolution whatever the kernel size, and whole to its pools.
+samples at a time, which the framework's convolution reads.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch.autograd.graph import increment_version
 
 from resdense_ext import reference
 from resdense_ext.ops import _library
-from resdense_ext.ops.activation import LINEAR, activate_, activation_backward
+from resdense_ext.ops.activation import number_of
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
-from resdense_ext.ops.compiled import CompiledBackend, knows, slope_of
+from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import map_beside, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
@@ -58,18 +57,11 @@ def _suits_winograd(x: Tensor, conv: Conv) -> bool:
     )
 
 
-def _operator(x: Tensor, affine: Optional[Affine], conv: Conv) -> Optional[Callable]:
+def _operator(x: Tensor, conv: Conv) -> Optional[Callable]:
     """That of ours for the convolution of an activation, if there is one."""
-    if affine is not None and not knows(affine.activation):
-        return None
     if is_matrix_product(conv):
         return torch.ops.resdense.bn_act_conv1x1
     return torch.ops.resdense.bn_act_winograd if _suits_winograd(x, conv) else None
-
-
-def _linear(affine: Affine) -> Affine:
-    """The norm alone."""
-    return affine._replace(activation=LINEAR)
 
 
 class _Ends:
@@ -100,9 +92,14 @@ class CpuBackend(CompiledBackend):
             return f"the input is on {x.device.type}"
         if x.dtype != compute_dtype:
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        if knows(activation) or x.dtype not in (torch.float32, torch.float64):
-            return super().refusal(x, compute_dtype, activation)
-        return None
+        return super().refusal(x, compute_dtype, activation)
+
+    def knows(self, activation: Activation) -> bool:
+        return True
+
+    def end_number(self, activation: Activation) -> Optional[float]:
+        number = number_of(activation)
+        return None if number < 0 else number
 
     def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
         """Of a bottleneck so many samples that every thread's share of an activation stays in its cache, but not fewer values than
@@ -115,50 +112,6 @@ class CpuBackend(CompiledBackend):
         size = max(1, values // max(x[0].numel(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)]
 
-    def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
-        if knows(affine.activation):
-            return super().bn_act(x, affine, out)
-        return activate_(super().bn_act(x, _linear(affine), out), affine.activation)
-
-    def bn_act_backward(self, grad: Tensor, x: Tensor, affine: Affine, center: Tensor) -> tuple[Tensor, Tensor]:
-        if knows(affine.activation):
-            return super().bn_act_backward(grad, x, affine, center)
-        return super().bn_act_backward(grad.copy_(self._masked(grad, x, affine)), x, _linear(affine), center)
-
-    def bn_act_backward_accumulate(
-        self, out: Tensor, grad: Tensor, x: Tensor, affine: Affine, center: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if knows(affine.activation):
-            return super().bn_act_backward_accumulate(out, grad, x, affine, center)
-        return super().bn_act_backward_accumulate(out, self._masked(grad, x, affine), x, _linear(affine), center)
-
-    def _masked(self, grad: Tensor, x: Tensor, affine: Affine) -> Tensor:
-        mark = affine if reference.determined(affine.activation) else _linear(affine)
-        return activation_backward(grad, self.bn_act(x, mark), affine.activation)
-
-    def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
-        backend = CompiledBackend if knows(affine.activation) else ReferenceBackend
-        return backend.bn_act_pool(self, x, affine, pool)
-
-    def bn_act_pool_backward(
-        self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
-    ) -> ConvGrads:
-        backend = CompiledBackend if knows(fold.affine.activation) else ReferenceBackend
-        return backend.bn_act_pool_backward(self, grad, taps, x, fold, pool, into)
-
-    def bn_add_act(
-        self, z: Tensor, affine: Affine, identity: Tensor, identity_affine: Optional[Affine], activation: Activation
-    ) -> Tensor:
-        if knows(activation) or identity.dtype != z.dtype:
-            return super().bn_add_act(z, affine, identity, identity_affine, activation)
-        return activate_(super().bn_add_act(z, affine, identity, identity_affine, LINEAR), activation)
-
-    def bn_add_act_backward(self, grad: Tensor, mark: Tensor, z: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *centers, activation = rest
-        if not knows(activation) and grad.dtype == z.dtype:
-            grad, activation = activation_backward(grad, mark, activation), LINEAR
-        return super().bn_add_act_backward(grad, mark, z, *centers, activation)
-
     def bn_act_conv(
         self,
         x: Tensor,
@@ -170,20 +123,20 @@ class CpuBackend(CompiledBackend):
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
     ) -> Optional[Fold]:
-        op = None if mask is not None else _operator(x, affine, conv)
+        op = None if mask is not None else _operator(x, conv)
         if op is None:
             return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
         weight = conv.weight.flatten(1) if is_matrix_product(conv) else conv.weight
         scale, shift, activation = affine or Fold.linear(x).affine
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
         increment_version((out, *(stats or ())))
-        op(x, scale, shift, slope_of(activation), weight, bias, out, *(stats or (None, None)))
+        op(x, scale, shift, number_of(activation), weight, bias, out, *(stats or (None, None)))
         return self._folded_reader(out, stats, reader, activation)
 
     def convolved(
         self, x: Tensor, affine: Optional[Affine], conv: Conv, reader: Optional[BatchNorm]
     ) -> tuple[Tensor, Stats]:
-        if _operator(x, affine, conv) is not None or len(self.chunks(x, conv)) > 1:
+        if _operator(x, conv) is not None or len(self.chunks(x, conv)) > 1:
             return super().convolved(x, affine, conv, reader)
         # What the framework's convolution makes is new memory.
         z = reference.convolution(x if affine is None else self.bn_act(x, affine), conv)
@@ -203,9 +156,9 @@ class CpuBackend(CompiledBackend):
     ) -> ConvGrads:
         # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
         prologue = fold or Fold.linear(x)
-        fused = isinstance(grad, Pending) and conv.bias is None and knows(prologue.affine.activation)
+        fused = isinstance(grad, Pending) and conv.bias is None
         scale, shift, activation = prologue.affine
-        vectors = scale, shift, prologue.mean, slope_of(activation)
+        vectors = scale, shift, prologue.mean, number_of(activation)
         if fused and is_matrix_product(conv):
             dy = torch.empty_like(x) if into is None else into.dy
             weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
@@ -224,7 +177,7 @@ class CpuBackend(CompiledBackend):
         return self._grads(x, fold, weight, None, dy, into, *sums)
 
     def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
-        if conv.groups != 1 or x.dtype != conv.weight.dtype or not knows(activation):
+        if conv.groups != 1 or x.dtype != conv.weight.dtype:
             return False
         if x.dtype == torch.bfloat16:
             outputs, inputs = conv.weight.shape[:2]
@@ -235,7 +188,7 @@ class CpuBackend(CompiledBackend):
     def moments(self, x: Tensor, affine: Affine, near: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of what a convolution reads, and with the gradient of what it writes: the mean less ``near`` ``[C]``, a point near it,
         in float64, R, ``1^T g`` in float64 and ``G``."""
-        return torch.ops.resdense.conv1x1_moments(x, *affine[:2], slope_of(affine.activation), near, g)
+        return torch.ops.resdense.conv1x1_moments(x, *affine[:2], number_of(affine.activation), near, g)
 
     def terms_of_moments(
         self, rest: Tensor, R: Tensor, sum_g: Tensor, G: Tensor, weight: Tensor, fold: Fold, need_weight: bool
@@ -263,7 +216,7 @@ class CpuBackend(CompiledBackend):
         scale, shift, activation = fold.affine
         increment_version(out)
         return torch.ops.resdense.conv1x1_moments_backward(
-            x, scale, shift, fold.mean, slope_of(activation), g, weight, products, near, offset, out, accumulate
+            x, scale, shift, fold.mean, number_of(activation), g, weight, products, near, offset, out, accumulate
         )
 
 

@@ -6,7 +6,8 @@ import torch
 
 from resdense_ext import reference
 from resdense_ext.ops._library import CPU_LIBRARY, LIBRARY
-from resdense_ext.reference import Activation, Conv, accumulation_dtype
+from resdense_ext.ops.activation import activation_backward, activation_of
+from resdense_ext.reference import Conv, accumulation_dtype
 
 __all__: list[str] = []
 
@@ -35,23 +36,23 @@ def _bn_correction(sum_dy, sum_dy_xc, scale, mean, rstd, count, beta, delta, acc
     return torch.empty_like(mean)
 
 
-def _bn_act(x, scale, shift, negative_slope, out):
+def _bn_act(x, scale, shift, activation, out):
     return None
 
 
-def _bn_act_sums(grad, x, scale, shift, center, negative_slope):
+def _bn_act_sums(grad, x, scale, shift, center, activation):
     return _vectors(x, x.shape[1])
 
 
-def _bn_act_backward(grad, x, scale, shift, center, negative_slope):
+def _bn_act_backward(grad, x, scale, shift, center, activation):
     return _vectors(x, x.shape[1])
 
 
-def _bn_act_backward_accumulate(out, grad, x, scale, shift, center, negative_slope):
+def _bn_act_backward_accumulate(out, grad, x, scale, shift, center, activation):
     return _vectors(x, x.shape[1])
 
 
-def _pending_grad(dy, z, alpha, beta, delta, shift=None, negative_slope=1.0):
+def _pending_grad(dy, z, alpha, beta, delta, shift=None, activation=1.0):
     return None
 
 
@@ -63,19 +64,19 @@ def _copy_map(x, out):
     return None
 
 
-def _bn_act_conv1x1(x, scale, shift, negative_slope, weight, bias, out, mean, m2):
+def _bn_act_conv1x1(x, scale, shift, activation, weight, bias, out, mean, m2):
     return None
 
 
 def _bn_act_conv1x1_backward(
-    x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
+    x, scale, shift, center, activation, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
 ):
     outputs, inputs = weight.shape
     dweight = weight.new_empty((outputs if need_weight else 0, inputs), dtype=accumulation_dtype(weight.dtype))
     return dweight, *_vectors(x, inputs)
 
 
-def _conv1x1_moments(x, scale, shift, negative_slope, near, grad):
+def _conv1x1_moments(x, scale, shift, activation, near, grad):
     inputs, outputs = x.shape[1], grad.shape[1]
     rest, sum_grad = (x.new_empty(channels, dtype=torch.float64) for channels in (inputs, outputs))
     products, grad_products = (x.new_empty((n, inputs), dtype=accumulation_dtype(x.dtype)) for n in (inputs, outputs))
@@ -90,32 +91,32 @@ def _conv1x1_moments_terms(rest, products, sum_grad, grad_products, weight, scal
 
 
 def _conv1x1_moments_backward(
-    x, scale, shift, center, negative_slope, grad, weight, products, near, offset, out, accumulate
+    x, scale, shift, center, activation, grad, weight, products, near, offset, out, accumulate
 ):
     return _vectors(x, x.shape[1])
 
 
-def _bn_act_winograd(x, scale, shift, negative_slope, weight, bias, out, mean, m2):
+def _bn_act_winograd(x, scale, shift, activation, weight, bias, out, mean, m2):
     return None
 
 
 def _bn_act_winograd_backward(
-    x, scale, shift, center, negative_slope, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
+    x, scale, shift, center, activation, weight, dy, z, alpha, beta, delta, out, accumulate, need_weight
 ):
     outputs, inputs = weight.shape[:2]
     return weight.new_empty((outputs if need_weight else 0, 3, 3, inputs), dtype=torch.float32), *_vectors(x, inputs)
 
 
-def _bn_act_conv3x3(x, scale, shift, negative_slope, weight, out, mean, m2):
+def _bn_act_conv3x3(x, scale, shift, activation, weight, out, mean, m2):
     return None
 
 
-def _bn_act_conv(x, scale, shift, negative_slope, weight, bias, stride, padding, dilation, groups, fuse, scratch, out, mean, m2):
+def _bn_act_conv(x, scale, shift, activation, weight, bias, stride, padding, dilation, groups, fuse, scratch, out, mean, m2):
     return None
 
 
 def _bn_act_conv_backward(
-    x, scale, shift, center, rstd, count, negative_slope, weight, stride, padding, dilation, groups, fuse, scratch,
+    x, scale, shift, center, rstd, count, activation, weight, stride, padding, dilation, groups, fuse, scratch,
     grad, z, alpha, beta, delta, out, out_beta, out_delta, finish, need_weight, need_bias,
 ):  # fmt: skip
     norm = _vectors(x, x.shape[1], 4) if scale is not None else (None,) * 4
@@ -125,35 +126,35 @@ def _bn_act_conv_backward(
     return torch.empty_like(x) if out is None else None, *correction, dweight, dbias, *norm[:2]
 
 
-def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, negative_slope):
+def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, activation):
     return x.new_empty((grad.shape[1], x.shape[1]), dtype=accumulation_dtype(x.dtype))
 
 
-def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, activation, weight, out, accumulate):
     return _vectors(x, x.shape[1])
 
 
-def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, negative_slope):
+def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, activation):
     return x.new_empty((grad.shape[1], 3, 3, x.shape[1]), dtype=accumulation_dtype(x.dtype))
 
 
-def _bn_act_conv3x3_data_backward(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+def _bn_act_conv3x3_data_backward(grad, x, scale, shift, center, activation, weight, out, accumulate):
     return _vectors(x, x.shape[1])
 
 
-def _add_act(x, y, negative_slope):
+def _add_act(x, y, activation):
     return torch.empty_like(x)
 
 
-def _add_act_backward(grad, out, negative_slope):
+def _add_act_backward(grad, out, activation):
     return torch.empty_like(out)
 
 
-def _bn_add_act(z, scale, shift, identity, identity_scale, identity_shift, negative_slope):
+def _bn_add_act(z, scale, shift, identity, identity_scale, identity_shift, activation):
     return torch.empty_like(z)
 
 
-def _bn_add_act_backward(grad, out, z, center, identity, identity_center, negative_slope):
+def _bn_add_act_backward(grad, out, z, center, identity, identity_center, activation):
     sums = _vectors(z, z.shape[1])
     return torch.empty_like(out), *sums, *_vectors(z, 0 if identity is None else z.shape[1], 1)
 
@@ -164,58 +165,56 @@ def _copy_map_cpu(x, out):
     out.copy_(x)
 
 
-def _bn_act_conv3x3_cpu(x, scale, shift, negative_slope, weight, out, mean, m2):
-    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+def _bn_act_conv3x3_cpu(x, scale, shift, activation, weight, out, mean, m2):
+    activated = reference.apply_pending(x, scale, shift, activation_of(activation))
     out.copy_(reference.convolution(activated, Conv(weight, padding=(1, 1))))
     if mean is not None:
         for to, found in zip((mean, m2), reference.channel_stats(out)):
             to.copy_(found)
 
 
-def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, negative_slope):
-    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, activation):
+    activated = reference.apply_pending(x, scale, shift, activation_of(activation))
     grad, activated = (t.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1) for t in (grad, activated))
     return grad @ activated.T
 
 
-def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, activation, weight, out, accumulate):
     wide = accumulation_dtype(x.dtype)
     product = torch.einsum("nk...,kc->nc...", grad.to(wide), weight.to(wide))
-    return _masked(product, x, scale, shift, center, negative_slope, out, accumulate)
+    return _masked(product, x, scale, shift, center, activation, out, accumulate)
 
 
-def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, negative_slope):
-    activated = reference.apply_pending(x, scale, shift, Activation("leaky_relu", negative_slope))
+def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, activation):
+    activated = reference.apply_pending(x, scale, shift, activation_of(activation))
     grad, activated = (t.to(accumulation_dtype(x.dtype)) for t in (grad, activated))
     sizes = grad.shape[1], x.shape[1], 3, 3
     return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).contiguous()
 
 
-def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, negative_slope, weight, out, accumulate):
+def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, activation, weight, out, accumulate):
     wide = accumulation_dtype(x.dtype)
     product = torch.nn.functional.conv_transpose2d(grad.to(wide), weight.to(wide), padding=1)
-    return _masked(product, x, scale, shift, center, negative_slope, out, accumulate)
+    return _masked(product, x, scale, shift, center, activation, out, accumulate)
 
 
-def _masked(product, x, scale, shift, center, negative_slope, out, accumulate):
-    dy, wide = product, product.dtype
+def _masked(product, x, scale, shift, center, activation, out, accumulate):
+    wide = product.dtype
     scale, shift, center = (reference.per_channel(v, x) for v in (scale, shift, center))
     y = scale * x.to(wide) + shift
-    # Behind a ReLU that stops it even an infinite gradient is 0.
-    dy = torch.where(y <= 0, 0, dy) if negative_slope == 0 else torch.where(y > 0, dy, negative_slope * dy)
+    dy = activation_backward(product, y, activation_of(activation))
     out.copy_(out.to(wide) + scale * dy if accumulate else dy)
     positions = [d for d in range(x.dim()) if d != 1]
     return dy.sum(positions), (dy * (x.to(wide) - center)).sum(positions)
 
 
-def _add_act_cpu(x, y, negative_slope):
-    return reference.add_act(x, y, Activation("leaky_relu", negative_slope))
+def _add_act_cpu(x, y, activation):
+    return reference.add_act(x, y, activation_of(activation))
 
 
-def _add_act_backward_cpu(grad, out, negative_slope):
-    if negative_slope == 0:  # then even an infinite gradient is 0
-        return torch.ops.aten.threshold_backward(grad, out, 0)
-    return torch.ops.aten.leaky_relu_backward(grad, out, negative_slope, True)
+def _add_act_backward_cpu(grad, out, activation):
+    dx = activation_backward(grad, out, activation_of(activation))
+    return dx.clone() if dx is grad else dx
 
 
 if CPU_LIBRARY is None:  # else there are no such operators

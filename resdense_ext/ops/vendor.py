@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from resdense_ext.ops.activation import number_of
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
-from resdense_ext.ops.compiled import slope_of
 from resdense_ext.ops.out_of_memory import told
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -64,7 +64,7 @@ class VendorBackend(ReferenceBackend):
         geometry = (conv.steps, padding, dilation, groups, self.fuses(x), SCRATCH)
         increment_version((out, *(stats or ())))
         found = (None, None) if stats is None or mask is not None else stats
-        told(torch.ops.resdense.bn_act_conv, x, scale, shift, slope_of(activation), weight, bias, *geometry, out, *found)
+        told(torch.ops.resdense.bn_act_conv, x, scale, shift, number_of(activation), weight, bias, *geometry, out, *found)
         if mask is not None:
             out.mul_(mask).mul_(mask_scale)
             if stats is not None:
@@ -88,7 +88,7 @@ class VendorBackend(ReferenceBackend):
         weight, bias, padding, dilation, groups, _ = conv
         dy, *correction, dweight, dbias, dgamma, dbeta = told(
             torch.ops.resdense.bn_act_conv_backward,
-            *(x, scale, shift, center, rstd, math.inf if count is None else count, slope_of(activation)),
+            *(x, scale, shift, center, rstd, math.inf if count is None else count, number_of(activation)),
             *(weight, conv.steps, padding, dilation, groups, self.fuses(x), SCRATCH),
             *(grad if isinstance(grad, Pending) else (grad, None, None, None, None)),
             *(out, beta, delta, finish, need_weight, need_weight and bias is not None),

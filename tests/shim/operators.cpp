@@ -31,64 +31,64 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def(
       "bn_correction(Tensor sum_dy, Tensor sum_dy_xc, Tensor scale, Tensor mean, Tensor rstd, float count, Tensor(a!) beta, "
       "Tensor(b!) delta, bool accumulate) -> Tensor dgamma");
-  m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor(a!) out) -> ()");
+  m.def("bn_act(Tensor x, Tensor scale, Tensor shift, float activation, Tensor(a!) out) -> ()");
   m.def(
-      "bn_act_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
+      "bn_act_sums(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
-      "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope) "
+      "bn_act_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "bn_act_backward_accumulate(Tensor(a!) out, Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
-      "float negative_slope) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+      "float activation) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def(
-      "bn_act_avg_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+      "bn_act_avg_pool(Tensor x, Tensor scale, Tensor shift, float activation, int[] kernel_size, int[] stride, "
       "int[] padding, Tensor(a!) out) -> ()");
   m.def(
-      "bn_act_avg_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "bn_act_avg_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
       "int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
-      "bn_act_max_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope, int[] kernel_size, int[] stride, "
+      "bn_act_max_pool(Tensor x, Tensor scale, Tensor shift, float activation, int[] kernel_size, int[] stride, "
       "int[] padding, Tensor(a!) out, Tensor(b!) taps) -> ()");
   m.def(
       "bn_act_max_pool_backward(Tensor grad, Tensor taps, Tensor x, Tensor scale, Tensor shift, Tensor center, "
-      "float negative_slope, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
+      "float activation, int[] kernel_size, int[] stride, int[] padding, Tensor(a!) out, bool accumulate) "
       "-> (Tensor sum_dy, Tensor sum_dy_xc)");
-  m.def("bn_act_global_pool(Tensor x, Tensor scale, Tensor shift, float negative_slope) -> Tensor");
+  m.def("bn_act_global_pool(Tensor x, Tensor scale, Tensor shift, float activation) -> Tensor");
   m.def(
       "bn_act_global_pool_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
-      "float negative_slope, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+      "float activation, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
-      "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor? bias, "
+      "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor? bias, "
       "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
-      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float negative_slope, Tensor weight, Tensor(a!) out, "
+      "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
       "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
   m.def(
-      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
+      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
       "-> Tensor dweight");
   m.def(
-      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
       "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
-      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float negative_slope) "
+      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
       "-> Tensor dweight");
   m.def(
-      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float negative_slope, "
+      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
       "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
-  m.def("add_act(Tensor x, Tensor y, float negative_slope) -> Tensor");
-  m.def("add_act_backward(Tensor grad, Tensor out, float negative_slope) -> Tensor");
+  m.def("add_act(Tensor x, Tensor y, float activation) -> Tensor");
+  m.def("add_act_backward(Tensor grad, Tensor out, float activation) -> Tensor");
   m.def(
       "bn_add_act(Tensor z, Tensor scale, Tensor shift, Tensor identity, Tensor? identity_scale, "
-      "Tensor? identity_shift, float negative_slope) -> Tensor");
+      "Tensor? identity_shift, float activation) -> Tensor");
   m.def(
       "bn_add_act_backward(Tensor grad, Tensor out, Tensor z, Tensor center, Tensor? identity, Tensor? identity_center, "
-      "float negative_slope) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)");
+      "float activation) -> (Tensor g, Tensor sum_g, Tensor sum_g_zc, Tensor sum_g_ic)");
   m.def(
       "pending_grad(Tensor(a!) dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor? shift=None, "
-      "float negative_slope=1.0) -> ()");
+      "float activation=1.0) -> ()");
   m.def("finished_grad(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor");
 }
 
