@@ -54,7 +54,8 @@ class Launch {
       const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
       RESDENSE_CHECK(bytes <= most, "resdense: expected a GPU with ", bytes, " bytes of shared memory a block, got ",
                      most);
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+      // Always the same, as another thread may be about to launch the kernel with more.
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     }
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
