@@ -36,6 +36,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 TARGET_TORCH = (2, 11)
 DEFAULT_ARCHS = ["80", "90", "100"]
+LEAST_ARCH = 80  # whose instructions the kernels use
 ARCH_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
 CUDA = "resdense_ext._cuda"
 
@@ -98,7 +99,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Such as ["80", "90", "100+PTX"]."""
+    """Such as ["80", "90", "100+PTX"]; those that are too old for the kernels are left out."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not wanted:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
@@ -111,7 +112,8 @@ def cuda_archs(nvcc: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
         if not match:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 10.0+PTX, got {arch!r}")
-        archs.append("".join(part or "" for part in match.groups()))
+        if int(match[1] + match[2]) >= LEAST_ARCH:
+            archs.append("".join(part or "" for part in match.groups()))
     return list(dict.fromkeys(archs))
 
 
@@ -160,7 +162,9 @@ def plan() -> Plan:
     else:
         result.archs = cuda_archs(nvcc)
         if not result.archs:
-            result.no_cuda = f"nvcc {result.nvcc_version} knows none of sm_{', sm_'.join(DEFAULT_ARCHS)}"
+            known = f"nvcc {result.nvcc_version} knows none of sm_{', sm_'.join(DEFAULT_ARCHS)}"
+            wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+            result.no_cuda = f"TORCH_CUDA_ARCH_LIST names none from sm_{LEAST_ARCH} on: {wanted}" if wanted else known
     if forced and result.no_cuda:
         raise BuildError(f"RESDENSE_FORCE_CUDA is set, but the CUDA library cannot be built: {result.no_cuda}")
     return result

@@ -265,6 +265,9 @@ def test_cuda_architectures(setup_script, monkeypatch):
 
     assert archs("8.0;9.0a 10.0+PTX") == ["80", "90a", "100+PTX"]
     assert archs("Hopper+PTX, 8.6;8.6") == ["90+PTX", "86"]
+    # As containers for many GPUs have it.
+    assert archs("7.0 7.5 8.0 9.0 12.0+PTX") == ["80", "90", "120+PTX"]
+    assert archs("7.5+PTX") == []
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected entries such as 8.0.* got 'sm_90'"):
         archs("sm_90")
 
