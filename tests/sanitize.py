@@ -1,4 +1,4 @@
-"""The checks of the CUDA operators on a GPU, on the first of their cases, for compute-sanitizer."""
+"""The checks of the CUDA operators on a GPU, on few of their cases, for compute-sanitizer."""
 
 import sys
 from itertools import islice
@@ -7,26 +7,19 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import cuda_cases
-import cuda_conv1x1_cases
-import cuda_conv1x1_data_cases
-import cuda_conv1x1_weight_cases
-import cuda_conv3x3_data_cases
-import cuda_conv3x3_weight_cases
-import cuda_conv_cases
+from test_cuda import MODULES
 
 import resdense_ext  # noqa: F401
 
-# Where most can go wrong comes first, as time may be up: what copies, multiplies and meets at barriers. A GPU has large tiles for
-# the large cases alone.
-convolutions = (
-    *(cuda_conv_cases, cuda_conv1x1_cases, cuda_conv1x1_data_cases, cuda_conv1x1_weight_cases),
-    *(cuda_conv3x3_data_cases, cuda_conv3x3_weight_cases),
-)
-for module in convolutions:
-    module.GPU_CASES = module.GPU_CASES[:1]
-every_case = cuda_cases.cases
-cuda_cases.cases = lambda: islice(every_case(), 0, None, 5)
-for check in (*(module.CHECKS[0] for module in convolutions), *cuda_cases.CHECKS):
+for module in MODULES:
+    if hasattr(module, "GPU_CASES"):
+        module.GPU_CASES = module.GPU_CASES[:1]
+    else:
+        module.cases = lambda cases=module.cases: islice(cases(), 0, None, 17)
+# The convolutions' first, whose kernels share most; and of these each at least once, before the time is up.
+convolutions = [module.CHECKS for module in MODULES if hasattr(module, "GPU_CASES")]
+others = [module.CHECKS for module in MODULES if not hasattr(module, "GPU_CASES")]
+of_all = [check for checks in convolutions for check in checks[:1]], *(checks[1:] for checks in convolutions), *others
+for check in (check for checks in of_all for check in checks):
     check(torch.ops.resdense, "cuda")
     print(check.__name__, "passed", flush=True)
