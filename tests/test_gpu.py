@@ -180,6 +180,22 @@ def test_a_network_as_graphed_callables(backend, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_compiled_network_computes_the_same(policy, monkeypatch):
+    """In one graph, in which the backend is chosen as well."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    net, x, target, _ = training(policy)
+    torch.compiler.reset()
+
+    def gradients(call):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(call(x).float(), target)
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    compiled = gradients(torch.compile(net, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(ours, eager) for ours, eager in zip(compiled, gradients(net)))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_host_never_waits(backend, policy):
     net, x, target, optimizer = training(policy)
     step(net, x, target, optimizer)  # compiles

@@ -13,7 +13,6 @@ from torch import Tensor
 from resdense_ext.ops import _library
 from resdense_ext.ops.backend import register
 from resdense_ext.ops.compiled import CompiledBackend
-from resdense_ext.ops.out_of_memory import watch
 from resdense_ext.ops.triton import MomentsBackend, architecture_refusal
 from resdense_ext.ops.vendor import VendorBackend
 from resdense_ext.reference import Activation
@@ -29,7 +28,6 @@ class CudaBackend(CompiledBackend, MomentsBackend, VendorBackend):
             return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
         if not x.is_cuda:
             return f"the input is on {x.device.type}"
-        watch()
         return architecture_refusal(x.device) or super().refusal(x, compute_dtype, activation)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["told", "watch"]
+__all__ = ["told"]
 
 _shortages: list[str] = []
 """What every shortage of a GPU's memory so far was."""
@@ -20,7 +20,7 @@ def _note(device: int, requested: int, total: int, free: int) -> None:
 
 
 @functools.cache
-def watch() -> None:
+def _watch() -> None:
     """Has the CUDA allocator say when it runs short, from now on; an allocator that is not PyTorch's own cannot."""
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is None:
@@ -35,9 +35,11 @@ def told(operator: Callable, *args: Any) -> Any:
     """``operator(*args)``.
 
     Raises:
-        torch.OutOfMemoryError: memory ran out in it, see `watch`.
+        torch.OutOfMemoryError: memory ran out in it, see `_watch`.
         RuntimeError: anything else.
     """
+    if torch.cuda.is_initialized():
+        _watch()
     before = len(_shortages)
     try:
         return operator(*args)
