@@ -760,7 +760,7 @@ class TestBackendChoice:
 
     def test_old_gpus_are_refused(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        refusal = architecture_refusal.__wrapped__(torch.device("cuda:1"))
+        refusal = architecture_refusal(torch.device("cuda:1"))
         assert refusal == "cuda:1 is sm_75, and the kernels are for sm_80 and later"
 
     @built

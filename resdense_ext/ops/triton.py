@@ -40,7 +40,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def architecture_refusal(device: torch.device) -> Optional[str]:
     """Why kernels do not run on this GPU; None where they do."""
     major, minor = torch.cuda.get_device_capability(device)
