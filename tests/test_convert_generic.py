@@ -234,6 +234,11 @@ class Wrapped(nn.Module):
         super().__init__()
         self.layers = S.NewMapsOnly(depth=3).layers
         self.calls = 0
+        self.kept = {"calls": [], "layers": list(self.layers), "method": self.count}
+
+    def count(self):
+        self.calls += 1
+        return self.calls
 
     def maps(self, x):
         for layer in self.layers:
@@ -273,6 +278,18 @@ class Refused:
     def counts(self, x):
         self.calls += 1
         return self.maps(x) * self.calls
+
+    def counts_in_a_list(self, x):
+        self.kept["calls"].append(1)
+        return self.maps(x) * len(self.kept["calls"])
+
+    def counts_by_a_method_that_it_keeps(self, x):
+        return self.maps(x) * self.kept["method"]()
+
+    def asks_which_layer_it_is(self, x):
+        for layer in self.kept["layers"]:
+            x = torch.cat([x, layer(x) if layer is self.layers[1] else layer(x) * 2], 1)
+        return x
 
     def without_gradient(self, x):
         with torch.no_grad():
@@ -333,6 +350,8 @@ REASONS = {
     "by_value": "depends on values",
     "by_chance": "draws random numbers",
     "counts": "sets attributes",
+    "counts_in_a_list": "sets attributes",
+    "counts_by_a_method_that_it_keeps": "sets attributes",
     "without_gradient": "changes a mode of autograd",
     "asks_for_gradients": "recognised no dense or residual block",
     "made_a_tensor_by_a_function_in_c": "asks for the type of x",
@@ -360,7 +379,7 @@ def test_left_alone_with_the_reason(name, engine):
         warnings.simplefilter("always")
         rd.convert(model)
     assert re.search(REASONS[name], str([*left_in(model), *(each.message for each in given)]))
-    assert model.calls == 0
+    assert model.calls == 0 and not model.kept["calls"]
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same(dict(model.state_dict()), dict(state), tolerance=0)
     # A convolution behind norm and activation may be on an engine, by itself.

@@ -211,14 +211,26 @@ class _Tracer(fx.Tracer):
     def _shadow(self, module: nn.Module) -> nn.Module:
         """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
         if module not in self.shadows:
-            twin = type(module).__new__(type(module))
-            # Its lists and dicts are its own, too; what these hold is shared.
-            containers = (list, dict, set, OrderedDict)
-            twin.__dict__ = {k: v.copy() if type(v) in containers else v for k, v in module.__dict__.items()}
-            self.shadows[module] = twin
-            children = module._modules.items()
-            twin._modules = {name: None if child is None else self._shadow(child) for name, child in children}
+            twin = self.shadows[module] = type(module).__new__(type(module))
+            twin.__dict__ = {name: self._own(value) for name, value in module.__dict__.items()}
+            twin._modules = {name: self._own(child) for name, child in module._modules.items()}
         return self.shadows[module]
+
+    def _own(self, value: Any, depth: int = 4) -> Any:
+        """What a twin has where the module has this: lists and dicts of its own, and twins, their methods too, for modules."""
+        if isinstance(value, nn.Module):
+            return self._shadow(value) if id(value) in self._paths else value
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, self._own(value.__self__, 0))
+        if isinstance(value, functools.partial):
+            return type(value)(self._own(value.func), *value.args, **value.keywords)
+        if depth == 0:
+            return value
+        if type(value) in (list, tuple, set):
+            return type(value)(self._own(v, depth - 1) for v in value)
+        if type(value) in (dict, OrderedDict):
+            return type(value)((name, self._own(v, depth - 1)) for name, v in value.items())
+        return value
 
     def blame(self, error: Exception) -> tuple[str, str]:
         """The path of the innermost container in which the error arose, and what it says."""
