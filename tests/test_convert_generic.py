@@ -409,6 +409,23 @@ def test_what_does_not_trace_is_named_and_looked_into(policy, engine):
     assert "left stock: Outer: its forward depends on values" in str(report)
 
 
+def test_a_graph_module_is_named_and_runs_by_the_trace_of_what_calls_it(policy, engine):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = torch.fx.symbolic_trace(S.GrowingList())
+
+        def forward(self, x):
+            return self.graph(x)
+
+    with pytest.warns(UserWarning, match="is a torch.fx.GraphModule.*convert a module that calls it"):
+        rd.convert(torch.fx.symbolic_trace(S.GrowingList()))
+    stock, x = S.stranger(Outer), images(2, 8, 5, 4)
+    model = copy.deepcopy(rd.convert(copy.deepcopy(stock), policy))
+    assert_same(steps(model, x), steps(stock, x))
+    assert engine == [policy]
+
+
 @pytest.mark.filterwarnings("ignore:resdense_ext.convert recognised")
 @pytest.mark.parametrize("name", [name for name in vars(Refused) if name[0] != "_"])
 def test_never_wrong(name):

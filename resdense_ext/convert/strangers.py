@@ -9,7 +9,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.convert.classes import Converted, converted_class
@@ -151,6 +151,8 @@ class _Walk:
         try:
             if "forward" in module.__dict__:
                 raise Untraceable("has a forward of its own")
+            if isinstance(module, fx.GraphModule):
+                raise Untraceable("is a torch.fx.GraphModule, whose class is its own: convert a module that calls it")
             traced = trace(module, self.refused)
             matches, reasons = find(traced)
         except Untraceable as untraceable:
@@ -183,6 +185,8 @@ class _Walk:
             owner = root.get_submodule(inner)
             if isinstance(owner, Stranger):
                 return
+            if isinstance(owner, fx.GraphModule):
+                continue
             stock = type(owner)
             owner.__class__ = converted_class(Stranger, stock)
             owner.resdense_policy = self.policy

@@ -211,7 +211,8 @@ class _Tracer(fx.Tracer):
     def _shadow(self, module: nn.Module) -> nn.Module:
         """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
         if module not in self.shadows:
-            twin = self.shadows[module] = type(module).__new__(type(module))
+            # Of a torch.fx.GraphModule, `type(module).__new__` would make a class that has no forward yet.
+            twin = self.shadows[module] = object.__new__(type(module))
             twin.__dict__ = {name: self._own(value) for name, value in module.__dict__.items()}
             twin._modules = {name: self._own(child) for name, child in module._modules.items()}
         return self.shadows[module]
