@@ -164,6 +164,19 @@ def test_a_pool_in_the_shortcut(policy, engine):
 
 
 @pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("one, planes", [("conv2", 8), ("conv2", 12), ("project", 12)])
+def test_an_addition_of_one_position_to_all(one, planes, policy, engine):
+    """A convolution as large as the map leaves one; on larger maps, two, the sides do not fit in stock either."""
+    stock, x = S.stranger(S.PreActivation, channels=8, planes=planes, stride=1), images(2, 8, 5, 5)
+    setattr(stock, one, nn.Conv2d(getattr(stock, one).in_channels, planes, 5).double())
+    model = rd.convert(copy.deepcopy(stock), policy)
+    assert_same(steps(model, x), steps(stock, x))
+    assert isinstance(model, Stranger) and not engine
+    with pytest.raises(ValueError, match="shortcut.*expected an output of shape"):
+        model(images(2, 8, 6, 6))
+
+
+@pytest.mark.usefixtures("silent")
 def test_relu6(policy, engine):
     """Both its ends are reached, everywhere."""
     stock, x = S.stranger(S.Clipped), images(2, 8, 9, 7)

@@ -297,9 +297,10 @@ def run_residual_block(block: Residual, x: Tensor) -> Tensor:
         shortcut = described.shortcut
 
         def run(x: Tensor) -> Optional[Tensor]:
-            sizes = x.shape[2:]
-            if shortcut is not None and shortcut.pool is not None and shortcut.outputs(sizes) != sizes_of(x, described)[-1]:
-                return None  # of a pool that drops positions one may be left, which stock broadcasts
+            made, added = sizes_of(x, described)[-1], x.shape[2:] if shortcut is None else shortcut.outputs(x.shape[2:])
+            fits = len(made) == len(added) and all(m == a or 1 in (m, a) for m, a in zip(made, added))
+            if fits and tuple(made) != tuple(added):
+                return None  # of one side a single position is left, which stock broadcasts
             y = _residual_block(x, described, activation, last, block.engine_policy)
             return _widened(y, modules.units[-1][1]) if modules.form == "post" else y
 
