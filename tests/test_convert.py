@@ -335,6 +335,22 @@ class TestNumbers:
             ours, theirs = converted(stock, policy)(x), stock(x)
         assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
 
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("make", [lambda v: torch.stack([v, v], 1)[:, 0], lambda v: v[:1].expand(len(v))], ids=["strided", "expanded"])
+    def test_vectors_of_any_stride(self, policy, make, training):
+        ours, stock = (small_densenet().train(training) for _ in range(2))  # a copy's would be contiguous
+        for module in (*norms(ours), *norms(stock)):
+            module.weight, module.bias = (nn.Parameter(make(v.detach())) for v in (module.weight, module.bias))
+            if not training:
+                module.running_mean, module.running_var = make(module.running_mean), make(module.running_var)
+        x = images(2, 3, 32, 32)
+        results = []
+        for model in (rd.convert(ours, policy), stock):
+            output = model(x)
+            output.square().sum().backward()
+            results.append({"output": output} | {f"grad {name}": p.grad for name, p in model.named_parameters()})
+        assert_same(*results)
+
     def test_empty_batch(self, policy):
         stock, x = small_block(), images(0, 6, 5, 4)
         assert_same(steps(converted(stock, policy), x), steps(stock, x))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small_nets import assert_same
 from torch import nn
 
-from resdense_ext import functional
+from resdense_ext import functional, reference
 from resdense_ext.functional import BatchNorm
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import add_act, bn_add_act
@@ -140,6 +140,18 @@ def test_fused_bn_add_act(fused, activation, projection, training, affine):
     assert_same(results(y, norms), results(expected, stock))
     for ours, other in zip(norms, stock):
         torch.testing.assert_close(dict(ours.named_buffers()), dict(other.named_buffers()), rtol=1e-13, atol=1e-13)
+
+
+def test_fused_bn_add_act_of_strided_vectors(fused):
+    z, identity = maps(2)
+    vectors = torch.rand(5, 8, dtype=torch.float64).unbind(1)
+    norms = [BatchNorm(*vectors[:4], batch_stats=False), BatchNorm(*vectors[4:], batch_stats=False)]
+
+    def results(call):
+        y = call(z, norms[0], identity, norms[1])
+        return dict(zip(("output", "grad z", "grad identity"), (y, *torch.autograd.grad(y.square().sum(), [z, identity]))))
+
+    assert_same(results(functional.bn_add_act), results(reference.bn_add_act))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -104,6 +104,6 @@ def _fold(x: Tensor, norm: BatchNorm) -> Fold:
         var = m2 / count
     else:
         dtype = accumulation_dtype(x.dtype)
-        mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+        mean, var = (t.to(dtype).contiguous() for t in (norm.running_mean, norm.running_var))
     scale, shift, rstd = reference.fold_batch_norm(norm, mean, var)
     return Fold(Affine(scale, shift, Activation("identity")), mean, rstd, count)

@@ -31,7 +31,8 @@ GRADS = (0, 1, 4, 5)
 
 
 def flat_tensors(units: Iterable[tuple[Optional[BatchNorm], Optional[Conv]]]) -> list[Optional[Tensor]]:
-    """The units' tensors; the running statistics only where they normalise, None for what is not there."""
+    """The units' tensors, vectors contiguous as kernels read them; running statistics only where they normalise, None for what is
+    not there."""
     flat: list[Optional[Tensor]] = []
     for norm, conv in units:
         if norm is None:
@@ -40,7 +41,7 @@ def flat_tensors(units: Iterable[tuple[Optional[BatchNorm], Optional[Conv]]]) ->
             running = (None, None) if norm.batch_stats else (norm.running_mean, norm.running_var)
             flat += [norm.weight, norm.bias, *running]
         flat += [None, None] if conv is None else [conv.weight, conv.bias]
-    return flat
+    return [t.contiguous() if t is not None and t.dim() == 1 else t for t in flat]
 
 
 def parameters_of(tensors: Sequence) -> list:
