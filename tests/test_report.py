@@ -141,8 +141,10 @@ def test_puts_back_buffers_that_a_forward_replaces():
     assert model.seen is seen and seen == 0 and model.nothing is None
 
 
-def test_a_graph_held_by_the_user_stays_good(policy):
-    model, x = rd.convert(small_densenet().eval(), policy), images(2, 3, 32, 32)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("convert", [rd.convert, lambda model, policy: model], ids=["converted", "stock"])
+def test_a_graph_held_by_the_user_stays_good(convert, policy, training):
+    model, x = convert(small_densenet().train(training), policy), images(2, 3, 32, 32)
     output = model(x)
     rd.report(model, x)
     output.sum().backward()

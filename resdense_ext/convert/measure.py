@@ -20,18 +20,20 @@ def positional(example_input: Any) -> tuple:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Inside nothing is compiled, and gradients are enabled; buffers and random states are put back."""
+    """Inside nothing is compiled, and gradients are enabled; buffers and random states are put back, for autograd too: a graph
+    that the user still holds may read a buffer."""
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
     devices = sorted({b.device.index for b in model.parameters() if b.device.type == "cuda"})
     # Where its compiler was never imported, nothing is compiled.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with eager, torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+    tracked = tuple(b for _, _, b in buffers if b is not None and not b.is_inference())
+    versions = torch.autograd._unsafe_preserve_version_counter(tracked)
+    with versions, eager, torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
         try:
             yield
         finally:
             for (module, name, buffer), value in zip(buffers, values):
                 module._buffers[name] = buffer
-                # Only what changed: a write would make a graph that the user still holds stale.
                 if buffer is not None and not torch.equal(buffer, value):
                     buffer.detach().copy_(value)
