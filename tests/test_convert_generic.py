@@ -829,6 +829,17 @@ class TestExampleInput:
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(p.grad is None for p in model.parameters())
 
+    def test_statistics_that_are_zero_but_for_rounding(self):
+        """What was convolved of a map that a norm has centred has the mean zero."""
+
+        def unit(inputs, outputs):
+            return nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+
+        torch.manual_seed(0)
+        model = nn.Sequential(*unit(4, 8), nn.ReLU(), *unit(8, 8), *unit(8, 8), nn.ReLU(), *unit(8, 4))
+        rd.convert(model, example_input=images(2, 4, 9, 7, dtype=torch.float32))
+        assert isinstance(model, Stranger)
+
     @pytest.mark.parametrize("wrong", ["output 0", "gradient of input 0", "buffer norms.0.running_mean"])
     def test_a_mismatch_is_refused(self, wrong, monkeypatch):
         run = verify._run
