@@ -819,6 +819,25 @@ def test_what_is_frozen_keeps_nothing():
     assert rd.memory.saved_bytes(lambda: model(x)) == 8 * (2 * (12 * 20 + 6 * 20) + 2 * (12 + 12 + 6))
 
 
+def test_a_model_that_is_given_up_is_gone():
+    """At once, as a stock one is, not when the garbage collector comes by."""
+    x = images(2, 8, 6, 4)
+    gc.collect()
+    gc.disable()
+    try:
+        for make in (lambda: S.stranger(S.Chain), lambda: refused("by_value")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                model = rd.convert(make())
+            rd.report(model, x)
+            model(x)
+            alive = weakref.ref(model)
+            del model
+            assert alive() is None
+    finally:
+        gc.enable()
+
+
 class TestExampleInput:
     def test_agrees(self, kind):
         model, x = S.stranger(kind), images(*STRANGERS[kind])

@@ -107,26 +107,38 @@ def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
             tracer = _Tracer(module, opaque, left)
         except Exception as error:
             raise Untraceable(f"it has modules that cannot be copied: {type(error).__name__}: {error}") from None
-        with _random_state_kept() as drew:
-            try:
-                graph = tracer.trace(tracer.shadows[module])
-            except Exception as error:
-                path, reason = tracer.blame(error)
-                if path == "" or path in left:
-                    raise Untraceable(reason) from None
-                # What cannot be traced is a leaf of the next attempt: nothing of a forward that broke off is left over.
-                left[path] = reason
-                continue
-        if drew():
-            raise Untraceable("its forward draws random numbers")
-        path = tracer.changed()
-        if path == "" or path in left:
-            raise Untraceable(f"its forward sets attributes {path and 'of '}{path}".rstrip())
-        if path is not None:
-            left[path] = "its forward sets attributes"
-            continue
-        graph.lint()
-        return Traced(graph, dict(module.named_modules()), left, Facts(module, tracer.leaves))
+        try:
+            traced = _attempt(tracer)
+        finally:
+            # torch.fx leaves a tracer in a cycle, by which a model that is given up would wait for the garbage collector.
+            tracer.__dict__.clear()
+        if traced is not None:
+            return traced
+
+
+def _attempt(tracer: _Tracer) -> Traced | None:
+    """None where something inside could not be traced, which is noted as left, to be a leaf of the next attempt: nothing of a
+    forward that broke off is left over."""
+    module, left = tracer.root_module, tracer.left
+    with _random_state_kept() as drew:
+        try:
+            graph = tracer.trace(tracer.shadows[module])
+        except Exception as error:
+            path, reason = tracer.blame(error)
+            if path == "" or path in left:
+                raise Untraceable(reason) from None
+            left[path] = reason
+            return None
+    if drew():
+        raise Untraceable("its forward draws random numbers")
+    path = tracer.changed()
+    if path == "" or path in left:
+        raise Untraceable(f"its forward sets attributes {path and 'of '}{path}".rstrip())
+    if path is not None:
+        left[path] = "its forward sets attributes"
+        return None
+    graph.lint()
+    return Traced(graph, dict(module.named_modules()), left, Facts(module, tracer.leaves))
 
 
 _TENSOR_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.ReLU, nn.modules.dropout._DropoutNd)
