@@ -47,6 +47,7 @@ __all__ = [
 
 POLICIES = ("fast", "min")
 _RANKS = (3, 4, 5)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def activation_of(name: str, negative_slope: float, argument: str = "activation") -> Activation:
@@ -56,13 +57,15 @@ def activation_of(name: str, negative_slope: float, argument: str = "activation"
 
 
 def check_input(x: Tensor, name: str = "x") -> None:
+    _check_is_tensor(name, x)
     if x.dim() not in _RANKS:
         raise ValueError(f"{name}: expected 3, 4 or 5 dimensions [N, C, *spatial], got {x.dim()}: {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
 def check_same(name: str, tensor: Tensor, x: Tensor) -> None:
+    _check_is_tensor(name, tensor)
     if tensor.shape != x.shape:
         raise ValueError(f"{name}: expected shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
     _check_device(name, tensor, x)
@@ -315,6 +318,7 @@ def check_conv1x1_bn_add_act(
         check_norm("input_norm", input_norm, x.shape[1], x)
     shape = (x.shape[0], _check_conv("conv", conv, x.shape[1], x, dtype), *conv.outputs(x.shape[2:]))
     check_norm("norm", norm, shape[1], x, shape)
+    _check_is_tensor("identity", identity)
     if identity.shape != shape:
         raise ValueError(f"identity: expected shape {shape}, that of the convolution's output, got {tuple(identity.shape)}")
     _check_device("identity", identity, x)
@@ -389,6 +393,7 @@ def check_norm(
     for name, vector in zip(("weight", "bias", "running_mean", "running_var"), norm):
         if vector is None:
             continue
+        _check_is_tensor(f"{where}.{name}", vector)
         if vector.shape != (channels,):
             raise ValueError(f"{where}.{name}: expected shape ({channels},), one value a channel, got {tuple(vector.shape)}")
         _check_device(f"{where}.{name}", vector, x)
@@ -421,6 +426,7 @@ def _check_writable(where: str, buffer: Tensor) -> None:
 
 def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optional[torch.dtype]) -> int:
     weight, rank = conv.weight, x.dim() - 2
+    _check_is_tensor(f"{where}.weight", weight)
     if weight.dim() != x.dim():
         raise ValueError(f"{where}.weight: expected {x.dim()} dimensions as x has, got {weight.dim()}: {tuple(weight.shape)}")
     if weight.shape[1] * conv.groups != channels or weight.shape[0] % conv.groups:
@@ -461,6 +467,11 @@ def _check_mask(where: str, mask: Tensor, channels: int, x: Tensor) -> None:
     if mask.dim() != x.dim() or any(m not in (1, f) for m, f in zip(mask.shape, full)) or mask.shape[0] != full[0]:
         raise ValueError(f"{where}: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
     _check_device(where, mask, x)
+
+
+def _check_is_tensor(where: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected a Tensor, got {type(value).__name__}")
 
 
 def _check_device(where: str, tensor: Tensor, x: Tensor) -> None:

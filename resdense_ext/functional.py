@@ -422,7 +422,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: a wrong number of dimensions or an empty input.
-        TypeError: an input that is not floating.
+        TypeError: an input that is no Tensor, or not of these dtypes.
 
     Source: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (1983).
     """
@@ -451,7 +451,7 @@ def add_act(x: Tensor, identity: Tensor, *, activation: str = "relu", negative_s
 
     Raises:
         ValueError: shapes or devices that differ, a wrong number of dimensions, another activation.
-        TypeError: dtypes that differ or are not floating.
+        TypeError: dtypes that differ or are none of float32, float64, bfloat16 and float16; what is no Tensor.
 
     Source: He et al., Deep Residual Learning for Image Recognition (2016).
     """
@@ -492,7 +492,7 @@ def bn_add_act(
     Source: He et al., Deep Residual Learning for Image Recognition (2016).
     """
     act = activation_of(activation, negative_slope)
-    check_input(z)
+    check_input(z, "z")
     check_same("identity", identity, z)
     check_norm("norm", norm, z.shape[1], z)
     if identity_norm is not None:

@@ -927,7 +927,7 @@ BAD_INPUTS = {
     "unbatched": (lambda x: x[0], ValueError, r"layers\[0\]"),
     "channels": (lambda x: x[:, :5], ValueError, r"layers\[0\].units\[0\].norm.weight: expected shape \(5,\), .*got \(6,\)"),
     "dtype": (lambda x: x.float(), TypeError, r"layers\[0\].units\[0\].conv.weight: expected dtype torch.float32, got torch.fl"),
-    "integers": (lambda x: x.long(), TypeError, "x: expected a floating dtype, got torch.int64"),
+    "integers": (lambda x: x.long(), TypeError, "x: expected float32, float64, bfloat16 or float16, got torch.int64"),
     "one value": (lambda x: x[:1, :, :1, :1], ValueError, "x: expected more than 1 value per channel when training, got"),
     "list": (lambda x: [x], TypeError, "x: expected a Tensor, got list"),
     "None": (lambda x: None, TypeError, "x: expected a Tensor, got NoneType"),

@@ -583,7 +583,7 @@ class TestErrors:
             (torch.zeros(3, 5), ValueError, r"x: expected 3, 4 or 5 dimensions .* got 2: \(3, 5\)"),
             (torch.zeros(3, 5, 7), ValueError, "weight: expected 3 dimensions as x has, got 4"),
             (torch.zeros(3, 6, 7, 7), ValueError, r"layers\[0\].units\[0\].norm.weight: expected shape \(6,\).*got \(5,\)"),
-            (torch.zeros(3, 5, 7, 7).long(), TypeError, "x: expected a floating dtype, got torch.int64"),
+            (torch.zeros(3, 5, 7, 7).long(), TypeError, "x: expected float32, float64, bfloat16 or float16, got torch.int64"),
             (torch.zeros(3, 5, 7, 7).double(), TypeError, "weight: expected dtype torch.float64, got torch.float32"),
             (torch.zeros(3, 5, 7, 7, device="meta"), ValueError, "expected device meta .* got cpu"),
             (torch.zeros(1, 5, 1, 1), ValueError, "expected more than 1 value per channel when training"),

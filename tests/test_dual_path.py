@@ -578,7 +578,7 @@ class TestErrors:
             ([HALF] * 2, TypeError, r"x: expected .*\(residual, dense\).*, got list"),
             ((HALF,) * 3, TypeError, r"x: expected \(residual, dense\), got \(Tensor, Tensor, Tensor\)"),
             ((torch.zeros(3, 6), torch.zeros(3, 6)), ValueError, r"x\[0\]: expected 3, 4 or 5 dimensions .* got 2"),
-            ((HALF, HALF.long()), TypeError, r"x\[1\]: expected a floating dtype"),
+            ((HALF, HALF.long()), TypeError, r"x\[1\]: expected float32, float64, bfloat16 or float16"),
             ((HALF, torch.zeros(3, 6, 7, 5)), ValueError, r"x\[1\]: expected the samples and the spatial sizes"),
             ((HALF, HALF.double()), TypeError, r"x\[1\]: expected dtype torch.float32"),
             ((torch.zeros(3, 7, 7, 6), HALF), ValueError, r"blocks\[0\].residual_channels: expected 7, .* got 6"),

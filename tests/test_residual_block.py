@@ -523,7 +523,7 @@ class TestErrors:
             (torch.zeros(3, 5), ValueError, r"x: expected 3, 4 or 5 dimensions .* got 2: \(3, 5\)"),
             (torch.zeros(3, 8, 7), ValueError, r"block.units\[0\].conv.weight: expected 3 dimensions as x has, got 4"),
             (torch.zeros(3, 6, 7, 7), ValueError, r"block.units\[0\].conv.weight: expected \[K, 6 / groups"),
-            (torch.zeros(3, 8, 7, 7).long(), TypeError, "x: expected a floating dtype, got torch.int64"),
+            (torch.zeros(3, 8, 7, 7).long(), TypeError, "x: expected float32, float64, bfloat16 or float16, got torch.int64"),
             (torch.zeros(3, 8, 7, 7).double(), TypeError, "conv.weight: expected dtype torch.float64, got torch.float32"),
             (torch.zeros(3, 8, 7, 7, device="meta"), ValueError, "expected device meta .* got cpu"),
             (torch.zeros(1, 8, 2, 2), ValueError, r"more than 1 value per channel when training, got input size \(1, 4, 1, 1\)"),

@@ -224,6 +224,7 @@ def test_running_statistics_without_momentum_stay():
         (torch.zeros(3, 5, 7, 5).double(), ValueError, r"identity: expected shape \(3, 5, 7, 6\), got \(3, 5, 7, 5\)"),
         (torch.zeros(3, 5, 7, 6), TypeError, "identity: expected dtype torch.float64, got torch.float32"),
         (torch.zeros(3, 5, 7, 6, device="meta").double(), ValueError, "identity: expected device cpu .* got meta"),
+        (torch.zeros(3, 5, 7, 6).double().numpy(), TypeError, "identity: expected a Tensor, got ndarray"),
     ],
 )
 def test_bad_operands_change_nothing(identity, error, message):
@@ -232,6 +233,13 @@ def test_bad_operands_change_nothing(identity, error, message):
         functional.add_act(z, identity)
     with pytest.raises(error, match=message):
         functional.bn_add_act(z, norm_of(module), identity)
+    assert module.num_batches_tracked == 0
+
+
+def test_a_dtype_that_no_kernel_has_changes_nothing():
+    module, z = batch_norm(), torch.zeros(3, 5, 7, 6).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="z: expected float32, float64, bfloat16 or float16, got torch.float8_e4m3fn"):
+        functional.bn_add_act(z, norm_of(module), z)
     assert module.num_batches_tracked == 0
 
 
@@ -260,7 +268,7 @@ class TestChannelStats:
         [
             (torch.zeros(3, 5), ValueError, "x: expected 3, 4 or 5 dimensions"),
             (torch.zeros(0, 5, 2), ValueError, r"x: expected at least one value a channel, got shape \(0, 5, 2\)"),
-            (torch.zeros(3, 5, 2).int(), TypeError, "x: expected a floating dtype, got torch.int32"),
+            (torch.zeros(3, 5, 2).int(), TypeError, "x: expected float32, float64, bfloat16 or float16, got torch.int32"),
         ],
     )
     def test_bad_input(self, x, error, message):
