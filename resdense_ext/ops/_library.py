@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ __all__ = ["CPU_LIBRARY", "CUDA_LIBRARY", "LIBRARY", "build_info"]
 
 def _load_cpu():
     try:
-        from resdense_ext import _C
+        # `from resdense_ext import _C` would call one that is not there a circular import.
+        return importlib.import_module("resdense_ext._C"), None
     except ModuleNotFoundError:
         return None, "not built (pure-Python install)"
     except ImportError as error:
         return None, f"does not load: {error}"
-    return _C, None
 
 
 def _load_cuda() -> tuple[bool, str | None]:

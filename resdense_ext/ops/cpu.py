@@ -87,7 +87,7 @@ class CpuBackend(CompiledBackend):
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if _library.CPU_LIBRARY:
-            return f"the CPU library is {_library.CPU_LIBRARY}"
+            return f"the CPU library is not loaded: {_library.CPU_LIBRARY}"
         if x.device.type != "cpu":
             return f"the input is on {x.device.type}"
         if x.dtype != compute_dtype:
