@@ -848,6 +848,11 @@ class TestExampleInput:
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(p.grad is None for p in model.parameters())
 
+    def test_on_the_meta_device(self):
+        model, x = S.stranger(S.Chain).to("meta"), images(2, 8, 6, 4).to("meta")
+        rd.convert(model, memory_budget="1GiB", example_input=x)
+        assert isinstance(model, Stranger) and rd.report(model, x).plan.budget == 2**30
+
     def test_statistics_that_are_zero_but_for_rounding(self):
         """What was convolved of a map that a norm has centred has the mean zero."""
 

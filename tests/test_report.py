@@ -150,6 +150,15 @@ def test_a_graph_held_by_the_user_stays_good(convert, policy, training):
     output.sum().backward()
 
 
+def test_on_the_meta_device(policy):
+    """What a model would keep is known without its memory."""
+    model, x = small_densenet(), images(2, 3, 32, 32)
+    expected = rd.report(rd.convert(copy.deepcopy(model), policy), x)
+    report = rd.report(rd.convert(model.to("meta"), policy), x.to("meta"))
+    assert report.stock_saved_bytes == expected.stock_saved_bytes
+    assert report.saved_bytes == pytest.approx(expected.saved_bytes, rel=0.05)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_counts_where_gradients_are_switched_off(policy, context):
     model, x = rd.convert(small_densenet(), policy), images(2, 3, 32, 32)

@@ -35,5 +35,5 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             for (module, name, buffer), value in zip(buffers, values):
                 module._buffers[name] = buffer
-                if buffer is not None and not torch.equal(buffer, value):
+                if buffer is not None and not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.detach().copy_(value)
