@@ -219,6 +219,10 @@ class TestChain:
         agree(chain, maps((4, 5, 9, 7)))
         assert rd.nn.Chain()(1) == 1 and rd.nn.Chain(nn.Identity())("x") == "x"
 
+    def test_unknown_policy(self):
+        with pytest.raises(ValueError, match="policy: expected one of fast, min, or None for the stock path, got 'fastest'"):
+            rd.nn.Chain(nn.ReLU(), policy="fastest")
+
     def test_prints_and_keys_are_those_of_a_sequential(self):
         modules = [nn.Conv2d(3, 4, 1), nn.ReLU()]
         assert rd.nn.Chain(*modules).state_dict().keys() == nn.Sequential(*modules).state_dict().keys()

@@ -185,11 +185,15 @@ class Chain(OnEngine, nn.Sequential):
 
     Args:
         modules: as `torch.nn.Sequential` takes them.
-        policy: None for plain PyTorch.
+        policy: None for plain PyTorch; "fast" and "min" are alike here.
+
+    Raises:
+        ValueError: another policy.
     """
 
     def __init__(self, *modules, policy: Optional[Policy] = "fast") -> None:
         super().__init__(*modules)
+        check_policy(policy)
         self.policy = policy
 
     def forward(self, x: Tensor) -> Tensor:
