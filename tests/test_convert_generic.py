@@ -780,6 +780,24 @@ def test_chains_of_every_kind(name, policy):
     assert kept[0] < kept[1]
 
 
+@pytest.mark.usefixtures("silent")
+def test_a_dropout_of_nothing_ends_no_chain(policy):
+    """As MONAI's networks have them; one that drops does."""
+    torch.manual_seed(0)
+    chain = [nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.0), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    stock, x = S.randomise(nn.Sequential(*chain)).double(), images(2, 8, 7, 6)
+    model = rd.convert(copy.deepcopy(stock), policy)
+
+    def kept(net):
+        return rd.memory.saved_bytes(lambda: net(x.clone().requires_grad_()))
+
+    assert kept(model) < kept(stock)
+    assert_same(steps(model, x), steps(stock, x))
+    stock[2].p = model[2].p = 0.5
+    with pytest.warns(UserWarning, match="runs its stock path"):
+        assert_same(steps(model, x, 2, seeded), steps(stock, x, 2, seeded))
+
+
 class Unchained:
     def nothing_is_spared(self, x):
         return self.first(self.b.conv(self.a(x)[:, :, 1:]))

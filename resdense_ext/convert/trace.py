@@ -75,8 +75,13 @@ def is_layer(module: nn.Module) -> bool:
     """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too, and an identity,
     of which a graph shows nothing, is none."""
     others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
-    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, others)
+    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, others) and not _drops_nothing(module)
     return of_torch or own_activation(module) is not None
+
+
+def _drops_nothing(module: nn.Module) -> bool:
+    """Whether it is a dropout that gives its very input."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
 
 
 def is_held(node: fx.Node) -> bool:
@@ -296,6 +301,8 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self._with_held(path, super().call_module(m, forward, args, kwargs))
+        if _drops_nothing(m) and len(args) == 1:
+            return args[0]
         self.within.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
