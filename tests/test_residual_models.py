@@ -10,6 +10,7 @@ from small_nets import assert_same, images, randomise, steps, torchvision_models
 from torch import nn as torch_nn
 
 from resdense_ext import models, nn, reference
+from resdense_ext.memory import saved_bytes
 from resdense_ext.models.parts import crop_like
 from resdense_ext.nn.engine import why_stock
 from resdense_ext.nn.read import Unsupported
@@ -216,6 +217,13 @@ def test_segmentation_keeps_positions_in_place():
         moved = (net(x) - net(changed)).abs().sum(1)[0].nonzero().flatten()
         assert 75 in moved and moved.min() > 35 and moved.max() < 115
         assert abs((moved.min() + moved.max()) / 2 - 75) <= 4
+
+
+def test_fc_densenets_transitions_keep_no_activated_map():
+    x = images(2, 9, 8, 6).requires_grad_()
+    transitions = [TINY["fc_densenet"](policy=p).double().transitions[0] for p in (None, "fast", "min")]
+    stock, *ours = [saved_bytes(lambda: transition(x)) for transition in transitions]
+    assert ours == [stock - x.nbytes] * 2
 
 
 def test_crop_like_takes_the_first_positions():

@@ -16,10 +16,34 @@ from torch import Tensor, nn
 
 from resdense_ext.models.parts import check_maps, crop_like
 from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import OnEngine
+from resdense_ext.nn.engine import OnEngine, run_bn_act_conv
 from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
+from resdense_ext.nn.read import UnitModules, read_children
 
 __all__ = ["FCDenseNet", "fc_densenet56", "fc_densenet67", "fc_densenet103"]
+
+class _TransitionDown(OnEngine, nn.Sequential):
+    """Norm, ReLU and 1x1 convolution, of which the engine keeps the input alone, then dropout and a maximum of two positions a side."""
+
+    def __init__(self, channels: int, drop_rate: float, spatial_dims: int, policy: str | None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.norm = NORMS[spatial_dims](channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = CONVS[spatial_dims](channels, channels, kernel_size=1, bias=False)
+        self.dropout = nn.Dropout(drop_rate)
+        self.pool = MAX_POOLS[spatial_dims](kernel_size=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.dropout(run_bn_act_conv(self, x)))
+
+    def unit_modules(self) -> UnitModules:
+        return tuple(read_children(self, "norm", "relu", "conv", "dropout", "pool")[:3])
+
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """Up to the convolution, in plain PyTorch."""
+        return self.conv(self.relu(self.norm(x)))
+
 
 class FCDenseNet(OnEngine, nn.Module):
     """A fully convolutional DenseNet for 1D, 2D or 3D inputs of any size.
@@ -41,7 +65,7 @@ class FCDenseNet(OnEngine, nn.Module):
         num_classes: classes of a position.
         in_channels: channels of the input.
         spatial_dims: 1, 2 or 3 spatial dimensions.
-        policy: what the dense blocks keep for backward: "fast", "min", or None for a network in plain PyTorch.
+        policy: what the dense blocks and the transitions keep for backward: "fast", "min", or None for a network in plain PyTorch.
 
     Shapes: input `(N, in_channels, *spatial)`, output `(N, num_classes, *spatial)`; at least 2 to the number of blocks down
     along every spatial dimension.
@@ -82,7 +106,7 @@ class FCDenseNet(OnEngine, nn.Module):
             self.down.append(DenseBlock(layers, channels, **options))
             channels += layers * growth_rate
             skips.append(channels)
-            self.transitions.append(_transition_down(channels, drop_rate, spatial_dims))
+            self.transitions.append(_TransitionDown(channels, drop_rate, spatial_dims, policy))
         self.bottleneck = DenseBlock(bottleneck_layers, channels, **options)
 
         self.upsample, self.up = nn.ModuleList(), nn.ModuleList()
@@ -110,16 +134,6 @@ class FCDenseNet(OnEngine, nn.Module):
             inputs = torch.cat([crop_like(upsample(new), skip), skip], 1)
             x = block(inputs)
         return self.classifier(x)
-
-
-def _transition_down(channels: int, drop_rate: float, spatial_dims: int) -> nn.Sequential:
-    transition = nn.Sequential()
-    transition.norm = NORMS[spatial_dims](channels)
-    transition.relu = nn.ReLU(inplace=True)
-    transition.conv = CONVS[spatial_dims](channels, channels, kernel_size=1, bias=False)
-    transition.dropout = nn.Dropout(drop_rate)
-    transition.pool = MAX_POOLS[spatial_dims](kernel_size=2)
-    return transition
 
 
 def fc_densenet56(**options) -> FCDenseNet:
