@@ -30,7 +30,7 @@ def stage_of(layers=3, policy="alternate", projection=True, dtype=torch.float64,
     torch.manual_seed(0)
     options = dict(groups=2, stride=2 if projection else 1) | options
     blocks = list(rd.nn.DualPathStage(layers + (not projection), INPUTS, WIDTH, R, GROWTH, **options))
-    stage = rd.nn.Chain(*(blocks if projection else blocks[1:]), policy=policy)
+    stage = rd.nn.Chain(*(blocks if projection else blocks[1:]), policy=policy and "fast")
     for i, block in enumerate(stage):
         block.policy = POLICIES[i % 2] if policy == "alternate" else policy
     return randomise(stage).to(dtype)
