@@ -11,6 +11,7 @@ Source: Nemhauser and Ullmann, Discrete Dynamic Programming and Capital Allocati
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -90,21 +91,21 @@ def parse_budget(budget: int | float | str) -> int | float:
     """A budget as a number: of bytes, or below 1 a share of what stock keeps.
 
     Args:
-        budget: bytes; a string such as "8GiB", "512 MB" or "1.5g" (each unit is 1024 of the one before); a number between 0
-            and 1.
+        budget: bytes; a string such as "8GiB", "512 MB" or "1.5g" (each unit is 1024 of the one before), or of a number alone; a
+            number between 0 and 1.
 
     Raises:
-        ValueError: a string of another form, a number that is not positive.
+        ValueError: a string of another form, a number that is not positive and finite.
         TypeError: something else.
     """
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(?:i?B)?\s*", budget, re.IGNORECASE)
+        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([KMGT]?)(?:i?B)?\s*", budget, re.IGNORECASE)
         if match is None:
             raise ValueError(f'memory_budget: expected a string such as "8GiB" or "512 MB", got {budget!r}')
         number, unit = match.groups()
-        return math.floor(float(number) * _UNITS[unit.upper()])
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        budget = float(number) * _UNITS[unit.upper()]
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f'memory_budget: expected bytes, a share of stock\'s or a string such as "8GiB", got {budget!r}')
     if not 0 < budget < math.inf:
         raise ValueError(f"memory_budget: expected a positive number, got {budget}")
-    return budget if budget < 1 else math.floor(budget)
+    return float(budget) if budget < 1 else math.floor(budget)

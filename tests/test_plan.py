@@ -4,6 +4,7 @@ import itertools
 import random
 from time import perf_counter
 
+import numpy as np
 import pytest
 
 from resdense_ext.plan import Choice, choose, parse_budget
@@ -57,7 +58,8 @@ def test_a_negative_budget_is_refused():
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
-    [(5, 5), (8e9, 8 * 10**9), (0.25, 0.25), ("8GiB", 8 * 2**30), ("512 MB", 2**29), ("1.5g", 3 * 2**29), ("70000", 70000), (".5 KiB", 512)],
+    [(5, 5), (8e9, 8 * 10**9), (0.25, 0.25), ("8GiB", 8 * 2**30), ("512 MB", 2**29), ("1.5g", 3 * 2**29), ("70000", 70000), (".5 KiB", 512),
+     ("0.25", 0.25), ("1e9", 10**9), (np.int64(5), 5), (np.float32(0.25), 0.25)],
 )  # fmt: skip
 def test_budgets(budget, expected):
     assert parse_budget(budget) == expected and type(parse_budget(budget)) is type(expected)
@@ -65,7 +67,7 @@ def test_budgets(budget, expected):
 
 @pytest.mark.parametrize(
     ("budget", "error"),
-    [("much", ValueError), ("8 apples", ValueError), ("", ValueError), ("-3GB", ValueError), (0, ValueError), (-1, ValueError),
+    [("much", ValueError), ("8 apples", ValueError), ("", ValueError), ("-3GB", ValueError), ("0", ValueError), ("9" * 400, ValueError), (0, ValueError), (-1, ValueError),
      (float("nan"), ValueError), (float("inf"), ValueError), (True, TypeError), (None, TypeError), ([8], TypeError)],
 )  # fmt: skip
 def test_budgets_that_are_none(budget, error):

@@ -109,16 +109,9 @@ def _check(args: argparse.Namespace) -> int | float | None:
     if args.policy is not None:
         raise CommandError(f"--memory-budget: expected no --policy beside it, got {args.policy}")
     try:
-        return plan.parse_budget(_number(args.memory_budget))
+        return plan.parse_budget(args.memory_budget)
     except ValueError as error:
         raise CommandError(str(error).replace("memory_budget", "--memory-budget")) from None
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _check_for(args: argparse.Namespace, processes: Processes) -> None:
