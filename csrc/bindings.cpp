@@ -26,7 +26,7 @@
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // bn_act_conv1x1_data_backward and that of the 3x3 get the gradient of what the convolution has put out: its product with the
-// weight is what dy is of. The weight gradient of the 3x3 is (outputs, 3, 3, channels).
+// weight is what dy is of. The weight gradients behind them are in the dtype of x, that of the 3x3 (outputs, 3, 3, channels).
 // Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {

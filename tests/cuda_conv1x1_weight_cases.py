@@ -63,7 +63,7 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 
 def whole_numbers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same layouts; nothing is rounded on the way to the result, neither products nor sums in any order."""
+    """The same layouts; nothing but the result is rounded, neither products nor sums in any order."""
     for name, t in inputs.items():
         t.copy_((2 * t).round().clamp(-3, 3) / (2 if name == "scale" else 1))
     return inputs
@@ -86,10 +86,11 @@ def truth(inputs: dict[str, Tensor], activation: Activation) -> Tensor:
 def check_bn_act_conv1x1_weight_backward(ops, device: str) -> None:
     for i, case in enumerate(CASES + (GPU_CASES if device == "cuda" else ())):
         configure(ops, case.multiprocessors)
-        inputs = whole_numbers(tensors(case, (torch.bfloat16, torch.float16)[i % 2], device))
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        inputs = whole_numbers(tensors(case, dtype, device))
         dweight = gradient(ops, inputs, case.activation)
-        assert dweight.dtype == torch.float32 and dweight.is_contiguous()
-        assert torch.equal(dweight.double(), truth(inputs, case.activation)), case
+        assert dweight.dtype == dtype and dweight.is_contiguous()
+        assert torch.equal(dweight, truth(inputs, case.activation).to(dtype)), case
 
 
 def check_bn_act_conv1x1_weight_backward_tolerance(ops, device: str) -> None:
@@ -116,7 +117,7 @@ def check_bn_act_conv1x1_weight_backward_rounds(ops, device: str) -> None:
         inputs["shift"].zero_()
         for activation in (RELU, LEAKY):
             activated = reference.apply_pending(inputs["x"], inputs["scale"], inputs["shift"], activation)
-            assert torch.equal(gradient(ops, inputs, activation), activated.float().view(1, 64).expand(8, -1))
+            assert torch.equal(gradient(ops, inputs, activation), activated.view(1, 64).expand(8, -1))
 
 
 def check_bn_act_conv1x1_weight_backward_special_values(ops, device: str) -> None:
@@ -152,7 +153,7 @@ def check_bn_act_conv1x1_weight_backward_repeats(ops, device: str) -> None:
 def check_bn_act_conv1x1_weight_backward_empty(ops, device: str) -> None:
     for shape in ((0, 16, 4, 4), (2, 16, 0, 4)):
         dweight = gradient(ops, tensors(Case(shape, 8, 1), torch.bfloat16, device), RELU)
-        assert torch.equal(dweight, torch.zeros(8, 16, device=device))
+        assert torch.equal(dweight, torch.zeros(8, 16, dtype=torch.bfloat16, device=device))
 
 
 def check_bn_act_conv1x1_weight_backward_errors(ops, device: str) -> None:

@@ -75,10 +75,11 @@ def truth(inputs: dict[str, Tensor], activation: Activation) -> Tensor:
 def check_bn_act_conv3x3_weight_backward(ops, device: str) -> None:
     for i, case in enumerate(CASES + (GPU_CASES if device == "cuda" else ())):
         configure(ops, case.multiprocessors)
-        inputs = whole_numbers(tensors(case, (torch.bfloat16, torch.float16)[i % 2], device))
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        inputs = whole_numbers(tensors(case, dtype, device))
         dweight = gradient(ops, inputs, case.activation)
-        assert dweight.dtype == torch.float32 and dweight.is_contiguous()
-        assert torch.equal(dweight.double(), truth(inputs, case.activation)), case
+        assert dweight.dtype == dtype and dweight.is_contiguous()
+        assert torch.equal(dweight, truth(inputs, case.activation).to(dtype)), case
 
 
 def check_bn_act_conv3x3_weight_backward_tolerance(ops, device: str) -> None:
@@ -106,8 +107,8 @@ def check_bn_act_conv3x3_weight_backward_rounds(ops, device: str) -> None:
             inputs["shift"].fill_(shift)
             for activation in (RELU, LEAKY):
                 activated = reference.apply_pending(inputs["x"], inputs["scale"], inputs["shift"], activation)
-                expected = torch.zeros(8, 3, 3, 64, device=device)
-                expected[:, 1, 1] = activated.float().view(64)
+                expected = torch.zeros(8, 3, 3, 64, dtype=dtype, device=device)
+                expected[:, 1, 1] = activated.view(64)
                 assert torch.equal(gradient(ops, inputs, activation), expected)
 
 
@@ -120,7 +121,7 @@ def check_bn_act_conv3x3_weight_backward_special_values(ops, device: str) -> Non
             inputs = whole_numbers(tensors(case, dtype, device))
             inputs["scale"][:8].fill_(1)
             for activation in (RELU, LEAKY):
-                clean = truth(inputs, activation)
+                clean = truth(inputs, activation).to(dtype)
                 dirty = {name: t.clone() for name, t in inputs.items()}
                 # At borders and inside; before a ReLU minus infinity is nothing but negative.
                 dirty["x"][0, 3, 0, :2], dirty["x"][1, 3, 1, 4], dirty["x"][1, 5, 1, 4] = math.nan, math.nan, math.inf
@@ -129,7 +130,7 @@ def check_bn_act_conv3x3_weight_backward_special_values(ops, device: str) -> Non
                 ours, stock = gradient(ops, dirty, activation), truth(dirty, activation)
                 channels = torch.tensor([c not in (3, 5, 7) for c in range(24)], device=device)
                 outputs = torch.tensor([o not in (2, 6) for o in range(case.outputs)], device=device)
-                assert torch.equal(ours[outputs][..., channels].double(), clean[outputs][..., channels])
+                assert torch.equal(ours[outputs][..., channels], clean[outputs][..., channels])
                 assert not bool((ours.isfinite() & ~stock.isfinite()).any()), (dtype, case, activation)
                 if activation == RELU:
                     assert bool(ours[outputs][..., 7].isfinite().all())
@@ -150,7 +151,7 @@ def check_bn_act_conv3x3_weight_backward_repeats(ops, device: str) -> None:
 def check_bn_act_conv3x3_weight_backward_empty(ops, device: str) -> None:
     for shape in ((0, 16, 4, 4), (2, 16, 0, 4)):
         dweight = gradient(ops, tensors(Case(shape, 8, 1), torch.bfloat16, device), RELU)
-        assert torch.equal(dweight, torch.zeros(8, 3, 3, 16, device=device))
+        assert torch.equal(dweight, torch.zeros(8, 3, 3, 16, dtype=torch.bfloat16, device=device))
 
 
 def check_bn_act_conv3x3_weight_backward_errors(ops, device: str) -> None:

@@ -19,7 +19,7 @@ void run(const Launch& on, Conv1x1Weight<T> p, const Tensor& dweight) {
   p.tiles = static_cast<int>(tiles), p.split_chunks = static_cast<int>(split_chunks);
 
   static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
-  run_in_splits(on, splits, dweight, [&](float* parts) {
+  run_in_splits<T>(on, splits, dweight, [&](float* parts) {
     p.parts = parts;
     on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
   });
@@ -41,7 +41,7 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  Tensor dweight = torch::stable::new_empty(scale, {of.C, from.C});
+  Tensor dweight = torch::stable::new_empty(x, {of.C, from.C});
   if (from.numel() == 0) {
     torch::stable::fill_(dweight, 0.0);
     return dweight;

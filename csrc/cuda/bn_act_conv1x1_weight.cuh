@@ -40,7 +40,7 @@ template <typename T>
 struct Conv1x1Weight {
   const T *grad, *x;
   const float *scale, *shift;
-  float* parts;  // [splits][outputs][channels], the result itself where there is one split
+  float* parts;  // [splits][outputs][channels]
   float slope;
   int64_t grad_ss, x_ss;  // strides of a position
   int rows, channels, outputs;

@@ -24,7 +24,7 @@ void run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x, const Tensor& dw
   p.splits = static_cast<int>(splits);
 
   static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
-  run_in_splits(on, splits, dweight, [&](float* parts) {
+  run_in_splits<T>(on, splits, dweight, [&](float* parts) {
     p.parts = parts;
     on.run_shared(Tile::kBytes, bn_act_conv3x3_weight_bwd_kernel<T, M16>, splits * chunks, Tile::kThreads, p);
   });
@@ -37,7 +37,7 @@ Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  Tensor dweight = torch::stable::new_empty(scale, {of.C, 3, 3, from.C});
+  Tensor dweight = torch::stable::new_empty(x, {of.C, 3, 3, from.C});
   if (from.numel() == 0) {
     torch::stable::fill_(dweight, 0.0);
     return dweight;

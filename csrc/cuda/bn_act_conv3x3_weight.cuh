@@ -51,7 +51,7 @@ template <typename T>
 struct Conv3x3Weight {
   const T *grad, *x;
   const float *scale, *shift;  // 16-byte aligned
-  float* parts;  // [splits][outputs][3][3][channels], the result itself where there is one split
+  float* parts;  // [splits][outputs][3][3][channels]
   float slope;
   int64_t grad_sn, grad_ss, x_sn, x_ss;  // strides of sample and position
   int channels, outputs;

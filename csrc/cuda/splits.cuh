@@ -1,6 +1,6 @@
 #pragma once
 // A result that is a sum over the positions, of which every split of them leaves its part: the parts' sum, always in the same
-// order.
+// order, rounded once.
 
 #include "device.cuh"
 
@@ -9,8 +9,9 @@ namespace resdense::cuda {
 constexpr int kSplitWarps = 8;  // that share the splits out
 
 // A lane adds up four neighbouring values, a warp every kSplitWarps-th split.
-static __global__ void __launch_bounds__(kSplitWarps * 32)
-    sum_splits_kernel(const float* parts, int splits, int64_t size, float* sums) {
+template <typename T>
+__global__ void __launch_bounds__(kSplitWarps * 32)
+    sum_splits_kernel(const float* parts, int splits, int64_t size, T* sums) {
   start_kernel();
   using Four = Vector<float, 4>;
   __shared__ Four s_sums[kSplitWarps][32];
@@ -32,7 +33,7 @@ static __global__ void __launch_bounds__(kSplitWarps * 32)
     float all = 0;
 #pragma unroll
     for (int w = 0; w < kSplitWarps; ++w) all += s_sums[w][thread / 4].v[thread % 4];
-    sums[first + thread] = all;
+    narrow(all, sums[first + thread]);
   }
 }
 

@@ -6,17 +6,14 @@
 
 namespace resdense::cuda {
 
-// start(parts) launches what leaves the splits' parts there, [splits] of the shape of `sums`, whose elements are a multiple of 4:
-// the result itself where there is one split.
-template <typename F>
+// start(parts) launches what leaves the splits' parts there, [splits] of the shape of `sums`, whose elements are a multiple of 4.
+template <typename T, typename F>
 inline void run_in_splits(const Launch& on, int64_t splits, const Tensor& sums, F start) {
-  float* const result = static_cast<float*>(sums.mutable_data_ptr());
-  if (splits == 1) return start(result);
   const int64_t size = sums.numel();
-  const Tensor memory = torch::stable::new_empty(sums, {splits, size});
+  const Tensor memory = torch::stable::new_empty(sums, {splits, size}, ScalarType::Float);
   float* const parts = static_cast<float*>(memory.mutable_data_ptr());
   start(parts);
-  on.run(sum_splits_kernel, ceil_div(size, 128), kSplitWarps * 32, parts, splits, size, result);
+  on.run(sum_splits_kernel<T>, ceil_div(size, 128), kSplitWarps * 32, parts, splits, size, static_cast<T*>(sums.mutable_data_ptr()));
 }
 
 }  // namespace resdense::cuda

@@ -127,7 +127,7 @@ def _bn_act_conv_backward(
 
 
 def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, activation):
-    return x.new_empty((grad.shape[1], x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty((grad.shape[1], x.shape[1]))
 
 
 def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, activation, weight, out, accumulate):
@@ -135,7 +135,7 @@ def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, activation, wei
 
 
 def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, activation):
-    return x.new_empty((grad.shape[1], 3, 3, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty((grad.shape[1], 3, 3, x.shape[1]))
 
 
 def _bn_act_conv3x3_data_backward(grad, x, scale, shift, center, activation, weight, out, accumulate):
@@ -176,7 +176,7 @@ def _bn_act_conv3x3_cpu(x, scale, shift, activation, weight, out, mean, m2):
 def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, activation):
     activated = reference.apply_pending(x, scale, shift, activation_of(activation))
     grad, activated = (t.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1) for t in (grad, activated))
-    return grad @ activated.T
+    return (grad @ activated.T).to(x.dtype)
 
 
 def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, activation, weight, out, accumulate):
@@ -189,7 +189,7 @@ def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, activation):
     activated = reference.apply_pending(x, scale, shift, activation_of(activation))
     grad, activated = (t.to(accumulation_dtype(x.dtype)) for t in (grad, activated))
     sizes = grad.shape[1], x.shape[1], 3, 3
-    return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).contiguous()
+    return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).to(x.dtype).contiguous()
 
 
 def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, activation, weight, out, accumulate):
