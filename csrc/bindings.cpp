@@ -26,7 +26,8 @@
 //   tap             the place in a window of kernel_size, row by row; padding is of the activated map
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // bn_act_conv1x1_data_backward and that of the 3x3 get the gradient of what the convolution has put out: its product with the
-// weight is what dy is of. The weight gradients behind them are in the dtype of x, that of the 3x3 (outputs, 3, 3, channels).
+// weight is what dy is of; the norm's correction of its input's gradient, beta * x + delta, is written or added to likewise. The
+// weight gradients are in the dtype of x, that of the 3x3 (outputs, 3, 3, channels).
 // Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
@@ -114,14 +115,16 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
       "-> Tensor dweight");
   m.def(
-      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
-      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
+      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate) "
+      "-> (Tensor dgamma, Tensor dbeta)");
   m.def(
       "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
       "-> Tensor dweight");
   m.def(
-      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
-      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
+      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate) "
+      "-> (Tensor dgamma, Tensor dbeta)");
   m.def("add_act(Tensor x, Tensor y, float activation) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float activation) -> Tensor");
   m.def(

@@ -64,11 +64,17 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def gradient(ops, inputs: Tensors, slope: float, accumulate: bool) -> Tensors:
-    """What is written over ``inputs["out"]``, and the sums."""
-    vectors = (inputs[name] for name in ("scale", "shift", "center"))
-    maps = inputs["grad"], inputs["x"]
-    sums = ops.bn_act_conv1x1_data_backward(*maps, *vectors, slope, inputs["weight"], inputs["out"], accumulate)
-    return {"out": inputs["out"], "sum_dy": sums[0], "sum_dy_xc": sums[1]}
+    return gradient_by(ops.bn_act_conv1x1_data_backward, inputs, slope, accumulate)
+
+
+def gradient_by(operator, inputs: Tensors, slope: float, accumulate: bool, count: float = math.inf) -> Tensors:
+    """What is written over ``inputs["out"]``, and the sums: the gradients of the norm, if its rstd is 1 as where none is given."""
+    one = torch.ones_like(inputs["scale"])
+    given = {"rstd": one, "beta": one.clone(), "delta": one.clone(), **inputs}
+    read, vectors, into = ("grad", "x"), ("scale", "shift", "center", "rstd"), ("weight", "out", "beta", "delta")
+    read, vectors, into = ((given[name] for name in names) for names in (read, vectors, into))
+    dgamma, dbeta = operator(*read, *vectors, count, slope, *into, accumulate)
+    return {"out": inputs["out"], "sum_dy": dbeta, "sum_dy_xc": dgamma}
 
 
 def expected(maps: Tensors, params: Tensors, activation: Activation, accumulate: bool) -> Tensors:
@@ -107,6 +113,33 @@ def assert_gradient(ours: Tensors, run: Run, maps: Tensors, params: Tensors) -> 
     for results in (ours, truth, *runs):
         del results["out"]
     assert_within_rule(ours, truth, runs, torch.float32)
+
+
+def assert_corrects(ops, operator, inputs: Tensors, accumulate: bool) -> None:
+    """The norm's gradients and its correction are what `bn_correction` makes of the sums, and are written nowhere else."""
+    sums = gradient_by(operator, inputs, 0.0, accumulate)
+    channels = len(inputs["scale"])
+    rstd, *start = torch.randn(3, channels, generator=torch.Generator().manual_seed(4)).abs().to(inputs["x"].device)
+    for count in (70.0, math.inf):  # that of a norm whose statistics are not of the batch
+        around = torch.full((2, channels + 2), math.nan, device=rstd.device)
+        beta, delta = around[:, 1:-1]
+        expected = [torch.full_like(rstd, math.nan) for _ in start]
+        if accumulate:
+            for to, other, value in zip((beta, delta), expected, start):
+                to.copy_(value), other.copy_(value)
+        ours = gradient_by(operator, {**inputs, "rstd": rstd, "beta": beta, "delta": delta}, 0.0, accumulate, count)
+        vectors = (sums["sum_dy"], sums["sum_dy_xc"], inputs["scale"], inputs["center"], rstd, count)
+        dgamma = ops.bn_correction(*vectors, *expected, accumulate)
+        assert torch.equal(ours["sum_dy"], sums["sum_dy"]) and torch.equal(ours["sum_dy_xc"], dgamma)
+        assert torch.equal(beta, expected[0]) and torch.equal(delta, expected[1])
+        assert bool(around[:, [0, -1]].isnan().all())
+
+
+def check_bn_act_conv1x1_data_backward_corrects(ops, device: str) -> None:
+    for case in (CASES[0], CASES[1], CASES[3], CASES[5]):  # of one chunk, of few, and of many
+        configure(ops, case.multiprocessors)
+        inputs = tensors(case, torch.bfloat16, device)
+        assert_corrects(ops, ops.bn_act_conv1x1_data_backward, inputs, case.accumulate)
 
 
 def check_bn_act_conv1x1_data_backward(ops, device: str) -> None:
@@ -165,6 +198,8 @@ def check_bn_act_conv1x1_data_backward_empty(ops, device: str) -> None:
         inputs = tensors(Case(shape, 8, True, 1), torch.bfloat16, device)
         results = gradient(ops, inputs, 0.0, True)
         assert all(torch.equal(results[name], torch.zeros(16, device=device)) for name in ("sum_dy", "sum_dy_xc"))
+        for accumulate in (True, False):
+            assert_corrects(ops, ops.bn_act_conv1x1_data_backward, inputs, accumulate)
 
 
 def check_bn_act_conv1x1_data_backward_errors(ops, device: str) -> None:
@@ -197,6 +232,9 @@ def check_bn_act_conv1x1_data_backward_errors(ops, device: str) -> None:
         (r"scale: expected shape \(16,\), one value a channel of x, got \(8\)", {"scale": vector[:8]}),
         (r"shift: expected dtype float32, got float64", {"shift": vector.double()}),
         (r"center: expected a contiguous vector, got stride 2", {"center": vector.repeat(2)[::2]}),
+        (r"rstd: expected shape \(16,\), one value a channel of x, got \(1\)", {"rstd": vector[:1]}),
+        (r"beta: expected dtype float32, got float64", {"beta": vector.double()}),
+        (r"delta: expected a contiguous vector, got stride 2", {"delta": vector.repeat(2)[::2]}),
     ):
         given = {**right, "scale": vector, "shift": vector, "center": vector, **change}
         before = given["out"].clone()
@@ -207,6 +245,7 @@ def check_bn_act_conv1x1_data_backward_errors(ops, device: str) -> None:
 
 CHECKS = (
     check_bn_act_conv1x1_data_backward,
+    check_bn_act_conv1x1_data_backward_corrects,
     check_bn_act_conv1x1_data_backward_repeats,
     check_bn_act_conv1x1_data_backward_special_values,
     check_bn_act_conv1x1_data_backward_empty,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_cases import assert_nan_around, make
-from cuda_conv1x1_data_cases import Tensors, assert_gradient, masked, split
+from cuda_conv1x1_data_cases import Tensors, assert_corrects, assert_gradient, gradient_by, masked, split
 from cuda_conv_cases import ACTIVATIONS, SLOPES, configure
 from torch import Tensor
 
@@ -64,11 +64,7 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> Tensors:
 
 
 def gradient(ops, inputs: Tensors, slope: float, accumulate: bool) -> Tensors:
-    """What is written over ``inputs["out"]``, and the sums."""
-    vectors = (inputs[name] for name in ("scale", "shift", "center"))
-    maps = inputs["grad"], inputs["x"]
-    sums = ops.bn_act_conv3x3_data_backward(*maps, *vectors, slope, inputs["weight"], inputs["out"], accumulate)
-    return {"out": inputs["out"], "sum_dy": sums[0], "sum_dy_xc": sums[1]}
+    return gradient_by(ops.bn_act_conv3x3_data_backward, inputs, slope, accumulate)
 
 
 def expected(maps: Tensors, params: Tensors, activation: Activation, accumulate: bool) -> Tensors:
@@ -93,6 +89,13 @@ def check_bn_act_conv3x3_data_backward(ops, device: str) -> None:
         ours = gradient(ops, inputs, SLOPES[activation.name], case.accumulate)
         assert_nan_around(inputs["out"], case)
         assert_gradient(ours, run, maps, params)
+
+
+def check_bn_act_conv3x3_data_backward_corrects(ops, device: str) -> None:
+    for case in (CASES[0], CASES[1], CASES[2], CASES[5]):  # of one chunk, of few, and of many
+        configure(ops, case.multiprocessors)
+        inputs = tensors(case, torch.bfloat16, device)
+        assert_corrects(ops, ops.bn_act_conv3x3_data_backward, inputs, case.accumulate)
 
 
 def check_bn_act_conv3x3_data_backward_repeats(ops, device: str) -> None:
@@ -132,6 +135,8 @@ def check_bn_act_conv3x3_data_backward_empty(ops, device: str) -> None:
         inputs = tensors(Case(shape, 8, True, 1), torch.bfloat16, device)
         results = gradient(ops, inputs, 0.0, True)
         assert all(torch.equal(results[name], torch.zeros(16, device=device)) for name in ("sum_dy", "sum_dy_xc"))
+        for accumulate in (True, False):
+            assert_corrects(ops, ops.bn_act_conv3x3_data_backward, inputs, accumulate)
 
 
 def check_bn_act_conv3x3_data_backward_errors(ops, device: str) -> None:
@@ -164,6 +169,9 @@ def check_bn_act_conv3x3_data_backward_errors(ops, device: str) -> None:
         (r"scale: expected shape \(16,\), one value a channel of x, got \(8\)", {"scale": vector[:8]}),
         (r"shift: expected dtype float32, got float64", {"shift": vector.double()}),
         (r"center: expected a contiguous vector, got stride 2", {"center": vector.repeat(2)[::2]}),
+        (r"rstd: expected shape \(16,\), one value a channel of x, got \(1\)", {"rstd": vector[:1]}),
+        (r"beta: expected dtype float32, got float64", {"beta": vector.double()}),
+        (r"delta: expected a contiguous vector, got stride 2", {"delta": vector.repeat(2)[::2]}),
     ):
         given = {**right, "scale": vector, "shift": vector, "center": vector, **change}
         before = given["out"].clone()
@@ -174,6 +182,7 @@ def check_bn_act_conv3x3_data_backward_errors(ops, device: str) -> None:
 
 CHECKS = (
     check_bn_act_conv3x3_data_backward,
+    check_bn_act_conv3x3_data_backward_corrects,
     check_bn_act_conv3x3_data_backward_repeats,
     check_bn_act_conv3x3_data_backward_special_values,
     check_bn_act_conv3x3_data_backward_empty,

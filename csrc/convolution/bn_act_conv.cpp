@@ -233,12 +233,20 @@ struct Pending {
   }
 };
 
-// What a backward finds before the norm's correction is known. Where `masked` says so, dy has been multiplied by the activation's
-// slope.
+// A norm's correction of the gradient of its input: what it is made of, and the vectors that it is written to or added to. One whose
+// statistics are not of the batch has an infinite count: it corrects nothing.
+struct Correction {
+  const Optional &center, &rstd;
+  double count;
+  Optional beta, delta;
+};
+
+// What a backward finds. Where `masked` says so, dy has been multiplied by the activation's slope.
 struct Found {
   Optional dy;
   bool masked = true;
-  Sum dweight, dbias, sum_dy, sum_dy_xc;
+  Sum dweight, dbias;
+  Optional dgamma, dbeta;
 };
 
 // The operators of a convolution's backward that activate as they multiply.
@@ -255,8 +263,8 @@ std::optional<Kernels> kernels_of_backward(const Tensor& x, const Conv& conv, co
   return std::nullopt;
 }
 
-Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologue& prologue, const Tensor& center, const Conv& conv,
-                          const Tensor& grad, const Optional& out, bool need_weight) {
+Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologue& prologue, const Correction& correction,
+                          const Conv& conv, const Tensor& grad, const Optional& out, bool need_weight) {
   const auto& [scale, shift, negative_slope] = prologue;
   Found found;
   if (need_weight) {
@@ -264,19 +272,21 @@ Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologu
     found.dweight.add(conv.of_taps(dweight));
   }
   if (!out) found.dy = torch::stable::empty_like(x);
-  const auto [sum_dy, sum_dy_xc] =
-      call<std::tuple<Tensor, Tensor>>(kernels.data, "", grad, x, *scale, *shift, center, negative_slope,
-                                       conv.is_matrix_product() ? conv.matrix() : conv.weight, out ? *out : *found.dy,
-                                       out.has_value());
-  found.sum_dy.add(sum_dy), found.sum_dy_xc.add(sum_dy_xc);
+  std::tie(found.dgamma, found.dbeta) = call<std::tuple<Tensor, Tensor>>(
+      kernels.data, "", grad, x, *scale, *shift, *correction.center, *correction.rstd, correction.count, negative_slope,
+      conv.is_matrix_product() ? conv.matrix() : conv.weight, out ? *out : *found.dy, *correction.beta, *correction.delta,
+      out.has_value());
   return found;
 }
 
-Found backward_by_library(const Tensor& x, const Prologue& prologue, const Optional& center, const Conv& conv, const Parts& parts,
-                          const Pending& pending, const Optional& out, bool mask, bool need_weight, bool need_bias) {
+Found backward_by_library(const Tensor& x, const Prologue& prologue, const Correction& correction, const Conv& conv,
+                          const Parts& parts, const Pending& pending, const Optional& out, bool mask, bool need_weight,
+                          bool need_bias) {
   const auto& [scale, shift, negative_slope] = prologue;
+  const auto& [center, rstd, count, beta, delta] = correction;
   const ScalarType dtype = conv.weight.scalar_type();
   Found found;
+  Sum all_dy, all_dy_xc;
   found.masked = mask || out;
   if (!out && parts.count() > 1) found.dy = torch::stable::empty_like(x);
   for (int64_t part = 0; part < parts.count(); ++part) {
@@ -300,7 +310,7 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Optio
                            negative_slope)
               : call<Sums>(mask ? "resdense::bn_act_backward" : "resdense::bn_act_sums", "", dx, raw, *scale, *shift, *center,
                            negative_slope);
-      found.sum_dy.add(sum_dy), found.sum_dy_xc.add(sum_dy_xc);
+      all_dy.add(sum_dy), all_dy_xc.add(sum_dy_xc);
     } else if (out) {
       add(parts.of(*out, part), dx);
     }
@@ -312,12 +322,18 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Optio
       found.dy = dx;
     }
   }
+  if (scale) {
+    found.dbeta = all_dy.total(scale->scalar_type());
+    std::tie(found.dgamma) =
+        call<std::tuple<Tensor>>("resdense::bn_correction", "", *found.dbeta, *all_dy_xc.total(scale->scalar_type()), *scale,
+                                 *center, *rstd, count, *beta, *delta, out.has_value());
+  }
   return found;
 }
 
 // The gradients of the input, which are pending on `scale` and the vectors behind dy (or were added to `out` and its vectors), of
 // the convolution's weight and bias, and of the norm's. To `finish`, that of the input is finished: it is masked when the correction
-// is known, in the one pass. A norm whose statistics are not of the batch has an infinite count: it corrects nothing.
+// is known, in the one pass.
 std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
     const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
     double negative_slope, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse,
@@ -326,25 +342,22 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
   const Conv conv{weight, stride, padding, dilation, groups};
   const Prologue prologue{scale, shift, negative_slope};
   const Pending pending{grad, z, alpha, beta, delta};
-  const ScalarType dtype = weight.scalar_type();
+  const auto vector = [&](const Optional& of_out) {
+    return out || !scale ? of_out : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
+  };
+  const Correction correction{center, rstd, count, vector(out_beta), vector(out_delta)};
   const auto kernels = scale && fuse && !need_bias ? kernels_of_backward(x, conv, grad, out) : std::nullopt;
   const Found found =
-      kernels ? backward_by_kernels(*kernels, x, prologue, *center, conv, pending.finished(Parts::all(x), 0), out, need_weight)
-              : backward_by_library(x, prologue, center, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
-  const Optional dweight = found.dweight.total(dtype), dbias = found.dbias.total(dtype);
-  if (!scale) return {found.dy, std::nullopt, std::nullopt, dweight, dbias, std::nullopt, std::nullopt};
-
-  const Tensor dbeta = *found.sum_dy.total(scale->scalar_type()), sum_dy_xc = *found.sum_dy_xc.total(scale->scalar_type());
-  const Optional to_beta = out ? out_beta : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
-  const Optional to_delta = out ? out_delta : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
-  const auto [dgamma] = call<std::tuple<Tensor>>("resdense::bn_correction", "", dbeta, sum_dy_xc, *scale, *center, *rstd, count,
-                                                 *to_beta, *to_delta, out.has_value());
-  if (!out && !finish) return {found.dy, to_beta, to_delta, dweight, dbias, dgamma, dbeta};
-  if (!out) {
+      kernels ? backward_by_kernels(*kernels, x, prologue, correction, conv, pending.finished(Parts::all(x), 0), out, need_weight)
+              : backward_by_library(x, prologue, correction, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
+  if (scale && finish && !out) {
     const Optional mask = found.masked ? std::nullopt : shift;
-    call("resdense::pending_grad", "", *found.dy, x, *scale, *to_beta, *to_delta, mask, negative_slope);
+    call("resdense::pending_grad", "", *found.dy, x, *scale, *correction.beta, *correction.delta, mask, negative_slope);
   }
-  return {found.dy, std::nullopt, std::nullopt, dweight, dbias, dgamma, dbeta};
+  const bool pends = !out && !finish;
+  const ScalarType dtype = weight.scalar_type();
+  return {found.dy, pends ? correction.beta : std::nullopt, pends ? correction.delta : std::nullopt, found.dweight.total(dtype),
+          found.dbias.total(dtype), found.dgamma, found.dbeta};
 }
 
 }  // namespace

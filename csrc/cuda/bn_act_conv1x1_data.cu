@@ -13,7 +13,7 @@ DataRows<T> data_rows_of(const Map& m) {
 }
 
 template <typename T, int N64>
-void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const std::tuple<Tensor, Tensor>& sums) {
+void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const Tensor& x, const CorrectData& finish) {
   using Tile = DataTile<N64>;
   const int64_t memory = on.shared_memory(), multiprocessors = on.multiprocessors();
   const int64_t tiles = ceil_div(p.positions, kDataPositions), groups = ceil_div(p.channels, kDataChannels);
@@ -29,15 +29,16 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const std::tuple<Tenso
   const int64_t slices = std::clamp<int64_t>(multiprocessors * blocks / chunks, 1, tiles);
   p.tiles = static_cast<int>(tiles), p.slices = static_cast<int>(slices), p.chunks = static_cast<int>(chunks);
 
-  reduce_data_sums(on, {tiles, slices, kDataChain, 1}, p.channels, sums, [&](float* sum_dy, float* sum_dy_xc) {
+  reduce_data_sums(on, {tiles, slices, kDataChain, 1}, x, finish, [&](float* sum_dy, float* sum_dy_xc) {
     p.sum_dy = sum_dy, p.sum_dy_xc = sum_dy_xc;
     on.run_shared(bytes, bn_act_conv1x1_data_bwd_kernel<T, N64>, chunks * slices, warps * 32, p);
   });
 }
 
 std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                        const Tensor& shift, const Tensor& center,
-                                                        double negative_slope, const Tensor& weight, const Tensor& out,
+                                                        const Tensor& shift, const Tensor& center, const Tensor& rstd,
+                                                        double count, double negative_slope, const Tensor& weight,
+                                                        const Tensor& out, const Tensor& beta, const Tensor& delta,
                                                         bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   check_maps(x, from, kConv1x1Inputs, grad, "grad", g, kConv1x1Outputs);
@@ -46,34 +47,36 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
                  "weight: expected shape (", g.C, ", ", from.C, "), got ", shape_string(weight));
   check_dtype(weight, "weight", from.dtype);
   check_same_device(weight, "weight", x, "x");
-  check_vector(scale, "scale", from.C, x, "x");
-  check_vector(shift, "shift", from.C, x, "x");
-  check_vector(center, "center", from.C, x, "x");
-  if (from.numel() == 0) return new_sums(x, from);
+  check_norm(x, scale, shift, center, rstd, beta, delta);
+
+  const Launch on(x);
+  const std::tuple<Tensor, Tensor> gradients = new_sums(x, from);
+  const CorrectData finish = correct_data(scale, center, rstd, count, beta, delta, accumulate, gradients);
+  if (from.numel() == 0) {
+    no_data_sums(on, x, finish);
+    return gradients;
+  }
   check_matrix(g, grad, "grad");
   check_matrix(from, x, "x");
   check_matrix(to, out, "out");
 
-  const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
-  const Launch on(x);
   const Tensor weights = at_aligned_address(torch::stable::contiguous(weight));
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
-    const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
     Conv1x1Data<T> p{};
     p.grad = data_rows_of<const T>(g), p.x = data_rows_of<const T>(from), p.out = data_rows_of<T>(to);
-    p.scale = vector(scale), p.shift = vector(shift), p.center = vector(center);
+    p.scale = floats(scale), p.shift = floats(shift), p.center = floats(center);
     p.weight = static_cast<const T*>(weights.const_data_ptr());
     p.slope = static_cast<float>(negative_slope), p.accumulate = accumulate;
     p.positions = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
     switch (ceil_div(g.C, 64)) {
-      case 1: return run_conv1x1_data<T, 1>(on, p, sums);
-      case 2: return run_conv1x1_data<T, 2>(on, p, sums);
-      default: return run_conv1x1_data<T, 3>(on, p, sums);
+      case 1: return run_conv1x1_data<T, 1>(on, p, x, finish);
+      case 2: return run_conv1x1_data<T, 2>(on, p, x, finish);
+      default: return run_conv1x1_data<T, 3>(on, p, x, finish);
     }
   });
-  return sums;
+  return gradients;
 }
 
 }  // namespace

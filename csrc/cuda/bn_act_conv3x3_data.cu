@@ -9,7 +9,7 @@ namespace resdense::cuda {
 namespace {
 
 template <typename T, int N16>
-void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const std::tuple<Tensor, Tensor>& sums) {
+void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const CorrectData& finish) {
   using Tile = Conv3x3DataTile<N16>;
   using Tables = Conv3x3DataTables<N16>;
   // A halo takes the most with a column, and so the most rows.
@@ -30,23 +30,30 @@ void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const
   p.slices = number(slices), p.chunks = number(chunks), p.chain = number(chain);
   p.across = number(across), p.down = number(down);
 
-  reduce_data_sums(on, {tiles, slices, chain, down}, p.channels, sums, [&](float* sum_dy, float* sum_dy_xc) {
+  reduce_data_sums(on, {tiles, slices, chain, down}, x, finish, [&](float* sum_dy, float* sum_dy_xc) {
     p.sum_dy = sum_dy, p.sum_dy_xc = sum_dy_xc;
     on.run_shared(bytes, bn_act_conv3x3_data_bwd_kernel<T, N16>, chunks * slices, warps * 32, p);
   });
 }
 
 std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                        const Tensor& shift, const Tensor& center, double negative_slope,
-                                                        const Tensor& weight, const Tensor& out, bool accumulate) {
+                                                        const Tensor& shift, const Tensor& center, const Tensor& rstd,
+                                                        double count, double negative_slope, const Tensor& weight,
+                                                        const Tensor& out, const Tensor& beta, const Tensor& delta,
+                                                        bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   check_conv3x3_maps(x, from, grad, "grad", g, kConv3x3BackwardOutputs);
   check_same(out, "out", x, "x");
   check_conv3x3_weight(weight, g.C, x, from);
-  check_vector(scale, "scale", from.C, x, "x");
-  check_vector(shift, "shift", from.C, x, "x");
-  check_vector(center, "center", from.C, x, "x");
-  if (from.numel() == 0) return new_sums(x, from);
+  check_norm(x, scale, shift, center, rstd, beta, delta);
+
+  const Launch on(x);
+  const std::tuple<Tensor, Tensor> gradients = new_sums(x, from);
+  const CorrectData finish = correct_data(scale, center, rstd, count, beta, delta, accumulate, gradients);
+  if (from.numel() == 0) {
+    no_data_sums(on, x, finish);
+    return gradients;
+  }
   check_rows(g, grad, "grad");
   check_rows(from, x, "x");
   check_rows(to, out, "out");
@@ -54,27 +61,24 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, cons
   check_few_rows(from, "x");
   check_few_rows(to, "out");
 
-  const std::tuple<Tensor, Tensor> sums = new_sums(x, from);
-  const Launch on(x);
   const Tensor weights = rows_of_taps(weight);
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
-    const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
     Conv3x3Data<T> p{};
     const auto map = [](const Map& m) {
       return Conv3x3DataMap<T>{static_cast<T*>(m.data), m.sn, static_cast<int>(m.ss)};
     };
     p.grad = map(g), p.x = map(from), p.out = map(to);
-    p.scale = vector(scale), p.shift = vector(shift), p.center = vector(center);
+    p.scale = floats(scale), p.shift = floats(shift), p.center = floats(center);
     p.weight = static_cast<const T*>(weights.const_data_ptr());
     p.slope = static_cast<float>(negative_slope), p.accumulate = accumulate;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
     if (g.C <= 16)
-      run_conv3x3_data<T, 1>(on, p, x, sums);
+      run_conv3x3_data<T, 1>(on, p, x, finish);
     else
-      run_conv3x3_data<T, 2>(on, p, x, sums);
+      run_conv3x3_data<T, 2>(on, p, x, finish);
   });
-  return sums;
+  return gradients;
 }
 
 }  // namespace

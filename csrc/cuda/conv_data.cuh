@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "bn_act.cuh"
+#include "fold.cuh"
 #include "matrix.cuh"
 
 namespace resdense::cuda {
@@ -94,6 +95,17 @@ struct DataSums {
       if (live && threadIdx.x % 32 < 4) sums.put(k, sum_dy + k, sum_dy_xc + k);
     }
     sums = {};
+  }
+};
+
+// What the second stage makes of a channel's sums.
+struct CorrectData {
+  Correction<float> correct;
+  float* dbeta;
+
+  __device__ void operator()(int64_t channel, const Sums<float, 1>& all) const {
+    dbeta[channel] = all.a[0];
+    correct(channel, all.a[0], all.b[0]);
   }
 };
 

@@ -84,9 +84,9 @@ Tensor bn_correction(const Tensor& sum_dy, const Tensor& sum_dy_xc, const Tensor
   by_type(mean, [&](auto zero) {
     using W = decltype(zero);
     const auto to = [](const Tensor& t) { return static_cast<W*>(t.mutable_data_ptr()); };
-    on.run(accumulate ? bn_correction_kernel<W, true> : bn_correction_kernel<W, false>, ceil_div(C, kFoldThreads), kFoldThreads,
-           C, values<W>(sum_dy), values<W>(sum_dy_xc), values<W>(scale), values<W>(mean), values<W>(rstd), count, to(beta),
-           to(delta), to(dgamma));
+    const Correction<W> correct{values<W>(scale), values<W>(mean), values<W>(rstd), count,
+                                to(beta),         to(delta),       to(dgamma),      accumulate};
+    on.run(bn_correction_kernel<W>, ceil_div(C, kFoldThreads), kFoldThreads, C, values<W>(sum_dy), values<W>(sum_dy_xc), correct);
   });
   return dgamma;
 }

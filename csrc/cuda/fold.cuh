@@ -54,20 +54,30 @@ __global__ void __launch_bounds__(kFoldThreads) bn_folds_kernel(FoldTable<W> of,
   to[0] = fold.scale, to[total] = fold.shift, to[2 * total] = fold.rstd;
 }
 
-// From the sums of dy and of dy * (x - mean): dgamma, and the norm's correction of the gradient of its input, beta * x + delta,
-// which is written or, to ACCUMULATE, added.
-template <typename W, bool ACCUMULATE>
+// From the sums of dy and of dy * (x - mean) of a channel: dgamma, and the norm's correction of the gradient of its input,
+// beta * x + delta, which is written or, to `accumulate`, added.
+template <typename W>
+struct Correction {
+  const W *scale, *mean, *rstd;
+  double count;
+  W *beta, *delta, *dgamma;
+  bool accumulate;
+
+  __device__ void operator()(int64_t c, W sum_dy, W sum_dy_xc) const {
+    const double shared = scale[c] / count, dg = static_cast<double>(rstd[c]) * sum_dy_xc, slope = -shared * rstd[c] * dg;
+    dgamma[c] = static_cast<W>(dg);
+    const W to_beta = static_cast<W>(slope), to_delta = static_cast<W>(-(shared * sum_dy + slope * mean[c]));
+    beta[c] = accumulate ? beta[c] + to_beta : to_beta;
+    delta[c] = accumulate ? delta[c] + to_delta : to_delta;
+  }
+};
+
+template <typename W>
 __global__ void __launch_bounds__(kFoldThreads)
-    bn_correction_kernel(int64_t channels, const W* sum_dy, const W* sum_dy_xc, const W* scale, const W* mean, const W* rstd,
-                         double count, W* beta, W* delta, W* dgamma) {
+    bn_correction_kernel(int64_t channels, const W* sum_dy, const W* sum_dy_xc, Correction<W> correct) {
   start_kernel();
   const int64_t c = int64_t(blockIdx.x) * kFoldThreads + threadIdx.x;
-  if (c >= channels) return;
-  const double shared = scale[c] / count, dg = static_cast<double>(rstd[c]) * sum_dy_xc[c], slope = -shared * rstd[c] * dg;
-  dgamma[c] = static_cast<W>(dg);
-  const W to_beta = static_cast<W>(slope), to_delta = static_cast<W>(-(shared * sum_dy[c] + slope * mean[c]));
-  beta[c] = ACCUMULATE ? beta[c] + to_beta : to_beta;
-  delta[c] = ACCUMULATE ? delta[c] + to_delta : to_delta;
+  if (c < channels) correct(c, sum_dy[c], sum_dy_xc[c]);
 }
 
 }  // namespace resdense::cuda

@@ -119,12 +119,22 @@ __device__ inline void leave(const Share& share, const Lane& lane, const A& gath
 constexpr int kFinishChannels = 4;
 constexpr int kFinishAtOnce = 8;
 
-// The second stage: merges the chunks' results, always in the same order. A is of one channel.
-template <typename A>
+// What takes the merged values of a channel, to leave them as they are.
+template <typename W>
+struct Leave {
+  W *first, *second;
+
+  template <typename A>
+  __device__ void operator()(int64_t channel, const A& all) const {
+    all.put(0, first + channel, second + channel);
+  }
+};
+
+// The second stage: merges the chunks' results, always in the same order, for finish(channel, all). A is of one channel.
+template <typename A, typename F>
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_finish_kernel(const typename A::Value* part_first, const typename A::Value* part_second, int64_t channels,
-                         int64_t positions, int64_t chunk_positions, int64_t chunks, typename A::Value* first,
-                         typename A::Value* second) {
+                         int64_t positions, int64_t chunk_positions, int64_t chunks, F finish) {
   start_kernel();
   using W = typename A::Value;
   constexpr int STEP = kReduceThreads / kFinishChannels;
@@ -148,7 +158,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
   }
   merge_block(all, kFinishChannels);
-  if (y == 0 && channel < channels) all.put(0, first + channel, second + channel);
+  if (y == 0 && channel < channels) finish(channel, all);
 }
 
 }  // namespace resdense::cuda

@@ -82,21 +82,27 @@ inline std::tuple<Tensor, Tensor> new_sums(const Tensor& x, const Map& m) {
 }
 
 // Both stages of a reduction to accumulators A of one channel: start(first, second) launches the first one, which leaves its
-// results there.
+// results there, for finish(channel, all) on the device, that of `like`.
+template <typename A, typename Start, typename Finish>
+inline void reduce(const Launch& on, const ReducePlan& p, const Tensor& like, Start start, Finish finish) {
+  using W = typename A::Value;
+  const int64_t channels = p.share.channels;
+  const Tensor parts = torch::stable::new_empty(like, {2, p.chunks, channels}, stats_dtype(like.scalar_type()));
+  W* const part_first = static_cast<W*>(parts.mutable_data_ptr());
+  W* const part_second = part_first + p.chunks * channels;
+  start(part_first, part_second);
+  on.run(reduce_finish_kernel<A, Finish>, ceil_div(channels, kFinishChannels), kReduceThreads, part_first, part_second, channels,
+         p.share.items * p.item_positions, p.share.chunk_items * p.item_positions, p.chunks, finish);
+}
+
+// The same to two vectors, which the first stage leaves itself where there is one chunk.
 template <typename A, typename F>
 inline void reduce(const Launch& on, const ReducePlan& p, const Tensor& first, const Tensor& second, F start) {
   using W = typename A::Value;
   W* const to_first = static_cast<W*>(first.mutable_data_ptr());
   W* const to_second = static_cast<W*>(second.mutable_data_ptr());
   if (p.chunks == 1) return start(to_first, to_second);
-
-  const int64_t channels = p.share.channels;
-  const Tensor parts = torch::stable::new_empty(first, {2, p.chunks, channels});
-  W* const part_first = static_cast<W*>(parts.mutable_data_ptr());
-  W* const part_second = part_first + p.chunks * channels;
-  start(part_first, part_second);
-  on.run(reduce_finish_kernel<A>, ceil_div(channels, kFinishChannels), kReduceThreads, part_first, part_second, channels,
-         p.share.items * p.item_positions, p.share.chunk_items * p.item_positions, p.chunks, to_first, to_second);
+  reduce<A>(on, p, first, start, Leave<W>{to_first, to_second});
 }
 
 }  // namespace resdense::cuda

@@ -130,7 +130,9 @@ def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, activation):
     return x.new_empty((grad.shape[1], x.shape[1]))
 
 
-def _bn_act_conv1x1_data_backward(grad, x, scale, shift, center, activation, weight, out, accumulate):
+def _bn_act_conv1x1_data_backward(
+    grad, x, scale, shift, center, rstd, count, activation, weight, out, beta, delta, accumulate
+):
     return _vectors(x, x.shape[1])
 
 
@@ -138,7 +140,9 @@ def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, activation):
     return x.new_empty((grad.shape[1], 3, 3, x.shape[1]))
 
 
-def _bn_act_conv3x3_data_backward(grad, x, scale, shift, center, activation, weight, out, accumulate):
+def _bn_act_conv3x3_data_backward(
+    grad, x, scale, shift, center, rstd, count, activation, weight, out, beta, delta, accumulate
+):
     return _vectors(x, x.shape[1])
 
 
@@ -179,10 +183,10 @@ def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, activation):
     return (grad @ activated.T).to(x.dtype)
 
 
-def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, activation, weight, out, accumulate):
+def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, rstd, count, activation, weight, *into):
     wide = accumulation_dtype(x.dtype)
     product = torch.einsum("nk...,kc->nc...", grad.to(wide), weight.to(wide))
-    return _masked(product, x, scale, shift, center, activation, out, accumulate)
+    return _masked(product, x, scale, shift, center, rstd, count, activation, *into)
 
 
 def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, activation):
@@ -192,20 +196,20 @@ def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, activation):
     return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).to(x.dtype).contiguous()
 
 
-def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, activation, weight, out, accumulate):
+def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, rstd, count, activation, weight, *into):
     wide = accumulation_dtype(x.dtype)
     product = torch.nn.functional.conv_transpose2d(grad.to(wide), weight.to(wide), padding=1)
-    return _masked(product, x, scale, shift, center, activation, out, accumulate)
+    return _masked(product, x, scale, shift, center, rstd, count, activation, *into)
 
 
-def _masked(product, x, scale, shift, center, activation, out, accumulate):
+def _masked(product, x, scale, shift, center, rstd, count, activation, out, beta, delta, accumulate):
     wide = product.dtype
-    scale, shift, center = (reference.per_channel(v, x) for v in (scale, shift, center))
-    y = scale * x.to(wide) + shift
-    dy = activation_backward(product, y, activation_of(activation))
-    out.copy_(out.to(wide) + scale * dy if accumulate else dy)
+    by, plus, middle = (reference.per_channel(v, x) for v in (scale, shift, center))
+    dy = activation_backward(product, by * x.to(wide) + plus, activation_of(activation))
+    out.copy_(out.to(wide) + by * dy if accumulate else dy)
     positions = [d for d in range(x.dim()) if d != 1]
-    return dy.sum(positions), (dy * (x.to(wide) - center)).sum(positions)
+    sums = dy.sum(positions), (dy * (x.to(wide) - middle)).sum(positions)
+    return torch.ops.resdense.bn_correction(*sums, scale, center, rstd, count, beta, delta, accumulate), sums[0]
 
 
 def _add_act_cpu(x, y, activation):

@@ -70,14 +70,16 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
       "-> Tensor dweight");
   m.def(
-      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
-      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+      "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
+      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate) "
+      "-> (Tensor dgamma, Tensor dbeta)");
   m.def(
       "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
       "-> Tensor dweight");
   m.def(
-      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
-      "Tensor weight, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
+      "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
+      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate) "
+      "-> (Tensor dgamma, Tensor dbeta)");
   m.def("add_act(Tensor x, Tensor y, float activation) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float activation) -> Tensor");
   m.def(
