@@ -18,6 +18,10 @@
 #include "shim_launch.h"
 #else
 
+#include <set>
+#include <utility>
+#include <vector>
+
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -25,6 +29,43 @@
 #define RESDENSE_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(resdense, CUDA, m)
 
 namespace resdense::cuda {
+
+inline void check(cudaError_t error) {
+  RESDENSE_CHECK(error == cudaSuccess, "resdense: CUDA error: ", cudaGetErrorString(error));
+}
+
+// What launches want to know of a device; the driver is asked once.
+struct Device {
+  int multiprocessors;
+  int shared_memory, block_shared_memory;  // in bytes: of a multiprocessor, and what a block can have if it asks for it
+  bool kernels_wait;                       // it runs code in which kernels wait for those before them, see `start_kernel`
+
+  static const Device& of(int32_t index) {
+    static const std::vector<Device> all = [] {
+      int count = 0;
+      check(cudaGetDeviceCount(&count));
+      std::vector<Device> devices;
+      for (int i = 0; i < count; ++i) devices.push_back(asked(i));
+      return devices;
+    }();
+    return all[index];
+  }
+
+ private:
+  static Device asked(int index) {
+    const auto attribute = [=](cudaDeviceAttr which) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, index));
+      return value;
+    };
+    const int device = 100 * attribute(cudaDevAttrComputeCapabilityMajor) + 10 * attribute(cudaDevAttrComputeCapabilityMinor);
+    constexpr int compiled_for[] = {__CUDA_ARCH_LIST__};
+    const bool waits =
+        std::any_of(std::begin(compiled_for), std::end(compiled_for), [=](int arch) { return 900 <= arch && arch <= device; });
+    return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), waits};
+  }
+};
 
 // Makes the tensor's device current (a kernel would start on device 0 otherwise) and holds torch's stream on it.
 class Launch {
@@ -35,10 +76,10 @@ class Launch {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int multiprocessors() const { return Device::of(device_).multiprocessors; }
 
   // Of one multiprocessor, in bytes. A block can have all of it but the 1 KiB that every block costs.
-  int64_t shared_memory() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+  int64_t shared_memory() const { return Device::of(device_).shared_memory; }
 
   template <typename... Parameters, typename... Args>
   void run(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, const Args&... args) const {
@@ -51,11 +92,16 @@ class Launch {
     RESDENSE_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "resdense: expected at most 2^31 - 1 blocks, got ", blocks);
     // What a kernel gets without asking for more.
     if (bytes > 48 * 1024) {
-      const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+      const int most = Device::of(device_).block_shared_memory;
       RESDENSE_CHECK(bytes <= most, "resdense: expected a GPU with ", bytes, " bytes of shared memory a block, got ",
                      most);
-      // Always the same, as another thread may be about to launch the kernel with more.
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      // Always the same, as another thread may be about to launch the kernel with more. Every thread asks once.
+      static thread_local std::set<std::pair<const void*, int32_t>> asked;
+      const auto this_one = std::pair(reinterpret_cast<const void*>(kernel), device_);
+      if (!asked.contains(this_one)) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+        asked.insert(this_one);
+      }
     }
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -63,28 +109,11 @@ class Launch {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(bytes), config.stream = stream_;
-    config.attrs = &early, config.numAttrs = kernels_wait() ? 1 : 0;
+    config.attrs = &early, config.numAttrs = Device::of(device_).kernels_wait ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
   }
 
  private:
-  // Whether the device runs code in which kernels wait for those before them, see `start_kernel`.
-  bool kernels_wait() const {
-    const int device = 100 * attribute(cudaDevAttrComputeCapabilityMajor) + 10 * attribute(cudaDevAttrComputeCapabilityMinor);
-    constexpr int compiled_for[] = {__CUDA_ARCH_LIST__};
-    return std::any_of(std::begin(compiled_for), std::end(compiled_for), [=](int arch) { return 900 <= arch && arch <= device; });
-  }
-
-  int attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device_));
-    return value;
-  }
-
-  static void check(cudaError_t error) {
-    RESDENSE_CHECK(error == cudaSuccess, "resdense: CUDA error: ", cudaGetErrorString(error));
-  }
-
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
