@@ -28,6 +28,7 @@
 // bn_act_conv1x1_data_backward and that of the 3x3 get the gradient of what the convolution has put out: its product with the
 // weight is what dy is of; the norm's correction of its input's gradient, beta * x + delta, is written or added to likewise. The
 // weight gradients are in the dtype of x, that of the 3x3 (outputs, 3, 3, channels).
+// To a convolution `eps` says that a norm reads what it writes, with these statistics: it is folded, as by bn_fold.
 // Only copy_map takes maps of different dtypes.
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
@@ -56,7 +57,8 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("copy_map(Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor? bias, "
-      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, "
+      "Tensor? reader_bias=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv1x1_backward(Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, "
       "Tensor weight, Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, "
@@ -104,7 +106,8 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "bn_act_conv(Tensor x, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias, int[] stride, "
       "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, "
-      "Tensor(c!)? m2) -> ()");
+      "Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None) "
+      "-> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
       "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "

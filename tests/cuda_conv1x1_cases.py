@@ -85,6 +85,24 @@ def check_bn_act_conv1x1_without_stats(ops, device: str) -> None:
     assert torch.equal(out, other)
 
 
+def check_bn_act_conv1x1_folds(ops, device: str) -> None:
+    """The norm that reads what is written, as `bn_fold` does."""
+    for case in (CASES[0], CASES[2], CASES[6]):
+        configure(ops, case.multiprocessors)
+        inputs = tensors(case, torch.bfloat16, device)
+        weight, bias = torch.randn(2, case.outputs + 1, generator=torch.Generator().manual_seed(3)).to(device)[:, 1:]
+        for reader in ((weight, bias), (None, bias), (weight, None)):
+            folded = []
+
+            def write(*to, reader=reader, inputs=inputs, folded=folded):
+                vectors = inputs["scale"], inputs["shift"]
+                folded += ops.bn_act_conv1x1(inputs["x"], *vectors, 0.0, inputs["weight"], None, *to, 1e-3, *reader)
+
+            out, *stats = written(inputs["x"], case.outputs, write, True)
+            expected = ops.bn_fold(*stats, out.numel() // case.outputs, 1e-3, *reader)
+            assert all(torch.equal(a, b) for a, b in zip(folded, expected, strict=True)), (case, reader)
+
+
 def check_bn_act_conv1x1_repeats(ops, device: str) -> None:
     """Bitwise, whatever order the threads run in."""
     for case in (CASES[2], CASES[6]):
@@ -152,8 +170,9 @@ def check_bn_act_conv1x1_empty(ops, device: str) -> None:
         out = torch.empty(shape[0], 8, *shape[2:], dtype=torch.bfloat16, device=device)
         vectors = inputs["scale"], inputs["shift"]
         mean, m2 = torch.ones(2, 8, device=device)
-        ops.bn_act_conv1x1(inputs["x"], *vectors, 0.0, inputs["weight"], None, out, mean, m2)
+        folded = ops.bn_act_conv1x1(inputs["x"], *vectors, 0.0, inputs["weight"], None, out, mean, m2, 1e-5)
         assert bool(mean.isnan().all()) and not m2.any()
+        assert all(bool(v.isnan().all()) for v in folded)
 
 
 def check_bn_act_conv1x1_errors(ops, device: str) -> None:
@@ -183,19 +202,23 @@ def check_bn_act_conv1x1_errors(ops, device: str) -> None:
         (r"shift: expected dtype float32, got float64", {"shift": vector.double()}),
         (r"mean: expected shape \(8,\), one value a channel of out, got \(16\)", {"mean": vector}),
         (r"m2: expected to be given where mean is, and only there", {"m2": None}),
+        (r"eps: expected only with the statistics of what the norm reads", {"mean": None, "m2": None}),
+        (r"reader_weight: expected shape \(8,\), one value a channel of out, got \(16\)", {"reader_weight": vector}),
+        (r"reader_bias: expected dtype float32, got float64", {"reader_bias": vector[:8].double()}),
     ):
         given = {**right, "scale": vector, "shift": vector, "mean": vector[:8], "m2": vector[8:], **change}
         before = given["out"].clone()
         with pytest.raises(RuntimeError, match=message):
             vectors = given["scale"], given["shift"]
-            stats = given["mean"], given["m2"]
-            ops.bn_act_conv1x1(given["x"], *vectors, 0.0, given["weight"], given["bias"], given["out"], *stats)
+            stats, reader = (given["mean"], given["m2"]), (1e-5, given.get("reader_weight"), given.get("reader_bias"))
+            ops.bn_act_conv1x1(given["x"], *vectors, 0.0, given["weight"], given["bias"], given["out"], *stats, *reader)
         assert torch.equal(given["out"], before)
 
 
 CHECKS = (
     check_bn_act_conv1x1,
     check_bn_act_conv1x1_without_stats,
+    check_bn_act_conv1x1_folds,
     check_bn_act_conv1x1_repeats,
     check_bn_act_conv1x1_strides,
     check_bn_act_conv1x1_far_mean,

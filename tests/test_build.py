@@ -37,7 +37,8 @@ SCHEMAS = {
     "finished_grad": "(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor",
     "copy_map": "(Tensor x, Tensor(a!) out) -> ()",
     "bn_act_conv1x1": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor? bias, "
-    "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
+    "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None)"
+    " -> (Tensor? scale, Tensor? shift, Tensor? rstd)",
     "bn_act_conv1x1_backward": "(Tensor x, Tensor scale, Tensor shift, Tensor center, float activation, Tensor weight, "
     "Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta, Tensor(a!) out, bool accumulate, bool need_weight)"
     " -> (Tensor dweight, Tensor sum_dy, Tensor sum_dy_xc)",
@@ -80,7 +81,8 @@ SCHEMAS = {
     "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate)"
     " -> (Tensor dgamma, Tensor dbeta)",
     "bn_act_conv": "(Tensor x, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias, int[] stride, "
-    "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
+    "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2, "
+    "float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)",
     "bn_act_conv_backward": "(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
     "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
     "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "

@@ -427,7 +427,7 @@ class TestOperators:
             "pending_grad": (z.clone(), z, p, q, r, p, 0.1),
             "finished_grad": (z, z.clone(), p, q, r),
             "copy_map": (x, torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).movedim(-1, 1)),
-            "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), q.clone(), r.clone()),
+            "bn_act_conv1x1": (x, a, b, 0.0, w, p, z.clone(), q.clone(), r.clone(), 1e-5, p.clone(), None),
             "bn_act_conv1x1_backward": (x, a, b, c, 0.0, w, z.clone(), z, p, q, r, x.clone(), True, True),
             "conv1x1_moments": (x, a, b, 0.1, c, z),
             "conv1x1_moments_terms": (a.double(), torch.randn(6, 6), p.double(), w, w, p, q, 40.0, True),
@@ -444,7 +444,10 @@ class TestOperators:
             "bn_act_global_pool": (x, a, b, 0.1),
             "bn_act_global_pool_backward": (torch.randn(2, 6, 1, 1), x, a, b, c, 0.1, x.clone(), True),
             "bn_act_conv3x3": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), q.clone(), r.clone()),
-            "bn_act_conv": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, True, 2**20, z.clone(), q.clone(), r.clone()),
+            "bn_act_conv": (
+                *(x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, True, 2**20),
+                *(z.clone(), q.clone(), r.clone(), 1e-5, None, p.clone()),
+            ),
             "bn_act_conv_backward": (
                 *(x, a, b, c, c.clone(), 40, 0.0, torch.randn(3, 6, 3, 3), *geometry, True, 2**20),
                 *(z, z.clone(), p, q, r, None, None, None, True, True, True),

@@ -120,4 +120,12 @@ inline void check_stats(const std::optional<Tensor>& mean, const std::optional<T
   check_vector(*m2, "m2", out.size(1), out, "out");
 }
 
+// Where `eps` is given a norm reads `out`, with these statistics.
+inline void check_reader(std::optional<double> eps, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& mean, const Tensor& out) {
+  RESDENSE_CHECK(!eps || mean, "eps: expected only with the statistics of what the norm reads, mean and m2");
+  if (weight) check_vector(*weight, "reader_weight", out.size(1), out, "out");
+  if (bias) check_vector(*bias, "reader_bias", out.size(1), out, "out");
+}
+
 }  // namespace resdense

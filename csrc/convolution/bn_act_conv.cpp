@@ -141,24 +141,31 @@ void convolve(const Tensor& a, const Conv& conv, const Optional& bias, const Ten
   torch::stable::copy_(target, made);
 }
 
-void bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double negative_slope, const Tensor& weight,
-                 const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
-                 const Tensor& out, const Optional& mean, const Optional& m2) {
+// Scale, shift and rstd of the norm that reads what is written, where one does.
+using Folded = std::tuple<Optional, Optional, Optional>;
+
+Folded bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double negative_slope, const Tensor& weight,
+                   const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
+                   const Tensor& out, const Optional& mean, const Optional& m2, std::optional<double> eps,
+                   const Optional& reader_weight, const Optional& reader_bias) {
+  check_reader(eps, reader_weight, reader_bias, mean, out);
   const Conv conv{weight, stride, padding, dilation, groups};
   const bool by_kernels = scale && fuse && !bias;
+  if (by_kernels && is_conv1x1(x, conv, out))
+    return call<Folded>("resdense::bn_act_conv1x1", "", x, *scale, *shift, negative_slope, conv.matrix(), bias, out, mean, m2, eps,
+                        reader_weight, reader_bias);
   if (by_kernels && is_conv3x3(x, conv, out, kConv3x3Outputs)) {
     call("resdense::bn_act_conv3x3", "", x, *scale, *shift, negative_slope, weight, out, mean, m2);
-    return;
+  } else {
+    const Prologue activated{scale, shift, negative_slope};
+    const Parts parts(x, scratch);
+    for (int64_t part = 0; part < parts.count(); ++part)
+      convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
+    if (mean) call("resdense::channel_stats_into", "", out, *mean, *m2);
   }
-  if (by_kernels && is_conv1x1(x, conv, out)) {
-    call("resdense::bn_act_conv1x1", "", x, *scale, *shift, negative_slope, conv.matrix(), bias, out, mean, m2);
-    return;
-  }
-  const Prologue activated{scale, shift, negative_slope};
-  const Parts parts(x, scratch);
-  for (int64_t part = 0; part < parts.count(); ++part)
-    convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
-  if (mean) call("resdense::channel_stats_into", "", out, *mean, *m2);
+  if (!eps) return {};
+  const double count = static_cast<double>(out.numel() / out.size(1));
+  return call<std::tuple<Tensor, Tensor, Tensor>>("resdense::bn_fold", "", *mean, *m2, count, *eps, reader_weight, reader_bias);
 }
 
 // The gradients of the convolution's input, in the layout of `a`, and of its weight.

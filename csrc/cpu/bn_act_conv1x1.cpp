@@ -35,9 +35,10 @@ template <class A> void total_weight(const Scratch& others, int64_t chunks, int6
 
 }  // namespace
 
-void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation,
-                                          const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out,
-                    const std::optional<Tensor>& mean, const std::optional<Tensor>& m2) {
+std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> bn_act_conv1x1(
+    const Tensor& x, const Tensor& scale, const Tensor& shift, double activation, const Tensor& weight,
+    const std::optional<Tensor>& bias, const Tensor& out, const std::optional<Tensor>& mean, const std::optional<Tensor>& m2,
+    std::optional<double> eps, const std::optional<Tensor>& reader_weight, const std::optional<Tensor>& reader_bias) {
   Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   check_dtype(out, "out", from.dtype);
   check_positions(to, "out", from);
@@ -45,6 +46,7 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   const ScalarType dtype = from.dtype;
   const bool last = from.channels_last;
   check_stats(mean, m2, out);
+  check_reader(eps, reader_weight, reader_bias, mean, out);
   const int64_t C = from.C, K = to.C, bytes = element_size(dtype);
   Matrix w = matrix_of(weight, "weight", K, C, dtype);
   const bool paired = by_pairs(from, w, K, C), packs = paired || (last && by_gemm(dtype, K));
@@ -85,6 +87,8 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     if (mean) statistics.add(chunk, segments, positions, last, operand(to));
   });
   if (mean) statistics.total(to, *mean, *m2);
+  if (!eps) return {};
+  return bn_fold(*mean, *m2, static_cast<double>(to.rows()), *eps, reader_weight, reader_bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_conv1x1_backward(

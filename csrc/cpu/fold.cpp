@@ -8,7 +8,7 @@
 
 #include "common/folds.h"
 #include "common/memory.h"
-#include "tile.h"
+#include "stats.h"
 
 namespace resdense::cpu {
 namespace {

@@ -3,6 +3,8 @@
 // cache, merged by Chan's formula, so that a mean a thousand times the deviation costs no digits.
 
 #include <cmath>
+#include <optional>
+#include <tuple>
 
 #include "tile.h"
 
@@ -78,5 +80,9 @@ class Stats {
   std::vector<double> tile_;    // a tile's, on the way
   std::vector<float> center_;   // a tile's rounded mean in the dtype of the coefficients
 };
+
+// Scale, shift and rstd of a norm over `count` positions with these statistics: see fold.cpp.
+std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& m2, double count, double eps,
+                                           const std::optional<Tensor>& weight, const std::optional<Tensor>& bias);
 
 }  // namespace resdense::cpu

@@ -6,37 +6,41 @@ namespace resdense::cuda {
 namespace {
 
 template <typename T, int OUTPUTS, bool LARGE>
-void run(const Launch& on, Conv1x1<T> p, const Optional& mean, const Optional& m2) {
+void run(const Launch& on, Conv1x1<T> p, const Optional& mean, const Optional& m2, const Reader& reader) {
   using Tile = Conv1x1Tile<OUTPUTS, LARGE>;
   static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
   p.tiles = static_cast<int>(ceil_div(p.positions, Tile::kPositions));
   const int64_t blocks = std::min<int64_t>(p.tiles, on.multiprocessors() * Tile::kBlocks);
-  run_with_stats(on, blocks, p.outputs, mean, m2, [&](float* parts) {
+  run_with_stats(on, blocks, p.outputs, mean, m2, reader, [&](float* parts) {
     p.parts = parts;
     on.run_shared(Tile::kBytes, bn_act_conv1x1_fwd_kernel<T, OUTPUTS, LARGE>, blocks, kConv1x1Threads, p);
   });
 }
 
 template <typename T, int OUTPUTS>
-void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2) {
+void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2, const Reader& reader) {
   // Small tiles read the weights more often, but leave half of the device idle less often.
   if (2 * ceil_div(p.positions, Conv1x1Tile<OUTPUTS, true>::kPositions) > on.multiprocessors())
-    run<T, OUTPUTS, true>(on, p, mean, m2);
+    run<T, OUTPUTS, true>(on, p, mean, m2, reader);
   else
-    run<T, OUTPUTS, false>(on, p, mean, m2);
+    run<T, OUTPUTS, false>(on, p, mean, m2, reader);
 }
 
 template <typename T>
-void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2) {
+void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2, const Reader& reader) {
   switch (ceil_div(p.outputs, 64)) {
-    case 1: return run<T, 64>(on, p, mean, m2);
-    case 2: return run<T, 128>(on, p, mean, m2);
-    default: return run<T, 192>(on, p, mean, m2);
+    case 1: return run<T, 64>(on, p, mean, m2, reader);
+    case 2: return run<T, 128>(on, p, mean, m2, reader);
+    default: return run<T, 192>(on, p, mean, m2, reader);
   }
 }
 
-void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
-                    const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2) {
+// Scale, shift and rstd of the norm that reads what is written, where one does.
+using Folded = std::tuple<Optional, Optional, Optional>;
+
+Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
+                      const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2, std::optional<double> eps,
+                      const Optional& reader_weight, const Optional& reader_bias) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   check_maps(x, from, kConv1x1Inputs, out, "out", to, kConv1x1Outputs);
   RESDENSE_CHECK(weight.dim() == 2 && weight.size(0) == to.C && weight.size(1) == from.C, "weight: expected shape (",
@@ -48,7 +52,16 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
   RESDENSE_CHECK(!bias, "bias: expected none, which the CUDA kernel does not add, got shape ", shape_string(*bias));
 
   check_stats(mean, m2, out);
-  if (from.numel() == 0) return fill_stats(mean, m2);
+  check_reader(eps, reader_weight, reader_bias, mean, out);
+  const auto vector = [&] { return eps ? Optional(empty_vector(to.C, ScalarType::Float, out)) : std::nullopt; };
+  const Folded folded{vector(), vector(), vector()};
+  const auto& [to_scale, to_shift, to_rstd] = folded;
+  if (from.numel() == 0) {
+    fill_stats(mean, m2);
+    if (eps)
+      for (const Optional& of : {to_scale, to_shift, to_rstd}) torch::stable::fill_(*of, std::numeric_limits<double>::quiet_NaN());
+    return folded;
+  }
   check_matrix(from, x, "x");
   check_matrix(to, out, "out");
 
@@ -66,8 +79,16 @@ void bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     p.x_ss = from.ss, p.out_ss = to.ss;
     p.positions = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
-    run(on, p, mean, m2);
+    Reader reader{};
+    if (eps) {
+      const auto read = [](const Optional& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; };
+      const auto written = [](const Optional& t) { return static_cast<float*>(t->mutable_data_ptr()); };
+      reader = {static_cast<double>(to.rows()), *eps,              read(reader_weight), read(reader_bias),
+                written(to_scale),              written(to_shift), written(to_rstd)};
+    }
+    run(on, p, mean, m2, reader);
   });
+  return folded;
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ void run(const Launch& on, Conv3x3<T> p, const Stack& stack, const Optional& mea
   p.stack = stack;
   p.all_weights = fits(true);
   const int64_t blocks = std::min<int64_t>(ceil_div(stack.tiles, teams), on.multiprocessors());
-  run_with_stats(on, blocks, p.outputs, mean, m2, [&](float* parts) {
+  run_with_stats(on, blocks, p.outputs, mean, m2, Reader{}, [&](float* parts) {
     p.parts = parts;
     on.run_shared(Tile::bytes(chunks, teams, p.all_weights), bn_act_conv3x3_fwd_kernel<T, N16, LARGE>, blocks,
                   teams * Tile::kThreads, p);

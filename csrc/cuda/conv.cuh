@@ -8,7 +8,7 @@
 
 #include <bit>
 
-#include "device.cuh"
+#include "fold.cuh"
 
 namespace resdense::cuda {
 
@@ -104,8 +104,16 @@ __device__ inline void leave_moments(const float* gathered, int warps, int chann
   parts[blocks * (1 + channels + channel) + blockIdx.x] = all.m2[0];
 }
 
+// The norm that reads what is written, to be folded where there is one: as `bn_fold_kernel` does.
+struct Reader {
+  double count, eps;
+  const float *weight, *bias;
+  float *scale, *shift, *rstd;  // nullptr where there is none
+};
+
 // The second stage: a warp merges what the blocks left of one channel.
-static __global__ void conv_stats_finish_kernel(const float* parts, int blocks, int channels, float* mean, float* m2) {
+static __global__ void conv_stats_finish_kernel(const float* parts, int blocks, int channels, float* mean, float* m2,
+                                                Reader reader) {
   start_kernel();
   const int channel = blockIdx.x;
   const float* const means = parts + int64_t(blocks) * (1 + channel);
@@ -116,6 +124,11 @@ static __global__ void conv_stats_finish_kernel(const float* parts, int blocks, 
   if (threadIdx.x == 0) {
     mean[channel] = all.mean[0];
     m2[channel] = all.m2[0];
+    if (reader.scale) {
+      const FoldOf<float> fold = fold_of(all.mean[0], all.m2[0], reader.count, reader.eps,
+                                         reader.weight ? reader.weight[channel] : 1.0f, reader.bias ? reader.bias[channel] : 0.0f);
+      reader.scale[channel] = fold.scale, reader.shift[channel] = fold.shift, reader.rstd[channel] = fold.rstd;
+    }
   }
 }
 

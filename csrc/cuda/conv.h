@@ -78,16 +78,16 @@ inline void fill_stats(const Optional& mean, const Optional& m2) {
 }
 
 // Both stages of the statistics, where they are wanted: start(parts) launches the convolution, whose blocks leave count, means
-// and m2 there.
+// and m2 there. The second one folds the norm that reads what is written, too.
 template <typename F>
 inline void run_with_stats(const Launch& on, int64_t blocks, int64_t channels, const Optional& mean, const Optional& m2,
-                           F start) {
+                           const Reader& reader, F start) {
   if (!mean) return start(static_cast<float*>(nullptr));
   const Tensor memory = torch::stable::new_empty(*mean, {1 + 2 * channels, blocks});
   float* const parts = static_cast<float*>(memory.mutable_data_ptr());
   start(parts);
   on.run(conv_stats_finish_kernel, channels, 32, parts, blocks, channels,
-         static_cast<float*>(mean->mutable_data_ptr()), static_cast<float*>(m2->mutable_data_ptr()));
+         static_cast<float*>(mean->mutable_data_ptr()), static_cast<float*>(m2->mutable_data_ptr()), reader);
 }
 
 }  // namespace resdense::cuda

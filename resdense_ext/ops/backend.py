@@ -29,6 +29,7 @@ __all__ = [
     "Stats",
     "choose",
     "get",
+    "in_dtype",
     "register",
     "registered",
     "use_backend",
@@ -110,6 +111,11 @@ class ConvGrads(NamedTuple):
     bias: Optional[Tensor]
     norm_weight: Optional[Tensor]
     norm_bias: Optional[Tensor]
+
+
+def in_dtype(dtype: torch.dtype, *vectors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """A norm's vectors for a kernel. One of the right dtype, which almost all are, is not touched: a call costs as much as a fold."""
+    return [v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in vectors]
 
 
 class ReferenceBackend:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops.activation import is_slope, number_of
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, in_dtype
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Pool, accumulation_dtype
 
@@ -44,10 +44,7 @@ class CompiledBackend(ReferenceBackend):
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         dtype, batch_stats = stats.mean.dtype, norm.batch_stats
         mean, m2 = stats if batch_stats else (norm.running_mean, norm.running_var)
-        # One of the right dtype, which almost all are, is not touched: a call costs as much as the fold.
-        mean, m2, weight, bias = [
-            v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in (mean, m2, norm.weight, norm.bias)
-        ]
+        mean, m2, weight, bias = in_dtype(dtype, mean, m2, norm.weight, norm.bias)
         scale, shift, rstd = torch.ops.resdense.bn_fold(mean, m2, count if batch_stats else 1, norm.eps, weight, bias)
         return Fold(Affine(scale, shift, activation), mean, rstd, count if batch_stats else None)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops.activation import number_of
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, in_dtype
 from resdense_ext.ops.out_of_memory import told
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
@@ -64,7 +64,13 @@ class VendorBackend(ReferenceBackend):
         geometry = (conv.steps, padding, dilation, groups, self.fuses(x), SCRATCH)
         increment_version((out, *(stats or ())))
         found = (None, None) if stats is None or mask is not None else stats
-        told(torch.ops.resdense.bn_act_conv, x, scale, shift, number_of(activation), weight, bias, *geometry, out, *found)
+        # The norm that reads what is written is folded with its statistics.
+        folds = found is stats and reader is not None and reader.batch_stats
+        norm = (reader.eps, *in_dtype(stats.mean.dtype, reader.weight, reader.bias)) if folds else ()
+        operands = (x, scale, shift, number_of(activation), weight, bias, *geometry, out, *found)
+        *folded, rstd = told(torch.ops.resdense.bn_act_conv, *operands, *norm)
+        if folds:
+            return Fold(Affine(*folded, activation), stats.mean, rstd, out.numel() // out.shape[1])
         if mask is not None:
             out.mul_(mask).mul_(mask_scale)
             if stats is not None:

@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "float activation, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "bn_act_conv1x1(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor? bias, "
-      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, "
+      "Tensor? reader_bias=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
       "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
