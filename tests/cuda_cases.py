@@ -15,6 +15,7 @@ from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
 
 from resdense_ext import reference
+from resdense_ext.ops.activation import activation_of, number_of
 from resdense_ext.ops.backend import Affine, ReferenceBackend
 from resdense_ext.reference import Activation
 
@@ -30,6 +31,9 @@ SHAPES = (
     (1, 264, 2),  # more channels than one block takes
     (2, 8, 41, 40),  # several chunks a plane
 )
+CURVES = RELU6, ELU, SILU = [number_of(Activation(name)) for name in ("relu6", "elu", "silu")]
+ACTIVATIONS = (0.0, 0.1, RELU6, ELU, SILU, 0.0, 1.0)
+"""As the operators know them; so many that cases by twos and threes take all of them."""
 LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last_slice", "every_other_sample", "offset", "expanded")
 
 
@@ -69,8 +73,23 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def activate(y: Tensor, slope: float) -> Tensor:
-    return torch.relu(y) if slope == 0 else torch.nn.functional.leaky_relu(y, slope)
+def activate(y: Tensor, activation: float) -> Tensor:
+    return reference.activate(y, activation_of(activation))
+
+
+def masked(grad: Tensor, y: Tensor, activation: float) -> Tensor:
+    """The gradient behind the activation, in float64."""
+    return grad.double() * reference.activation_slope(y.double(), activation_of(activation))
+
+
+def marked(grad: Tensor, mark: Tensor, activation: float) -> Tensor:
+    """The same, from the activation's output, or where that does not determine it, from its input."""
+    return grad.double() * reference.marked_slope(mark.double(), activation_of(activation))
+
+
+def masked_size(grad: Tensor, y_size: Tensor, activation: float, dy: Tensor) -> Tensor:
+    """What the rounding of ``dy`` goes by: of a curve the derivative is as uncertain as the point it is taken at."""
+    return grad.double().abs() * (1 + y_size) if activation in CURVES else dy.abs()
 
 
 def layout_of(t: Tensor) -> list[int]:
@@ -162,39 +181,40 @@ def _assert_stats(ops, x: Tensor) -> None:
 
 
 def check_add_act(ops, device: str) -> None:
-    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    activations = itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout in cases():
         x = make(shape, dtype, layout, device)
         for other in {layout, "channels_last"}:
             y = make(shape, dtype, other, device, seed=1)
-            slope = next(slopes)
-            note = (shape, dtype, layout, other, slope)
-            out = ops.add_act(x, y, slope)
+            activation = next(activations)
+            note = (shape, dtype, layout, other, activation)
+            out = ops.add_act(x, y, activation)
             assert other != layout or layout_of(out) == layout_of(x + y), note
-            assert_rounded(out, activate(x.double() + y.double(), slope), x.double().abs() + y.double().abs(), note)
+            assert_rounded(out, activate(x.double() + y.double(), activation), x.double().abs() + y.double().abs(), note)
 
-            dx = ops.add_act_backward(y, out, slope)
-            assert_rounded(dx, torch.where(out > 0, y.double(), slope * y.double()), y.double().abs(), note)
+            mark = ops.add_act(x, y, 1.0) if activation == SILU else out
+            dx, truth = ops.add_act_backward(y, mark, activation), marked(y, mark, activation)
+            assert_rounded(dx, truth, masked_size(y, mark.double().abs(), activation, y.double()), note)
 
 
 def check_bn_add_act(ops, device: str) -> None:
-    projections = itertools.cycle((False, True, True))
+    projections, activations = itertools.cycle((False, True, True)), itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout in cases():
         z = make(shape, dtype, layout, device)
         coefficients = vectors(4, shape[1], dtype, device)
         scale, shift, scale_d, shift_d = columns(coefficients, len(shape))
         for other in {layout, "channels_last"}:
             identity = make(shape, dtype, other, device, seed=1)
-            projected = next(projections)
+            projected, activation = next(projections), next(activations)
             more = coefficients[2:] if projected else (None, None)
-            out = ops.bn_add_act(z, *coefficients[:2], identity, *more, 0.0)
+            out = ops.bn_add_act(z, *coefficients[:2], identity, *more, activation)
             terms = [scale * z.double(), shift.expand(shape)]
             if projected:
                 terms += [scale_d * identity.double(), shift_d.expand(shape)]
             else:
                 terms += [identity.double()]
-            note = (shape, dtype, layout, other, projected)
-            assert_rounded(out, torch.relu(sum(terms)), sum(t.abs() for t in terms), note)
+            note = (shape, dtype, layout, other, projected, activation)
+            assert_rounded(out, activate(sum(terms), activation), sum(t.abs() for t in terms), note)
 
 
 def check_pending_grad(ops, device: str) -> None:
@@ -212,69 +232,70 @@ def check_pending_grad(ops, device: str) -> None:
 
 def check_finished_grad(ops, device: str) -> None:
     """A new map, as in place; and with the mask in the same pass, whose sums `bn_act_sums` has taken."""
-    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    activations = itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout in written_cases():
-        dy, z, slope = make(shape, dtype, layout, device), make(shape, dtype, layout, device, seed=1), next(slopes)
+        dy, z, activation = make(shape, dtype, layout, device), make(shape, dtype, layout, device, seed=1), next(activations)
         coefficients = vectors(4, shape[1], dtype, device)
-        (alpha, beta, delta, shift), note = columns(coefficients, len(shape)), (shape, dtype, layout, slope)
-        in_place, masked = (make(shape, dtype, layout, device) for _ in range(2))
+        (alpha, beta, delta, shift), note = columns(coefficients, len(shape)), (shape, dtype, layout, activation)
+        in_place, written = (make(shape, dtype, layout, device) for _ in range(2))
         ops.pending_grad(in_place, z, *coefficients[:3])
         assert torch.equal(ops.finished_grad(dy, z, *coefficients[:3]), in_place), note
 
-        expected = ops.bn_act_backward(masked, z, coefficients[0], coefficients[3], coefficients[1], slope)
-        found = ops.bn_act_sums(dy, z, coefficients[0], coefficients[3], coefficients[1], slope)
+        expected = ops.bn_act_backward(written, z, coefficients[0], coefficients[3], coefficients[1], activation)
+        found = ops.bn_act_sums(dy, z, coefficients[0], coefficients[3], coefficients[1], activation)
         assert all(torch.equal(*pair) for pair in zip(found, expected)), note
-        g = torch.where(alpha * z.double() + shift > 0, dy.double(), slope * dy.double())
+        g = masked(dy, alpha * z.double() + shift, activation)
+        size = masked_size(dy, (alpha * z.double()).abs() + shift.abs(), activation, g)
         terms = [alpha * g, beta * z.double(), delta.expand(shape)]
-        ops.pending_grad(dy, z, *coefficients[:3], coefficients[3], slope)
-        assert_rounded(dy, sum(terms), sum(t.abs() for t in terms), note)
+        ops.pending_grad(dy, z, *coefficients[:3], coefficients[3], activation)
+        assert_rounded(dy, sum(terms), alpha.abs() * size + sum(t.abs() for t in terms[1:]), note)
         assert_nan_around(dy, note)
 
 
 def check_bn_act(ops, device: str) -> None:
-    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    activations = itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout in cases():
         x = make(shape, dtype, layout, device)
         coefficients = vectors(2, shape[1], dtype, device)
         scale, shift = columns(coefficients, len(shape))
         terms = [scale * x.double(), shift.expand(shape)]
         for other in {"contiguous" if layout == "expanded" else layout, "channels_last_slice"}:
-            slope = next(slopes)
+            activation = next(activations)
             out = make(shape, dtype, other, device, seed=1)
-            ops.bn_act(x, *coefficients, slope, out)
-            note = (shape, dtype, layout, other, slope)
-            assert_rounded(out, activate(sum(terms), slope), sum(t.abs() for t in terms), note)
+            ops.bn_act(x, *coefficients, activation, out)
+            note = (shape, dtype, layout, other, activation)
+            assert_rounded(out, activate(sum(terms), activation), sum(t.abs() for t in terms), note)
             assert_nan_around(out, note)
 
 
 def check_bn_act_backward(ops, device: str) -> None:
-    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    activations = itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout in written_cases():
         coefficients = vectors(3, shape[1], dtype, device)
         scale, shift, center = columns(coefficients, len(shape))
         # What is written is in the one layout, what is only read in another.
         for other in {layout, "channels_last", "expanded"}:
-            x, slope = make(shape, dtype, other, device), next(slopes)
+            x, activation = make(shape, dtype, other, device), next(activations)
             grad, read = (make(shape, dtype, of, device, seed=1) for of in (layout, other))
             out = make(shape, dtype, layout, device, seed=3)
-            note = (shape, dtype, layout, other, slope)
+            note = (shape, dtype, layout, other, activation)
 
             for accumulate, g in ((True, read), (False, grad)):
-                passed = scale * x.double() + shift > 0
-                dy = torch.where(passed, g.double(), slope * g.double())
+                dy = masked(g, scale * x.double() + shift, activation)
+                dy_size = masked_size(g, (scale * x.double()).abs() + shift.abs(), activation, dy)
                 xc = x.double() - center
-                sizes = dy.abs() * (x.double().abs() + center.abs())
+                sizes = dy_size * (x.double().abs() + center.abs())
                 if accumulate:
-                    terms = [out.double().clone(), scale * dy]
-                    sums = ops.bn_act_backward_accumulate(out, g, x, *coefficients, slope)
+                    before = out.double().clone()
+                    sums = ops.bn_act_backward_accumulate(out, g, x, *coefficients, activation)
                     assert torch.equal(g, make(shape, dtype, other, device, seed=1)), note
-                    assert_rounded(out, sum(terms), sum(t.abs() for t in terms), note)
+                    assert_rounded(out, before + scale * dy, before.abs() + scale.abs() * dy_size, note)
                     assert_nan_around(out, note)
                 else:
-                    sums = ops.bn_act_backward(g, x, *coefficients, slope)
-                    assert_rounded(g, dy, dy.abs(), note)
+                    sums = ops.bn_act_backward(g, x, *coefficients, activation)
+                    assert_rounded(g, dy, dy_size, note)
                     assert_nan_around(g, note)
-                for ours, truth, size in zip(sums, (dy, dy * xc), (dy.abs(), sizes)):
+                for ours, truth, size in zip(sums, (dy, dy * xc), (dy_size, sizes)):
                     assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
                     truth, size = (t.movedim(1, 0).flatten(1).sum(1) for t in (truth, size))
                     bound = 4 * torch.finfo(ours.dtype).eps * size
@@ -367,18 +388,20 @@ def check_copy_map(ops, device: str) -> None:
 def check_special_values(ops, device: str) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0], device=device).view(1, 1, 6)
     zero, one = torch.zeros_like(x), torch.ones(1, device=device)
-    activated = torch.empty_like(x)
-    ops.bn_act(x, one, 0 * one, 0.0, activated)
-    for out in (ops.add_act(x, zero, 0.0), ops.bn_add_act(x, one, 0 * one, zero, None, None, 0.0), activated):
-        torch.testing.assert_close(out, torch.relu(x), rtol=0, atol=0, equal_nan=True)
-    # Behind a ReLU that stops it even an infinite gradient is 0.
-    dx = ops.add_act_backward(zero + math.inf, torch.relu(x), 0.0)
-    expected = torch.tensor([math.inf, math.inf, 0, 0, 0, math.inf], device=device)
-    assert torch.equal(dx.flatten(), expected)
-    dy, out = zero + math.inf, zero.clone()
-    ops.bn_act_backward_accumulate(out, dy, x, one, 0 * one, 0 * one, 0.0)
-    ops.bn_act_backward(dy, x, one, 0 * one, 0 * one, 0.0)
-    assert torch.equal(dy.flatten(), expected) and torch.equal(out.flatten(), expected)
+    for activation, passed in ((0.0, [1, 1, 0, 0, 0, 1]), (RELU6, [1, 0, 0, 0, 0, 1])):
+        activated, expected = torch.empty_like(x), activate(x, activation)
+        ops.bn_act(x, one, 0 * one, activation, activated)
+        for out in (ops.add_act(x, zero, activation), ops.bn_add_act(x, one, 0 * one, zero, None, None, activation), activated):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        # Behind what stops it even an infinite gradient is 0.
+        dx = ops.add_act_backward(zero + math.inf, expected, activation)
+        expected = torch.tensor(passed, device=device) > 0
+        expected = torch.where(expected, math.inf, 0)
+        assert torch.equal(dx.flatten(), expected)
+        dy, out = zero + math.inf, zero.clone()
+        ops.bn_act_backward_accumulate(out, dy, x, one, 0 * one, 0 * one, activation)
+        ops.bn_act_backward(dy, x, one, 0 * one, 0 * one, activation)
+        assert torch.equal(dy.flatten(), expected) and torch.equal(out.flatten(), expected)
     dx = ops.add_act_backward(zero + 1, torch.nn.functional.leaky_relu(x, 0.1), 0.1)
     torch.testing.assert_close(dx.flatten(), torch.tensor([0.1, 1, 0.1, 0.1, 0.1, 1], device=device))
     # Into the sums goes what the reference lets in.
@@ -387,6 +410,35 @@ def check_special_values(ops, device: str) -> None:
         expected = ReferenceBackend().bn_act_backward(grad.clone(), x, Affine(one, 0 * one, Activation("relu")), one)
         sums = ops.bn_act_backward(grad, x, one, 0 * one, one, 0.0)
         torch.testing.assert_close(torch.stack(sums), torch.stack(expected), rtol=0, atol=0, equal_nan=True)
+
+
+def check_curves_far_from_zero(ops, device: str) -> None:
+    """Where exponentials are as small and as large as they get, and beyond."""
+    for dtype, activation in itertools.product((torch.float32, torch.float64, torch.bfloat16, torch.float16), CURVES):
+        x = torch.linspace(-87, 87, 2001, device=device).to(dtype).view(1, 1, -1)
+        one, zero, grad = torch.ones(1, dtype=wide(dtype), device=device), torch.zeros_like(x), torch.ones_like(x)
+        far, note = 1 + x.double().abs(), (dtype, activation)
+
+        def forward(x: Tensor) -> tuple[Tensor, ...]:
+            out, nothing = torch.empty_like(x), torch.zeros_like(x)
+            ops.bn_act(x, one, 0 * one, activation, out)
+            return out, ops.add_act(x, nothing, activation), ops.bn_add_act(x, one, 0 * one, nothing, None, None, activation)
+
+        truth = activate(x.double(), activation)
+        for out in forward(x):
+            assert_rounded(out, truth, truth.abs() * far, note)
+        ends = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 200.0, -200.0], dtype=dtype, device=device).view(1, 1, -1)
+        for out in forward(ends):
+            torch.testing.assert_close(out, activate(ends, activation), rtol=0, atol=1e-36, equal_nan=True)
+
+        mark = x if activation == SILU else forward(x)[0]
+        assert_rounded(ops.add_act_backward(grad, mark, activation), marked(grad, mark, activation), far, note)
+        dy, out, truth = grad.clone(), zero.clone(), masked(grad, x, activation)
+        size = (truth.abs() + torch.sigmoid(x.double())) * far
+        ops.bn_act_backward_accumulate(out, dy, x, one, 0 * one, 0 * one, activation)
+        ops.bn_act_backward(dy, x, one, 0 * one, 0 * one, activation)
+        assert_rounded(out, truth, size, note)
+        assert_rounded(dy, truth, size, note)
 
 
 def check_empty(ops, device: str) -> None:
@@ -415,7 +467,7 @@ def check_errors(ops, device: str) -> None:
         (r"x: expected adjacent channels .* or adjacent positions", lambda: ops.channel_stats(x[:, :, 0, ::2])),
         (r"y: expected dtype float32, got float64", lambda: ops.add_act(x, x.double(), 0.0)),
         (r"y: expected shape \(2, 3, 4, 4\) \(that of x\), got \(1, 3, 4, 4\)", lambda: ops.add_act(x, x[:1], 0.0)),
-        (r"negative_slope: expected 0 or more .* got -0.1", lambda: ops.add_act_backward(x, x, -0.1)),
+        (r"activation: expected no negative slope, .* got -0.1", lambda: ops.add_act_backward(x, x, -0.1)),
         (r"scale: expected shape \(3,\), one value a channel of z, got \(2\)",
          lambda: ops.bn_add_act(x, vector[:2], vector, x, None, None, 0.0)),
         (r"shift: expected dtype float32, got float64", lambda: ops.bn_add_act(x, vector, vector.double(), x, None, None, 0.0)),
@@ -460,6 +512,7 @@ CHECKS = (
     check_copy_map,
     check_repeats,
     check_special_values,
+    check_curves_far_from_zero,
     check_empty,
     check_errors,
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_cases import make
+from cuda_cases import SILU, make
 from cuda_conv_cases import ACTIVATIONS, SLOPES, assert_convolved, configure, written
 from torch import Tensor
 
@@ -205,13 +205,14 @@ def check_bn_act_conv1x1_errors(ops, device: str) -> None:
         (r"eps: expected only with the statistics of what the norm reads", {"mean": None, "m2": None}),
         (r"reader_weight: expected shape \(8,\), one value a channel of out, got \(16\)", {"reader_weight": vector}),
         (r"reader_bias: expected dtype float32, got float64", {"reader_bias": vector[:8].double()}),
+        (r"activation: expected the slope of what is negative, got", {"activation": SILU}),
     ):
-        given = {**right, "scale": vector, "shift": vector, "mean": vector[:8], "m2": vector[8:], **change}
+        given = {**right, "activation": 0.0, "scale": vector, "shift": vector, "mean": vector[:8], "m2": vector[8:], **change}
         before = given["out"].clone()
         with pytest.raises(RuntimeError, match=message):
             vectors = given["scale"], given["shift"]
             stats, reader = (given["mean"], given["m2"]), (1e-5, given.get("reader_weight"), given.get("reader_bias"))
-            ops.bn_act_conv1x1(given["x"], *vectors, 0.0, given["weight"], given["bias"], given["out"], *stats, *reader)
+            ops.bn_act_conv1x1(given["x"], *vectors, given["activation"], given["weight"], given["bias"], given["out"], *stats, *reader)
         assert torch.equal(given["out"], before)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_cases import make
+from cuda_cases import SILU, make
 from cuda_conv_cases import configure
 from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
@@ -179,6 +179,8 @@ def check_bn_act_conv1x1_weight_backward_errors(ops, device: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             gradient(ops, {**right, **change}, RELU)
+    with pytest.raises(RuntimeError, match="activation: expected the slope of what is negative, got"):
+        ops.bn_act_conv1x1_weight_backward(*right.values(), SILU)
 
 
 CHECKS = (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_cases import assert_nan_around, make
+from cuda_cases import SILU, assert_nan_around, make
 from cuda_conv1x1_data_cases import Tensors, assert_corrects, assert_gradient, gradient_by, masked, split
 from cuda_conv_cases import ACTIVATIONS, SLOPES, configure
 from torch import Tensor
@@ -172,11 +172,12 @@ def check_bn_act_conv3x3_data_backward_errors(ops, device: str) -> None:
         (r"rstd: expected shape \(16,\), one value a channel of x, got \(1\)", {"rstd": vector[:1]}),
         (r"beta: expected dtype float32, got float64", {"beta": vector.double()}),
         (r"delta: expected a contiguous vector, got stride 2", {"delta": vector.repeat(2)[::2]}),
+        (r"activation: expected the slope of what is negative, got", {"activation": SILU}),
     ):
-        given = {**right, "scale": vector, "shift": vector, "center": vector, **change}
+        given = {**right, "activation": 0.0, "scale": vector, "shift": vector, "center": vector, **change}
         before = given["out"].clone()
         with pytest.raises(RuntimeError, match=message):
-            gradient(ops, given, 0.0, False)
+            gradient(ops, given, given["activation"], False)
         assert torch.equal(given["out"], before)
 
 

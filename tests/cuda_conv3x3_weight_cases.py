@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import make
+from cuda_cases import SILU, make
 from cuda_conv1x1_weight_cases import IDENTITY, LEAKY, RELU, SLOPES, Case, whole_numbers
 from cuda_conv_cases import configure
 from tolerance import assert_within_rule, torch_runs, true_run
@@ -180,6 +180,8 @@ def check_bn_act_conv3x3_weight_backward_errors(ops, device: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             gradient(ops, {**right, **change}, RELU)
+    with pytest.raises(RuntimeError, match="activation: expected the slope of what is negative, got"):
+        ops.bn_act_conv3x3_weight_backward(*right.values(), SILU)
 
 
 CHECKS = (

@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional
 
 import pytest
 import torch
-from cuda_cases import make
+from cuda_cases import SILU, make
 from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
 
@@ -222,13 +222,12 @@ def check_bn_act_conv3x3_errors(ops, device: str) -> None:
         (r"shift: expected dtype float32, got float64", {"shift": vector.double()}),
         (r"mean: expected shape \(8,\), one value a channel of out, got \(16\)", {"mean": vector}),
         (r"m2: expected to be given where mean is, and only there", {"m2": None}),
+        (r"activation: expected the slope of what is negative, got", {"activation": SILU}),
     ):
-        given = {**right, "scale": vector, "shift": vector, "mean": vector[:8], "m2": vector[8:], **change}
+        given = {**right, "activation": 0.0, "scale": vector, "shift": vector, "mean": vector[:8], "m2": vector[8:], **change}
         before = given["out"].clone()
         with pytest.raises(RuntimeError, match=message):
-            ops.bn_act_conv3x3(
-                *(given[name] for name in ("x", "scale", "shift")), 0.0, *(given[name] for name in ("weight", "out", "mean", "m2"))
-            )
+            ops.bn_act_conv3x3(*(given[name] for name in ("x", "scale", "shift", "activation", "weight", "out", "mean", "m2")))
         assert torch.equal(given["out"], before)
 
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import activate, assert_nan_around, assert_rounded, columns, make, vectors, wide
+from cuda_cases import (
+    ACTIVATIONS, ELU, RELU6, SILU, activate, assert_nan_around, assert_rounded, columns, make, masked, masked_size, vectors, wide,
+)  # fmt: skip
 from torch import Tensor
 
 
@@ -99,37 +101,41 @@ def taps_like(out: Tensor, layout: str) -> Tensor:
 
 
 def check_avg_pool(ops, device: str) -> None:
-    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    activations = itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout, pool in cases():
         x = make(shape, dtype, layout, device)
         coefficients = vectors(2, shape[1], dtype, device)
         scale, shift = columns(coefficients, len(shape))
         terms = [scale * x.double(), shift.expand(shape)]
         for other in {layout, "channels_last_slice"}:
-            slope = next(slopes)
+            activation = next(activations)
             out = make((*shape[:2], *pooled_shape(x, pool)), dtype, other, device, seed=1)
-            ops.bn_act_avg_pool(x, *coefficients, slope, *pool, out)
-            note = (shape, dtype, layout, other, slope, pool)
+            ops.bn_act_avg_pool(x, *coefficients, activation, *pool, out)
+            note = (shape, dtype, layout, other, activation, pool)
             magnitude = average(sum(t.abs() for t in terms), pool)
-            assert_rounded(out, average(activate(sum(terms), slope), pool), magnitude, note)
+            assert_rounded(out, average(activate(sum(terms), activation), pool), magnitude, note)
             assert_nan_around(out, note)
 
 
 def check_max_pool(ops, device: str) -> None:
-    slopes = itertools.cycle((0.0, 0.25, 1.0))
+    activations = itertools.cycle((0.0, 0.25, RELU6, ELU, SILU, 0.0, 1.0))
     for shape, dtype, layout, pool in cases():
         # Scale, shift and slope are powers of 2, so that rounding makes no two values equal or different.
         x = whole_numbers(shape, dtype, layout, device)
         scale = torch.tensor([1.0, -0.5, 2.0], device=device, dtype=wide(dtype)).repeat(shape[1])[: shape[1]]
         shift = torch.tensor([0.5, 0.0], device=device, dtype=wide(dtype)).repeat(shape[1])[: shape[1]]
         for other in {layout, "channels_last_slice"}:
-            slope = next(slopes)
+            activation = next(activations)
             out = make((*shape[:2], *pooled_shape(x, pool)), dtype, other, device, seed=1)
             taps = taps_like(out, other)
-            ops.bn_act_max_pool(x, scale, shift, slope, *pool, out, taps)
-            note = (shape, dtype, layout, other, slope, pool)
-            y = activate(columns(scale[None], len(shape))[0] * x.double() + columns(shift[None], len(shape))[0], slope)
-            largest, places = maximum(y, pool)
+            ops.bn_act_max_pool(x, scale, shift, activation, *pool, out, taps)
+            note = (shape, dtype, layout, other, activation, pool)
+            if activation in (ELU, SILU):  # whose values are rounded: as `bn_act` writes them
+                y = torch.empty_like(x)
+                ops.bn_act(x, scale, shift, activation, y)
+            else:
+                y = activate(columns(scale[None], len(shape))[0] * x.double() + columns(shift[None], len(shape))[0], activation)
+            largest, places = maximum(y.double(), pool)
             assert torch.equal(out.double(), largest), note
             assert torch.equal(taps.long(), taps_of(places, x.shape[2:], pool)), note
             assert_nan_around(out, note)
@@ -147,17 +153,17 @@ def check_max_pool_compares_what_is_written(ops, device: str) -> None:
 
 
 def check_global_pool(ops, device: str) -> None:
-    slopes = itertools.cycle((0.0, 0.1, 1.0))
+    activations = itertools.cycle(ACTIVATIONS)
     for shape, dtype, layout, _ in cases():
         x = make(shape, dtype, layout, device)
-        coefficients, slope = vectors(2, shape[1], dtype, device), next(slopes)
+        coefficients, activation = vectors(2, shape[1], dtype, device), next(activations)
         scale, shift = columns(coefficients, len(shape))
         terms = [scale * x.double(), shift.expand(shape)]
-        out = ops.bn_act_global_pool(x, *coefficients, slope)
+        out = ops.bn_act_global_pool(x, *coefficients, activation)
         spatial = list(range(2, len(shape)))
         magnitude = sum(t.abs() for t in terms).mean(spatial, keepdim=True)
-        truth = activate(sum(terms), slope).mean(spatial, keepdim=True)
-        assert_rounded(out, truth, magnitude, (shape, dtype, layout, slope))
+        truth = activate(sum(terms), activation).mean(spatial, keepdim=True)
+        assert_rounded(out, truth, magnitude, (shape, dtype, layout, activation))
 
 
 def pooled_gradient(kind: str, y: Tensor, pool: Pool, grad: Tensor) -> Tensor:
@@ -174,7 +180,7 @@ def pooled_gradient(kind: str, y: Tensor, pool: Pool, grad: Tensor) -> Tensor:
 
 
 def check_pool_backward(ops, device: str) -> None:
-    slopes, accumulates = itertools.cycle((0.0, 0.1, 1.0, 0.0)), itertools.cycle((True, False))
+    activations, accumulates = itertools.cycle(ACTIVATIONS), itertools.cycle((True, False))
     for shape, dtype, layout, pool in cases():
         rank = len(shape)
         coefficients = vectors(3, shape[1], dtype, device)
@@ -183,10 +189,10 @@ def check_pool_backward(ops, device: str) -> None:
         y = scale * x.double() + shift
         for kind in ("avg", "max", "global"):
             # The gradients in the map's layout or another, the result in the map's.
-            accumulate, slope = next(accumulates), next(slopes)
+            accumulate, activation = next(accumulates), next(activations)
             other = (layout, "channels_last_slice")[accumulate]
-            note = (shape, dtype, layout, other, pool, kind, accumulate, slope)
-            activated = activate(y, slope)
+            note = (shape, dtype, layout, other, pool, kind, accumulate, activation)
+            activated = activate(y, activation)
             outputs = [1] * (rank - 2) if kind == "global" else pooled_shape(x, pool)
             grad = make((*shape[:2], *outputs), dtype, other, device, seed=1)
             out = make(shape, dtype, layout, device, seed=3)
@@ -195,13 +201,11 @@ def check_pool_backward(ops, device: str) -> None:
                 saved = [taps_like(grad, other)]
                 saved[0].copy_(taps_of(maximum(activated, pool)[1], x.shape[2:], pool))
             backward = getattr(ops, f"bn_act_{kind}_pool_backward")
-            sums = backward(grad, *saved, x, *coefficients, slope, *windows, out, accumulate)
+            sums = backward(grad, *saved, x, *coefficients, activation, *windows, out, accumulate)
 
-            def masked(grad: Tensor) -> Tensor:
-                gradient = pooled_gradient(kind, activated, pool, grad)
-                return torch.where(y > 0, gradient, slope * gradient)
-
-            dy, size = masked(grad.double()), masked(grad.double().abs())
+            passed, largest = (pooled_gradient(kind, activated, pool, g) for g in (grad.double(), grad.double().abs()))
+            dy = masked(passed, y, activation)
+            size = masked_size(largest, (scale * x.double()).abs() + shift.abs(), activation, masked(largest, y, activation))
             if accumulate:
                 assert_rounded(out, before + scale * dy, before.abs() + (scale * size).abs(), note)
             else:
@@ -244,23 +248,23 @@ def check_pool_special_values(ops, device: str) -> None:
     one, pool = torch.ones(8, device=device), Pool([3, 3], [2, 2], [1, 1])
     mixed, lowest = values[drawn], torch.full((4, 8, 9, 10), -math.inf, device=device)
     for x in (mixed, mixed.contiguous(memory_format=torch.channels_last), lowest):
-        for slope in (0.0, 1.0):
-            y = torch.relu(x) if slope == 0 else x
+        for activation in (0.0, RELU6, 1.0):
+            y = activate(x, activation)
             largest, places = maximum(y, pool)
             out = torch.empty_like(largest)
             taps = torch.empty_like(largest, dtype=torch.uint8)
-            ops.bn_act_max_pool(x, one, 0 * one, slope, *pool, out, taps)
+            ops.bn_act_max_pool(x, one, 0 * one, activation, *pool, out, taps)
             torch.testing.assert_close(out, largest, rtol=0, atol=0, equal_nan=True)
             assert torch.equal(taps.long(), taps_of(places, x.shape[2:], pool))
-            ops.bn_act_avg_pool(x, one, 0 * one, slope, *pool, out)
+            ops.bn_act_avg_pool(x, one, 0 * one, activation, *pool, out)
             torch.testing.assert_close(out, average(y, pool), equal_nan=True)
-            mean = ops.bn_act_global_pool(x, one, 0 * one, slope)
+            mean = ops.bn_act_global_pool(x, one, 0 * one, activation)
             torch.testing.assert_close(mean, y.mean((2, 3), keepdim=True), equal_nan=True)
-            # Behind a ReLU that stops it even an infinite gradient is 0.
+            # Behind what stops it even an infinite gradient is 0.
             dx = torch.empty_like(x)
-            ops.bn_act_max_pool_backward(out.fill_(math.inf), taps, x, one, 0 * one, 0 * one, slope, *pool, dx, False)
+            ops.bn_act_max_pool_backward(out.fill_(math.inf), taps, x, one, 0 * one, 0 * one, activation, *pool, dx, False)
             expected = pooled_gradient("max", y, pool, out)
-            expected[(x <= 0) & (slope == 0)] = 0
+            expected[masked(torch.ones_like(x), x, activation) == 0] = 0
             assert torch.equal(dx, expected)
 
 

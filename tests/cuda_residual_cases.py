@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cuda_cases import assert_rounded, cases, columns, layout_of, make, vectors, wide
+from cuda_cases import ACTIVATIONS, RELU6, assert_rounded, cases, columns, layout_of, make, marked, masked_size, vectors, wide
 from torch import Tensor
 
 
@@ -21,31 +21,32 @@ def operands(case, device: str, other: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def check_bn_add_act_backward(ops, device: str) -> None:
-    slopes, projections = itertools.cycle((0.0, 0.1, 1.0)), itertools.cycle((False, True, True, False))
+    activations, projections = itertools.cycle(ACTIVATIONS), itertools.cycle((False, True, True, False))
     for case in cases():
         shape, dtype, layout = case
         coefficients = vectors(2, shape[1], dtype, device)
         centers = columns(coefficients, len(shape))
         for other in {layout, "channels_last", "expanded"}:
             grad, out, z, identity = operands(case, device, other)
-            slope, projected = next(slopes), next(projections)
+            activation, projected = next(activations), next(projections)
             shortcut = (identity, coefficients[1]) if projected else (None, None)
-            g, *sums = ops.bn_add_act_backward(grad, out, z, coefficients[0], *shortcut, slope)
-            note = (*case, other, projected, slope)
-            truth = torch.where(out > 0, grad.double(), slope * grad.double())
-            assert_rounded(g, truth, truth.abs(), note)
+            g, *sums = ops.bn_add_act_backward(grad, out, z, coefficients[0], *shortcut, activation)
+            note = (*case, other, projected, activation)
+            truth = marked(grad, out, activation)
+            size = masked_size(grad, out.double().abs(), activation, truth)
+            assert_rounded(g, truth, size, note)
             assert layout == "expanded" or layout_of(g) == layout_of(torch.empty_like(out)), note
 
-            terms = [(truth, truth.abs())]
+            terms = [(truth, size)]
             for x, center in zip((z, identity)[: 1 + projected], centers):
-                terms.append((truth * (x.double() - center), truth.abs() * (x.double().abs() + center.abs())))
+                terms.append((truth * (x.double() - center), size * (x.double().abs() + center.abs())))
             if not projected:
                 assert sums.pop().shape == (0,), note
             assert len(sums) == len(terms)
             for ours, term in zip(sums, terms):
                 assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
-                total, size = (t.movedim(1, 0).flatten(1).sum(1) for t in term)
-                bound = 4 * torch.finfo(ours.dtype).eps * size
+                total, sizes = (t.movedim(1, 0).flatten(1).sum(1) for t in term)
+                bound = 4 * torch.finfo(ours.dtype).eps * sizes
                 assert bool(((ours.double() - total).abs() <= bound).all()), note
 
 
@@ -64,12 +65,13 @@ def check_bn_add_act_backward_repeats(ops, device: str) -> None:
 
 
 def check_bn_add_act_backward_special_values(ops, device: str) -> None:
-    """Behind a ReLU that stops it even an infinite gradient is 0."""
-    out = torch.tensor([math.nan, math.inf, 0.0, -0.0, 1.0], device=device).view(1, 1, 5)
+    """Behind what stops it even an infinite gradient is 0."""
+    out = torch.tensor([math.nan, 6.0, 0.0, -0.0, 1.0], device=device).view(1, 1, 5)
     grad, zero = torch.full_like(out, math.inf), torch.zeros(1, device=device)
-    g, sum_g, _, _ = ops.bn_add_act_backward(grad, out, torch.ones_like(out), zero, None, None, 0.0)
-    assert torch.equal(g.flatten(), torch.tensor([math.inf, math.inf, 0, 0, math.inf], device=device))
-    assert sum_g.item() == math.inf
+    for activation, at_6 in ((0.0, math.inf), (RELU6, 0)):
+        g, sum_g, _, _ = ops.bn_add_act_backward(grad, out, torch.ones_like(out), zero, None, None, activation)
+        assert torch.equal(g.flatten(), torch.tensor([math.inf, at_6, 0, 0, math.inf], device=device))
+        assert sum_g.item() == math.inf
 
 
 def check_bn_add_act_backward_empty(ops, device: str) -> None:
@@ -82,8 +84,8 @@ def check_bn_add_act_backward_empty(ops, device: str) -> None:
 def check_bn_add_act_backward_errors(ops, device: str) -> None:
     x, vector = torch.zeros(2, 3, 4, 4, device=device), torch.zeros(3, device=device)
 
-    def backward(grad=x, out=x, z=x, center=vector, identity=x, identity_center=vector, slope=0.0):
-        return ops.bn_add_act_backward(grad, out, z, center, identity, identity_center, slope)
+    def backward(grad=x, out=x, z=x, center=vector, identity=x, identity_center=vector, activation=0.0):
+        return ops.bn_add_act_backward(grad, out, z, center, identity, identity_center, activation)
 
     for message, changed in (
         (r"grad: expected shape \(2, 3, 4, 4\) \(that of out\), got \(1, 3, 4, 4\)", dict(grad=x[:1])),
@@ -93,7 +95,7 @@ def check_bn_add_act_backward_errors(ops, device: str) -> None:
         (r"identity: expected a tensor, as the other of .* is one, got None", dict(identity=None)),
         (r"identity_center: expected a tensor, as the other of .* is one, got None", dict(identity_center=None)),
         (r"identity_center: expected dtype float32, got float64", dict(identity_center=vector.double())),
-        (r"negative_slope: expected 0 or more, as the sign is told from the output, got -0.1", dict(slope=-0.1)),
+        (r"activation: expected no negative slope, as the sign is told from the output, got -0.1", dict(activation=-0.1)),
     ):
         with pytest.raises(RuntimeError, match=message):
             backward(**changed)

@@ -103,6 +103,20 @@ def test_a_pointwise_convolution_copies_nothing():
     assert not out[:, :8].any() and not out[:, 16:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["relu6", "elu", "silu"])
+def test_activations_that_are_no_slopes(activation, dtype):
+    """The products' kernels do not know them: activated by a pass, forward and backward."""
+    block = random_block(channels=8, growth=8, policy="min", activation=activation)
+    x = maps((3, 8, 7, 6), True).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    agrees(block, stock_of(block), x, dtype)
+    with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
+        block(x.requires_grad_()).sum().backward()
+    called = {e.name for e in profile.events() if e.name.startswith("resdense::")}
+    assert called >= {"resdense::bn_act", "resdense::bn_act_backward_accumulate"}
+    assert not {name for name in called if name.startswith(("resdense::bn_act_conv1x1", "resdense::bn_act_conv3x3"))}
+
+
 def test_samples_share_the_scratch(monkeypatch):
     monkeypatch.setattr(vendor, "SCRATCH", 2 * 4 * 6 * 5 * 4)
     x = torch.empty(5, 4, 6, 5)
@@ -116,8 +130,8 @@ def test_who_convolves(monkeypatch):
     def last(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    def route(x, out, weight, affine=True, **geometry) -> str:
-        affine = Affine(*torch.ones(2, x.shape[1]), Activation()) if affine else None
+    def route(x, out, weight, affine=True, activation=Activation(), **geometry) -> str:
+        affine = Affine(*torch.ones(2, x.shape[1]), activation) if affine else None
         with torch.profiler.profile() as profile:
             CudaBackend().bn_act_conv(x, affine, Conv(weight, **{"padding": (1, 1), **geometry}), out, None, 1.0, None)
         names = [e.name for e in profile.events()]
@@ -140,6 +154,7 @@ def test_who_convolves(monkeypatch):
         {"bias": torch.zeros(8, dtype=torch.bfloat16)},
         {"stride": (2, 2), "out": last(2, 8, 3, 3)},
         {"affine": False},
+        {"activation": Activation("silu")},
     ):
         assert route(**{"x": x, "out": out, **point, **given}) in ("aten::mm", "aten::convolution"), given
     for given in (
@@ -158,6 +173,7 @@ def test_who_convolves(monkeypatch):
         {"stride": (2, 2), "out": last(2, 8, 3, 3)},
         {"bias": torch.zeros(8, dtype=torch.bfloat16)},
         {"affine": False},
+        {"activation": Activation("silu")},
     ):
         assert route(**{"x": x, "out": out, "weight": weight, **given}) == "aten::convolution", given
     monkeypatch.setattr(CudaBackend, "fuses", lambda self, x: False)

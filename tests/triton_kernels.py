@@ -13,8 +13,8 @@ import cuda_residual_cases
 import pytest
 import torch
 
-from resdense_ext import reference
 from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, elementwise
+from resdense_ext.ops.activation import activation_of
 from resdense_ext.ops.triton import interpreting
 from resdense_ext.reference import Activation
 
@@ -29,17 +29,15 @@ CHECKS = [
 ]
 
 
-def _by_slope(launcher: Callable) -> Callable:
-    """Takes a negative slope, as the operators do, for the activation."""
+def _by_number(launcher: Callable) -> Callable:
+    """Takes a number, as the operators do, for the activation."""
     names = list(inspect.signature(launcher).parameters)
     if "activation" not in names:
         return launcher
     at = names.index("activation")
 
     def call(*args):
-        slope = args[at]
-        activation = Activation("relu") if slope == 0 else Activation("leaky_relu", slope)
-        return launcher(*args[:at], activation, *args[at + 1 :])
+        return launcher(*args[:at], activation_of(args[at]), *args[at + 1 :])
 
     return call
 
@@ -56,7 +54,7 @@ class Kernels:
             *(getattr(elementwise, name) for name in elementwise.__all__),
             *(getattr(bn_act_pool, name) for name in bn_act_pool.__all__),
         ):
-            setattr(self, launcher.__name__, _by_slope(launcher))
+            setattr(self, launcher.__name__, _by_number(launcher))
         self.order = 0
 
     def configure(self, order: int, _: int) -> None:
@@ -93,36 +91,6 @@ def fewer_cases(monkeypatch):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_as_the_operators(kernels, check):
     check(kernels, DEVICE)
-
-
-@pytest.mark.parametrize("name", ["elu", "silu"])
-def test_smooth_activations(name):
-    """Those that the operators do not know, by autograd."""
-    activation, pool = Activation(name), cuda_pool_cases.Pool([3, 3], [2, 2], [1, 1])
-    x = torch.randn(2, 5, 9, 7, dtype=torch.float64, device=DEVICE)
-    scale, shift, center = torch.randn(3, 5, dtype=torch.float64, device=DEVICE)
-    affine = (scale, shift, activation)
-    before = reference.apply_pending(x, scale, shift, Activation("identity")).requires_grad_()
-    activated = reference.activate(before, activation)
-    out, dx = torch.empty_like(cuda_pool_cases.average(x, pool)), torch.empty_like(x)
-    taps = torch.empty_like(out, dtype=torch.uint8)
-
-    def compare(ours, expected, backward, *saved, windows):
-        torch.testing.assert_close(ours, expected.detach())
-        grad = torch.randn_like(expected)
-        sums = backward(grad, *saved, x, scale, shift, center, activation, *windows, dx, False)
-        (dy,) = torch.autograd.grad(expected, before, grad, retain_graph=True)
-        xc = x - reference.per_channel(center, x)
-        torch.testing.assert_close((dx, *sums), (dy, dy.sum((0, 2, 3)), (dy * xc).sum((0, 2, 3))))
-
-    bn_act_pool.bn_act_avg_pool(x, *affine, *pool, out)
-    compare(out, cuda_pool_cases.average(activated, pool), bn_act_pool.bn_act_avg_pool_backward, windows=pool)
-    bn_act_pool.bn_act_max_pool(x, *affine, *pool, out, taps)
-    compare(out, cuda_pool_cases.maximum(activated, pool)[0], bn_act_pool.bn_act_max_pool_backward, taps, windows=pool)
-    means = bn_act_pool.bn_act_global_pool(x, *affine)
-    compare(means, activated.mean((2, 3), keepdim=True), bn_act_pool.bn_act_global_pool_backward, windows=())
-    bn_act.bn_act(x, *affine, dx)
-    torch.testing.assert_close(dx, activated.detach())
 
 
 def test_windows_that_are_refused_write_nothing():

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "call.h"
+#include "common/activation.h"
 #include "common/conv_limits.h"
 #include "common/memory.h"
 
@@ -91,12 +92,12 @@ class Parts {
 // A norm and the activation behind it, or neither.
 struct Prologue {
   const Optional &scale, &shift;
-  double negative_slope;
+  double activation;
 
   Tensor operator()(const Tensor& x) const {
     if (!scale) return x;
     const Tensor out = torch::stable::empty_like(x);
-    call("resdense::bn_act", "", x, *scale, *shift, negative_slope, out);
+    call("resdense::bn_act", "", x, *scale, *shift, activation, out);
     return out;
   }
 };
@@ -144,20 +145,20 @@ void convolve(const Tensor& a, const Conv& conv, const Optional& bias, const Ten
 // Scale, shift and rstd of the norm that reads what is written, where one does.
 using Folded = std::tuple<Optional, Optional, Optional>;
 
-Folded bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double negative_slope, const Tensor& weight,
+Folded bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double activation, const Tensor& weight,
                    const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
                    const Tensor& out, const Optional& mean, const Optional& m2, std::optional<double> eps,
                    const Optional& reader_weight, const Optional& reader_bias) {
   check_reader(eps, reader_weight, reader_bias, mean, out);
   const Conv conv{weight, stride, padding, dilation, groups};
-  const bool by_kernels = scale && fuse && !bias;
+  const bool by_kernels = scale && fuse && !bias && is_slope(activation);
   if (by_kernels && is_conv1x1(x, conv, out))
-    return call<Folded>("resdense::bn_act_conv1x1", "", x, *scale, *shift, negative_slope, conv.matrix(), bias, out, mean, m2, eps,
+    return call<Folded>("resdense::bn_act_conv1x1", "", x, *scale, *shift, activation, conv.matrix(), bias, out, mean, m2, eps,
                         reader_weight, reader_bias);
   if (by_kernels && is_conv3x3(x, conv, out, kConv3x3Outputs)) {
-    call("resdense::bn_act_conv3x3", "", x, *scale, *shift, negative_slope, weight, out, mean, m2);
+    call("resdense::bn_act_conv3x3", "", x, *scale, *shift, activation, weight, out, mean, m2);
   } else {
-    const Prologue activated{scale, shift, negative_slope};
+    const Prologue activated{scale, shift, activation};
     const Parts parts(x, scratch);
     for (int64_t part = 0; part < parts.count(); ++part)
       convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
@@ -272,15 +273,15 @@ std::optional<Kernels> kernels_of_backward(const Tensor& x, const Conv& conv, co
 
 Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologue& prologue, const Correction& correction,
                           const Conv& conv, const Tensor& grad, const Optional& out, bool need_weight) {
-  const auto& [scale, shift, negative_slope] = prologue;
+  const auto& [scale, shift, activation] = prologue;
   Found found;
   if (need_weight) {
-    const auto [dweight] = call<std::tuple<Tensor>>(kernels.weight, "", grad, x, *scale, *shift, negative_slope);
+    const auto [dweight] = call<std::tuple<Tensor>>(kernels.weight, "", grad, x, *scale, *shift, activation);
     found.dweight.add(conv.of_taps(dweight));
   }
   if (!out) found.dy = torch::stable::empty_like(x);
   std::tie(found.dgamma, found.dbeta) = call<std::tuple<Tensor, Tensor>>(
-      kernels.data, "", grad, x, *scale, *shift, *correction.center, *correction.rstd, correction.count, negative_slope,
+      kernels.data, "", grad, x, *scale, *shift, *correction.center, *correction.rstd, correction.count, activation,
       conv.is_matrix_product() ? conv.matrix() : conv.weight, out ? *out : *found.dy, *correction.beta, *correction.delta,
       out.has_value());
   return found;
@@ -289,7 +290,7 @@ Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologu
 Found backward_by_library(const Tensor& x, const Prologue& prologue, const Correction& correction, const Conv& conv,
                           const Parts& parts, const Pending& pending, const Optional& out, bool mask, bool need_weight,
                           bool need_bias) {
-  const auto& [scale, shift, negative_slope] = prologue;
+  const auto& [scale, shift, activation] = prologue;
   const auto& [center, rstd, count, beta, delta] = correction;
   const ScalarType dtype = conv.weight.scalar_type();
   Found found;
@@ -314,9 +315,9 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Corre
       using Sums = std::tuple<Tensor, Tensor>;
       const auto [sum_dy, sum_dy_xc] =
           out ? call<Sums>("resdense::bn_act_backward_accumulate", "", parts.of(*out, part), dx, raw, *scale, *shift, *center,
-                           negative_slope)
+                           activation)
               : call<Sums>(mask ? "resdense::bn_act_backward" : "resdense::bn_act_sums", "", dx, raw, *scale, *shift, *center,
-                           negative_slope);
+                           activation);
       all_dy.add(sum_dy), all_dy_xc.add(sum_dy_xc);
     } else if (out) {
       add(parts.of(*out, part), dx);
@@ -343,23 +344,23 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Corre
 // is known, in the one pass.
 std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
     const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
-    double negative_slope, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse,
+    double activation, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse,
     int64_t scratch, const Tensor& grad, const Optional& z, const Optional& alpha, const Optional& beta, const Optional& delta,
     const Optional& out, const Optional& out_beta, const Optional& out_delta, bool finish, bool need_weight, bool need_bias) {
   const Conv conv{weight, stride, padding, dilation, groups};
-  const Prologue prologue{scale, shift, negative_slope};
+  const Prologue prologue{scale, shift, activation};
   const Pending pending{grad, z, alpha, beta, delta};
   const auto vector = [&](const Optional& of_out) {
     return out || !scale ? of_out : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
   };
   const Correction correction{center, rstd, count, vector(out_beta), vector(out_delta)};
-  const auto kernels = scale && fuse && !need_bias ? kernels_of_backward(x, conv, grad, out) : std::nullopt;
+  const auto kernels = scale && fuse && !need_bias && is_slope(activation) ? kernels_of_backward(x, conv, grad, out) : std::nullopt;
   const Found found =
       kernels ? backward_by_kernels(*kernels, x, prologue, correction, conv, pending.finished(Parts::all(x), 0), out, need_weight)
               : backward_by_library(x, prologue, correction, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
   if (scale && finish && !out) {
     const Optional mask = found.masked ? std::nullopt : shift;
-    call("resdense::pending_grad", "", *found.dy, x, *scale, *correction.beta, *correction.delta, mask, negative_slope);
+    call("resdense::pending_grad", "", *found.dy, x, *scale, *correction.beta, *correction.delta, mask, activation);
   }
   const bool pends = !out && !finish;
   const ScalarType dtype = weight.scalar_type();

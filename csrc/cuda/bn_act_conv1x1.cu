@@ -38,7 +38,7 @@ void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Opti
 // Scale, shift and rstd of the norm that reads what is written, where one does.
 using Folded = std::tuple<Optional, Optional, Optional>;
 
-Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
+Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation, const Tensor& weight,
                       const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2, std::optional<double> eps,
                       const Optional& reader_weight, const Optional& reader_bias) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
@@ -75,7 +75,7 @@ Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift,
     p.scale = static_cast<const float*>(scales.const_data_ptr());
     p.shift = static_cast<const float*>(shifts.const_data_ptr());
     p.weight = static_cast<const T*>(rows_of_channels.const_data_ptr());
-    p.slope = static_cast<float>(negative_slope);
+    p.slope = slope_of(activation);
     p.x_ss = from.ss, p.out_ss = to.ss;
     p.positions = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);

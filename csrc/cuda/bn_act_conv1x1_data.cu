@@ -37,7 +37,7 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const Tensor& x, const
 
 std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                                         const Tensor& shift, const Tensor& center, const Tensor& rstd,
-                                                        double count, double negative_slope, const Tensor& weight,
+                                                        double count, double activation, const Tensor& weight,
                                                         const Tensor& out, const Tensor& beta, const Tensor& delta,
                                                         bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
     p.grad = data_rows_of<const T>(g), p.x = data_rows_of<const T>(from), p.out = data_rows_of<T>(to);
     p.scale = floats(scale), p.shift = floats(shift), p.center = floats(center);
     p.weight = static_cast<const T*>(weights.const_data_ptr());
-    p.slope = static_cast<float>(negative_slope), p.accumulate = accumulate;
+    p.slope = slope_of(activation), p.accumulate = accumulate;
     p.positions = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
     switch (ceil_div(g.C, 64)) {

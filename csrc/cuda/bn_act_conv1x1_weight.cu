@@ -35,7 +35,7 @@ void run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& dweight) {
 }
 
 Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                      double negative_slope) {
+                                      double activation) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
   check_maps(x, from, kConv1x1Inputs, grad, "grad", of, kConv1x1Outputs);
   check_vector(scale, "scale", from.C, x, "x");
@@ -56,7 +56,7 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
     p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
     p.scale = static_cast<const float*>(scale.const_data_ptr());
     p.shift = static_cast<const float*>(shift.const_data_ptr());
-    p.slope = static_cast<float>(negative_slope);
+    p.slope = slope_of(activation);
     p.grad_ss = of.ss, p.x_ss = from.ss;
     p.rows = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);

@@ -45,7 +45,7 @@ void run(const Launch& on, const Conv3x3<T>& p, const Tensor& x, const Optional&
   }
 }
 
-void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double negative_slope, const Tensor& weight,
+void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation, const Tensor& weight,
                     const Tensor& out, const Optional& mean, const Optional& m2) {
   const Map from = map_of(x, "x"), to = mutable_map_of(out, "out");
   check_conv3x3_maps(x, from, out, "out", to, kConv3x3Outputs);
@@ -66,7 +66,7 @@ void bn_act_conv3x3(const Tensor& x, const Tensor& scale, const Tensor& shift, d
     p.x = static_cast<const T*>(from.data), p.out = static_cast<T*>(to.data);
     p.scale = static_cast<const float*>(scale.const_data_ptr()), p.shift = static_cast<const float*>(shift.const_data_ptr());
     p.weight = static_cast<const T*>(rows_of_channels.const_data_ptr());
-    p.slope = static_cast<float>(negative_slope);
+    p.slope = slope_of(activation);
     p.x_sn = from.sn, p.x_ss = from.ss, p.out_sn = to.sn, p.out_ss = to.ss;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
     run(on, p, x, mean, m2);

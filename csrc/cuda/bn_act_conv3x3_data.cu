@@ -38,7 +38,7 @@ void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const
 
 std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
                                                         const Tensor& shift, const Tensor& center, const Tensor& rstd,
-                                                        double count, double negative_slope, const Tensor& weight,
+                                                        double count, double activation, const Tensor& weight,
                                                         const Tensor& out, const Tensor& beta, const Tensor& delta,
                                                         bool accumulate) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, cons
     p.grad = map(g), p.x = map(from), p.out = map(to);
     p.scale = floats(scale), p.shift = floats(shift), p.center = floats(center);
     p.weight = static_cast<const T*>(weights.const_data_ptr());
-    p.slope = static_cast<float>(negative_slope), p.accumulate = accumulate;
+    p.slope = slope_of(activation), p.accumulate = accumulate;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
     if (g.C <= 16)
       run_conv3x3_data<T, 1>(on, p, x, finish);

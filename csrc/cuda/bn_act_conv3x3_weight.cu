@@ -31,7 +31,7 @@ void run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x, const Tensor& dw
 }
 
 Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                      double negative_slope) {
+                                      double activation) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
   check_conv3x3_maps(x, from, grad, "grad", of, kConv3x3BackwardOutputs);
   check_vector(scale, "scale", from.C, x, "x");
@@ -55,7 +55,7 @@ Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const
     p.grad = static_cast<const T*>(of.data), p.x = static_cast<const T*>(from.data);
     p.scale = static_cast<const float*>(aligned_scale.const_data_ptr());
     p.shift = static_cast<const float*>(aligned_shift.const_data_ptr());
-    p.slope = static_cast<float>(negative_slope);
+    p.slope = slope_of(activation);
     p.grad_sn = of.sn, p.grad_ss = of.ss, p.x_sn = from.sn, p.x_ss = from.ss;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
     if (of.C <= 16)

@@ -26,9 +26,10 @@ struct Average {
   int64_t taps;
   W sum[VEC] = {};
 
-  __device__ void add(const Vector<T, VEC>& x, const W (&a)[VEC], const W (&b)[VEC], W slope, int) {
+  template <typename ACT>
+  __device__ void add(const Vector<T, VEC>& x, const W (&a)[VEC], const W (&b)[VEC], ACT act, int) {
 #pragma unroll
-    for (int k = 0; k < VEC; ++k) sum[k] += activate(a[k] * widen(x.v[k]) + b[k], slope);
+    for (int k = 0; k < VEC; ++k) sum[k] += act.value(a[k] * widen(x.v[k]) + b[k]);
   }
 
   __device__ Vector<T, VEC> result() const {
@@ -38,12 +39,6 @@ struct Average {
     return result;
   }
 };
-
-// The values that maxima are taken of. A ReLU comes after the maximum, once: before it, every tap would pay for it.
-template <typename W>
-__device__ inline W before_relu(W y, W slope) {
-  return slope == W(0) ? y : activate(y, slope);
-}
 
 // A window's maximum and its tap as torch chooses it: the first of equals, the last NaN; of the values as they would have been
 // written.
@@ -61,11 +56,12 @@ struct Maximum {
     }
   }
 
-  __device__ void add(const Vector<T, VEC>& x, const W (&a)[VEC], const W (&b)[VEC], W slope, int at) {
+  template <typename ACT>
+  __device__ void add(const Vector<T, VEC>& x, const W (&a)[VEC], const W (&b)[VEC], ACT act, int at) {
 #pragma unroll
     for (int k = 0; k < VEC; ++k) {
       T rounded;
-      narrow(before_relu(a[k] * widen(x.v[k]) + b[k], slope), rounded);
+      narrow(act.before_maximum(a[k] * widen(x.v[k]) + b[k]), rounded);
       const W y = widen(rounded);
       if (y > widen(largest[k]) || y != y) {
         largest[k] = rounded;
@@ -125,8 +121,9 @@ struct Maximum<T, VEC> {
     }
   }
 
-  __device__ void add(const Vector<T, VEC>& x, const float (&a)[VEC], const float (&b)[VEC], float slope, int at) {
-    const auto y = [&](int k) { return before_relu(a[k] * widen(x.v[k]) + b[k], slope); };
+  template <typename ACT>
+  __device__ void add(const Vector<T, VEC>& x, const float (&a)[VEC], const float (&b)[VEC], ACT act, int at) {
+    const auto y = [&](int k) { return act.before_maximum(a[k] * widen(x.v[k]) + b[k]); };
 #pragma unroll
     for (int p = 0; p < VEC / 2; ++p) {
       const Pair pair = narrow_pair(y(2 * p), y(2 * p + 1), T{});
@@ -162,10 +159,10 @@ struct Maximum<T, VEC> {
 // out = pool(act(scale * x + shift)), and the places of the maxima. Reads the map once (windows that overlap meet in the
 // caches) and writes the outputs: 1.25 times the map's bytes for windows of 2 x 2, where the batch norm and the activation
 // alone take four.
-template <typename T, int VEC, bool MAXIMUM, typename WINDOWS>
+template <typename T, int VEC, bool MAXIMUM, typename WINDOWS, typename ACT>
 __global__ void __launch_bounds__(kReduceThreads, !WINDOWS::kKnown ? 2 : MAXIMUM ? 3 : 4)
     bn_act_pool_fwd_kernel(Share share, WINDOWS windows, Items<const T> x, const wide_t<T>* scale, const wide_t<T>* shift,
-                           wide_t<T> slope, Items<T> out, Items<uint8_t> taps) {
+                           ACT act, Items<T> out, Items<uint8_t> taps) {
   start_kernel();
   using W = wide_t<T>;
   const Lane lane = whole_lane_of<VEC>(share);
@@ -195,10 +192,10 @@ __global__ void __launch_bounds__(kReduceThreads, !WINDOWS::kKnown ? 2 : MAXIMUM
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) values[i] = load<T, VEC>(x.at(at.n, places.position[i], lane.channel));
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) pool.add(values[i], a, b, slope, places.tap[i][0]);
+      for (int i = 0; i < COUNT; ++i) pool.add(values[i], a, b, act, places.tap[i][0]);
     });
     if constexpr (MAXIMUM) {
-      if (slope == W(0)) pool.relu(inputs.first_tap());
+      if (act.is_relu()) pool.relu(inputs.first_tap());
       store(taps.at(at.n, at.s, lane.channel), pool.taps());
     }
     store(out.at(at.n, at.s, lane.channel), pool.result());
@@ -219,11 +216,11 @@ constexpr int kBackwardBlocks = KNOWN && (kPairs ? MAXIMUM || ACCUMULATE : MAXIM
 // As `mask_and_sum`, of the gradient that a pool passes back to an input: from every window that covers it its share, or, of
 // MAXIMUM, all of it where the input was the largest. Two or three times the map's bytes and the outputs'. An item is a cell of
 // inputs: what their windows share is read once, and all of it at once.
-template <typename T, int VEC, bool MAXIMUM, bool ACCUMULATE, typename WINDOWS>
+template <typename T, int VEC, bool MAXIMUM, bool ACCUMULATE, typename WINDOWS, typename ACT>
 __global__ void __launch_bounds__(kReduceThreads, kBackwardBlocks<MAXIMUM, ACCUMULATE, WINDOWS::kKnown>)
     bn_act_pool_bwd_kernel(Share share, WINDOWS windows, Items<const T> grad, Items<const uint8_t> taps,
                            Items<const T> x, Items<T> out, const wide_t<T>* scale, const wide_t<T>* shift,
-                           const wide_t<T>* center, wide_t<T> slope, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc) {
+                           const wide_t<T>* center, ACT act, wide_t<T>* sum_dy, wide_t<T>* sum_dy_xc) {
   start_kernel();
   using W = wide_t<T>;
   constexpr int INPUTS = WINDOWS::kInputs;
@@ -276,7 +273,7 @@ __global__ void __launch_bounds__(kReduceThreads, kBackwardBlocks<MAXIMUM, ACCUM
           const W g = MAXIMUM ? gradient(i, k) : gradient(i, k) * weight;
           const W before = ACCUMULATE ? widen(results[i].v[k]) : W(0);
           const W result =
-              mask_value<ACCUMULATE>(g, widen(values[i].v[k]), before, a[k], b[k], c[k], slope, k, sums);
+              mask_value<ACCUMULATE>(g, widen(values[i].v[k]), before, a[k], b[k], c[k], act, k, sums);
           narrow(result, results[i].v[k]);
         }
       }
@@ -312,10 +309,10 @@ struct Sum {
 };
 
 // The mean of act(scale * x + shift) over all positions of a sample, [N, C]. A chunk is a sample. The map's bytes once.
-template <typename T, int VEC>
+template <typename T, int VEC, typename ACT>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_act_global_pool_fwd_kernel(Share share, Items<const T> x, const wide_t<T>* scale, const wide_t<T>* shift,
-                                  wide_t<T> slope, T* out) {
+                                  ACT act, T* out) {
   start_kernel();
   using W = wide_t<T>;
   const Lane lane = whole_lane_of<VEC>(share);
@@ -335,7 +332,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     for (int k = 0; k < VEC; ++k) {
       W group = 0;
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) group += activate(a[k] * widen(values[0][u].v[k]) + b[k], slope);
+      for (int u = 0; u < UNROLL; ++u) group += act.value(a[k] * widen(values[0][u].v[k]) + b[k]);
       sum.v[k] += group;
     }
   });

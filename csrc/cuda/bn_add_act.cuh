@@ -1,5 +1,6 @@
 #pragma once
 
+#include "activation.cuh"
 #include "elementwise.cuh"
 #include "reduce.cuh"
 
@@ -8,11 +9,11 @@ namespace resdense::cuda {
 // out = act(scale * z + shift + identity), or with PROJECTED act(scale * z + shift + identity_scale * identity +
 // identity_shift). Three times the map's bytes; stock takes seven (each batch norm reads and writes, the sum reads two and
 // writes one, the activation works in place), or nine with a projection.
-template <typename T, int VEC, bool PROJECTED>
+template <typename T, int VEC, bool PROJECTED, typename ACT>
 __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     bn_add_act_fwd_kernel(Walk walk, Items<const T> z, Items<const T> identity, Items<T> out, const wide_t<T>* scale,
                           const wide_t<T>* shift, const wide_t<T>* identity_scale, const wide_t<T>* identity_shift,
-                          wide_t<T> slope) {
+                          ACT act) {
   start_kernel();
   using W = wide_t<T>;
   const Lane lane = lane_of<VEC>(walk);
@@ -26,17 +27,17 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
     load_coefficients(walk, lane, identity_scale, c);
   }
   walk_rows<VEC>(walk, lane, z, identity, out, [&](int k, W value, W other) {
-    return activate(a[k] * value + b[k] + (PROJECTED ? c[k] * other : other), slope);
+    return act.value(a[k] * value + b[k] + (PROJECTED ? c[k] * other : other));
   });
 }
 
-// g = grad * act', where the output tells the side of 0, its sum and that of g * (z - center), and where the shortcut is
-// PROJECTED that of g * (identity - identity_center): four or five times the map's bytes in one pass. g is the gradient of
-// either term. The sums are of g before it is rounded; `sum_g_too` gets those of g once more.
-template <typename T, int VEC, bool ROWS, bool PROJECTED>
+// g = grad * act', its sum and that of g * (z - center), and where the shortcut is PROJECTED that of g * (identity -
+// identity_center): four or five times the map's bytes in one pass. The derivative is told by the output, or by what else `out` is,
+// see `marked`. g is the gradient of either term. The sums are of g before it is rounded; `sum_g_too` gets those of g once more.
+template <typename T, int VEC, bool ROWS, bool PROJECTED, typename ACT>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     bn_add_act_bwd_kernel(Share share, Items<const T> grad, Items<const T> out, Items<const T> z, Items<const T> identity,
-                          Items<T> g, const wide_t<T>* center, const wide_t<T>* identity_center, wide_t<T> slope,
+                          Items<T> g, const wide_t<T>* center, const wide_t<T>* identity_center, ACT act,
                           wide_t<T>* sum_g, wide_t<T>* sum_g_zc, wide_t<T>* sum_g_too, wide_t<T>* sum_g_ic) {
   start_kernel();
   using W = wide_t<T>;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
 #pragma unroll
       for (int k = 0; k < VEC; ++k) {
         const int channel = ROWS ? k : 0;
-        const W masked = activate_backward(widen(values[0][u].v[k]), widen(values[1][u].v[k]), slope);
+        const W masked = act.marked(widen(values[0][u].v[k]), widen(values[1][u].v[k]));
         sums.add(k, masked, masked * (widen(values[2][u].v[k]) - c[channel]));
         if constexpr (PROJECTED) identity_sums.add(k, masked, masked * (widen(values[3][u].v[k]) - d[channel]));
         result[k] = masked;

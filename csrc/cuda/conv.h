@@ -68,6 +68,12 @@ inline void dispatch_half_precision(const Map& m, F f) {
     f(__nv_bfloat16{});
 }
 
+// The products know no other activations.
+inline float slope_of(double activation) {
+  RESDENSE_CHECK(is_slope(activation), "activation: expected the slope of what is negative, got ", activation);
+  return static_cast<float>(activation);
+}
+
 inline Tensor at_aligned_address(const Tensor& t) { return aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
 // The statistics of no positions, where they are wanted.

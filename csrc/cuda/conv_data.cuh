@@ -73,8 +73,8 @@ struct DataSums {
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       const float value = widen_pair(x.v[k / 2], T{}).v[k % 2], was = widen_pair(before.v[k / 2], T{}).v[k % 2];
-      result[k] = mask_value<ACCUMULATE>(product[k / 2][half * 2 + k % 2], value, was, c.scale[k], c.shift[k], c.center[k], slope,
-                                         k, sums);
+      result[k] = mask_value<ACCUMULATE>(product[k / 2][half * 2 + k % 2], value, was, c.scale[k], c.shift[k], c.center[k],
+                                         Slope<float>{slope}, k, sums);
     }
     return narrow<T>(result);
   }

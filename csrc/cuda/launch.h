@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "activation.cuh"
 #include "common/map.h"
 #include "common/memory.h"
 #include "device.cuh"
@@ -144,6 +145,21 @@ inline void dispatch(ScalarType dtype, F f) {
     case ScalarType::BFloat16: return f(__nv_bfloat16{});
     default: fail("resdense: expected a floating dtype, got ", dtype_name(dtype));
   }
+}
+
+// Calls f with the activation of values W.
+template <typename W, typename F>
+inline void with_activation(double activation, F f) {
+  if (is_slope(activation))
+    f(Slope<W>{static_cast<W>(activation)});
+  else
+    f(Curve<W>(activation));
+}
+
+// Calls f with a value of the map's element type and the activation.
+template <typename F>
+inline void dispatch(ScalarType dtype, double activation, F f) {
+  dispatch(dtype, [&](auto zero) { with_activation<wide_t<decltype(zero)>>(activation, [&](auto act) { f(zero, act); }); });
 }
 
 }  // namespace resdense::cuda

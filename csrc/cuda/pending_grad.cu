@@ -8,7 +8,7 @@ namespace resdense::cuda {
 namespace {
 
 void finish(const Map& to, const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
-            const std::optional<Tensor>& shift, double negative_slope) {
+            const std::optional<Tensor>& shift, double activation) {
   const Map g = map_of(dy, "dy"), from = map_of(z, "z");
   check_same(z, "z", dy, "dy");
   check_vector(alpha, "alpha", to.C, dy, "dy");
@@ -22,16 +22,22 @@ void finish(const Map& to, const Tensor& dy, const Tensor& z, const Tensor& alph
   dispatch(to.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto vector = [](const Tensor& t) { return static_cast<const wide_t<T>*>(t.const_data_ptr()); };
-    const auto plain = p.vectors ? pending_grad_kernel<T, kVector<T>, false> : pending_grad_kernel<T, 1, false>;
-    const auto masked = p.vectors ? pending_grad_kernel<T, kVector<T>, true> : pending_grad_kernel<T, 1, true>;
-    on.run(shift ? masked : plain, p.blocks, p.threads, p.walk, items<const T>(p, g), items<const T>(p, from), items<T>(p, to),
-           vector(alpha), vector(beta), vector(delta), shift ? vector(*shift) : nullptr, negative_slope);
+    const auto start = [&](auto act) {
+      using Act = decltype(act);
+      on.run(p.vectors ? pending_grad_kernel<T, kVector<T>, Act> : pending_grad_kernel<T, 1, Act>, p.blocks, p.threads, p.walk,
+             items<const T>(p, g), items<const T>(p, from), items<T>(p, to), vector(alpha), vector(beta), vector(delta),
+             shift ? vector(*shift) : nullptr, act);
+    };
+    if (shift)
+      with_activation<wide_t<T>>(activation, start);
+    else
+      start(Unmasked{});
   });
 }
 
 void pending_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta,
-                  const std::optional<Tensor>& shift, double negative_slope) {
-  finish(mutable_map_of(dy, "dy"), dy, z, alpha, beta, delta, shift, negative_slope);
+                  const std::optional<Tensor>& shift, double activation) {
+  finish(mutable_map_of(dy, "dy"), dy, z, alpha, beta, delta, shift, activation);
 }
 
 Tensor finished_grad(const Tensor& dy, const Tensor& z, const Tensor& alpha, const Tensor& beta, const Tensor& delta) {

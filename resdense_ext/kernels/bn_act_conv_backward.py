@@ -28,10 +28,10 @@ from resdense_ext.kernels.maps import Map
 from resdense_ext.kernels.stats import sum_programs
 from resdense_ext.kernels.tiles import (
     activate,
-    activation_slope,
     add_in_memory,
     last_arrival,
     load_tile,
+    masked,
     positions_from,
     product,
     rounded,
@@ -130,10 +130,7 @@ def bn_act_conv_bwd_data_kernel(
         mean = tl.load(mean_ptr + columns, mask=column_mask, other=0.0)
         x = load_tile(x_ptr, row_offsets(sample, place, xn, xs), at * xc, row_mask, column_mask, X_LAST).to(tl.float32)
         y = scale[None, :] * x + shift[None, :]
-        dy = acc * activation_slope(y, SLOPE, ACT)
-        if ACT == "relu":
-            dy = tl.where(y <= 0, 0.0, acc)  # 0 whatever comes, infinities too
-        dy = tl.where(row_mask[:, None], dy, 0.0)
+        dy = tl.where(row_mask[:, None], masked(acc, y, SLOPE, ACT), 0.0)
         add_in_memory(part, columns, column_mask, sum_rows(dy), tile == program)
         add_in_memory(part + plane, columns, column_mask, sum_rows(dy * (x - mean[None, :])), tile == program)
         tl.debug_barrier()

@@ -12,9 +12,9 @@ from torch import Tensor
 from resdense_ext.kernels.launch import launch, programs, tickets
 from resdense_ext.kernels.maps import Map
 from resdense_ext.kernels.stats import finish_sums
-from resdense_ext.kernels.tiles import load_tile, masked, rounded, row_offsets, store_tile, sum_rows
+from resdense_ext.kernels.tiles import load_tile, marked, rounded, row_offsets, store_tile, sum_rows
 from resdense_ext.kernels.walk import load_vector, tile_at, tiling_of, wide
-from resdense_ext.reference import accumulation_dtype
+from resdense_ext.reference import Activation, accumulation_dtype
 
 __all__ = ["bn_add_act_backward"]
 
@@ -35,7 +35,7 @@ def bn_add_act_bwd_kernel(
         sample, place, channels, row_mask, mask = tile_at(tile, block, M, S, C, BLOCK_M, BLOCK_C)
         grad = load_tile(grad_ptr, row_offsets(sample, place, dn, ds), channels * dc, row_mask, mask, GRAD_LAST).to(WIDE)
         out = load_tile(out_ptr, row_offsets(sample, place, on, os), channels * oc, row_mask, mask, OUT_LAST).to(WIDE)
-        g = masked(grad, out, SLOPE, ACT)
+        g = marked(grad, out, SLOPE, ACT)
         sum_g += sum_rows(g)
         z = load_tile(z_ptr, row_offsets(sample, place, zn, zs), channels * zc, row_mask, mask, Z_LAST).to(WIDE)
         sum_g_zc += sum_rows(g * (z - load_vector(center_ptr, channels, mask, WIDE)))
@@ -58,7 +58,7 @@ def bn_add_act_backward(
     center: Tensor,
     identity: Optional[Tensor],
     identity_center: Optional[Tensor],
-    slope: float,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``g = grad * act'``, and its sums alone, with ``z - center`` and, of a projection, with ``identity - identity_center``."""
     projected = identity is not None
@@ -78,7 +78,7 @@ def bn_add_act_backward(
             g, to.sn, to.ss, to.sc, center, identity_center,
             sums, torch.empty((len(sums), shared, m.C), dtype=dtype, device=z.device), tickets(z, tiling.columns),
             to.count, to.S, to.C, tiling.rows,
-            PROJECTED=projected, ACT="relu" if slope == 0 else "leaky_relu", SLOPE=slope,
+            PROJECTED=projected, ACT=activation.name, SLOPE=activation.slope,
             GRAD_LAST=d.last, OUT_LAST=o.last, Z_LAST=m.last, IDENTITY_LAST=i.last, G_LAST=to.last, WIDE=wide(z.dtype),
             **tiling.constants(),
         )  # fmt: skip

@@ -12,8 +12,9 @@ from torch import Tensor
 from resdense_ext.kernels.bn_add_act_backward import bn_add_act_backward
 from resdense_ext.kernels.launch import launch
 from resdense_ext.kernels.maps import Map
-from resdense_ext.kernels.tiles import activate, load_tile, masked, rounded, row_offsets, store_tile
+from resdense_ext.kernels.tiles import activate, load_tile, marked, rounded, row_offsets, store_tile
 from resdense_ext.kernels.walk import load_vector, tile_at, tiling_of, wide
+from resdense_ext.reference import Activation
 
 __all__ = ["add_act", "add_act_backward", "bn_add_act", "bn_add_act_backward", "copy_map", "pending_grad"]
 
@@ -36,7 +37,7 @@ def elementwise_fwd_kernel(
     elif OP == "add_act":
         a = activate(a + b, SLOPE, ACT)
     elif OP == "add_act_backward":
-        a = masked(a, b, SLOPE, ACT)
+        a = marked(a, b, SLOPE, ACT)
     elif OP == "bn_add_act" or OP == "bn_add_bn_act":
         a = load_vector(u_ptr, channels, mask, WIDE) * a + load_vector(v_ptr, channels, mask, WIDE)
         if OP == "bn_add_bn_act":
@@ -46,7 +47,12 @@ def elementwise_fwd_kernel(
     store_tile(out_ptr, out_rows, channels * oc, rounded(a, out_ptr.dtype.element_ty), row_mask, mask, OUT_LAST)
 
 
-def _run(op: str, a: Tensor, b: Optional[Tensor], out: Tensor, vectors: tuple = (), slope: float = 1.0) -> Tensor:
+_LINEAR = Activation("identity")
+
+
+def _run(
+    op: str, a: Tensor, b: Optional[Tensor], out: Tensor, vectors: tuple = (), activation: Activation = _LINEAR
+) -> Tensor:
     if a.numel() == 0:
         return out
     ma, to = Map.of(a, "x"), Map.of(out, "out")
@@ -56,7 +62,7 @@ def _run(op: str, a: Tensor, b: Optional[Tensor], out: Tensor, vectors: tuple = 
     launch(
         elementwise_fwd_kernel, (tiling.rows, tiling.columns), a,
         a, ma.sn, ma.ss, ma.sc, b, mb.sn, mb.ss, mb.sc, out, to.sn, to.ss, to.sc, u, v, w, t, to.count, to.S, to.C,
-        OP=op, ACT="relu" if slope == 0 else "leaky_relu", SLOPE=slope,
+        OP=op, ACT=activation.name, SLOPE=activation.slope,
         A_LAST=ma.last, B_LAST=mb.last, OUT_LAST=to.last, WIDE=wide(out.dtype), **tiling.constants(),
     )  # fmt: skip
     return out
@@ -67,14 +73,14 @@ def pending_grad(dy: Tensor, z: Tensor, alpha: Tensor, beta: Tensor, delta: Tens
     return _run("pending_grad", dy, z, dy, (alpha, beta, delta))
 
 
-def add_act(x: Tensor, y: Tensor, slope: float) -> Tensor:
-    """``act(x + y)`` with act(v) = v for v > 0, else ``slope * v``."""
-    return _run("add_act", x, y, torch.empty_like(x), slope=slope)
+def add_act(x: Tensor, y: Tensor, activation: Activation) -> Tensor:
+    """``act(x + y)``."""
+    return _run("add_act", x, y, torch.empty_like(x), activation=activation)
 
 
-def add_act_backward(grad: Tensor, out: Tensor, slope: float) -> Tensor:
-    """``grad * act'``, told from the sign of ``out``; ``slope`` is 0 or more."""
-    return _run("add_act_backward", grad, out, torch.empty_like(out), slope=slope)
+def add_act_backward(grad: Tensor, mark: Tensor, activation: Activation) -> Tensor:
+    """``grad * act'``; see `reference.marked_slope` for the mark. No slope is negative."""
+    return _run("add_act_backward", grad, mark, torch.empty_like(mark), activation=activation)
 
 
 def bn_add_act(
@@ -84,11 +90,11 @@ def bn_add_act(
     identity: Tensor,
     identity_scale: Optional[Tensor],
     identity_shift: Optional[Tensor],
-    slope: float,
+    activation: Activation,
 ) -> Tensor:
     """``act(scale * z + shift + identity)``, the identity itself scaled and shifted where it is a projection."""
     op, more = ("bn_add_act", ()) if identity_scale is None else ("bn_add_bn_act", (identity_scale, identity_shift))
-    return _run(op, z, identity, torch.empty_like(z), (scale, shift, *more), slope)
+    return _run(op, z, identity, torch.empty_like(z), (scale, shift, *more), activation)
 
 
 def copy_map(x: Tensor, out: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ __all__ = [
     "add_in_memory",
     "last_arrival",
     "load_tile",
+    "marked",
     "masked",
     "positions_from",
     "product",
@@ -27,14 +28,25 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def _expm1(y):
+    """``exp(y) - 1``, near 0 by its series, of which the difference would lose the digits."""
+    series = tl.full(y.shape, 1.0, y.dtype)
+    for n in tl.static_range(13, 1, -1):
+        series = series * y * (1.0 / n) + 1
+    return tl.where(tl.abs(y) < 0.25, y * series, tl.exp(y) - 1)
+
+
+@triton.jit
 def activate(y, slope, ACT: tl.constexpr):
     """The activation by its name in `resdense_ext.reference`; NaN stays NaN, and the ReLU of -inf is 0."""
     if ACT == "relu":
         y = tl.where(y <= 0, 0.0, y)
+    elif ACT == "relu6":
+        y = tl.where(y <= 0, 0.0, tl.where(y >= 6, 6.0, y))
     elif ACT == "leaky_relu":
         y = tl.where(y > 0, y, y * slope)
     elif ACT == "elu":
-        y = tl.where(y > 0, y, tl.exp(y) - 1)
+        y = tl.where(y > 0, y, _expm1(y))
     elif ACT == "silu":
         y = y * tl.sigmoid(y)
     return y
@@ -45,6 +57,8 @@ def activation_slope(y, slope, ACT: tl.constexpr):
     """The activation's derivative at its input."""
     if ACT == "relu":
         y = tl.where(y <= 0, tl.zeros_like(y), 1.0)
+    elif ACT == "relu6":
+        y = tl.where((y <= 0) | (y >= 6), tl.zeros_like(y), 1.0)
     elif ACT == "leaky_relu":
         y = tl.where(y > 0, tl.full(y.shape, 1.0, y.dtype), tl.full(y.shape, slope, y.dtype))
     elif ACT == "elu":
@@ -62,8 +76,20 @@ def masked(grad, y, slope, ACT: tl.constexpr):
     """``grad`` times the activation's derivative at ``y``; behind a ReLU that stops it even an infinite gradient is 0."""
     if ACT == "relu":
         grad = tl.where(y <= 0, 0.0, grad)
+    elif ACT == "relu6":
+        grad = tl.where((y <= 0) | (y >= 6), 0.0, grad)
     else:
         grad = grad * activation_slope(y, slope, ACT)
+    return grad
+
+
+@triton.jit
+def marked(grad, mark, slope, ACT: tl.constexpr):
+    """`masked`, as the activation's output tells it; where that does not determine the derivative, the mark is the input."""
+    if ACT == "elu":
+        grad = tl.where(mark <= 0, grad * (mark + 1), grad)
+    else:
+        grad = masked(grad, mark, slope, ACT)
     return grad
 
 

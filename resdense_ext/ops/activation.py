@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resdense_ext.reference import Activation
 
-__all__ = ["LINEAR", "activation_backward", "activation_of", "is_slope", "number_of"]
+__all__ = ["LINEAR", "activation_backward", "activation_of", "number_of"]
 
 LINEAR = Activation("identity")
 
@@ -26,11 +26,6 @@ def number_of(activation: Activation) -> float:
 def activation_of(number: float) -> Activation:
     """That which the operators know by this number."""
     return Activation(_NAMES[number]) if number in _NAMES else Activation("leaky_relu", number)
-
-
-def is_slope(activation: Activation) -> bool:
-    """Whether the number is the slope of what is negative."""
-    return activation.name in ("relu", "identity", "leaky_relu")
 
 
 def activation_backward(grad: Tensor, mark: Optional[Tensor], activation: Activation) -> Tensor:

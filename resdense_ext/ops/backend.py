@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops.activation import activation_backward, is_slope, number_of
+from resdense_ext.ops.activation import activation_backward, number_of
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
@@ -326,7 +326,7 @@ class ReferenceBackend:
         Backward tells the sign of the activation's input from that of its output, so no slope may be negative.
         """
         number = number_of(activation)
-        return None if self.ends is None or number < 0 or not is_slope(activation) else number
+        return None if self.ends is None or number < 0 else number
 
     def bn_add_act(
         self, z: Tensor, affine: Affine, identity: Tensor, identity_affine: Optional[Affine], activation: Activation

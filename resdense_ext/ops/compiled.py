@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resdense_ext.ops.activation import is_slope, number_of
+from resdense_ext.ops.activation import number_of
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, in_dtype
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Pool, accumulation_dtype
@@ -28,17 +28,11 @@ class CompiledBackend(ReferenceBackend):
     def ends(self):
         return torch.ops.resdense
 
-    def knows(self, activation: Activation) -> bool:
-        """Whether its operators have this activation."""
-        return is_slope(activation)
-
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         # One dtype of statistics must suit both.
         supported = x.dtype in _DTYPES and compute_dtype in _DTYPES
         if not supported or accumulation_dtype(x.dtype) != accumulation_dtype(compute_dtype):
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        if not self.knows(activation):
-            return f"the activation is {activation.name}"
         return None
 
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:

@@ -16,11 +16,11 @@ from torch.autograd.graph import increment_version
 from resdense_ext import reference
 from resdense_ext.ops import _library
 from resdense_ext.ops.activation import number_of
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, register
+from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Stats, register
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import map_beside, memory_format_of
-from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
 
@@ -93,13 +93,6 @@ class CpuBackend(CompiledBackend):
         if x.dtype != compute_dtype:
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
         return super().refusal(x, compute_dtype, activation)
-
-    def knows(self, activation: Activation) -> bool:
-        return True
-
-    def end_number(self, activation: Activation) -> Optional[float]:
-        number = number_of(activation)
-        return None if number < 0 else number
 
     def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
         """Of a bottleneck so many samples that every thread's share of an activation stays in its cache, but not fewer values than

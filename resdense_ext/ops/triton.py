@@ -18,13 +18,13 @@ from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import moments
 from resdense_ext.ops._library import LIBRARY
+from resdense_ext.ops.activation import activation_of
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, empty_deviations, register
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
 __all__ = ["PRODUCTS", "STRIDED_PRODUCTS", "MomentsBackend", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]
 
-_ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "identity")
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _PRODUCTS = (torch.float32, *_SIXTEEN_BITS)
 
@@ -122,24 +122,30 @@ class MomentsBackend(ReferenceBackend):
         return torch.ops.resdense.moments_terms(R, G, weight, fold.affine.scale, fold.rstd, fold.count, unit, need_weight)
 
 
+class _Ends:
+    """The launchers of residual blocks' ends, by the operators' names and with their arguments."""
+
+    def __getattr__(self, name: str):
+        from resdense_ext.kernels import elementwise
+
+        launcher = getattr(elementwise, name)
+        if name == "pending_grad":
+            return launcher
+        return lambda *operands: launcher(*operands[:-1], activation_of(operands[-1]))
+
+
 class TritonBackend(MomentsBackend):
     name = "triton"
 
     @property
     def ends(self):
-        if missing():
-            return None
-        from resdense_ext.kernels import elementwise
-
-        return elementwise
+        return None if missing() else _Ends()
 
     def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
         if not x.is_cuda and not (interpreting() and x.device.type == "cpu"):
             return f"the input is on {x.device.type}"
         if missing():
             return missing()
-        if activation.name not in _ACTIVATIONS:
-            return f"the activation is {activation.name}"
         return architecture_refusal(x.device) if x.is_cuda else None
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,8 +72,10 @@ for run, sizes, options in (
     (dense, (3, 40, 9, 5), dict(growth=32, bn_size=2, policy="fast")),
     (dense, (2, 16, 7, 7), dict(growth=16, bn_size=4, policy="min")),
     (dense, (2, 24, 6, 5), dict(growth=8, bn_size=0, policy="fast")),  # the 3x3 alone, which adds to the buffer's gradient
+    (dense, (2, 16, 6, 5), dict(growth=8, bn_size=2, policy="min", activation="silu")),  # activated by a pass, not by the products
     (residual, (2, 16, 7, 6), dict(widths=(16, 8, 8, 16), kernels=(1, 3, 1), policy="fast")),
     (residual, (2, 8, 7, 7), dict(widths=(8, 16, 16), kernels=(3, 3), stride=2, projection="normed", policy="min")),
+    (residual, (2, 16, 5, 6), dict(widths=(16, 8, 16), kernels=(1, 3), activation="elu", policy="fast")),
     (network, (2, 3, 32, 32), dict(growth_rate=16, block_config=(2, 2), num_init_features=16, num_classes=5, policy="min")),
 ):
     torch.manual_seed(0)
