@@ -21,7 +21,7 @@ from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Pointwise, kept
 from resdense_ext.ops.conv1x1_bn_add_act_function import Conv1x1BNAddActConfig, _flat_tensors
 from resdense_ext.ops.units import GRADS, UNIT
 
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "elu", "identity")
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "elu", "identity")
 KEEPS = ("z", "gram", "nothing")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -135,7 +135,7 @@ def test_a_gradient_with_a_mean_and_of_any_size(backend, scale, shift):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("leaky_relu", 0.2), Activation("silu")], ids=str)
+@pytest.mark.parametrize("activation", [None, *(Activation(a, 0.2) for a in ("relu", "relu6", "leaky_relu", "elu", "silu"))])
 @pytest.mark.parametrize("channels", [1, 6, 14, 130])
 def test_deviations(backend, dtype, activation, channels):
     """To half a unit in the last place, at means of up to thousands; of a slice of channels; ones and zeros behind them."""

@@ -37,7 +37,7 @@ INTERPRETED = {
     "units": ("test_bn_act_conv.py", "test_in_working_precision and bfloat16 and (stride or 3x3 or 1x1) and True"),
     "residual ends": (
         "test_residual_ends.py",
-        "(test_fused_bn_add_act and leaky_relu and True) or test_fused_bn_add_act_of_maps or test_add_act",
+        "(test_fused_bn_add_act and (leaky_relu or relu6) and True) or test_fused_bn_add_act_of_maps or test_add_act",
     ),
     "dual path stage": ("test_dual_path.py", "test_kinds and fast and two and True"),
     "engine": ("triton_engine.py", ""),
