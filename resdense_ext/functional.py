@@ -145,7 +145,7 @@ def dense_block(
         y = reference.dense_block(x, layers, act)
         return y if behind is None else _bn_act_pool(y, behind, act)
     compute = layers[0].units[0].conv.weight.dtype
-    return _dense_block.dense_block(x, layers, act, keep, backends.choose(x, compute, act), behind, act)
+    return _dense_block.dense_block(x, layers, act, keep, backends.choose(x, compute), behind, act)
 
 
 def residual_block(
@@ -207,7 +207,7 @@ def residual_block(
     if x.numel() == 0:
         return reference.residual_block(x, block, act, last)
     x = as_convolved(x, [unit.conv.weight for unit in block.units])
-    backend = backends.choose(x, block.units[0].conv.weight.dtype, act)
+    backend = backends.choose(x, block.units[0].conv.weight.dtype)
     return _residual_block.residual_block(x, block, act, last, policy, backend)
 
 
@@ -268,7 +268,7 @@ def dual_path_stage(
         blocks = cast_dual_path_blocks(blocks, torch.get_autocast_dtype(xs[0].device.type))
     if any(part.numel() == 0 for part in xs):
         return reference.dual_path_stage(x, blocks, act)
-    backend = backends.choose(xs[0], blocks[0].units[0].conv.weight.dtype, act)
+    backend = backends.choose(xs[0], blocks[0].units[0].conv.weight.dtype)
     return _dual_path_stage.dual_path_stage(xs, blocks, act, keep, backend)
 
 
@@ -398,7 +398,7 @@ def _bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
     if x.numel() == 0:
         return reference.bn_act_pool(x, unit, activation)
     in_a_byte = unit.pool.kind != "maximum" or math.prod(unit.pool.kernel_size) <= 255
-    backend = backends.choose(x, x.dtype, activation) if in_a_byte else backends.get("reference")
+    backend = backends.choose(x, x.dtype) if in_a_byte else backends.get("reference")
     return _pooled_unit.bn_act_pool(x, unit, activation, backend)
 
 
@@ -431,7 +431,7 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x: expected at least one value a channel, got shape {tuple(x.shape)}")
     if torch.is_grad_enabled() and x.requires_grad:
         return reference.channel_stats(x)
-    return backends.choose(x, x.dtype, Activation()).channel_stats(x)
+    return backends.choose(x, x.dtype).channel_stats(x)
 
 
 def add_act(x: Tensor, identity: Tensor, *, activation: str = "relu", negative_slope: float = 0.01) -> Tensor:
@@ -559,7 +559,7 @@ def conv1x1_bn_add_act(
         conv = cast_convolution(conv, torch.get_autocast_dtype(x.device.type))
     if x.numel() == 0 or identity.numel() == 0:
         return reference.conv1x1_bn_add_act(x, conv, norm, identity, identity_norm, act, input_norm, act_in)
-    backend = backends.choose(x, conv.weight.dtype, Activation() if input_norm is None else act_in)
+    backend = backends.choose(x, conv.weight.dtype)
     return _conv1x1_bn_add_act.conv1x1_bn_add_act(
         x, conv, norm, identity, identity_norm, act, input_norm, act_in, policy, backend
     )

@@ -284,14 +284,14 @@ class TestPrecision:
 
 
 def fold_of(x, gamma, beta):
-    backend = backends.choose(x, x.dtype, Activation())
+    backend = backends.choose(x, x.dtype)
     stats = backends.Stats(*backend.channel_stats(x))
     return backend.fold(BatchNorm(gamma, beta), stats, x.numel() // x.shape[1], Activation())
 
 
 def pointwise(x, weight, fold=None, **geometry):
     conv = Conv(weight, None, geometry.get("padding", (0, 0)), stride=geometry.get("stride", ()))
-    return Pointwise(x, fold, conv, backends.choose(x, x.dtype, Activation()))
+    return Pointwise(x, fold, conv, backends.choose(x, x.dtype))
 
 
 class TestPieces:
@@ -348,7 +348,7 @@ class TestPieces:
     def test_a_shortcut_that_is_carried_raw(self, backend):
         z, identity = torch.randn(2, 3, 8, 5, 5, dtype=torch.float64).unbind()[0], torch.randn(3, 8, 5, 5, dtype=torch.float64)
         fold = fold_of(z, torch.randn(8).double(), torch.randn(8).double())
-        chosen = backends.choose(z, z.dtype, Activation())
+        chosen = backends.choose(z, z.dtype)
         out, before = engine.forward(Carried(z, fold), Carried(identity), Activation("silu"), chosen)
         y = reference.apply_pending(z, *fold.affine[:2], Activation("identity")) + identity
         assert_same({"before": before, "output": out}, {"before": y, "output": F.silu(y)})

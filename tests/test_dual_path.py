@@ -344,7 +344,7 @@ class TestAutograd:
         x = input_of(stage, (5, 4), samples=2).float()
         x = halves_of(x, stage, first)
         xs = list(x) if isinstance(x, tuple) else [x]
-        chosen = backends.choose(xs[0], xs[0].dtype, Activation())
+        chosen = backends.choose(xs[0], xs[0].dtype)
         config = op.DualPathStageConfig.of(blocks, Activation(), ["fast", "min"], chosen.name)
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.resdense.dual_path_stage.default, (xs, tensors, *config), test_utils=utilities)

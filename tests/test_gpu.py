@@ -24,7 +24,7 @@ BACKENDS = ("triton", "cuda")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    refusal = backends.get(request.param).refusal(torch.zeros(1, 1, 1, device="cuda"), torch.float32, rd.functional.Activation())
+    refusal = backends.get(request.param).refusal(torch.zeros(1, 1, 1, device="cuda"), torch.float32)
     if refusal:
         pytest.skip(refusal)
     with rd.use_backend(request.param):

@@ -698,7 +698,7 @@ class TestCurvedActivations:
 
     def test_elementwise(self, backend, activation, dtype, channels_last):
         cases, x = TestElementwise(), torch.zeros(1, 1, 1, dtype=dtype)
-        assert backend.name == "reference" or backends.choose(x, dtype, activation) is backend
+        assert backend.name == "reference" or backends.choose(x, dtype) is backend
         assert activation_of(number_of(activation)) == activation
         for shape in (SHAPES[1], SHAPES[5]):
             cases.test_bn_act(backend, shape, dtype, channels_last, activation)
@@ -747,15 +747,15 @@ class TestBackendChoice:
 
     def test_the_environment_decides(self, monkeypatch):
         monkeypatch.setenv("RESDENSE_BACKEND", "reference")
-        assert backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation()).name == "reference"
+        assert backends.choose(torch.zeros(1, 1, 1), torch.float32).name == "reference"
         monkeypatch.setenv("RESDENSE_BACKEND", "fpga")
         with pytest.raises(ValueError, match="RESDENSE_BACKEND: expected one of"):
-            backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
+            backends.choose(torch.zeros(1, 1, 1), torch.float32)
 
     def test_a_missing_backend_says_so(self, monkeypatch):
         monkeypatch.delitem(backends._backends, "triton")
         with backends.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for"):
-            backends.choose(torch.zeros(1, 1, 1), torch.float32, Activation())
+            backends.choose(torch.zeros(1, 1, 1), torch.float32)
 
     def test_old_gpus_are_refused(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -764,36 +764,34 @@ class TestBackendChoice:
 
     @built
     @pytest.mark.parametrize(
-        ("x", "compute", "activation", "reason"),
+        ("x", "compute", "reason"),
         [
-            (torch.zeros(1, 1, 1, device="meta"), torch.float32, Activation(), "on meta"),
-            (torch.zeros(1, 1, 1), torch.bfloat16, Activation(), "compute in torch.bfloat16"),
-            (torch.zeros(1, 1, 1).half(), torch.float32, Activation("relu6"), "compute in torch.float32"),
+            (torch.zeros(1, 1, 1, device="meta"), torch.float32, "on meta"),
+            (torch.zeros(1, 1, 1), torch.bfloat16, "compute in torch.bfloat16"),
         ],
     )
-    def test_what_the_cpu_backend_refuses_goes_to_the_reference(self, x, compute, activation, reason):
-        assert reason in backends.get("cpu").refusal(x, compute, activation)
-        assert backends.choose(x, compute, activation).name == "reference"
+    def test_what_the_cpu_backend_refuses_goes_to_the_reference(self, x, compute, reason):
+        assert reason in backends.get("cpu").refusal(x, compute)
+        assert backends.choose(x, compute).name == "reference"
 
     @pytest.mark.parametrize(
-        ("dtype", "compute", "activation", "reason"),
+        ("dtype", "compute", "reason"),
         [
-            (torch.float32, torch.float32, Activation("relu"), None),
-            (torch.float32, torch.bfloat16, Activation("leaky_relu", 0.1), None),
-            (torch.float64, torch.float64, Activation("identity"), None),
-            (torch.float32, torch.float64, Activation(), "is torch.float32 and the convolutions compute in torch.float64"),
-            (torch.complex64, torch.complex64, Activation(), "the input is torch.complex64"),
-            (torch.float32, torch.float32, Activation("elu"), None),
+            (torch.float32, torch.float32, None),
+            (torch.float32, torch.bfloat16, None),
+            (torch.float64, torch.float64, None),
+            (torch.float32, torch.float64, "is torch.float32 and the convolutions compute in torch.float64"),
+            (torch.complex64, torch.complex64, "the input is torch.complex64"),
         ],
     )
-    def test_what_the_cuda_backend_refuses(self, monkeypatch, dtype, compute, activation, reason):
+    def test_what_the_cuda_backend_refuses(self, monkeypatch, dtype, compute, reason):
         cuda = backends.get("cuda")
         with FakeTensorMode():
             x = torch.empty(1, 1, 1, dtype=dtype, device="cuda")
         monkeypatch.setattr(_library, "CUDA_LIBRARY", None)
         monkeypatch.setattr("resdense_ext.ops.cuda.architecture_refusal", lambda device: None)
-        refusal = cuda.refusal(x, compute, activation)
+        refusal = cuda.refusal(x, compute)
         assert refusal is None if reason is None else reason in refusal
-        assert cuda.refusal(torch.zeros(1, 1, 1), compute, activation) == "the input is on cpu"
+        assert cuda.refusal(torch.zeros(1, 1, 1), compute) == "the input is on cpu"
         monkeypatch.setattr(_library, "CUDA_LIBRARY", "not built")
-        assert cuda.refusal(x, compute, activation) == "the CUDA library is not loaded: not built"
+        assert cuda.refusal(x, compute) == "the CUDA library is not loaded: not built"

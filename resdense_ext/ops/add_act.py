@@ -22,12 +22,12 @@ __all__ = ["add_act", "fused_number", "kernels_of"]
 
 def kernels_of(x: Tensor):
     """Where the fused kernels for this input are, by their operators' names; None where there are none."""
-    return backends.choose(x, x.dtype, Activation()).ends
+    return backends.choose(x, x.dtype).ends
 
 
 def fused_number(x: Tensor, activation: Activation) -> float | None:
     """By which the fused kernels know an activation; None where they do not serve the input, or need more than the output."""
-    return backends.choose(x, x.dtype, Activation()).end_number(activation) if reference.determined(activation) else None
+    return backends.choose(x, x.dtype).end_number(activation) if reference.determined(activation) else None
 
 
 class AddActFunction(torch.autograd.Function):

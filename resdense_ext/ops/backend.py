@@ -130,7 +130,7 @@ class ReferenceBackend:
         """Where the fused kernels of residual blocks' ends are, by their operators' names; None where there are none."""
         return None
 
-    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype) -> Optional[str]:
         """Why this backend cannot take such an input; None where it can."""
         return None
 
@@ -535,7 +535,7 @@ def get(name: str) -> ReferenceBackend:
     return _backends[name]
 
 
-def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> ReferenceBackend:
+def choose(x: Tensor, compute_dtype: torch.dtype) -> ReferenceBackend:
     """The backend for an input: the one asked for, else the last registered that does not refuse.
 
     Raises:
@@ -544,11 +544,11 @@ def choose(x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Ref
     wanted = (None if torch.compiler.is_compiling() else _forced.get()) or os.environ.get("RESDENSE_BACKEND") or None
     if wanted is not None:
         _check_name(wanted, "RESDENSE_BACKEND")
-        refusal = _backends[wanted].refusal(x, compute_dtype, activation) if wanted in _backends else "not available here"
+        refusal = _backends[wanted].refusal(x, compute_dtype) if wanted in _backends else "not available here"
         if refusal:
             raise RuntimeError(f"backend {wanted!r} was asked for, but: {refusal}")
         return _backends[wanted]
-    return next(b for b in registered() if b.refusal(x, compute_dtype, activation) is None)
+    return next(b for b in registered() if b.refusal(x, compute_dtype) is None)
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def _fold(x: Tensor, norm: BatchNorm) -> Fold:
     count = None
     if norm.batch_stats:
         count = x.numel() // x.shape[1]
-        mean, m2 = backends.choose(x, x.dtype, Activation()).channel_stats(x)
+        mean, m2 = backends.choose(x, x.dtype).channel_stats(x)
         update_running_statistics([norm], [(mean, m2)], [count])
         var = m2 / count
     else:

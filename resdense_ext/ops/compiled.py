@@ -28,7 +28,7 @@ class CompiledBackend(ReferenceBackend):
     def ends(self):
         return torch.ops.resdense
 
-    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype) -> Optional[str]:
         # One dtype of statistics must suit both.
         supported = x.dtype in _DTYPES and compute_dtype in _DTYPES
         if not supported or accumulation_dtype(x.dtype) != accumulation_dtype(compute_dtype):

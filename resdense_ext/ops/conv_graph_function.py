@@ -139,10 +139,7 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...
         read otherwise, too, is kept for backward: changing it in place makes that raise.
     """
     dtype = graph.convs[0].weight.dtype
-    probe = sources[0].new_empty(sources[0].dim() * (1,), dtype=dtype)
-    activations = {piece.activation for pieces in (*graph.reads, *graph.outputs) for piece in pieces}
-    chosen = {backends.choose(probe, dtype, activation).name for activation in activations}
-    backend = backends.get(chosen.pop() if len(chosen) == 1 else "reference")
+    backend = backends.choose(sources[0].new_empty(sources[0].dim() * (1,), dtype=dtype), dtype)
     tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in graph.norms)])
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
     sources = [as_convolved(x, [conv.weight for conv in graph.convs]) for x in sources]

@@ -85,14 +85,14 @@ class CpuBackend(CompiledBackend):
     name = "cpu"
     ends = _Ends()
 
-    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype) -> Optional[str]:
         if _library.CPU_LIBRARY:
             return f"the CPU library is not loaded: {_library.CPU_LIBRARY}"
         if x.device.type != "cpu":
             return f"the input is on {x.device.type}"
         if x.dtype != compute_dtype:
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
-        return super().refusal(x, compute_dtype, activation)
+        return super().refusal(x, compute_dtype)
 
     def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
         """Of a bottleneck so many samples that every thread's share of an activation stays in its cache, but not fewer values than

@@ -15,7 +15,6 @@ from resdense_ext.ops.backend import register
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.triton import MomentsBackend, architecture_refusal
 from resdense_ext.ops.vendor import VendorBackend
-from resdense_ext.reference import Activation
 
 __all__ = ["CudaBackend"]
 
@@ -23,12 +22,12 @@ __all__ = ["CudaBackend"]
 class CudaBackend(CompiledBackend, MomentsBackend, VendorBackend):
     name = "cuda"
 
-    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype) -> Optional[str]:
         if _library.CUDA_LIBRARY:
             return f"the CUDA library is not loaded: {_library.CUDA_LIBRARY}"
         if not x.is_cuda:
             return f"the input is on {x.device.type}"
-        return architecture_refusal(x.device) or super().refusal(x, compute_dtype, activation)
+        return architecture_refusal(x.device) or super().refusal(x, compute_dtype)
 
 
 register(CudaBackend())

@@ -6,7 +6,6 @@ import torch
 
 from resdense_ext.ops import backend
 from resdense_ext.ops.backend import ReferenceBackend
-from resdense_ext.reference import Activation
 
 __all__ = ["explain"]
 
@@ -35,8 +34,8 @@ def explain() -> list[tuple[str, str, str]]:
     rows = []
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         probe = torch.zeros((1, 1, 1, 1), device=device)
-        chosen = backend.choose(probe, probe.dtype, Activation())
-        refusals = {b.name: b.refusal(probe, probe.dtype, Activation()) for b in backend.registered()}
+        chosen = backend.choose(probe, probe.dtype)
+        refusals = {b.name: b.refusal(probe, probe.dtype) for b in backend.registered()}
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if reason) or "preferred"
         rows += [(f"{op.rstrip('_')} ({device})", _owner(chosen, op), why) for op in _PRIMITIVES]
         rows += [(f"{op} ({device})", chosen.name, why) for op in _ENDS]

@@ -141,7 +141,7 @@ class TritonBackend(MomentsBackend):
     def ends(self):
         return None if missing() else _Ends()
 
-    def refusal(self, x: Tensor, compute_dtype: torch.dtype, activation: Activation) -> Optional[str]:
+    def refusal(self, x: Tensor, compute_dtype: torch.dtype) -> Optional[str]:
         if not x.is_cuda and not (interpreting() and x.device.type == "cpu"):
             return f"the input is on {x.device.type}"
         if missing():
