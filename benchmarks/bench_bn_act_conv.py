@@ -35,7 +35,7 @@ def truth_of(x, affine, conv):
 def test_forward(benchmark, block, dtype, channels_last, provider, kernel):
     x, affine, conv = operands(block, dtype, channels_last, kernel)
     out = map_of(conv.weight.shape[0], x.shape[2], dtype, channels_last)
-    backend = backends.choose(x, dtype, Activation())
+    backend = backends.choose(x, dtype)
 
     def ours():
         backend.bn_act_conv(x, affine, conv, out, None, 1.0, None)
@@ -57,7 +57,7 @@ def test_backward(benchmark, block, dtype, channels_last, provider, kernel):
     fold = Fold(affine, torch.zeros(channels), affine.scale, dy.numel() // dy.shape[1])
     zeros, ones = torch.zeros(dy.shape[1]), torch.ones(dy.shape[1])
     into = Pending(torch.zeros_like(x), x, torch.ones(channels), torch.zeros(channels), torch.zeros(channels))
-    backend = backends.choose(x, dtype, Activation())
+    backend = backends.choose(x, dtype)
 
     def ours():
         pending = Pending(dy, dy, ones, zeros, zeros)

@@ -358,7 +358,7 @@ def main() -> None:
     results.add(rows)
     probe = torch.zeros(1, 1, 1, device=DEVICE)
     named = [LibraryBackend() if name == LibraryBackend.name else backends.get(name) for name in options.backend]
-    chosen = [b for b in named if b.refusal(probe, probe.dtype, Activation()) is None]
+    chosen = [b for b in named if b.refusal(probe, probe.dtype) is None]
     groups = ((shapes(), OPERATIONS), (square_shapes(), SQUARE), (strided_shapes(), STRIDED))
     layers = [(s, op) for of, operations in groups for s in of for op in operations]
     todo = [(op, b, s, n) for n in options.batch for s, op in layers for b in chosen]
