@@ -99,11 +99,12 @@ def parse_budget(budget: int | float | str) -> int | float:
         TypeError: something else.
     """
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([KMGT]?)(?:i?B)?\s*", budget, re.IGNORECASE)
+        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(([KMGT]?)(?:i?B)?)\s*", budget, re.IGNORECASE)
         if match is None:
             raise ValueError(f'memory_budget: expected a string such as "8GiB" or "512 MB", got {budget!r}')
-        number, unit = match.groups()
-        budget = float(number) * _UNITS[unit.upper()]
+        number, unit, prefix = match.groups()
+        budget = float(number) * _UNITS[prefix.upper()]
+        budget = math.floor(budget) if unit and budget < math.inf else budget  # a share has none
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f'memory_budget: expected bytes, a share of stock\'s or a string such as "8GiB", got {budget!r}')
     if not 0 < budget < math.inf:

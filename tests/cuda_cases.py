@@ -15,7 +15,7 @@ from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops.activation import activation_of, number_of
+from resdense_ext.ops.activation import activation_numbered, number_of
 from resdense_ext.ops.backend import Affine, ReferenceBackend
 from resdense_ext.reference import Activation
 
@@ -74,17 +74,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def activate(y: Tensor, activation: float) -> Tensor:
-    return reference.activate(y, activation_of(activation))
+    return reference.activate(y, activation_numbered(activation))
 
 
 def masked(grad: Tensor, y: Tensor, activation: float) -> Tensor:
     """The gradient behind the activation, in float64."""
-    return grad.double() * reference.activation_slope(y.double(), activation_of(activation))
+    return grad.double() * reference.activation_slope(y.double(), activation_numbered(activation))
 
 
 def marked(grad: Tensor, mark: Tensor, activation: float) -> Tensor:
     """The same, from the activation's output, or where that does not determine it, from its input."""
-    return grad.double() * reference.marked_slope(mark.double(), activation_of(activation))
+    return grad.double() * reference.marked_slope(mark.double(), activation_numbered(activation))
 
 
 def masked_size(grad: Tensor, y_size: Tensor, activation: float, dy: Tensor) -> Tensor:
@@ -424,12 +424,13 @@ def check_curves_far_from_zero(ops, device: str) -> None:
             ops.bn_act(x, one, 0 * one, activation, out)
             return out, ops.add_act(x, nothing, activation), ops.bn_add_act(x, one, 0 * one, nothing, None, None, activation)
 
-        truth = activate(x.double(), activation)
-        for out in forward(x):
-            assert_rounded(out, truth, truth.abs() * far, note)
-        ends = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 200.0, -200.0], dtype=dtype, device=device).view(1, 1, -1)
+        for values in (x, torch.tensor([[[200.0, -200.0]]], dtype=dtype, device=device)):
+            truth = activate(values.double(), activation)
+            for out in forward(values):
+                assert_rounded(out, truth, truth.abs() * (1 + values.double().abs()), note)
+        ends = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=dtype, device=device).view(1, 1, -1)
         for out in forward(ends):
-            torch.testing.assert_close(out, activate(ends, activation), rtol=0, atol=1e-36, equal_nan=True)
+            torch.testing.assert_close(out, activate(ends, activation), rtol=0, atol=0, equal_nan=True)
 
         mark = x if activation == SILU else forward(x)[0]
         assert_rounded(ops.add_act_backward(grad, mark, activation), marked(grad, mark, activation), far, note)

@@ -67,7 +67,7 @@ def test_budgets(budget, expected):
 
 @pytest.mark.parametrize(
     ("budget", "error"),
-    [("much", ValueError), ("8 apples", ValueError), ("", ValueError), ("-3GB", ValueError), ("0", ValueError), ("9" * 400, ValueError), (0, ValueError), (-1, ValueError),
+    [("much", ValueError), ("8 apples", ValueError), ("", ValueError), ("-3GB", ValueError), ("0", ValueError), ("0.5B", ValueError), (".0001 KiB", ValueError), ("9" * 400, ValueError), (0, ValueError), (-1, ValueError),
      (float("nan"), ValueError), (float("inf"), ValueError), (True, TypeError), (None, TypeError), ([8], TypeError)],
 )  # fmt: skip
 def test_budgets_that_are_none(budget, error):

@@ -17,7 +17,7 @@ from resdense_ext import reference
 from resdense_ext.ops import _library
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
-from resdense_ext.ops.activation import activation_backward, activation_of, number_of
+from resdense_ext.ops.activation import activation_backward, activation_numbered, number_of
 from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
 from resdense_ext.ops.triton import architecture_refusal, interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
@@ -699,7 +699,7 @@ class TestCurvedActivations:
     def test_elementwise(self, backend, activation, dtype, channels_last):
         cases, x = TestElementwise(), torch.zeros(1, 1, 1, dtype=dtype)
         assert backend.name == "reference" or backends.choose(x, dtype) is backend
-        assert activation_of(number_of(activation)) == activation
+        assert activation_numbered(number_of(activation)) == activation
         for shape in (SHAPES[1], SHAPES[5]):
             cases.test_bn_act(backend, shape, dtype, channels_last, activation)
             for accumulate in (False, True):

@@ -153,10 +153,11 @@ def test_a_graph_held_by_the_user_stays_good(convert, policy, training):
 def test_on_the_meta_device(policy):
     """What a model would keep is known without its memory."""
     model, x = small_densenet(), images(2, 3, 32, 32)
-    expected = rd.report(rd.convert(copy.deepcopy(model), policy), x)
+    with rd.use_backend("reference"):  # as there
+        expected = rd.report(rd.convert(copy.deepcopy(model), policy), x)
     report = rd.report(rd.convert(model.to("meta"), policy), x.to("meta"))
     assert report.stock_saved_bytes == expected.stock_saved_bytes
-    assert report.saved_bytes == pytest.approx(expected.saved_bytes, rel=0.05)
+    assert report.saved_bytes == expected.saved_bytes
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -52,11 +52,18 @@ def test_add_act(activation, channels_last):
     y = functional.add_act(x, identity, **options)
     expected = ACTIVATIONS[activation](x + identity)
     if activation == "elu" and interpreting():  # whose exponentials are Triton's
-        torch.testing.assert_close(y, expected, rtol=1e-15, atol=0)
+        assert_same({"output": y}, {"output": expected})
     else:
         assert torch.equal(y, expected)
     assert y.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert torch.autograd.gradcheck(lambda a, b: functional.add_act(a, b, **options), (x, identity), fast_mode=True)
+
+
+def test_the_kernels_stand_in_refuses_what_they_refuse():
+    pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match="activation: expected no negative slope, .* got -0.1"):
+        torch.ops.resdense.add_act_backward(x, x, -0.1)
 
 
 @pytest.mark.parametrize("layout", ["dense", "every other position", "expanded"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resdense_ext.kernels import bn_act, bn_act_pool, channel_stats, elementwise
-from resdense_ext.ops.activation import activation_of
+from resdense_ext.ops.activation import activation_numbered
 from resdense_ext.ops.triton import interpreting
 from resdense_ext.reference import Activation
 
@@ -37,7 +37,7 @@ def _by_number(launcher: Callable) -> Callable:
     at = names.index("activation")
 
     def call(*args):
-        return launcher(*args[:at], activation_of(args[at]), *args[at + 1 :])
+        return launcher(*args[:at], activation_numbered(args[at]), *args[at + 1 :])
 
     return call
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resdense_ext.reference import Activation
 
-__all__ = ["LINEAR", "activation_backward", "activation_of", "number_of"]
+__all__ = ["LINEAR", "activation_backward", "activation_numbered", "number_of"]
 
 LINEAR = Activation("identity")
 
@@ -23,7 +23,7 @@ def number_of(activation: Activation) -> float:
     return _NUMBERS.get(activation.name, activation.slope)
 
 
-def activation_of(number: float) -> Activation:
+def activation_numbered(number: float) -> Activation:
     """That which the operators know by this number."""
     return Activation(_NAMES[number]) if number in _NAMES else Activation("leaky_relu", number)
 

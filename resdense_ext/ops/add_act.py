@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.activation import activation_of
+from resdense_ext.ops.activation import activation_numbered
 from resdense_ext.ops.by_reference import by_reference
 from resdense_ext.ops.layout import walkable_map
 from resdense_ext.ops.saved import saved_tensors
@@ -42,7 +42,7 @@ class AddActFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (out,) = saved_tensors(ctx, "add_act", "its output tells the derivative of its activation")
         if by_reference(grad):
-            dx = grad * reference.marked_slope(out.detach(), activation_of(ctx.number))
+            dx = grad * reference.marked_slope(out.detach(), activation_numbered(ctx.number))
         else:
             dx = kernels_of(out).add_act_backward(walkable_map(grad, like=out), out, ctx.number)
         return dx, dx, None

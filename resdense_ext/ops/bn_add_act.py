@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.activation import activation_of
+from resdense_ext.ops.activation import activation_numbered
 from resdense_ext.ops.add_act import fused_number, kernels_of
 from resdense_ext.ops.backend import Affine, Fold
 from resdense_ext.ops.batch_norm import batch_norm
@@ -42,7 +42,7 @@ class BNAddActFunction(torch.autograd.Function):
         operands = [saved[:3]] + ([saved[3:]] if len(saved) > 3 else [])
         shortcut = (None, None, None)
         if by_reference(grad):
-            g = grad * reference.marked_slope(out.detach(), activation_of(ctx.number))
+            g = grad * reference.marked_slope(out.detach(), activation_numbered(ctx.number))
             grads = [_differentiable_gradients(g, *of, norm) for of, norm in zip(operands, ctx.norms)]
         else:
             z, identity = (of[0] for of in (*operands, shortcut)[:2])

@@ -6,7 +6,7 @@ import torch
 
 from resdense_ext import reference
 from resdense_ext.ops._library import CPU_LIBRARY, LIBRARY
-from resdense_ext.ops.activation import activation_backward, activation_of
+from resdense_ext.ops.activation import activation_backward, activation_numbered
 from resdense_ext.reference import Conv, accumulation_dtype
 
 __all__: list[str] = []
@@ -175,7 +175,7 @@ def _copy_map_cpu(x, out):
 
 
 def _bn_act_conv3x3_cpu(x, scale, shift, activation, weight, out, mean, m2):
-    activated = reference.apply_pending(x, scale, shift, activation_of(activation))
+    activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
     out.copy_(reference.convolution(activated, Conv(weight, padding=(1, 1))))
     if mean is not None:
         for to, found in zip((mean, m2), reference.channel_stats(out)):
@@ -183,7 +183,7 @@ def _bn_act_conv3x3_cpu(x, scale, shift, activation, weight, out, mean, m2):
 
 
 def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, activation):
-    activated = reference.apply_pending(x, scale, shift, activation_of(activation))
+    activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
     grad, activated = (t.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1) for t in (grad, activated))
     return (grad @ activated.T).to(x.dtype)
 
@@ -195,7 +195,7 @@ def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, rstd, count
 
 
 def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, activation):
-    activated = reference.apply_pending(x, scale, shift, activation_of(activation))
+    activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
     grad, activated = (t.to(accumulation_dtype(x.dtype)) for t in (grad, activated))
     sizes = grad.shape[1], x.shape[1], 3, 3
     return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).to(x.dtype).contiguous()
@@ -210,7 +210,7 @@ def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, rstd, count
 def _masked(product, x, scale, shift, center, rstd, count, activation, out, beta, delta, accumulate):
     wide = product.dtype
     by, plus, middle = (reference.per_channel(v, x) for v in (scale, shift, center))
-    dy = activation_backward(product, by * x.to(wide) + plus, activation_of(activation))
+    dy = activation_backward(product, by * x.to(wide) + plus, activation_numbered(activation))
     out.copy_(out.to(wide) + by * dy if accumulate else dy)
     positions = [d for d in range(x.dim()) if d != 1]
     sums = dy.sum(positions), (dy * (x.to(wide) - middle)).sum(positions)
@@ -218,11 +218,13 @@ def _masked(product, x, scale, shift, center, rstd, count, activation, out, beta
 
 
 def _add_act_cpu(x, y, activation):
-    return reference.add_act(x, y, activation_of(activation))
+    return reference.add_act(x, y, activation_numbered(activation))
 
 
 def _add_act_backward_cpu(grad, out, activation):
-    dx = activation_backward(grad, out, activation_of(activation))
+    if activation < 0:
+        raise RuntimeError(f"activation: expected no negative slope, as the sign is told from the output, got {activation}")
+    dx = activation_backward(grad, out, activation_numbered(activation))
     return dx.clone() if dx is grad else dx
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from resdense_ext.ops import moments
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.activation import activation_of
+from resdense_ext.ops.activation import activation_numbered
 from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, empty_deviations, register
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
@@ -131,7 +131,7 @@ class _Ends:
         launcher = getattr(elementwise, name)
         if name == "pending_grad":
             return launcher
-        return lambda *operands: launcher(*operands[:-1], activation_of(operands[-1]))
+        return lambda *operands: launcher(*operands[:-1], activation_numbered(operands[-1]))
 
 
 class TritonBackend(MomentsBackend):
