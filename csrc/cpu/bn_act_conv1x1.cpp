@@ -59,7 +59,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   const void* offset = bias ? coefficients(*bias, "bias", K, out) : zeros.data();
 
   const bool direct = is_matrix(to);  // then the product is written where it belongs
-  const Tiling tiling(from, (C + K) * bytes, K * C * bytes);
+  const Tiling tiling(from, (C + K) * bytes, K * C * bytes, Tiling::least_of_products(K * C));
   const Scratch scratch_memory(tiling.chunks, (C + (direct ? 0 : K)) * tiling.size * bytes);
   Stats statistics(mean ? tiling.chunks : 0, to);
   tiling.each([&](int64_t chunk, int64_t tile, int64_t positions, const std::vector<Segment>& segments) {

@@ -50,13 +50,14 @@ struct Tiling {
   int64_t rows, S, lines, count, chunks, size;
 
   // `bytes_a_position` is what the kernel's scratch takes of each, and `matrices` what every tile is multiplied with or added to:
-  // where that exceeds the cache, it comes from memory for every tile.
-  Tiling(const Map& m, int64_t bytes_a_position, int64_t matrices = 0) : rows(m.rows()), S(m.S), lines((rows + LINE - 1) / LINE) {
-    constexpr int64_t CACHE = 512 << 10, SMALLEST = 64, LARGEST = 1024;
+  // where that exceeds the cache, it comes from memory for every tile. `least` positions are worth a thread of their own.
+  Tiling(const Map& m, int64_t bytes_a_position, int64_t matrices = 0, int64_t least = SMALLEST)
+      : rows(m.rows()), S(m.S), lines((rows + LINE - 1) / LINE) {
+    constexpr int64_t CACHE = 512 << 10, LARGEST = 1024;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t most = std::clamp(std::max(CACHE, matrices) / std::max<int64_t>(bytes_a_position, 1), SMALLEST, LARGEST) / LINE;
     count = (lines + most - 1) / most;
-    count = std::min((count + threads - 1) / threads * threads, (rows + SMALLEST - 1) / SMALLEST);
+    count = std::min((count + threads - 1) / threads * threads, (rows + least - 1) / least);
     chunks = std::min(threads, count);
     size = count > 0 ? (lines + count - 1) / count * LINE : 0;
   }
@@ -72,6 +73,12 @@ struct Tiling {
       out.push_back({n, s, row - begin, run});
       row += run;
     }
+  }
+
+  // The positions whose products with a matrix of so many elements are worth a thread of their own.
+  static int64_t least_of_products(int64_t elements) {
+    constexpr int64_t PRODUCTS = 1 << 20;
+    return std::clamp(PRODUCTS / std::max<int64_t>(elements, 1), LINE, SMALLEST);
   }
 
   // Those of the tile behind this one in its chunk.
@@ -95,7 +102,7 @@ struct Tiling {
   }
 
  private:
-  static constexpr int64_t LINE = 16;  // tiles begin at multiples of it
+  static constexpr int64_t SMALLEST = 64, LINE = 16;  // tiles begin at multiples of the latter
 };
 
 // What a chunk's next tile touches of some maps, for products to ask for.
