@@ -219,7 +219,7 @@ def test_maps_that_are_not_alike_are_left_to_pytorch(shape):
 def test_a_norm_over_several_ranks_runs_stock(monkeypatch):
     unit, x = nn.SyncBatchNorm.convert_sync_batchnorm(unit_of()), maps((3, 6, 8, 7))
     stock = stock_of(unit)(x)  # of this process, as there is no other
-    monkeypatch.setattr("resdense_ext.nn.read._group_of", lambda norm: "0")
+    monkeypatch.setattr("resdense_ext.nn.leaves._group_of", lambda norm: "0")
     with pytest.warns(UserWarning, match="norm takes statistics over several ranks"):
         assert torch.equal(unit(x), stock)
 

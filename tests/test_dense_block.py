@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import resdense_ext as rd
 from resdense_ext import functional, reference
 from resdense_ext.functional import Activation, BatchNorm, Conv, DenseLayer, Unit
-from resdense_ext.nn.engine import stock_path
+from resdense_ext.nn.dispatch import stock_path
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.triton import interpreting

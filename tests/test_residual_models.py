@@ -13,7 +13,7 @@ from resdense_ext import models, nn, reference
 from resdense_ext.memory import saved_bytes
 from resdense_ext.models.parts import crop_like
 from resdense_ext.nn.engine import why_stock
-from resdense_ext.nn.read import Unsupported
+from resdense_ext.nn.leaves import Unsupported
 
 RESNETS = [
     "resnet18",

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn.engine import Halves, OnEngine, Policy, stock_path, watching, why_stock
-from resdense_ext.nn.read import LayerModules, read_dual_path_block, read_residual_block
+from resdense_ext.nn.dispatch import stock_path, watching
+from resdense_ext.nn.engine import why_stock
+from resdense_ext.nn.protocols import Halves, LayerModules, OnEngine, Policy
+from resdense_ext.nn.read import read_dual_path_block, read_residual_block
 from resdense_ext.ops import dual_path_stage
 from resdense_ext.ops.residual_maps import cost_of
 from resdense_ext.plan import Choice, choose

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.convert.registry import read
-from resdense_ext.nn.engine import (
-    Halves,
-    Policy,
-    is_transformed,
-    run_chain,
-    run_dense_block,
-    run_dual_path_block,
-    run_residual_block,
-    run_transition,
-)
-from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported
+from resdense_ext.nn.chain import run_chain
+from resdense_ext.nn.dispatch import is_transformed
+from resdense_ext.nn.engine import run_dense_block, run_dual_path_block, run_residual_block, run_transition
+from resdense_ext.nn.leaves import Unsupported
+from resdense_ext.nn.protocols import DualPathModules, Halves, LayerModules, Policy, PooledModules, ResidualModules
 
 __all__ = [
     "Converted",
@@ -66,7 +60,7 @@ class ConvertedDenseBlock(Converted):
     front: Optional[nn.Module] = None
 
     def layer_modules(self) -> list[LayerModules]:
-        """What `resdense_ext.nn.engine.Block` asks for."""
+        """What `resdense_ext.nn.protocols.Block` asks for."""
         return read(self, self.stock_class)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +71,7 @@ class ConvertedResidualBlock(Converted):
     """A residual block."""
 
     def residual_modules(self) -> ResidualModules:
-        """What `resdense_ext.nn.engine.Residual` asks for."""
+        """What `resdense_ext.nn.protocols.Residual` asks for."""
         return read(self, self.stock_class)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +82,7 @@ class ConvertedDualPathBlock(Converted):
     """A dual path block."""
 
     def dual_path_modules(self) -> DualPathModules:
-        """What `resdense_ext.nn.engine.DualPath` asks for."""
+        """What `resdense_ext.nn.protocols.DualPath` asks for."""
         return read(self, self.stock_class)
 
     def forward(self, x: Tensor | Halves) -> Tensor | Halves:
@@ -99,7 +93,7 @@ class ConvertedTransition(Converted):
     """A transition."""
 
     def pooled_modules(self) -> PooledModules:
-        """What `resdense_ext.nn.engine.Transition` asks for."""
+        """What `resdense_ext.nn.protocols.Transition` asks for."""
         return read(self, self.stock_class)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from resdense_ext.checks import POLICIES
-from resdense_ext.convert.recognise import recognise
 from resdense_ext.convert.budget import apply_budget, forget_plan
 from resdense_ext.convert.classes import Converted, converted_class
+from resdense_ext.convert.recognise import recognise
 from resdense_ext.convert.strangers import convert_strangers, put_back, remember_left
 from resdense_ext.convert.verify import mismatches
-from resdense_ext.nn.engine import OnEngine
-from resdense_ext.nn.read import Unsupported
+from resdense_ext.nn.leaves import Unsupported
+from resdense_ext.nn.protocols import OnEngine
 from resdense_ext.plan import parse_budget
 
 __all__ = ["convert", "revert"]

@@ -8,16 +8,8 @@ from torch import nn
 
 from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout
 from resdense_ext.convert.registry import check_class
-from resdense_ext.nn.read import (
-    LayerModules,
-    PooledModules,
-    ResidualModules,
-    Unsupported,
-    check_forward,
-    check_untouched,
-    read_children,
-    read_projection,
-)
+from resdense_ext.nn.leaves import Unsupported, check_forward, check_untouched, read_children, read_projection
+from resdense_ext.nn.protocols import LayerModules, PooledModules, ResidualModules
 
 __all__ = ["BLOCKS", "CHAINS"]
 

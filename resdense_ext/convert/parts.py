@@ -6,7 +6,8 @@ from typing import Optional
 
 from torch import nn
 
-from resdense_ext.nn.read import LayerModules, Unsupported, check_untouched
+from resdense_ext.nn.leaves import Unsupported, check_untouched
+from resdense_ext.nn.protocols import LayerModules
 
 __all__ = ["FLATTEN", "check_rest", "is_nothing", "layer_with_dropout"]
 

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
-from resdense_ext.nn.read import is_frozen_norm, pool_kind
+from resdense_ext.nn.leaves import is_frozen_norm, pool_kind
 
 __all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of"]
 
@@ -50,7 +50,7 @@ class DenseMatch(NamedTuple):
 
 
 class ResidualMatch(NamedTuple):
-    """As `resdense_ext.nn.read.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both."""
+    """As `resdense_ext.nn.protocols.ResidualModules`: ``shortcut`` is a convolution and, perhaps, a norm, or a pool and both."""
 
     form: str
     units: list[Unit]

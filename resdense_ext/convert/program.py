@@ -15,24 +15,17 @@ from resdense_ext.checks import autocasts
 from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, changes_in_place, layer_of
 from resdense_ext.convert.trace import Traced, is_held, is_hooked
-from resdense_ext.nn.engine import (
-    Policy,
-    run_chain,
-    run_conv_graph,
-    run_dense_block,
-    run_residual_block,
-    run_transition,
-    why_stock,
-)
-from resdense_ext.nn.read import (
+from resdense_ext.nn.chain import run_chain
+from resdense_ext.nn.engine import run_conv_graph, run_dense_block, run_residual_block, run_transition, why_stock
+from resdense_ext.nn.leaves import Unsupported, own_activation
+from resdense_ext.nn.protocols import (
     GraphModules,
     LayerModules,
     PieceModules,
+    Policy,
     PooledModules,
     ReadModules,
     ResidualModules,
-    Unsupported,
-    own_activation,
 )
 
 __all__ = ["Part", "Program", "TracedConvGraph", "TracedDenseBlock", "TracedPooledUnit", "TracedResidualBlock"]

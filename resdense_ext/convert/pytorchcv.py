@@ -14,15 +14,9 @@ from torch import Tensor, nn
 from resdense_ext.convert.classes import Converted, ConvertedDenseBlock
 from resdense_ext.convert.parts import FLATTEN, check_rest, layer_with_dropout
 from resdense_ext.convert.registry import check_class
-from resdense_ext.nn.engine import Halves, is_transformed
-from resdense_ext.nn.read import (
-    DualPathModules,
-    LayerModules,
-    PooledModules,
-    ResidualModules,
-    Unsupported,
-    check_untouched,
-)
+from resdense_ext.nn.dispatch import is_transformed
+from resdense_ext.nn.leaves import Unsupported, check_untouched
+from resdense_ext.nn.protocols import DualPathModules, Halves, LayerModules, PooledModules, ResidualModules
 
 __all__ = ["BLOCKS", "CHAINS", "PytorchcvStage", "recognise"]
 

@@ -17,7 +17,8 @@ from resdense_ext.convert.classes import (
     mixin_for,
 )
 from resdense_ext.convert.registry import adapter_of, read, register_library
-from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
+from resdense_ext.nn.leaves import Unsupported, check_forward
+from resdense_ext.nn.protocols import DualPathModules, LayerModules, PooledModules, ResidualModules
 
 __all__ = ["recognise"]
 

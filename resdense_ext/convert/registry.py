@@ -10,7 +10,8 @@ from typing import Any, Optional
 
 from torch import nn
 
-from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules, Unsupported, check_forward
+from resdense_ext.nn.leaves import Unsupported, check_forward
+from resdense_ext.nn.protocols import DualPathModules, LayerModules, PooledModules, ResidualModules
 
 __all__ = ["Reader", "adapter_of", "check_class", "read", "register_adapter", "register_library"]
 
@@ -85,7 +86,7 @@ def read(module: nn.Module, cls: type[nn.Module], *, chain: bool = False) -> Any
 
 
 def check_class(module: nn.Module, path: str, *methods: str) -> None:
-    """As `resdense_ext.nn.read.check_forward`, of the class that is found at ``path``."""
+    """As `resdense_ext.nn.leaves.check_forward`, of the class that is found at ``path``."""
     owner = next((cls for cls in type(module).__mro__ if _path(cls) == path), None)
     if owner is None:
         raise Unsupported(f"is {type(module).__name__}", module)

@@ -13,8 +13,10 @@ from resdense_ext.convert.classes import Converted
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.convert.strangers import Stranger, left_in, named_parts
 from resdense_ext.memory import format_bytes, track_saved
-from resdense_ext.nn.engine import READ_FROM_MODULES, OnEngine, Policy, stock_path, watching, why_stock
-from resdense_ext.nn.read import Unsupported
+from resdense_ext.nn.dispatch import stock_path, watching
+from resdense_ext.nn.engine import why_stock
+from resdense_ext.nn.leaves import Unsupported
+from resdense_ext.nn.protocols import READ_FROM_MODULES, OnEngine, Policy
 
 __all__ = ["MemoryReport", "report"]
 

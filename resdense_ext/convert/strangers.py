@@ -16,8 +16,9 @@ from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
 from resdense_ext.convert.trace import Facts, Untraceable, is_layer, is_own, modes_of, trace
-from resdense_ext.nn.engine import READ_FROM_MODULES, is_transformed, say
-from resdense_ext.nn.read import Unsupported, is_frozen_norm
+from resdense_ext.nn.dispatch import is_transformed, say
+from resdense_ext.nn.leaves import Unsupported, is_frozen_norm
+from resdense_ext.nn.protocols import READ_FROM_MODULES
 
 __all__ = ["Record", "Stranger", "convert_strangers", "left_in", "named_parts", "put_back", "remember_left"]
 

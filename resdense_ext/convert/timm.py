@@ -10,17 +10,8 @@ from torch import nn
 
 from resdense_ext.convert.parts import check_rest
 from resdense_ext.convert.registry import check_class
-from resdense_ext.nn.read import (
-    DualPathModules,
-    LayerModules,
-    PooledModules,
-    ResidualModules,
-    Unsupported,
-    check_untouched,
-    own_activation,
-    read_children,
-    read_projection,
-)
+from resdense_ext.nn.leaves import Unsupported, check_untouched, own_activation, read_children, read_projection
+from resdense_ext.nn.protocols import DualPathModules, LayerModules, PooledModules, ResidualModules
 
 __all__ = ["BLOCKS", "CHAINS"]
 

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from resdense_ext.convert.classes import Converted
 from resdense_ext.convert.parts import FLATTEN
 from resdense_ext.convert.registry import check_class
-from resdense_ext.nn.engine import is_transformed, run_chain
-from resdense_ext.nn.read import (
-    LayerModules,
-    PooledModules,
-    ResidualModules,
-    Unsupported,
-    check_forward,
-    read_children,
-    read_projection,
-)
+from resdense_ext.nn.chain import run_chain
+from resdense_ext.nn.dispatch import is_transformed
+from resdense_ext.nn.leaves import Unsupported, check_forward, read_children, read_projection
+from resdense_ext.nn.protocols import LayerModules, PooledModules, ResidualModules
 
 __all__ = ["BLOCKS", "CHAINS", "TorchvisionLayerGetter", "recognise"]
 

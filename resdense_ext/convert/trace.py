@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resdense_ext.convert.classes import Converted
-from resdense_ext.nn.engine import OnEngine
-from resdense_ext.nn.read import own_activation
+from resdense_ext.nn.leaves import own_activation
+from resdense_ext.nn.protocols import OnEngine
 
 __all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
 

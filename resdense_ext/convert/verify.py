@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from resdense_ext.convert.measure import positional, unchanged
 from resdense_ext.convert.strangers import Stranger
-from resdense_ext.nn.engine import stock_path
+from resdense_ext.nn.dispatch import stock_path
 
 __all__ = ["mismatches"]
 

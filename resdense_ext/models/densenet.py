@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DenseBlock, Transition
-from resdense_ext.nn.engine import OnEngine, is_transformed, run_features
+from resdense_ext.nn.chain import run_features
+from resdense_ext.nn.dispatch import is_transformed
 from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, check_spatial_dims
+from resdense_ext.nn.protocols import OnEngine
 
 __all__ = [
     "DenseNet",

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, DualPathStage
+from resdense_ext.nn.chain import run_chain
 from resdense_ext.nn.dual_path import EPS, side_by_side
-from resdense_ext.nn.engine import Halves, OnEngine, run_chain
+from resdense_ext.nn.leaves import check_untouched
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
-from resdense_ext.nn.read import check_untouched
+from resdense_ext.nn.protocols import Halves, OnEngine
 
 __all__ = ["DPN", "dpn68", "dpn92", "dpn98"]
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from resdense_ext.models.parts import check_maps, crop_like
 from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import OnEngine, run_bn_act_conv
+from resdense_ext.nn.engine import run_bn_act_conv
+from resdense_ext.nn.leaves import read_children
 from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
-from resdense_ext.nn.read import UnitModules, read_children
+from resdense_ext.nn.protocols import OnEngine, UnitModules
 
 __all__ = ["FCDenseNet", "fc_densenet56", "fc_densenet67", "fc_densenet103"]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from resdense_ext.nn import Chain, PreActBlock, PreActBottleneck
-from resdense_ext.nn.engine import OnEngine
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, NORMS, check_policy, check_spatial_dims
+from resdense_ext.nn.protocols import OnEngine
 
 __all__ = ["PreActResNet", "preact_resnet110", "preact_resnet164", "preact_resnet1001"]
 

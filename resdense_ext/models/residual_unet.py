@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from resdense_ext.models.parts import check_maps, crop_like
 from resdense_ext.nn import PreActBlock
-from resdense_ext.nn.engine import OnEngine
 from resdense_ext.nn.parts import CONVS, NORMS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
+from resdense_ext.nn.protocols import OnEngine
 
 __all__ = ["ResidualUNet", "residual_unet_2d", "residual_unet_3d"]
 

@@ -12,8 +12,9 @@ from typing import Optional
 from torch import Tensor, nn
 
 from resdense_ext.nn import BasicBlock, Bottleneck
-from resdense_ext.nn.engine import OnEngine, run_chain
+from resdense_ext.nn.chain import run_chain
 from resdense_ext.nn.parts import CONVS, GLOBAL_POOLS, MAX_POOLS, NORMS, check_policy, check_spatial_dims
+from resdense_ext.nn.protocols import OnEngine
 
 __all__ = [
     "ResNet",

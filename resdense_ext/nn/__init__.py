@@ -4,7 +4,7 @@ from resdense_ext.nn.bn_act_conv import BNActConv1d, BNActConv2d, BNActConv3d
 from resdense_ext.nn.dense import Chain, DenseBlock, DenseLayer, Transition
 from resdense_ext.nn.dual_path import DualPathBlock, DualPathStage
 from resdense_ext.nn.ends import AddAct, BNAddAct
-from resdense_ext.nn.read import DualPathModules, LayerModules, PooledModules, ResidualModules
+from resdense_ext.nn.protocols import DualPathModules, LayerModules, PooledModules, ResidualModules
 from resdense_ext.nn.residual import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck
 
 __all__ = [

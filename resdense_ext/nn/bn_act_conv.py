@@ -10,9 +10,10 @@ from typing import ClassVar, Optional
 
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import OnEngine, Policy, run_bn_act_conv
+from resdense_ext.nn.engine import run_bn_act_conv
+from resdense_ext.nn.leaves import read_children
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy
-from resdense_ext.nn.read import UnitModules, read_children
+from resdense_ext.nn.protocols import OnEngine, Policy, UnitModules
 
 __all__ = ["BNActConv1d", "BNActConv2d", "BNActConv3d"]
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import OnEngine, Policy, run_chain, run_dense_block, run_transition
+from resdense_ext.nn.chain import run_chain
+from resdense_ext.nn.engine import run_dense_block, run_transition
+from resdense_ext.nn.leaves import Unsupported, check_forward, read_children
 from resdense_ext.nn.parts import AVG_POOLS, CONVS, NORMS, activation_module, check_policy, check_spatial_dims
-from resdense_ext.nn.read import LayerModules, PooledModules, Unsupported, check_forward, read_children
+from resdense_ext.nn.protocols import LayerModules, OnEngine, Policy, PooledModules
 
 __all__ = ["Chain", "DenseBlock", "DenseLayer", "Transition"]
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from resdense_ext.nn.dense import Chain
-from resdense_ext.nn.engine import Halves, OnEngine, Policy, run_dual_path_block
+from resdense_ext.nn.engine import run_dual_path_block
+from resdense_ext.nn.leaves import check_forward, check_untouched, read_children
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
-from resdense_ext.nn.read import DualPathModules, check_forward, check_untouched, read_children
+from resdense_ext.nn.protocols import DualPathModules, Halves, OnEngine, Policy
 
 __all__ = ["EPS", "DualPathBlock", "DualPathStage", "side_by_side"]
 

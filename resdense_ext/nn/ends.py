@@ -9,9 +9,9 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import OnEngine, Policy, run_end
+from resdense_ext.nn.engine import run_end
 from resdense_ext.nn.parts import NORMS, activation_module, check_policy, check_spatial_dims
-from resdense_ext.nn.read import EndModules
+from resdense_ext.nn.protocols import EndModules, OnEngine, Policy
 
 __all__ = ["AddAct", "BNAddAct"]
 

@@ -7,7 +7,7 @@ from typing import Optional
 from torch import nn
 
 from resdense_ext.checks import POLICIES
-from resdense_ext.nn.engine import Policy
+from resdense_ext.nn.protocols import Policy
 
 __all__ = [
     "AVG_POOLS",

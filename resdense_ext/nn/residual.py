@@ -10,9 +10,10 @@ from typing import ClassVar, Optional
 
 from torch import Tensor, nn
 
-from resdense_ext.nn.engine import OnEngine, Policy, run_residual_block
+from resdense_ext.nn.engine import run_residual_block
+from resdense_ext.nn.leaves import read_projection
 from resdense_ext.nn.parts import CONVS, NORMS, activation_module, check_policy, check_spatial_dims
-from resdense_ext.nn.read import ResidualModules, read_projection
+from resdense_ext.nn.protocols import OnEngine, Policy, ResidualModules
 
 __all__ = ["BasicBlock", "Bottleneck", "PreActBlock", "PreActBottleneck"]
 

@@ -1,0 +1,104 @@
+"""What has been read of modules, as the functional calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from resdense_ext import checks, functional
+from resdense_ext.nn.leaves import is_frozen_norm
+from resdense_ext.nn.protocols import Halves, LayerModules, Policy, SideBySide
+from resdense_ext.ops.cast import cast_conv_graph
+from resdense_ext.ops.conv_graph_function import conv_graph
+from resdense_ext.reference import Activation, ConvGraph, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
+
+__all__ = [
+    "call_conv_graph",
+    "call_dense_block",
+    "call_dual_path_stage",
+    "call_pooled_unit",
+    "call_residual_block",
+    "options_of",
+    "widened",
+]
+
+
+def call_dense_block(
+    x: Tensor,
+    modules: Sequence[LayerModules],
+    layers: Sequence[DenseLayer],
+    activation: Activation,
+    policy: Policy,
+    behind: Optional[PooledUnit] = None,
+) -> Tensor:
+    """A dense block, with masks of its dropouts, and the unit ``behind`` it."""
+    if any(layer.drop_rate > 0 for layer in modules):
+        # Checked before masks are drawn: an error leaves the random state as it was.
+        checks.check_dense_block(x, layers)
+        for of in modules:
+            checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
+        layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
+    return functional.dense_block(x, layers, **options_of(activation), policy=policy, behind=behind)
+
+
+def _with_mask(layer: DenseLayer, modules: LayerModules, x: Tensor) -> DenseLayer:
+    if modules.drop_rate <= 0 or not modules.module.training:
+        return layer
+    width = layer.units[-1].conv.weight.shape[0]
+    mask, scale = functional.dropout_mask(x, width, modules.drop_rate, per_channel=modules.drop_channels)
+    return layer._replace(mask=mask, mask_scale=scale)
+
+
+def call_pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
+    """A transition, or a norm, an activation and a pool."""
+    options = options_of(activation)
+    if unit.conv is not None:
+        return functional.transition(x, functional.Unit(unit.norm, unit.conv), *unit.pool[1:3], **options)
+    return functional.bn_act_pool(x, unit.norm, unit.pool.kind, *unit.pool.windows, **options)
+
+
+def call_residual_block(
+    x: Tensor, block: ResidualBlock, activation: Activation, last: Activation, policy: Policy
+) -> Tensor:
+    """A residual block; ``last`` is the activation behind the addition."""
+    names = {"activation": activation.name, "final_activation": last.name}
+    # Of two leaky_relus the slope is the same.
+    slope = last.slope if last.name == "leaky_relu" else activation.slope
+    return functional.residual_block(x, block, **names, negative_slope=slope, policy=policy)
+
+
+def call_dual_path_stage(
+    x: Tensor | Halves,
+    blocks: Sequence[DualPathBlock],
+    activation: Activation,
+    policies: Sequence[Policy],
+    side_by_side: bool,
+) -> Halves:
+    """Dual path blocks, one after another."""
+    keep = [keep for policy in policies for keep in checks.kept_layers(policy, 1)]
+    name, slope = activation
+    if side_by_side and blocks[0].projection is None and isinstance(x, Tensor):
+        x = tuple(x.tensor_split([blocks[0].residual_channels], 1))
+    y = functional.dual_path_stage(x, blocks, activation=name, negative_slope=slope, policy=keep)
+    return SideBySide(*y) if side_by_side else y
+
+
+def call_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...]:
+    """A graph of convolutions, which follow autocast."""
+    device = sources[0].device.type
+    if checks.autocasts(device):
+        graph = cast_conv_graph(graph, torch.get_autocast_dtype(device))
+    return conv_graph(sources, graph)
+
+
+def options_of(activation: Activation) -> dict[str, str | float]:
+    """An activation as the functional calls take it."""
+    return {"activation": activation.name, "negative_slope": activation.slope}
+
+
+def widened(y: Tensor, norm: nn.Module) -> Tensor:
+    """In the dtype that stock has: torchvision's frozen norm is plain arithmetic, which widens what autocast has narrowed."""
+    return y.to(torch.promote_types(y.dtype, norm.weight.dtype)) if is_frozen_norm(norm) else y

@@ -1,0 +1,221 @@
+"""Sequences of modules, in which neighbours that can share a node do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from resdense_ext.nn.calls import call_dense_block, call_dual_path_stage, call_pooled_unit, widened
+from resdense_ext.nn.dispatch import Run, check_plain, running, takes
+from resdense_ext.nn.engine import run_dense_block
+from resdense_ext.nn.leaves import Unsupported, check_untouched, is_frozen_norm, own_activation, pool_kind
+from resdense_ext.nn.protocols import Block, DualPath, Halves, PooledModules, SideBySide, Transition, whole
+from resdense_ext.nn.read import check_one_group, read_dual_path_block, read_layers, read_pooled_unit
+from resdense_ext.ops.split_unit import split_norm
+from resdense_ext.reference import Activation, DualPathBlock
+
+__all__ = [
+    "run_chain",
+    "run_features",
+]
+
+
+class _Layers(NamedTuple):
+    """The layers of a block whose front is a link of its own."""
+
+    block: Block
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return run_dense_block(self.block, x)
+
+
+_Link = nn.Module | _Layers
+
+
+def run_chain(modules: Sequence[nn.Module], x: Tensor | Halves) -> Tensor | Halves:
+    """Calls modules one after another; in one node run a dense block and the transition or head behind it, a norm, an activation
+    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks. Chains and
+    plain sequences among the modules are a part of this one."""
+    links = [link for module in modules for link in _links(module)] if takes(x) else modules
+    at = 0
+    while at < len(links):
+        run, used = _match(links, at, x) if takes(x) else (None, 1)
+        y = run(x) if run is not None else None
+        x, at = (links[at](whole(x)), at + 1) if y is None else (y, at + used)
+    return whole(x)
+
+
+def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
+    """``global_average_pool(relu(features(x)))``, flat: how a DenseNet goes on behind its features, as a chain with them."""
+    return run_chain([features, _RELU, _HEAD[x.dim()]], x).flatten(1)
+
+
+def _links(module: nn.Module) -> list[_Link]:
+    """What a call of the module comes to: the links of a chain, a block's front and its layers, or the module itself."""
+    front = getattr(module, "front", None) if hasattr(module, "layer_modules") else None
+    plain = type(module) is nn.Sequential
+    if front is None and not plain and not hasattr(module, "chain_modules"):
+        return [module]
+    try:
+        check_untouched(module)
+        chain = [] if front is not None else list(module) if plain else module.chain_modules()
+    except Unsupported:
+        return [module]
+    if _has_any_global_hook():
+        return [module]
+    if front is not None:
+        return [*_links(front), _Layers(module)]
+    return [link for inner in chain for link in _links(inner)]
+
+
+_HEAD = {4: nn.AdaptiveAvgPool2d(1), 3: nn.AdaptiveAvgPool1d(1), 5: nn.AdaptiveAvgPool3d(1)}
+_RELU = nn.ReLU(inplace=True)
+
+
+def _match(links: Sequence[_Link], at: int, x: Tensor | Halves) -> tuple[Optional[Run], int]:
+    """What runs the links from ``at`` on, with ``x`` to begin with, in one node, and how many these are. It answers None where it
+    turns out that it cannot: each link by itself then says why."""
+    if hasattr(links[at], "dual_path_modules"):
+        return _match_dual_path(links, at)
+    if isinstance(x, tuple):
+        return _match_joined(links, at, x)
+    block = _block(links[at])
+    if block is None:
+        unit, used = _pooled(links, at)
+        return (None, 1) if unit is None else (lambda x: _run_pooled(unit, x), used)
+    if block.engine_policy is not None and at + 1 < len(links):
+        transition = links[at + 1]
+        if hasattr(transition, "pooled_modules"):
+            return (lambda x: _run_stage(block, transition, None, x)), 2
+        unit, used = _pooled(links, at + 1)
+        if unit is not None:
+            return (lambda x: _run_stage(block, None, unit, x)), 1 + used
+    return None, 1
+
+
+def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int]:
+    """The dual path blocks from ``at`` on of which only the first has a projection, as far as the engine takes them."""
+    blocks: list[DualPath] = []
+    described: list[DualPathBlock] = []
+    kinds: set[tuple[Activation, bool]] = set()
+    try:
+        for block in links[at:]:
+            if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
+                break
+            check_untouched(block)
+            modules = block.dual_path_modules()
+            read, activation = read_dual_path_block(modules)
+            kind = activation, modules.side_by_side
+            if blocks and (read.projection is not None or kind not in kinds):
+                break
+            blocks.append(block)
+            described.append(read)
+            kinds.add(kind)
+    except Unsupported:
+        pass  # called by itself, the block says why
+    if not blocks:
+        return None, 1
+    return (lambda x: _run_dual_path_blocks(blocks, described, *kinds.pop(), x)), len(blocks)
+
+
+def _run_dual_path_blocks(
+    blocks: Sequence[DualPath],
+    described: Sequence[DualPathBlock],
+    activation: Activation,
+    side_by_side: bool,
+    x: Tensor | Halves,
+) -> Optional[Halves]:
+    try:
+        check_plain(x)
+    except Unsupported:
+        return None
+    with running(blocks[0], x):
+        y = call_dual_path_stage(x, described, activation, [block.engine_policy for block in blocks], side_by_side)
+    for block in blocks[1:]:
+        with running(block, y):
+            pass
+    return y
+
+
+def _match_joined(links: Sequence[_Link], at: int, halves: Halves) -> tuple[Optional[Run], int]:
+    """A norm and an activation that read both halves of a dual path, and the pool behind them."""
+    joined, *behind = links[at : at + 2]
+    modules, used = None, 1
+    if isinstance(halves, SideBySide):
+        modules, used = _pooled(links, at)
+    elif hasattr(joined, "joined_modules") and behind and pool_kind(behind[0]) is not None:
+        with suppress(Unsupported):
+            modules, used = PooledModules(*joined.joined_modules(), None, behind[0]), 2
+    return (None, 1) if modules is None else ((lambda halves: _run_joined(modules, halves)), used)
+
+
+def _run_joined(modules: PooledModules, halves: Halves) -> Optional[Tensor]:
+    """All of it works channel by channel: each half is pooled by itself, and the results are small."""
+    try:
+        check_plain(halves)
+        unit, activation = read_pooled_unit(modules)
+    except Unsupported:
+        return None
+    if any(half.dim() != modules.dims for half in halves):
+        return None
+    norms = split_norm(unit.norm, [half.shape[1] for half in halves])
+    return torch.cat([call_pooled_unit(half, unit._replace(norm=norm), activation) for half, norm in zip(halves, norms)], 1)
+
+
+def _block(link: _Link) -> Optional[Block]:
+    """The dense block whose layers the link is, and nothing else."""
+    if isinstance(link, _Layers):
+        return link.block
+    return link if hasattr(link, "layer_modules") and getattr(link, "front", None) is None else None
+
+
+def _pooled(links: Sequence[_Link], at: int) -> tuple[Optional[PooledModules], int]:
+    """A norm, an activation and a pool in a row, and how many links these are: a norm may hold its activation."""
+    norm = links[at]
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) and not is_frozen_norm(norm):
+        return None, 1
+    held = own_activation(norm)
+    behind = links[at + 1 : at + 3] if held is None else [held, *links[at + 1 : at + 2]]
+    if len(behind) < 2 or pool_kind(behind[1]) is None:
+        return None, 1
+    activation, pool = behind
+    return PooledModules(norm, activation, None, pool), 3 if held is None else 2
+
+
+def _run_pooled(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
+    try:
+        check_plain(x)
+        unit, activation = read_pooled_unit(modules)
+    except Unsupported:
+        return None
+    return widened(call_pooled_unit(x, unit, activation), modules.norm) if x.dim() == modules.dims else None
+
+
+def _run_stage(
+    block: Block, transition: Optional[Transition], behind: Optional[PooledModules], x: Tensor
+) -> Optional[Tensor]:
+    try:
+        check_plain(x)
+        check_untouched(block)
+        if transition is not None:
+            check_untouched(transition)
+            if transition.engine_policy is None:
+                return None
+            behind = transition.pooled_modules()
+        modules = block.layer_modules()
+        layers, activation = read_layers(modules)
+        unit, unit_activation = read_pooled_unit(behind)
+        check_one_group([unit.norm, *(of_layer.norm for layer in layers for of_layer in layer.units)])
+    except Unsupported:
+        return None
+    if not layers or unit_activation != activation or unit.pool.kind == "maximum" or x.dim() != behind.dims:
+        return None
+    if any(size < 1 for size in unit.pool.outputs(x.shape[2:])):
+        return None
+    with running(block, x):
+        return call_dense_block(x, modules, layers, activation, block.engine_policy, unit)
