@@ -7,7 +7,7 @@ from _ops import LAYERS, cases, map_of, time
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Affine, Fold, Pending
+from resdense_ext.ops.operands import Affine, Fold, Pending
 from resdense_ext.reference import Activation, Conv
 
 

@@ -31,7 +31,8 @@ from resdense_ext.cli.bench.rows import conditions, row
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import triton
 from resdense_ext.ops.cuda import CudaBackend
-from resdense_ext.ops.backend import Affine, Fold, Pending, ReferenceBackend, Stats
+from resdense_ext.ops.operands import Affine, Fold, Pending, Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
 NETWORKS = {"densenet121": (6, 12, 24, 16), "densenet201": (6, 12, 48, 32)}

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.activation import activation_numbered, number_of
-from resdense_ext.ops.backend import Affine, ReferenceBackend
+from resdense_ext.ops.operands import Affine
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation
 
 SHAPES = (

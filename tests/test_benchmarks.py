@@ -25,6 +25,8 @@ from stock import import_torchvision  # noqa: E402
 from resdense_ext.cli.bench import picture  # noqa: E402
 from resdense_ext.cli.bench.rows import row  # noqa: E402
 from resdense_ext.ops import backend as backends  # noqa: E402
+from resdense_ext.ops.operands import Fold, Pending  # noqa: E402
+from resdense_ext.ops.reference_backend import ReferenceBackend  # noqa: E402
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -63,7 +65,7 @@ def test_every_operation_runs_and_is_checked(operation):
     assert bench_kernels.worst_error(operation, backends.get("cpu"), t) < 0.02
     if operation.stock is not None:
         operation.stock(t.float())
-    wrong = type("Wrong", (backends.ReferenceBackend,), {"name": "reference"})()
+    wrong = type("Wrong", (ReferenceBackend,), {"name": "reference"})()
     for name in ("channel_stats", "bn_act_conv", "bn_act_conv_backward", "bn_act", "bn_act_backward",
                  "bn_act_backward_accumulate", "pending_grad_"):  # fmt: skip
         setattr(wrong, name, lambda *args, _right=getattr(backends.get("reference"), name): _spoiled(_right(*args), args))
@@ -73,11 +75,11 @@ def test_every_operation_runs_and_is_checked(operation):
 
 def _spoiled(result, args):
     """The result with its first tensor a tenth too large; the convolution's is the fourth argument."""
-    if result is None or isinstance(result, backends.Fold):
+    if result is None or isinstance(result, Fold):
         args[3].mul_(1.1)
     else:
         first = result if isinstance(result, torch.Tensor) else result[0]
-        (first.dy if isinstance(first, backends.Pending) else first).mul_(1.1)
+        (first.dy if isinstance(first, Pending) else first).mul_(1.1)
     return result
 
 

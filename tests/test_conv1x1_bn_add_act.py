@@ -19,6 +19,8 @@ from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops.activation import activation_backward
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Pointwise, kept_for_backward
 from resdense_ext.ops.conv1x1_bn_add_act_function import Conv1x1BNAddActConfig, _flat_tensors
+from resdense_ext.ops.operands import Pending, Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.units import GRADS, UNIT
 
 ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "elu", "identity")
@@ -165,12 +167,12 @@ class TestAgreement:
 
     def test_chunks_of_samples(self, keep, monkeypatch):
         """What is activated at a time is what the backend says, and in several chunks comes the same."""
-        seen, plain = [], backends.ReferenceBackend.bn_act
+        seen, plain = [], ReferenceBackend.bn_act
         monkeypatch.setattr(
-            backends.ReferenceBackend, "bn_act", lambda self, x, affine: seen.append(x.shape[0]) or plain(self, x, affine)
+            ReferenceBackend, "bn_act", lambda self, x, affine: seen.append(x.shape[0]) or plain(self, x, affine)
         )
         monkeypatch.setattr(
-            backends.ReferenceBackend, "chunks", lambda self, x, conv=None: [slice(n, n + 2) for n in range(0, x.shape[0], 2)]
+            ReferenceBackend, "chunks", lambda self, x, conv=None: [slice(n, n + 2) for n in range(0, x.shape[0], 2)]
         )
         with rd.use_backend("reference"):
             agree(Case(stride=2, bias=True))
@@ -285,7 +287,7 @@ class TestPrecision:
 
 def fold_of(x, gamma, beta):
     backend = backends.choose(x, x.dtype)
-    stats = backends.Stats(*backend.channel_stats(x))
+    stats = Stats(*backend.channel_stats(x))
     return backend.fold(BatchNorm(gamma, beta), stats, x.numel() // x.shape[1], Activation())
 
 
@@ -325,7 +327,7 @@ class TestPieces:
             out, kept = engine.forward(*branches, Activation(), backend)
             g = activation_backward(grad, out, Activation())
             main = engine.backward(branches[0], moments[0], g)
-            into = backends.Pending.of(before.clone(memory_format=torch.preserve_format), x)
+            into = Pending.of(before.clone(memory_format=torch.preserve_format), x)
             shortcut = engine.backward(branches[1], moments[1], g, into)
             dh = backend.pending_grad_(main.conv.input)
         assert kept is None and shortcut.conv.input.dy is into.dy
@@ -341,7 +343,7 @@ class TestPieces:
         fold = source.backend.fold(BatchNorm(), engine.output_statistics(source, moments), source.count, Activation("identity"))
         branch, g, before = Branch(source, fold), torch.randn(2, 8, 5, 5, dtype=torch.float64), torch.randn_like(x)
         alone = source.backend.pending_grad_(engine.backward(branch, moments, g).conv.input)
-        into = backends.Pending.of(before.clone(), x)
+        into = Pending.of(before.clone(), x)
         added = source.backend.pending_grad_(engine.backward(branch, moments, g, into).conv.input)
         assert_same({"added": added}, {"added": alone + before})
 

@@ -18,6 +18,7 @@ from resdense_ext.functional import Activation, BatchNorm, Conv, DenseLayer, Uni
 from resdense_ext.nn.dispatch import stock_path
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.triton import interpreting
 from resdense_ext.ops.units import flat_tensors
 
@@ -699,7 +700,7 @@ def test_backend_is_remembered_for_the_backward(policy, monkeypatch):
     block = random_block(policy=policy)
     calls = []
 
-    class Recording(backends.ReferenceBackend):
+    class Recording(ReferenceBackend):
         name = "triton"
 
         def bn_act_conv_backward(self, *args):
@@ -718,14 +719,14 @@ def test_backend_is_remembered_for_the_backward(policy, monkeypatch):
 def test_running_out_of_memory_in_the_middle_changes_nothing(policy, during, call, monkeypatch):
     calls = []
 
-    class Full(backends.ReferenceBackend):
+    class Full(ReferenceBackend):
         name = "cuda"
 
     def fail(self, *args):
         calls.append(during)
         if len(calls) > call:
             raise torch.OutOfMemoryError("no memory left")
-        return getattr(backends.ReferenceBackend, during)(self, *args)
+        return getattr(ReferenceBackend, during)(self, *args)
 
     setattr(Full, during, fail)
     monkeypatch.setitem(backends._backends, "cuda", Full())

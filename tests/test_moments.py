@@ -16,6 +16,8 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops import moments
 from resdense_ext.ops.cpu import CpuBackend
+from resdense_ext.ops.operands import Affine, Fold, Pending
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, Conv
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -25,7 +27,7 @@ POLICIES = ("fast", "min")
 @pytest.fixture(params=[name for name in BACKENDS if name in ("reference", "triton")])
 def backend(request, monkeypatch):
     """Plain PyTorch goes this way only here."""
-    monkeypatch.setattr(backends.ReferenceBackend, "multiplies_moments", lambda self, x, conv: moments.suits(x, conv))
+    monkeypatch.setattr(ReferenceBackend, "multiplies_moments", lambda self, x, conv: moments.suits(x, conv))
     with rd.use_backend(request.param):
         yield request.param
 
@@ -141,7 +143,7 @@ def test_deviations(backend, dtype, activation, channels):
     """To half a unit in the last place, at means of up to thousands; of a slice of channels; ones and zeros behind them."""
     whole = channels_last(torch.randn(3, 2 * channels, 5, 7) + 100 * torch.arange(2 * channels).view(-1, 1, 1)).to(dtype)
     x, center = whole[:, :channels], torch.arange(channels) * 100.0 + 0.3
-    affine = None if activation is None else backends.Affine(torch.rand(channels) + 0.5, torch.randn(channels), activation)
+    affine = None if activation is None else Affine(torch.rand(channels) + 0.5, torch.randn(channels), activation)
     b = backends.get(backend).deviations(x, affine, center)
     rows, near = moments._matrix(x).double(), center.double()
     if affine is not None:
@@ -163,10 +165,10 @@ def test_terms(backend, sizes, need_weight):
     b = torch.cat([b, torch.ones(count, 2), torch.zeros(count, -(C + 2) % 8)], 1)
     R, G, weight = b.T @ b, g.T @ b, torch.randn(K, C).to(dtype)
     vectors = [torch.rand(K) + 0.5 for _ in range(4)]
-    fold = backends.Fold(backends.Affine(*vectors[:2], Activation("identity")), *vectors[2:], count)
+    fold = Fold(Affine(*vectors[:2], Activation("identity")), *vectors[2:], count)
     dgamma, dbeta, dW, V, T = backends.get(backend).moments_terms(R, G, weight, fold, 64.0, need_weight)
     wide = fold._replace(affine=fold.affine._replace(scale=vectors[0].double()), rstd=vectors[3].double())
-    truth = backends.ReferenceBackend().moments_terms(R.double(), G.double(), weight.double(), wide, 64.0, need_weight)
+    truth = ReferenceBackend().moments_terms(R.double(), G.double(), weight.double(), wide, 64.0, need_weight)
     single, half = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 2
     assert torch.equal(dbeta, G[:, C]) and V.dtype == T.dtype == dtype
     assert (dgamma - truth[0]).norm() <= C * single * (weight.abs().float() * G[:, :C].abs()).sum(1).norm()
@@ -185,10 +187,10 @@ def test_terms(backend, sizes, need_weight):
 def test_correction(backend, channels):
     """That of a norm, in one launch where there are kernels."""
     x, (scale, mean, rstd, sum_dy, sum_dy_xc, beta, delta) = torch.randn(2, channels, 3), torch.randn(7, channels).unbind()
-    fold = backends.Fold(backends.Affine(scale, mean, Activation()), mean, rstd, 6)
+    fold = Fold(Affine(scale, mean, Activation()), mean, rstd, 6)
     results = []
-    for chosen in (backends.get(backend), backends.ReferenceBackend()):
-        into = backends.Pending(x, x, scale, beta.clone(), delta.clone())
+    for chosen in (backends.get(backend), ReferenceBackend()):
+        into = Pending(x, x, scale, beta.clone(), delta.clone())
         version = into.beta._version
         results.append((*chosen._correct(fold, sum_dy, sum_dy_xc, None), *chosen._correct(fold, sum_dy, sum_dy_xc, into)))
         assert into.beta._version > version and results[-1][-2] is into.beta

@@ -18,7 +18,7 @@ from resdense_ext.ops import _library
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.ops.activation import activation_backward, activation_numbered, number_of
-from resdense_ext.ops.backend import Affine, Fold, Pending, Stats
+from resdense_ext.ops.operands import Affine, Fold, Pending, Stats
 from resdense_ext.ops.triton import architecture_refusal, interpreting
 from resdense_ext.reference import Activation, BatchNorm, Conv
 

@@ -23,10 +23,10 @@ from resdense_ext.ops import operator as operators
 from resdense_ext.ops import program as programs
 from resdense_ext.ops import replay
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.cuda import CudaBackend
 from resdense_ext.ops.program import Recorder, Unrecordable
+from resdense_ext.ops.reference_backend import ReferenceBackend
 
 pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
 

@@ -13,9 +13,10 @@ from tolerance import assert_within_noise, assert_within_rule, module_run, round
 
 import resdense_ext as rd
 from resdense_ext.ops import out_of_memory, vendor
-from resdense_ext.ops.backend import Affine, ReferenceBackend
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.cuda import CudaBackend
+from resdense_ext.ops.operands import Affine
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, Conv
 
 pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")

@@ -80,7 +80,7 @@ def correct(
     sum_dy: Tensor, sum_dy_xc: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, count: float, beta: Tensor, delta: Tensor,
     accumulate: bool,
 ) -> Tensor:  # fmt: skip
-    """Writes `resdense_ext.ops.backend.Fold.correction` into ``beta`` and ``delta``, or adds it; returns dgamma. All ``[C]`` in
+    """Writes `resdense_ext.ops.operands.Fold.correction` into ``beta`` and ``delta``, or adds it; returns dgamma. All ``[C]`` in
     float32."""
     C, BLOCK = mean.shape[0], 256
     dgamma = torch.empty_like(sum_dy)

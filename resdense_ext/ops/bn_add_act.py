@@ -15,10 +15,10 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.activation import activation_numbered
 from resdense_ext.ops.add_act import fused_number, kernels_of
-from resdense_ext.ops.backend import Affine, Fold
 from resdense_ext.ops.batch_norm import batch_norm
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.layout import walkable_map
+from resdense_ext.ops.operands import Affine, Fold
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops.activation import number_of
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, in_dtype
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats, in_dtype
 from resdense_ext.ops.pool import run_pool, run_pool_backward
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, BatchNorm, Pool, accumulation_dtype
 
 __all__ = ["CompiledBackend"]

@@ -34,9 +34,10 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import moments as by_products
 from resdense_ext.ops.activation import LINEAR
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.convolve import sampled, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, Conv, accumulation_dtype, per_channel
 
 __all__ = [

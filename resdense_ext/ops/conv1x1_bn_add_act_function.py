@@ -13,12 +13,13 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv1x1_bn_add_act as engine
 from resdense_ext.ops.activation import LINEAR
-from resdense_ext.ops.backend import Fold, ReferenceBackend, Stats
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Carried, Moments, Pointwise
 from resdense_ext.ops.layout import dense_map, empty_map, map_beside, memory_format_of, walkable_map
+from resdense_ext.ops.operands import Fold, Stats
 from resdense_ext.ops.operator import EngineOperator
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, parameters_of, wanted_gradients

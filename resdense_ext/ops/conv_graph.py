@@ -23,9 +23,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.convolve import convolve_backward, convolved, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
+from resdense_ext.ops.operands import Fold, Pending, Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.units import GRADS, Gradients
 from resdense_ext.reference import Conv, ConvGraph, Piece
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import ReferenceBackend, Stats
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm, positions_of
 from resdense_ext.ops.layout import as_convolved, walkable_map
+from resdense_ext.ops.operands import Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors

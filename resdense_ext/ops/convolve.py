@@ -6,8 +6,9 @@ from typing import Optional
 
 from torch import Tensor
 
-from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.layout import dense_map
+from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import BatchNorm, Conv
 
 __all__ = ["convolve", "convolve_backward", "convolved", "is_matrix_product", "sampled", "sampling"]

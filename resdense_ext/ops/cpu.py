@@ -16,10 +16,11 @@ from torch.autograd.graph import increment_version
 from resdense_ext import reference
 from resdense_ext.ops import _library
 from resdense_ext.ops.activation import number_of
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, Stats, register
+from resdense_ext.ops.backend import register
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import map_beside, memory_format_of
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["CpuBackend"]

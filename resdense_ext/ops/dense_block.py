@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.operands import ConvGrads, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, parameters_of, units_from
@@ -212,7 +212,7 @@ def backward(
     D, *_, deferred = gradient
     results: list[Optional[Tensor]] = [None] * len(needs)
 
-    def record(unit: int, grads: backends.ConvGrads) -> None:
+    def record(unit: int, grads: ConvGrads) -> None:
         values = (grads.norm_weight, grads.norm_bias, grads.weight, grads.bias)
         for i, (value, position) in enumerate(zip(values, GRADS)):
             if needs[1 + 4 * unit + i]:

@@ -12,12 +12,12 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import dense_block as block_engine
 from resdense_ext.ops import dense_stage as stage_engine
-from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, group_of, parameters_of

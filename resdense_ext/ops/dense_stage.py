@@ -11,8 +11,8 @@ from torch import Tensor
 
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import dense_block, pooled_unit
-from resdense_ext.ops.backend import Stats
 from resdense_ext.ops.dense_block import BufferGradient, DenseBlockConfig
+from resdense_ext.ops.operands import Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.units import parameters_of, wanted_gradients

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Pending, Stats
 from resdense_ext.ops.dense_block import BufferGradient
 from resdense_ext.ops.layout import empty_map, map_beside
+from resdense_ext.ops.operands import Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.split_unit import Source, SplitUnit
 from resdense_ext.ops.units import Gradients, geometry_of, parameters_of, units_from, wanted_gradients

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import dual_path_stage as engine
-from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dual_path_stage import DualPathStageConfig, saved_inputs, statistics_of, units_of
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import GRADS, flat_tensors, parameters_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from resdense_ext.ops import backend
-from resdense_ext.ops.backend import ReferenceBackend
+from resdense_ext.ops.reference_backend import ReferenceBackend
 
 __all__ = ["explain"]
 

@@ -23,8 +23,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.backend import ConvGrads, Fold, Pending, ReferenceBackend
 from resdense_ext.ops.layout import memory_format_of
+from resdense_ext.ops.operands import ConvGrads, Fold, Pending
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Conv
 
 __all__ = ["backward", "gram", "suits"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resdense_ext.ops.backend import Pending
 from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.operands import Pending
 from resdense_ext.reference import Activation, Pool
 
 __all__ = ["run_pool", "run_pool_backward"]
@@ -22,7 +22,7 @@ __all__ = ["run_pool", "run_pool_backward"]
 def run_pool(
     kernels: ModuleType, x: Tensor, scale: Tensor, shift: Tensor, activation: float | Activation, pool: Pool
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """See `resdense_ext.ops.backend.ReferenceBackend.bn_act_pool`."""
+    """See `resdense_ext.ops.reference_backend.ReferenceBackend.bn_act_pool`."""
     affine = (x, scale, shift, activation)
     if pool.kind == "global":
         return kernels.bn_act_global_pool(*affine), None

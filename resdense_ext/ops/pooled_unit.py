@@ -19,10 +19,11 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Fold, Pending, ReferenceBackend, Stats
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.operands import Fold, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.ranks import Ranks
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.units import group_of, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit, accumulation_dtype
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import pooled_unit
-from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import UNIT, flat_tensors, parameters_of

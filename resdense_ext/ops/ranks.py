@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resdense_ext.ops.backend import Pending, Stats
+from resdense_ext.ops.operands import Pending, Stats
 
 __all__ = ["Ranks", "check_one_process"]
 

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.activation import LINEAR
-from resdense_ext.ops.backend import ConvGrads, Pending, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
+from resdense_ext.ops.operands import ConvGrads, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.residual_maps import (
     SCHEMA,

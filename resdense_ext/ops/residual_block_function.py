@@ -10,10 +10,10 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import residual_block as engine
-from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.ranks import check_one_process
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.residual_maps import ResidualBlockConfig, counts_of, norms_of, plan_of, reads_out, units_of
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.backend import Fold, Pending, Stats
 from resdense_ext.ops.conv1x1_bn_add_act import Pointwise, kept_for_backward
 from resdense_ext.ops.convolve import convolved
+from resdense_ext.ops.operands import Fold, Pending, Stats
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, ResidualBlock, Shortcut, Unit

@@ -16,9 +16,10 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.backend import Pending, ReferenceBackend, Stats
 from resdense_ext.ops.convolve import convolve, convolve_backward, convolved
 from resdense_ext.ops.layout import empty_map
+from resdense_ext.ops.operands import Pending, Stats
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv, Unit
 
 __all__ = ["Source", "SplitUnit", "split_norm"]

@@ -19,8 +19,10 @@ from torch.autograd.graph import increment_version
 from resdense_ext.ops import moments
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.activation import activation_numbered
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, empty_deviations, register
+from resdense_ext.ops.backend import register
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.pool import run_pool, run_pool_backward
+from resdense_ext.ops.reference_backend import ReferenceBackend, empty_deviations
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
 __all__ = ["PRODUCTS", "STRIDED_PRODUCTS", "MomentsBackend", "TritonBackend", "architecture_refusal", "interpreting", "is_ours", "missing"]

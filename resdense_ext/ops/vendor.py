@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops.activation import number_of
-from resdense_ext.ops.backend import Affine, ConvGrads, Fold, Pending, ReferenceBackend, Stats, in_dtype
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats, in_dtype
 from resdense_ext.ops.out_of_memory import told
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv
 
 __all__ = ["SCRATCH", "VendorBackend"]

@@ -13,9 +13,9 @@ from test_residual_block import Block
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
-from resdense_ext.ops.backend import ReferenceBackend
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.cuda import CudaBackend
+from resdense_ext.ops.reference_backend import ReferenceBackend
 
 torch.set_num_threads(1)
 torch.ops.load_library(sys.argv[1])

@@ -1,0 +1,94 @@
+"""What primitives take and give beside maps: folded norms, statistics, pending gradients, and what a backward finds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
+
+__all__ = ["Affine", "ConvGrads", "Fold", "Pending", "Stats", "in_dtype"]
+
+
+class Affine(NamedTuple):
+    """A folded batch norm and the activation behind it: ``act(scale * x + shift)``."""
+
+    scale: Tensor
+    shift: Tensor
+    activation: Activation
+
+
+class Stats(NamedTuple):
+    """A map's mean and sum of squared deviations, ``[C]`` each; slices of a block's vectors, to be written by a primitive."""
+
+    mean: Tensor
+    m2: Tensor
+
+    @staticmethod
+    def room(z: Tensor, reader: Optional[BatchNorm]) -> Stats:
+        """For those of ``z``; none where its reader has its own."""
+        size = z.shape[1] if reader is not None and reader.batch_stats else 0
+        return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
+
+
+class Fold(NamedTuple):
+    """A batch norm ready for use: the affine it amounts to, and what its backward needs.
+
+    ``count`` is the number of positions whose statistics normalise; None where the running statistics do.
+    """
+
+    affine: Affine
+    mean: Tensor
+    rstd: Tensor
+    count: Optional[int]
+
+    @staticmethod
+    def linear(x: Tensor) -> Fold:
+        """That of no norm and no activation, for a kernel that wants one."""
+        dtype = accumulation_dtype(x.dtype)
+        one, zero = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+        return Fold(Affine(one, zero, Activation("identity")), zero, one, None)
+
+    def correction(self, dbeta: Tensor, dgamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``(beta, delta)`` of the gradient of the norm's input, ``scale * dy + beta * x + delta``."""
+        shared = self.affine.scale / self.count
+        beta = -shared * self.rstd * dgamma
+        return beta, -(shared * dbeta + beta * self.mean)
+
+
+class Pending(NamedTuple):
+    """A gradient that its reader still has to finish: ``alpha * dy + beta * z + delta``."""
+
+    dy: Tensor
+    z: Tensor
+    alpha: Tensor
+    beta: Tensor
+    delta: Tensor
+
+    @staticmethod
+    def of(dy: Tensor, x: Tensor) -> Pending:
+        """``dy`` itself, a gradient of ``x``, to which norms may add their corrections."""
+        dtype = accumulation_dtype(dy.dtype)
+        return Pending(dy, x, dy.new_ones(dy.shape[1], dtype=dtype), *dy.new_zeros((2, dy.shape[1]), dtype=dtype))
+
+    def part(self, samples: slice) -> Pending:
+        """That of some samples."""
+        return self._replace(dy=self.dy[samples], z=self.z[samples])
+
+
+class ConvGrads(NamedTuple):
+    """The gradients of a norm, an activation and a convolution or a pool: of the input, which is pending unless it was to be
+    finished, and of the parameters."""
+
+    input: Pending | Tensor
+    weight: Optional[Tensor]
+    bias: Optional[Tensor]
+    norm_weight: Optional[Tensor]
+    norm_bias: Optional[Tensor]
+
+
+def in_dtype(dtype: torch.dtype, *vectors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """A norm's vectors for a kernel. One of the right dtype, which almost all are, is not touched: a call costs as much as a fold."""
+    return [v if v is None or v.dtype is dtype else v.detach().to(dtype) for v in vectors]
