@@ -219,11 +219,23 @@ def test_segmentation_keeps_positions_in_place():
         assert abs((moved.min() + moved.max()) / 2 - 75) <= 4
 
 
-def test_fc_densenets_transitions_keep_no_activated_map():
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_fc_densenets_transitions_keep_their_input_and_a_byte_a_maximum(drop_rate):
     x = images(2, 9, 8, 6).requires_grad_()
-    transitions = [TINY["fc_densenet"](policy=p).double().transitions[0] for p in (None, "fast", "min")]
-    stock, *ours = [saved_bytes(lambda: transition(x)) for transition in transitions]
-    assert ours == [stock - x.nbytes] * 2
+    for policy in ("fast", "min"):
+        net = models.FCDenseNet(3, (1, 2), 2, (2, 1), 6, drop_rate, 5, policy=policy).double()
+        statistics = 2 * x[0, :, 0, 0].nbytes
+        assert saved_bytes(lambda: net.transitions[0](x)) == x.nbytes + statistics + 2 * 9 * 4 * 3
+
+
+def test_fc_densenet_drops_what_stock_drops():
+    x, found = images(2, 3, 23, 18), []
+    for policy in (None, "fast", "min"):
+        torch.manual_seed(0)
+        net = models.FCDenseNet(3, (1, 2), 2, (2, 1), 6, 0.3, 5, policy=policy).double()
+        found.append(steps(net, x))
+    for ours in found[1:]:
+        assert_same(ours, found[0])
 
 
 def test_crop_like_takes_the_first_positions():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resdense_ext.models.parts import check_maps, crop_like
 from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import run_bn_act_conv
+from resdense_ext.nn.engine import run_bn_act_conv, run_dropout_max_pool
 from resdense_ext.nn.leaves import read_children
 from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
 from resdense_ext.nn.protocols import OnEngine, UnitModules
@@ -24,7 +24,8 @@ from resdense_ext.nn.protocols import OnEngine, UnitModules
 __all__ = ["FCDenseNet", "fc_densenet56", "fc_densenet67", "fc_densenet103"]
 
 class _TransitionDown(OnEngine, nn.Sequential):
-    """Norm, ReLU and 1x1 convolution, of which the engine keeps the input alone, then dropout and a maximum of two positions a side."""
+    """Norm, ReLU and 1x1 convolution, of which the engine keeps the input alone, then dropout and a maximum of two positions a side,
+    of which it keeps a byte."""
 
     def __init__(self, channels: int, drop_rate: float, spatial_dims: int, policy: str | None) -> None:
         super().__init__()
@@ -36,7 +37,8 @@ class _TransitionDown(OnEngine, nn.Sequential):
         self.pool = MAX_POOLS[spatial_dims](kernel_size=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.dropout(run_bn_act_conv(self, x)))
+        x = run_bn_act_conv(self, x)
+        return self.pool(self.dropout(x)) if self.policy is None else run_dropout_max_pool(self.dropout, self.pool, x)
 
     def unit_modules(self) -> UnitModules:
         return tuple(read_children(self, "norm", "relu", "conv", "dropout", "pool")[:3])

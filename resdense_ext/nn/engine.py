@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Optional
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from resdense_ext import checks, functional
 from resdense_ext.nn.calls import (
@@ -16,11 +18,12 @@ from resdense_ext.nn.calls import (
     options_of,
     widened,
 )
-from resdense_ext.nn.dispatch import Run, run_or_stock
+from resdense_ext.nn.dispatch import Run, run_or_stock, takes
 from resdense_ext.nn.leaves import Unsupported
 from resdense_ext.nn.protocols import AnyBlock, BNActConv, Block, DualPath, End, Graph, Halves, Residual, Transition, whole
 from resdense_ext.nn.read import (
     read_conv_graph,
+    read_dropout_max_pool,
     read_dual_path_block,
     read_end,
     read_layers,
@@ -28,12 +31,14 @@ from resdense_ext.nn.read import (
     read_residual_block,
     read_unit,
 )
+from resdense_ext.ops.dropout_max_pool import dropout_max_pool
 from resdense_ext.ops.residual_maps import sizes_of
 
 __all__ = [
     "run_bn_act_conv",
     "run_conv_graph",
     "run_dense_block",
+    "run_dropout_max_pool",
     "run_dual_path_block",
     "run_end",
     "run_residual_block",
@@ -104,6 +109,14 @@ def run_bn_act_conv(unit: BNActConv, x: Tensor) -> Tensor:
         return lambda x: functional.bn_act_conv(x, norm, conv, **options_of(activation))
 
     return run_or_stock(unit, x, read)
+
+
+def run_dropout_max_pool(dropout: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(dropout(x))``, in one node where there is something to keep and the two are what they seem, else without a word."""
+    if torch.is_grad_enabled() and x.requires_grad and takes(x) and not torch.compiler.is_compiling():
+        with suppress(Unsupported):
+            return dropout_max_pool(x, *read_dropout_max_pool(dropout, pool, x.shape[2:]))
+    return pool(dropout(x))
 
 
 def run_end(end: End, maps: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
@@ -32,6 +33,7 @@ from resdense_ext.nn.protocols import (
     ResidualModules,
     UnitModules,
 )
+from resdense_ext.ops.dropout_max_pool import DROPPED
 from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import (
     Activation,
@@ -49,6 +51,7 @@ from resdense_ext.reference import (
 __all__ = [
     "check_one_group",
     "read_conv_graph",
+    "read_dropout_max_pool",
     "read_dual_path_block",
     "read_end",
     "read_layers",
@@ -234,6 +237,25 @@ def read_unit(modules: UnitModules) -> tuple[Unit, Activation]:
     norm, activation, conv = modules
     read_conv = conv_of(conv)
     return Unit(own_norm_of(norm, NORM_BESIDE[type(conv)], activation), read_conv), activation_of(activation)
+
+
+def read_dropout_max_pool(dropout: nn.Module, pool: nn.Module, sizes: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+    """The probability to drop and the window, for a map of these spatial sizes.
+
+    Raises:
+        Unsupported: other modules, windows that overlap or do not fit, or hooks.
+    """
+    if _has_any_global_hook():
+        raise Unsupported("global module hooks are set")
+    check_untouched(dropout)
+    if type(dropout) is not nn.Dropout or dropout.inplace:
+        raise Unsupported(f"is {dropout}", dropout)
+    read, rank = pool_of(pool)
+    window, stride, padding = read.windows
+    fits = rank == len(sizes) and all(n <= size for n, size in zip(window, sizes)) and math.prod(window) < DROPPED
+    if read.kind != "maximum" or stride != window or any(padding) or read.ceil_mode or not fits:
+        raise Unsupported(f"is {pool}", pool)
+    return dropout.p if dropout.training else 0.0, window
 
 
 def read_end(modules: EndModules) -> tuple[list[Optional[BatchNorm]], Activation]:

@@ -1,0 +1,117 @@
+"""Dropout and the maxima of windows in one node: to the bit what stock computes, of a byte a maximum."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import resdense_ext as rd
+from resdense_ext.nn.engine import run_dropout_max_pool
+from resdense_ext.ops.dropout_max_pool import DropoutMaxPoolFunction, dropout_max_pool
+
+POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+CASES = [
+    ((9,), (2,)),
+    ((8, 6), (2, 2)),
+    ((7, 9), (2, 2)),
+    ((7, 6), (3, 1)),
+    ((15, 17), (15, 16)),
+    ((4, 5, 6), (2, 2, 2)),
+    ((5, 3, 7), (1, 3, 2)),
+]
+
+
+def a_map(sizes, dtype=torch.float64, channels_last=False):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *sizes, dtype=dtype)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.dim()]) if channels_last and x.dim() in formats else x
+
+
+def drawn(f, x, seed=1):
+    """Output, gradient and the state of the generator behind."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)
+    y = f(x)
+    after = torch.get_rng_state()
+    grad = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+    y.backward(grad)
+    return y, x.grad, after
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.2, 1.0])  # 1 / (1 - p) is a number of 16 bits, as which stock has it on CPUs
+@pytest.mark.parametrize(("sizes", "window"), CASES)
+def test_the_same_as_stock_to_the_bit(sizes, window, p, dtype, channels_last):
+    x = a_map(sizes, dtype, channels_last)
+    stock = drawn(lambda x: POOLS[len(window)](F.dropout(x, p), window), x)
+    ours = drawn(lambda x: dropout_max_pool(x, p, window), x)
+    assert all(map(torch.equal, ours, stock))
+    assert ours[0].stride() == stock[0].stride() and ours[1].stride() == x.stride()
+
+
+def test_of_equal_values_the_one_that_stock_takes():
+    for value in (0.0, 1.0, float("inf"), float("nan")):
+        x = torch.full((1, 2, 5, 6), value)
+        stock, ours = drawn(lambda x: F.max_pool2d(x, 2), x)[1], drawn(lambda x: dropout_max_pool(x, 0.0, (2, 2)), x)[1]
+        assert torch.equal(ours, stock)
+
+
+def test_gradients_of_gradients_and_in_batches():
+    x = a_map((7, 6)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: dropout_max_pool(x, 0.0, (2, 3)), x)
+    assert torch.autograd.gradgradcheck(lambda x: dropout_max_pool(x, 0.0, (2, 3)), x)
+    y = dropout_max_pool(x, 0.4, (2, 2))
+    grads = torch.randn(4, *y.shape, dtype=y.dtype)
+    alone = torch.stack([torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads])
+    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
+    assert torch.equal(batched, alone)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_byte_a_maximum_is_kept(p):
+    x = a_map((8, 7)).requires_grad_()
+    assert rd.memory.saved_bytes(lambda: dropout_max_pool(x, p, (2, 2))) == 2 * 3 * 4 * 3
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("dropout", "pool", "one_node"),
+    [
+        (nn.Dropout(0.3), nn.MaxPool2d(2), True),
+        (nn.Dropout(0.3).eval(), nn.MaxPool2d(2), True),
+        (nn.Dropout(0.3), nn.MaxPool2d((3, 2), stride=(3, 2)), True),
+        (hooked(nn.Dropout(0.3)), nn.MaxPool2d(2), False),
+        (nn.Dropout(0.3), hooked(nn.MaxPool2d(2)), False),
+        (nn.Dropout(0.3, inplace=True), nn.MaxPool2d(2), False),
+        (nn.Dropout2d(0.3), nn.MaxPool2d(2), False),
+        (nn.Identity(), nn.MaxPool2d(2), False),
+        (nn.Dropout(0.3), nn.MaxPool2d(3, stride=2), False),
+        (nn.Dropout(0.3), nn.MaxPool2d(2, padding=1), False),
+        (nn.Dropout(0.3), nn.MaxPool2d(2, ceil_mode=True), False),
+        (nn.Dropout(0.3), nn.MaxPool2d(2, dilation=2), False),
+        (nn.Dropout(0.3), nn.MaxPool2d(16), False),
+        (nn.Dropout(0.3), nn.AvgPool2d(2), False),
+        (nn.Dropout(0.3), nn.AdaptiveMaxPool2d(2), False),
+    ],
+)
+def test_modules_that_are_no_such_pair_are_called(dropout, pool, one_node):
+    x = a_map((17, 19))
+    stock, ours = drawn(lambda x: pool(dropout(x * 1)), x), drawn(lambda x: run_dropout_max_pool(dropout, pool, x * 1), x)
+    assert all(map(torch.equal, ours, stock))
+    assert (type(ours[0].grad_fn).__name__ == DropoutMaxPoolFunction.__name__ + "Backward") == one_node
+
+
+def test_where_nothing_is_to_be_kept_the_modules_are_called():
+    x, called = a_map((6, 6)), []
+    dropout, pool = nn.Dropout(0.3), nn.MaxPool2d(2)
+    pool.forward = lambda x: called.append(x) or F.max_pool2d(x, 2)
+    for context, of in ((torch.no_grad(), x.requires_grad_()), (torch.enable_grad(), x.detach())):
+        with context:
+            run_dropout_max_pool(dropout, pool, of)
+    assert len(called) == 2
