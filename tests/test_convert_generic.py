@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 import re
 import warnings
 import weakref
@@ -796,6 +797,30 @@ def test_a_dropout_of_nothing_ends_no_chain(policy):
     stock[2].p = model[2].p = 0.5
     with pytest.warns(UserWarning, match="runs its stock path"):
         assert_same(steps(model, x, 2, seeded), steps(stock, x, 2, seeded))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(2), lambda x: F.max_pool2d(x, 2), lambda x: F.max_pool2d(x, kernel_size=(2, 2), stride=2)],
+    ids=["module", "function", "options"],
+)
+def test_maxima_between_chains_keep_a_byte_each(pool, policy, monkeypatch):
+    """And not the map that they are of, which in stock is there for them alone."""
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return self.c(self.pool(y)) + y.mean()
+
+    own = type("Own", (Chains,), {"forward": forward})()
+    own.pool = pool
+    stock, x = S.randomise(own).double(), images(2, 8, 6, 5)
+    model = rd.convert(copy.deepcopy(stock), policy, example_input=x)
+    for training in (True, False):
+        assert_same(steps(model.train(training), x), steps(stock.train(training), x))
+    kept = rd.memory.saved_bytes(lambda: model(x))
+    monkeypatch.setattr(sys.modules["resdense_ext.convert.program"], "run_max_pool", lambda layer, x: layer(x))
+    assert rd.memory.saved_bytes(lambda: model(x)) - kept == x.nbytes + (8 - 1) * 2 * 8 * 3 * 2
 
 
 class Unchained:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resdense_ext as rd
-from resdense_ext.nn.engine import run_dropout_max_pool
+from resdense_ext.nn.engine import run_max_pool
 from resdense_ext.ops.dropout_max_pool import DropoutMaxPoolFunction, dropout_max_pool
 
 POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -90,6 +90,8 @@ def hooked(module):
         (nn.Dropout(0.3), hooked(nn.MaxPool2d(2)), False),
         (nn.Dropout(0.3, inplace=True), nn.MaxPool2d(2), False),
         (nn.Dropout2d(0.3), nn.MaxPool2d(2), False),
+        (None, nn.MaxPool2d(2), True),
+        (None, hooked(nn.MaxPool2d(2)), False),
         (nn.Identity(), nn.MaxPool2d(2), False),
         (nn.Dropout(0.3), nn.MaxPool2d(3, stride=2), False),
         (nn.Dropout(0.3), nn.MaxPool2d(2, padding=1), False),
@@ -102,7 +104,8 @@ def hooked(module):
 )
 def test_modules_that_are_no_such_pair_are_called(dropout, pool, one_node):
     x = a_map((17, 19))
-    stock, ours = drawn(lambda x: pool(dropout(x * 1)), x), drawn(lambda x: run_dropout_max_pool(dropout, pool, x * 1), x)
+    modules = nn.Sequential(*[module for module in (dropout, pool) if module is not None])
+    stock, ours = drawn(lambda x: modules(x * 1), x), drawn(lambda x: run_max_pool(pool, x * 1, dropout), x)
     assert all(map(torch.equal, ours, stock))
     assert (type(ours[0].grad_fn).__name__ == DropoutMaxPoolFunction.__name__ + "Backward") == one_node
 
@@ -113,5 +116,5 @@ def test_where_nothing_is_to_be_kept_the_modules_are_called():
     pool.forward = lambda x: called.append(x) or F.max_pool2d(x, 2)
     for context, of in ((torch.no_grad(), x.requires_grad_()), (torch.enable_grad(), x.detach())):
         with context:
-            run_dropout_max_pool(dropout, pool, of)
+            run_max_pool(pool, of, dropout)
     assert len(called) == 2

@@ -23,10 +23,10 @@ from resdense_ext.nn.leaves import Unsupported
 from resdense_ext.nn.protocols import AnyBlock, BNActConv, Block, DualPath, End, Graph, Halves, Residual, Transition, whole
 from resdense_ext.nn.read import (
     read_conv_graph,
-    read_dropout_max_pool,
     read_dual_path_block,
     read_end,
     read_layers,
+    read_max_pool,
     read_pooled_unit,
     read_residual_block,
     read_unit,
@@ -38,9 +38,9 @@ __all__ = [
     "run_bn_act_conv",
     "run_conv_graph",
     "run_dense_block",
-    "run_dropout_max_pool",
     "run_dual_path_block",
     "run_end",
+    "run_max_pool",
     "run_residual_block",
     "run_transition",
     "why_stock",
@@ -111,12 +111,12 @@ def run_bn_act_conv(unit: BNActConv, x: Tensor) -> Tensor:
     return run_or_stock(unit, x, read)
 
 
-def run_dropout_max_pool(dropout: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
-    """``pool(dropout(x))``, in one node where there is something to keep and the two are what they seem, else without a word."""
-    if torch.is_grad_enabled() and x.requires_grad and takes(x) and not torch.compiler.is_compiling():
+def run_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None) -> Tensor:
+    """``pool(dropout(x))``, in one node where there is something to keep and they are what they seem, else without a word."""
+    if takes(x) and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         with suppress(Unsupported):
-            return dropout_max_pool(x, *read_dropout_max_pool(dropout, pool, x.shape[2:]))
-    return pool(dropout(x))
+            return dropout_max_pool(x, *read_max_pool(pool, x, dropout))
+    return pool(x if dropout is None else dropout(x))
 
 
 def run_end(end: End, maps: tuple[Tensor, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.nn.leaves import (
@@ -51,10 +51,10 @@ from resdense_ext.reference import (
 __all__ = [
     "check_one_group",
     "read_conv_graph",
-    "read_dropout_max_pool",
     "read_dual_path_block",
     "read_end",
     "read_layers",
+    "read_max_pool",
     "read_pooled_unit",
     "read_residual_block",
     "read_unit",
@@ -239,23 +239,28 @@ def read_unit(modules: UnitModules) -> tuple[Unit, Activation]:
     return Unit(own_norm_of(norm, NORM_BESIDE[type(conv)], activation), read_conv), activation_of(activation)
 
 
-def read_dropout_max_pool(dropout: nn.Module, pool: nn.Module, sizes: Sequence[int]) -> tuple[float, tuple[int, ...]]:
-    """The probability to drop and the window, for a map of these spatial sizes.
+def read_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None) -> tuple[float, tuple[int, ...]]:
+    """The probability to drop a value of the map in front of the pool, and its window.
 
     Raises:
         Unsupported: other modules, windows that overlap or do not fit, or hooks.
     """
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
-    check_untouched(dropout)
-    if type(dropout) is not nn.Dropout or dropout.inplace:
-        raise Unsupported(f"is {dropout}", dropout)
+    p = 0.0
+    if dropout is not None:
+        check_untouched(dropout)
+        if type(dropout) is not nn.Dropout or dropout.inplace:
+            raise Unsupported(f"is {dropout}", dropout)
+        p = dropout.p if dropout.training else 0.0
     read, rank = pool_of(pool)
     window, stride, padding = read.windows
-    fits = rank == len(sizes) and all(n <= size for n, size in zip(window, sizes)) and math.prod(window) < DROPPED
-    if read.kind != "maximum" or stride != window or any(padding) or read.ceil_mode or not fits:
+    apart = read.kind == "maximum" and stride == window and not any(padding) and not read.ceil_mode
+    if not apart or math.prod(window) >= DROPPED:
         raise Unsupported(f"is {pool}", pool)
-    return dropout.p if dropout.training else 0.0, window
+    if x.dim() != rank + 2 or any(n > size for n, size in zip(window, x.shape[2:])):
+        raise Unsupported(f"does not fit a map of shape {tuple(x.shape)}", pool)
+    return p, window
 
 
 def read_end(modules: EndModules) -> tuple[list[Optional[BatchNorm]], Activation]:
