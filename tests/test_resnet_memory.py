@@ -1,4 +1,4 @@
-"""The promise in bytes: residual and dual path networks at 224x224, float32, one training step. MB are 2**20 bytes, an image."""
+"""The promise in bytes: residual, dual path and segmentation networks, float32, one step. MB are 2**20 bytes, an image."""
 
 import pytest
 import torch
@@ -34,6 +34,25 @@ def test_saved_bytes_of_a_dual_path_network():
         kept[policy] = rd.memory.saved_bytes(lambda: net(images)) / (MB * 2)
     assert rd.memory.saved_bytes(lambda: rd.revert(net)(images)) / (MB * 2) == pytest.approx(90.8, abs=0.1)
     assert kept["fast"] <= 40 and kept["min"] <= 10
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(
+    ("name", "shape", "stock", "fast", "least"),
+    [
+        ("fc_densenet56", (2, 3, 128, 128), 240.4, 29.5, 29.5),
+        ("fc_densenet103", (2, 3, 64, 64), 95.8, 10.5, 10.5),
+        ("residual_unet_2d", (2, 1, 128, 128), 60.3, 31.5, 20.5),
+        ("residual_unet_3d", (1, 1, 32, 32, 32), 91.3, 47, 31),
+    ],
+)
+def test_saved_bytes_of_segmentation_networks(name, shape, stock, fast, least):
+    images, kept = torch.randn(shape), {}
+    for policy in (None, "fast", "min"):
+        net = rd.models.create(name, policy=policy)
+        kept[policy] = rd.memory.saved_bytes(lambda: net(images)) / (MB * len(images))
+    assert kept[None] == pytest.approx(stock, abs=0.1)
+    assert kept["fast"] <= fast and kept["min"] <= least
 
 
 @pytest.mark.unpoisoned

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from resdense_ext.models.parts import check_maps, crop_like
-from resdense_ext.nn import PreActBlock
-from resdense_ext.nn.parts import CONVS, NORMS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
+from resdense_ext.nn import BNActConv1d, BNActConv2d, BNActConv3d, PreActBlock
+from resdense_ext.nn.parts import CONVS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
 from resdense_ext.nn.protocols import OnEngine
 
 __all__ = ["ResidualUNet", "residual_unet_2d", "residual_unet_3d"]
+
+
+_HEADS = {1: BNActConv1d, 2: BNActConv2d, 3: BNActConv3d}
 
 
 class ResidualUNet(OnEngine, nn.Module):
@@ -34,7 +37,7 @@ class ResidualUNet(OnEngine, nn.Module):
         num_blocks: pre-activation blocks of every level on the way down; on the way up there is one.
         in_channels: channels of the input.
         spatial_dims: 1, 2 or 3 spatial dimensions.
-        policy: what the blocks keep for backward: "fast", "min", or None for a network in plain PyTorch.
+        policy: what the blocks and the head keep for backward: "fast", "min", or None for a network in plain PyTorch.
 
     Shapes: input `(N, in_channels, *spatial)`, output `(N, num_classes, *spatial)`.
 
@@ -72,14 +75,12 @@ class ResidualUNet(OnEngine, nn.Module):
         for below, width in zip(widths[:0:-1], widths[-2::-1]):
             self.upsample.append(transposed(below, width, kernel_size=2, stride=2, bias=False))
             self.up.append(PreActBlock(2 * width, width, **options))
-        self.norm = NORMS[spatial_dims](widths[0])
-        self.relu = nn.ReLU(inplace=True)
-        self.classifier = conv(widths[0], num_classes, kernel_size=1)
+        self.head = _HEADS[spatial_dims](widths[0], num_classes, kernel_size=1, policy=policy)
 
         for module in self.modules():
             if isinstance(module, (conv, transposed)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(self.head.conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x, self.in_channels, self.spatial_dims)
@@ -91,7 +92,7 @@ class ResidualUNet(OnEngine, nn.Module):
         for upsample, block in zip(self.upsample, self.up):
             skip = skips.pop()
             x = block(torch.cat([crop_like(upsample(x), skip), skip], 1))
-        return self.classifier(self.relu(self.norm(x)))
+        return self.head(x)
 
 
 def residual_unet_2d(**options) -> ResidualUNet:
