@@ -31,7 +31,7 @@ from resdense_ext.nn.read import (
     read_residual_block,
     read_unit,
 )
-from resdense_ext.ops.dropout_max_pool import dropout_max_pool
+from resdense_ext.ops.max_pool import max_pool
 from resdense_ext.ops.residual_maps import sizes_of
 
 __all__ = [
@@ -115,7 +115,9 @@ def run_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None
     """``pool(dropout(x))``, in one node where there is something to keep and they are what they seem, else without a word."""
     if takes(x) and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         with suppress(Unsupported):
-            return dropout_max_pool(x, *read_max_pool(pool, x, dropout))
+            read, p = read_max_pool(pool, dropout)
+            if x.dim() == len(read.kernel_size) + 2:
+                return max_pool(x, read, p)
     return pool(x if dropout is None else dropout(x))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.nn.leaves import (
@@ -33,7 +33,7 @@ from resdense_ext.nn.protocols import (
     ResidualModules,
     UnitModules,
 )
-from resdense_ext.ops.dropout_max_pool import DROPPED
+from resdense_ext.ops.max_pool import DROPPED
 from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import (
     Activation,
@@ -42,6 +42,7 @@ from resdense_ext.reference import (
     DenseLayer,
     DualPathBlock,
     Piece,
+    Pool,
     PooledUnit,
     ResidualBlock,
     Shortcut,
@@ -239,11 +240,11 @@ def read_unit(modules: UnitModules) -> tuple[Unit, Activation]:
     return Unit(own_norm_of(norm, NORM_BESIDE[type(conv)], activation), read_conv), activation_of(activation)
 
 
-def read_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None) -> tuple[float, tuple[int, ...]]:
-    """The probability to drop a value of the map in front of the pool, and its window.
+def read_max_pool(pool: nn.Module, dropout: Optional[nn.Module] = None) -> tuple[Pool, float]:
+    """The pool and the probability to drop a value of the map in front of it.
 
     Raises:
-        Unsupported: other modules, windows that overlap or do not fit, or hooks.
+        Unsupported: other modules, windows of too many positions, or hooks.
     """
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
@@ -253,14 +254,10 @@ def read_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = Non
         if type(dropout) is not nn.Dropout or dropout.inplace:
             raise Unsupported(f"is {dropout}", dropout)
         p = dropout.p if dropout.training else 0.0
-    read, rank = pool_of(pool)
-    window, stride, padding = read.windows
-    apart = read.kind == "maximum" and stride == window and not any(padding) and not read.ceil_mode
-    if not apart or math.prod(window) >= DROPPED:
+    read, _ = pool_of(pool)
+    if read.kind != "maximum" or math.prod(read.kernel_size) >= DROPPED:
         raise Unsupported(f"is {pool}", pool)
-    if x.dim() != rank + 2 or any(n > size for n, size in zip(window, x.shape[2:])):
-        raise Unsupported(f"does not fit a map of shape {tuple(x.shape)}", pool)
-    return p, window
+    return read, p
 
 
 def read_end(modules: EndModules) -> tuple[list[Optional[BatchNorm]], Activation]:

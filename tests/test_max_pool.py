@@ -1,4 +1,4 @@
-"""Dropout and the maxima of windows in one node: to the bit what stock computes, of a byte a maximum."""
+"""The maxima of windows, behind a dropout or not: to the bit what stock computes, of a byte a maximum."""
 
 import pytest
 import torch
@@ -7,18 +7,27 @@ from torch import nn
 
 import resdense_ext as rd
 from resdense_ext.nn.engine import run_max_pool
-from resdense_ext.ops.dropout_max_pool import DropoutMaxPoolFunction, dropout_max_pool
+from resdense_ext.nn.leaves import pool_of
+from resdense_ext.ops.max_pool import MaxPoolFunction, max_pool
+from resdense_ext.reference import Pool
 
-POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 CASES = [
-    ((9,), (2,)),
-    ((8, 6), (2, 2)),
-    ((7, 9), (2, 2)),
-    ((7, 6), (3, 1)),
-    ((15, 17), (15, 16)),
-    ((4, 5, 6), (2, 2, 2)),
-    ((5, 3, 7), (1, 3, 2)),
+    ((9,), dict(kernel_size=2)),
+    ((9,), dict(kernel_size=3, stride=2, padding=1)),
+    ((8, 6), dict(kernel_size=2)),
+    ((7, 9), dict(kernel_size=2)),
+    ((7, 6), dict(kernel_size=(3, 1))),
+    ((7, 8), dict(kernel_size=3, stride=2, padding=1)),
+    ((8, 9), dict(kernel_size=3, stride=2, ceil_mode=True)),
+    ((6, 5), dict(kernel_size=3, stride=1, padding=1, ceil_mode=True)),
+    ((1, 2), dict(kernel_size=(3, 2), padding=1)),
+    ((15, 17), dict(kernel_size=(15, 16))),
+    ((4, 5, 6), dict(kernel_size=2)),
+    ((5, 6, 7), dict(kernel_size=3, stride=2, padding=1)),
+    ((5, 3, 7), dict(kernel_size=(1, 3, 2), stride=(1, 2, 3))),
 ]
+TWO = Pool("maximum", (2, 2), (2, 2), (0, 0))
 
 
 def a_map(sizes, dtype=torch.float64, channels_last=False):
@@ -42,11 +51,10 @@ def drawn(f, x, seed=1):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.2, 1.0])  # 1 / (1 - p) is a number of 16 bits, as which stock has it on CPUs
-@pytest.mark.parametrize(("sizes", "window"), CASES)
-def test_the_same_as_stock_to_the_bit(sizes, window, p, dtype, channels_last):
-    x = a_map(sizes, dtype, channels_last)
-    stock = drawn(lambda x: POOLS[len(window)](F.dropout(x, p), window), x)
-    ours = drawn(lambda x: dropout_max_pool(x, p, window), x)
+@pytest.mark.parametrize(("sizes", "options"), CASES)
+def test_the_same_as_stock_to_the_bit(sizes, options, p, dtype, channels_last):
+    x, pool = a_map(sizes, dtype, channels_last), POOLS[len(sizes)](**options)
+    stock, ours = drawn(lambda x: pool(F.dropout(x, p)), x), drawn(lambda x: max_pool(x, pool_of(pool)[0], p), x)
     assert all(map(torch.equal, ours, stock))
     assert ours[0].stride() == stock[0].stride() and ours[1].stride() == x.stride()
 
@@ -54,15 +62,16 @@ def test_the_same_as_stock_to_the_bit(sizes, window, p, dtype, channels_last):
 def test_of_equal_values_the_one_that_stock_takes():
     for value in (0.0, 1.0, float("inf"), float("nan")):
         x = torch.full((1, 2, 5, 6), value)
-        stock, ours = drawn(lambda x: F.max_pool2d(x, 2), x)[1], drawn(lambda x: dropout_max_pool(x, 0.0, (2, 2)), x)[1]
+        stock, ours = drawn(lambda x: F.max_pool2d(x, 2), x)[1], drawn(lambda x: max_pool(x, TWO), x)[1]
         assert torch.equal(ours, stock)
 
 
 def test_gradients_of_gradients_and_in_batches():
     x = a_map((7, 6)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: dropout_max_pool(x, 0.0, (2, 3)), x)
-    assert torch.autograd.gradgradcheck(lambda x: dropout_max_pool(x, 0.0, (2, 3)), x)
-    y = dropout_max_pool(x, 0.4, (2, 2))
+    for pool in (Pool("maximum", (2, 3), (2, 3), (0, 0)), Pool("maximum", (3, 3), (2, 2), (1, 1))):
+        assert torch.autograd.gradcheck(lambda x: max_pool(x, pool), x)
+        assert torch.autograd.gradgradcheck(lambda x: max_pool(x, pool), x)
+    y = max_pool(x, TWO, 0.4)
     grads = torch.randn(4, *y.shape, dtype=y.dtype)
     alone = torch.stack([torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads])
     (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
@@ -72,7 +81,15 @@ def test_gradients_of_gradients_and_in_batches():
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_byte_a_maximum_is_kept(p):
     x = a_map((8, 7)).requires_grad_()
-    assert rd.memory.saved_bytes(lambda: dropout_max_pool(x, p, (2, 2))) == 2 * 3 * 4 * 3
+    assert rd.memory.saved_bytes(lambda: max_pool(x, TWO, p)) == 2 * 3 * 4 * 3
+
+
+def test_what_is_infinite_and_dropped_stays_alone():
+    x = a_map((4, 4)).requires_grad_()
+    torch.manual_seed(1)
+    y = max_pool(x, TWO, 0.5)
+    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, float("inf")))
+    assert not grad.isnan().any() and grad.isinf().any() and (y == 0).any()
 
 
 def hooked(module):
@@ -93,9 +110,7 @@ def hooked(module):
         (None, nn.MaxPool2d(2), True),
         (None, hooked(nn.MaxPool2d(2)), False),
         (nn.Identity(), nn.MaxPool2d(2), False),
-        (nn.Dropout(0.3), nn.MaxPool2d(3, stride=2), False),
-        (nn.Dropout(0.3), nn.MaxPool2d(2, padding=1), False),
-        (nn.Dropout(0.3), nn.MaxPool2d(2, ceil_mode=True), False),
+        (nn.Dropout(0.3), nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True), True),
         (nn.Dropout(0.3), nn.MaxPool2d(2, dilation=2), False),
         (nn.Dropout(0.3), nn.MaxPool2d(16), False),
         (nn.Dropout(0.3), nn.AvgPool2d(2), False),
@@ -107,7 +122,7 @@ def test_modules_that_are_no_such_pair_are_called(dropout, pool, one_node):
     modules = nn.Sequential(*[module for module in (dropout, pool) if module is not None])
     stock, ours = drawn(lambda x: modules(x * 1), x), drawn(lambda x: run_max_pool(pool, x * 1, dropout), x)
     assert all(map(torch.equal, ours, stock))
-    assert (type(ours[0].grad_fn).__name__ == DropoutMaxPoolFunction.__name__ + "Backward") == one_node
+    assert (type(ours[0].grad_fn).__name__ == MaxPoolFunction.__name__ + "Backward") == one_node
 
 
 def test_where_nothing_is_to_be_kept_the_modules_are_called():
