@@ -109,6 +109,25 @@ def test_a_residual_block_that_computes_again():
             assert_same(found(model, compiled, x), found(stock, stock, x))
 
 
+def test_maxima():
+    """Of a number of images and sizes of them that are not known."""
+
+    def network(policy):
+        torch.manual_seed(0)
+        return rd.models.FCDenseNet(3, (1, 2), 2, (2, 1), 6, 0.0, 5, policy=policy).double()
+
+    stock, model = network(None), network("fast")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes, stance in (((2, 3, 16, 13), "default"), ((3, 3, 20, 17), "fail_on_recompile")):
+        x = images(*sizes)
+        with torch.compiler.set_stance(stance):
+            assert_same(found(model, compiled, x), found(stock, stock, x))
+    x.requires_grad_()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        kept = [rd.memory.saved_bytes(lambda call=call: call(x)) for call in (compiled, stock)]
+    assert kept[0] < 0.4 * kept[1]  # 0.47 with the pools of torch
+
+
 def test_no_gradient_is_made_of_a_buffer_that_only_the_block_reads():
     """It would be zeros, as large as the buffer."""
     graphs = []

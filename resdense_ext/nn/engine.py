@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Optional
 
 import torch
@@ -113,9 +112,12 @@ def run_bn_act_conv(unit: BNActConv, x: Tensor) -> Tensor:
 
 def run_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None) -> Tensor:
     """``pool(dropout(x))``, in one node where there is something to keep and they are what they seem, else without a word."""
-    if takes(x) and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        with suppress(Unsupported):
+    if takes(x) and torch.is_grad_enabled() and x.requires_grad:
+        try:
             read, p = read_max_pool(pool, dropout)
+        except Unsupported:
+            pass
+        else:
             if x.dim() == len(read.kernel_size) + 2:
                 return max_pool(x, read, p)
     return pool(x if dropout is None else dropout(x))
