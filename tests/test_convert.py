@@ -67,6 +67,17 @@ class TestStaysTheSameModel:
         assert isinstance(model.features.denseblock1, densenet._DenseBlock)
         assert isinstance(model.features.denseblock1, nn.ModuleDict)
 
+    def test_called_and_described_as_stock(self, policy, engine):
+        stock, x = small_densenet(), images(2, 16, 5, 4)
+        model = converted(stock, policy)
+        for path, module in model.named_modules():
+            assert inspect.signature(module.forward) == inspect.signature(stock.get_submodule(path).forward)
+            assert inspect.getdoc(type(module)) == inspect.getdoc(type(stock.get_submodule(path)))
+        assert_same(*({"output": net.features.denseblock1(init_features=x)} for net in (model, stock)))
+        assert engine == [policy]
+        with pytest.raises(TypeError, match="missing a required argument: 'init_features'"):
+            model.features.denseblock1(x=x)
+
     def test_bare_block(self, policy, engine):
         block = small_block()
         assert rd.convert(block, policy) is block
@@ -886,6 +897,7 @@ class TestTransformations:
         stock, x = small_densenet(), images(2, 3, 32, 32)
         traced = torch.fx.symbolic_trace(converted(stock))
         assert_same(steps(traced, x), steps(stock, x))
+        assert_same(steps(pickle.loads(pickle.dumps(traced)), x), steps(stock, x))
         assert not engine
 
     def test_functorch(self, engine):

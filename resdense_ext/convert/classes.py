@@ -6,8 +6,8 @@ need no care. It is not an attribute of any module, so pickling names the class 
 
 from __future__ import annotations
 
-from functools import cache
-from inspect import signature
+from functools import cache, wraps
+from inspect import getdoc, signature
 from typing import Optional
 
 from torch import Tensor, nn
@@ -154,9 +154,18 @@ def mixin_for(stock: type[nn.Module], mixin: type[Converted]) -> type[Converted]
 
 @cache
 def converted_class(mixin: type[Converted], stock: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``stock`` whose forward is the engine's; it prints as ``stock`` does."""
-    names = {"stock_class": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    return type(stock.__name__, (mixin, stock), names)
+    """The subclass of ``stock`` whose forward is the engine's, called as that of ``stock`` is; it prints as ``stock`` does."""
+
+    # By what it wraps, its arguments are known to whatever asks for them (torch.export, torch.fx, inspect).
+    @wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        if kwargs:
+            bound = signature(stock.forward).bind(self, *args, **kwargs)
+            return mixin.forward(*bound.args, **bound.kwargs)
+        return mixin.forward(self, *args)
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": getdoc(stock)}
+    return type(stock.__name__, (mixin, stock), {"stock_class": stock, "forward": forward, **names})
 
 
 def _new(mixin: type[Converted], stock: type[nn.Module], *arguments) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Container, Iterator
 from typing import NamedTuple
@@ -26,23 +25,18 @@ __all__ = ["Record", "Stranger", "convert_strangers", "left_in", "named_parts", 
 class Stranger(Converted):
     """A module whose forward runs the program that was made of its trace, wherever that is the same."""
 
-    def __init_subclass__(cls) -> None:
-        # By what it wraps, its arguments are known to whatever asks for them (torch.export, torch.fx, inspect).
-        @functools.wraps(cls.stock_class.forward)
-        def forward(self, *args, **kwargs):
-            # A replica of torch.nn.DataParallel has no parameters of its own.
-            if torch.compiler.is_compiling() or any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
-                return self.stock_forward(*args, **kwargs)
-            program = _program_of(self)
-            inputs = program.bind(args, kwargs) if isinstance(program, Program) else None
-            if inputs is not None and not _has_any_global_hook():
-                return program.run(inputs)
-            if isinstance(program, Program):
-                program = "is called with other inputs" if inputs is None else "global module hooks are set"
-            say(self, Unsupported(program))
+    def forward(self, *args, **kwargs):
+        # A replica of torch.nn.DataParallel has no parameters of its own.
+        if torch.compiler.is_compiling() or any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
             return self.stock_forward(*args, **kwargs)
-
-        cls.forward = forward
+        program = _program_of(self)
+        inputs = program.bind(args, kwargs) if isinstance(program, Program) else None
+        if inputs is not None and not _has_any_global_hook():
+            return program.run(inputs)
+        if isinstance(program, Program):
+            program = "is called with other inputs" if inputs is None else "global module hooks are set"
+        say(self, Unsupported(program))
+        return self.stock_forward(*args, **kwargs)
 
     def stock_forward(self, *args, **kwargs):
         return self.stock_class.forward(self, *args, **kwargs)
