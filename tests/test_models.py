@@ -1,5 +1,7 @@
 """The networks against torchvision's: the same parameters, the same initial weights, the same outputs."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -85,6 +87,14 @@ def test_small_inputs_keep_their_resolution():
     assert model.features.conv0.weight.shape == (8, 3, 3, 3)
     assert list(dict(model.features.named_children()))[:2] == ["conv0", "denseblock1"]
     assert model.features.conv0(torch.randn(1, 3, 9, 7)).shape == (1, 8, 9, 7)
+
+
+@pytest.mark.parametrize("name", ["densenet_bc40", "resnet18", "preact_resnet110", "dpn68"])
+def test_a_network_traced_by_fx_pickles(name):
+    """torch.fx writes down how forwards are annotated, and what is postponed it cannot pickle."""
+    with torch.device("meta"):
+        traced = torch.fx.symbolic_trace(models.create(name))
+    assert pickle.loads(pickle.dumps(traced)).code == traced.code
 
 
 @pytest.mark.parametrize(("reduction", "channels"), [(1.0, 16), (0.5, 8), (0.3, 4)])

@@ -3,8 +3,6 @@
 Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks (CVPR 2017), arXiv 1608.06993.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

@@ -7,8 +7,6 @@ The paper's numbers of parameters count running statistics too: 9.4 M and 3.5 M 
 gives 1.5 M, and what it describes has 1.4 M.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Ronneberger, Fischer, Brox: U-Net (MICCAI 2015), arXiv 1505.04597; with residual
 Residual U-Net (GRSL 2018), arXiv 1711.10684.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

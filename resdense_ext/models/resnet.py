@@ -4,8 +4,6 @@ He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (CVPR 2016), a
 Transformations (CVPR 2017), arXiv 1611.05431; Zagoruyko, Komodakis: Wide Residual Networks (BMVC 2016), arXiv 1605.07146.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Optional
 

@@ -3,8 +3,6 @@
 He, Zhang, Ren, Sun: Identity Mappings in Deep Residual Networks (ECCV 2016), arXiv 1603.05027.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, Optional
 

@@ -1,7 +1,5 @@
 """Dense layers, blocks, transitions and chains of them, with torchvision's attribute names, so that its ``state_dict`` fits."""
 
-from __future__ import annotations
-
 from typing import Optional
 
 import torch

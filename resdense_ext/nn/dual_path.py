@@ -3,8 +3,6 @@
 Chen, Li, Xiao, Jin, Yan, Feng: Dual Path Networks (NIPS 2017), arXiv 1707.01629.
 """
 
-from __future__ import annotations
-
 from typing import Optional
 
 import torch

@@ -3,8 +3,6 @@
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (CVPR 2016), arXiv 1512.03385.
 """
 
-from __future__ import annotations
-
 from typing import Optional
 
 from torch import Tensor, nn

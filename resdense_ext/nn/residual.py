@@ -4,8 +4,6 @@ He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (CVPR 2016), a
 Deep Residual Networks (ECCV 2016), arXiv 1603.05027.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Optional
 
 from torch import Tensor, nn
