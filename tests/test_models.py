@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 import small_nets
 from resdense_ext import models, nn
@@ -87,6 +88,17 @@ def test_small_inputs_keep_their_resolution():
     assert model.features.conv0.weight.shape == (8, 3, 3, 3)
     assert list(dict(model.features.named_children()))[:2] == ["conv0", "denseblock1"]
     assert model.features.conv0(torch.randn(1, 3, 9, 7)).shape == (1, 8, 9, 7)
+
+
+@pytest.mark.filterwarnings("ignore:.*global module hooks are set")
+def test_global_hooks_see_modules_of_the_network():
+    model, seen = small(), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(torch.randn(2, 3, 32, 32))
+    finally:
+        handle.remove()
+    assert set(seen) == set(model.modules())
 
 
 @pytest.mark.parametrize("name", ["densenet_bc40", "resnet18", "preact_resnet110", "dpn68"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.nn import Chain, DenseBlock, Transition
 from resdense_ext.nn.chain import run_features
@@ -119,7 +120,9 @@ class DenseNet(OnEngine, nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.policy is not None and type(self.features) is Chain and not is_transformed(x):
+        # Global hooks see modules, of which the last activation and the pool are none of this network's.
+        plain = self.policy is None or is_transformed(x) or _has_any_global_hook()
+        if type(self.features) is Chain and not plain:
             return self.classifier(run_features(self.features, x))
         features = F.relu(self.features(x), inplace=True)
         return self.classifier(_GLOBAL_POOL[self.spatial_dims](features, 1).flatten(1))
