@@ -423,6 +423,23 @@ def test_what_does_not_trace_is_named_and_looked_into(policy, engine):
     assert "left stock: Outer: its forward depends on values" in str(report)
 
 
+@pytest.mark.parametrize("order", ["compiled before", "compiled after"])
+@pytest.mark.filterwarnings("error:resdense_ext")
+def test_torch_compile_of_a_module_inside(order):
+    """What stands around it runs on the engine; in it, under torch.compile, the stock path."""
+    torch.compiler.reset()
+    stock, x = S.stranger(S.Recursive), images(*STRANGERS[S.Recursive])
+    model = copy.deepcopy(stock)
+    for step in order.split()[:: 1 if order.endswith("before") else -1]:
+        if step == "compiled":
+            model.block2 = torch.compile(model.block2, backend="eager")
+        else:
+            rd.convert(model)
+    assert isinstance(model, Stranger)
+    assert_same({"output": model(x)}, {"output": stock(x)})
+    assert not rd.report(model, x).left
+
+
 def test_a_graph_module_is_named_and_runs_by_the_trace_of_what_calls_it(policy, engine):
     class Outer(nn.Module):
         def __init__(self):

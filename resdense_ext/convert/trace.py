@@ -231,7 +231,8 @@ class _Tracer(fx.Tracer):
             # Of a torch.fx.GraphModule, `type(module).__new__` would make a class that has no forward yet.
             twin = self.shadows[module] = object.__new__(type(module))
             twin.__dict__ = {name: self._own(value) for name, value in module.__dict__.items()}
-            twin._modules = {name: self._own(child) for name, child in module._modules.items()}
+            # torch.compile's module would hand the attribute on to the one that it wraps.
+            twin.__dict__["_modules"] = {name: self._own(child) for name, child in module._modules.items()}
         return self.shadows[module]
 
     def _own(self, value: Any, depth: int = 4) -> Any:
