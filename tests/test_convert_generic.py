@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from small_nets import assert_same, engine, images, policy, silent, steps  # noqa: F401
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import resdense_ext as rd
@@ -962,3 +963,10 @@ class TestTransformations:
         assert_same({"output": torch.fx.symbolic_trace(model)(x)}, expected)
         assert_same({"output": torch.export.export(model, (x,)).module()(x)}, expected)
         assert not engine
+
+    @pytest.mark.parametrize("kind", [S.GrowingList, S.Harmonic], ids=lambda kind: kind.__name__)
+    def test_make_fx(self, kind, engine):
+        stock, x = S.stranger(kind).eval(), images(2, 8, 9, 7)
+        traced = make_fx(rd.convert(copy.deepcopy(stock)))(x)
+        assert_same({"output": traced(x.flip(0))}, {"output": stock(x.flip(0))})
+        assert "resdense" not in traced.code and not engine

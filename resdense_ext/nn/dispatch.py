@@ -36,6 +36,7 @@ Run = Callable[[Tensor], Optional[Tensor]]
 Watch = Callable[[Optional[nn.Module], "Tensor | Halves | None"], None]
 """What `watching` calls."""
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _LIBRARIES = ("resdense_ext", "torch", "torchvision", "timm", "monai", "pytorchcv")
 
 _stock: ContextVar[bool] = ContextVar("resdense_stock", default=False)
@@ -139,6 +140,7 @@ def is_transformed(x: Tensor | Halves) -> bool:
     return (
         torch.compiler._is_exporting_flag  # `is_exporting()` reads it, but is True in all that torch.compile of torch 2.11 traces
         or torch.jit.is_tracing()
+        or (not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_PROXY) is not None)  # of make_fx
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or any(isinstance(part, torch.fx.Proxy) for part in _parts(x))
