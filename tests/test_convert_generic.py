@@ -12,7 +12,7 @@ import pytest
 import strangers as S
 import torch
 import torch.nn.functional as F
-from small_nets import assert_same, engine, images, policy, silent, steps  # noqa: F401
+from small_nets import assert_same, engine, images, library, policy, silent, steps  # noqa: F401
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -878,6 +878,47 @@ def test_what_is_frozen_keeps_nothing():
     model = rd.convert(copy.deepcopy(stock))
     assert_same(steps(model, x), steps(stock, x))
     assert rd.memory.saved_bytes(lambda: model(x)) == 8 * (2 * (12 * 20 + 6 * 20) + 2 * (12 + 12 + 6))
+
+
+def with_frozen_norms(model):
+    """The same with torchvision's frozen norms."""
+    frozen = library("torchvision.ops").FrozenBatchNorm2d
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, frozen(norm.num_features, norm.eps))
+                getattr(parent, name).load_state_dict(norm.state_dict())
+    return model
+
+
+@pytest.mark.usefixtures("silent")
+class TestFrozenNorms:
+    """Plain arithmetic in torchvision's class, a batch norm here."""
+
+    @pytest.mark.parametrize("kind", [S.GrowingList, S.Residual, S.OneShot, S.Recursive], ids=lambda kind: kind.__name__)
+    def test_as_stock_and_less_is_kept(self, kind):
+        stock, x = with_frozen_norms(S.stranger(kind)).double(), images(*STRANGERS.get(kind, (2, 8, 9, 7)))
+        model = rd.convert(copy.deepcopy(stock), "min")
+        assert_same(steps(model, x, count=2), steps(stock, x, count=2))
+        theirs, ours = (rd.memory.saved_bytes(lambda: net(x)) for net in (stock, model))
+        assert ours <= 0.7 * theirs
+
+    @pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Identity()], ids=str)
+    @pytest.mark.parametrize("kind", [S.SequentialBlock, S.OneShot], ids=lambda kind: kind.__name__)
+    def test_widen_what_autocast_has_narrowed(self, kind, pool):
+        """As stock's arithmetic does."""
+        channels = {S.SequentialBlock: 32, S.OneShot: 12}[kind]
+        stock = nn.Sequential(S.stranger(kind), nn.BatchNorm2d(channels), nn.ReLU(), pool)
+        stock, x = with_frozen_norms(stock).float().eval(), images(2, 8, 9, 7).bfloat16()
+        for module in stock.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(x.dtype)  # autocast would round away a change in its last place
+        model, inputs, params = rd.convert(copy.deepcopy(stock)), {"x": x}, stock.state_dict()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == stock(x).dtype == torch.float32
+        run = module_run(stock, torch.bfloat16)
+        ours = module_run(model, torch.bfloat16)({"x": x.clone()}, copy.deepcopy(params))
+        assert_within_rule(ours, true_run(run, inputs, params), torch_runs(run, inputs, params), torch.bfloat16)
 
 
 def test_a_model_that_is_given_up_is_gone():

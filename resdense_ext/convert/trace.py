@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resdense_ext.convert.classes import Converted
-from resdense_ext.nn.leaves import own_activation
+from resdense_ext.nn.leaves import is_frozen_norm, own_activation
 from resdense_ext.nn.protocols import OnEngine
 
 __all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
@@ -76,7 +76,7 @@ def is_layer(module: nn.Module) -> bool:
     of which a graph shows nothing, is none."""
     others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
     of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, others) and not _drops_nothing(module)
-    return of_torch or own_activation(module) is not None
+    return of_torch or own_activation(module) is not None or is_frozen_norm(module)
 
 
 def _drops_nothing(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resdense_ext import checks, functional
 from resdense_ext.nn.leaves import is_frozen_norm
-from resdense_ext.nn.protocols import Halves, LayerModules, Policy, SideBySide
+from resdense_ext.nn.protocols import Halves, LayerModules, Policy, PooledModules, SideBySide
 from resdense_ext.ops.cast import cast_conv_graph
 from resdense_ext.ops.conv_graph_function import conv_graph
 from resdense_ext.reference import Activation, ConvGraph, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
@@ -21,6 +21,7 @@ __all__ = [
     "call_dual_path_stage",
     "call_pooled_unit",
     "call_residual_block",
+    "last_norm",
     "options_of",
     "widened",
 ]
@@ -99,6 +100,13 @@ def options_of(activation: Activation) -> dict[str, str | float]:
     return {"activation": activation.name, "negative_slope": activation.slope}
 
 
-def widened(y: Tensor, norm: nn.Module) -> Tensor:
+def widened(y: Tensor, *norms: Optional[nn.Module]) -> Tensor:
     """In the dtype that stock has: torchvision's frozen norm is plain arithmetic, which widens what autocast has narrowed."""
-    return y.to(torch.promote_types(y.dtype, norm.weight.dtype)) if is_frozen_norm(norm) else y
+    for norm in filter(is_frozen_norm, norms):
+        y = y.to(torch.promote_types(y.dtype, norm.weight.dtype))
+    return y
+
+
+def last_norm(modules: PooledModules) -> tuple[nn.Module, ...]:
+    """The norm behind which there is no convolution."""
+    return (modules.norm,) if modules.conv is None else ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from resdense_ext.nn.calls import call_dense_block, call_dual_path_stage, call_pooled_unit, widened
+from resdense_ext.nn.calls import call_dense_block, call_dual_path_stage, call_pooled_unit, last_norm, widened
 from resdense_ext.nn.dispatch import Run, check_plain, running, takes
 from resdense_ext.nn.engine import run_dense_block
 from resdense_ext.nn.leaves import Unsupported, check_untouched, is_frozen_norm, own_activation, pool_kind
@@ -164,7 +164,8 @@ def _run_joined(modules: PooledModules, halves: Halves) -> Optional[Tensor]:
     if any(half.dim() != modules.dims for half in halves):
         return None
     norms = split_norm(unit.norm, [half.shape[1] for half in halves])
-    return torch.cat([call_pooled_unit(half, unit._replace(norm=norm), activation) for half, norm in zip(halves, norms)], 1)
+    pooled = torch.cat([call_pooled_unit(half, unit._replace(norm=norm), activation) for half, norm in zip(halves, norms)], 1)
+    return widened(pooled, modules.norm)
 
 
 def _block(link: _Link) -> Optional[Block]:
@@ -193,7 +194,7 @@ def _run_pooled(modules: PooledModules, x: Tensor) -> Optional[Tensor]:
         unit, activation = read_pooled_unit(modules)
     except Unsupported:
         return None
-    return widened(call_pooled_unit(x, unit, activation), modules.norm) if x.dim() == modules.dims else None
+    return widened(call_pooled_unit(x, unit, activation), *last_norm(modules)) if x.dim() == modules.dims else None
 
 
 def _run_stage(
@@ -218,4 +219,4 @@ def _run_stage(
     if any(size < 1 for size in unit.pool.outputs(x.shape[2:])):
         return None
     with running(block, x):
-        return call_dense_block(x, modules, layers, activation, block.engine_policy, unit)
+        return widened(call_dense_block(x, modules, layers, activation, block.engine_policy, unit), *last_norm(behind))

@@ -14,6 +14,7 @@ from resdense_ext.nn.calls import (
     call_dual_path_stage,
     call_pooled_unit,
     call_residual_block,
+    last_norm,
     options_of,
     widened,
 )
@@ -63,7 +64,11 @@ def run_transition(transition: Transition, x: Tensor) -> Tensor:
     def read() -> Run:
         modules = transition.pooled_modules()
         unit, activation = read_pooled_unit(modules)
-        return lambda x: call_pooled_unit(x, unit, activation) if x.dim() == modules.dims else None
+
+        def run(x: Tensor) -> Optional[Tensor]:
+            return widened(call_pooled_unit(x, unit, activation), *last_norm(modules)) if x.dim() == modules.dims else None
+
+        return run
 
     return run_or_stock(transition, x, read)
 
@@ -146,7 +151,8 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
     """The graph's forward, see `run_or_stock`; what does not fit together is left to the stock path, and to its errors."""
 
     def read() -> Run:
-        make = read_conv_graph(graph.graph_modules())
+        modules = graph.graph_modules()
+        make = read_conv_graph(modules)
 
         def run(sources: tuple[Tensor, ...]) -> Optional[tuple[Tensor, ...]]:
             try:
@@ -154,7 +160,8 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
                 checks.check_conv_graph(sources, described)
             except (ValueError, TypeError):
                 return None
-            return call_conv_graph(sources, described)
+            norms = ((read.norm, *(piece.norm for piece in read.pieces)) for read in modules.outputs)
+            return tuple(widened(y, *beside) for y, beside in zip(call_conv_graph(sources, described), norms))
 
         return run
 
