@@ -99,6 +99,33 @@ def test_a_block_that_runs_twice_is_counted_twice():
     assert budgets.plan_of(model).predicted_bytes == pytest.approx(saved(model, x), rel=0.01)
 
 
+class Joined(nn.Module):
+    def forward(self, halves):
+        return torch.cat(halves, 1)
+
+
+BLOCKS = {
+    "dense": lambda: rd.nn.DenseBlock(2, 8, 2, 2),
+    "residual": lambda: rd.nn.Bottleneck(12, 3),
+    "dual path": lambda: nn.Sequential(
+        rd.nn.DualPathBlock(12, 4, 4, 2, projection=True), rd.nn.DualPathBlock(10, 4, 4, 2), Joined()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_what_is_frozen_in_front_has_no_choice(kind):
+    """It keeps nothing under either policy, and is not computed again."""
+    channels = 8 if kind == "dense" else 12
+    x, model = images(2, channels, 9, 9), nn.Sequential(BLOCKS[kind](), nn.Conv2d(12, channels, 3), BLOCKS[kind]()).double()
+    model[0].requires_grad_(False)
+    budget = saved(rd.convert(model, "fast"), x)
+    assert saved(rd.convert(model, "min"), x) < budget
+    rd.convert(model, memory_budget=budget, example_input=x)
+    plan = budgets.plan_of(model)
+    assert saved(model, x) == plan.predicted_bytes == budget and plan.recomputed_flops == 0
+
+
 class TestAuto:
     def test_keeps_all_where_there_is_room(self, monkeypatch):
         monkeypatch.setattr(budgets, "_free_bytes", lambda device: 2**34)

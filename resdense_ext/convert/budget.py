@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.measure import positional, unchanged
@@ -16,7 +17,7 @@ from resdense_ext.memory import format_bytes, track_saved
 from resdense_ext.nn.dispatch import stock_path, watching
 from resdense_ext.nn.engine import why_stock
 from resdense_ext.nn.protocols import Halves, LayerModules, OnEngine, Policy
-from resdense_ext.nn.read import read_dual_path_block, read_residual_block
+from resdense_ext.nn.read import read_dual_path_block, read_layers, read_residual_block
 from resdense_ext.ops import dual_path_stage
 from resdense_ext.ops.residual_maps import cost_of
 from resdense_ext.plan import Choice, choose
@@ -75,17 +76,23 @@ class _Offers:
             return
         if hasattr(module, "layer_modules"):
             layers = module.layer_modules()
+            if not _is_differentiated(x, read_layers(layers)):
+                return
             new = [_offer(layer, x) for layer in layers]
             outputs = x.shape[1] + sum(layer.units[-1][2].weight.shape[0] for layer in layers)
             widest = max((choice.nbytes for choice in new if choice is not None), default=0)
             scratch = x.nbytes // x.shape[1] * outputs + 4 * widest
         elif hasattr(module, "residual_modules"):
             block, _, last = read_residual_block(module.residual_modules())
+            if not _is_differentiated(x, block):
+                return
             new = [Choice(*cost_of(x, block, last, _compute_dtype(x, block.units[0].conv.weight)))]
             scratch = 2 * new[0].nbytes
         elif hasattr(module, "dual_path_modules"):
             block, _ = read_dual_path_block(module.dual_path_modules())
             halves = x if isinstance(x, tuple) else (x,)
+            if not _is_differentiated(halves, block):
+                return
             dtype = _compute_dtype(halves[0], block.units[0].conv.weight)
             new = [Choice(*dual_path_stage.cost_of(halves[0], block, dtype))]
             scratch = sum(half.nbytes for half in halves) + 2 * new[0].nbytes
@@ -94,6 +101,12 @@ class _Offers:
         self.scratch = max(self.scratch, scratch)
         before = self.of.get(module, new)
         self.of[module] = new if before is new else [_sum(a, b) for a, b in zip(before, new)]
+
+
+def _is_differentiated(*read: Any) -> bool:
+    """Whether a block that reads these tensors keeps anything; none does in a frozen front of a network, or without gradients."""
+    tensors = (t for t in tree_leaves(read) if isinstance(t, Tensor))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _offer(layer: LayerModules, x: Tensor) -> Optional[Choice]:
