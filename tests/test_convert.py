@@ -522,6 +522,7 @@ SERVED = {
     "dilation as a number": every("conv2", lambda old: set_on(old, padding=(2, 2), dilation=2)),
     "groups": every("conv2", lambda old: nn.Conv2d(8, 4, 3, padding=1, groups=2).double()),
     "padding mode without padding": every("conv1", conv(padding_mode="reflect")),
+    "subclasses": lambda block: [set_class(m, CONSTRUCTED[type(m)]) for m in block.modules() if type(m) in CONSTRUCTED],
 }
 
 
@@ -547,6 +548,31 @@ def one(path, make):
     return change
 
 
+class Narrow(nn.Conv2d):
+    """Of which the constructor is its own, and what torch's class does not have."""
+
+    expansion = 2
+
+    def __init__(self, channels):
+        super().__init__(channels, channels // self.expansion, 3, padding=1, bias=False)
+
+    @staticmethod
+    def downsampling_stride(stride):
+        return stride
+
+
+class SlowNorm(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels, momentum=0.01)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+
+CONSTRUCTED = {nn.Conv2d: Narrow, nn.BatchNorm2d: SlowNorm}
+
+
 def doubled(module, x):
     return type(module).forward(module, x) * 2
 
@@ -554,6 +580,17 @@ def doubled(module, x):
 class OwnConv(nn.Conv2d):
     def forward(self, x):
         return super().forward(x) * 2
+
+
+class WeightTwice(nn.Conv2d):
+    @property
+    def weight(self):
+        return 2 * self._parameters["weight"]
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def _check_input_dim(self, input):
+        input.mul_(2)
 
 
 class OwnLayer(nn.Module):
@@ -598,6 +635,10 @@ NOT_SERVED = {
         "denselayer1.norm1 is InstanceNorm2d",
     ),
     "conv subclass": (one("denselayer1.conv2", lambda old: set_class(old, OwnConv)), "denselayer1.conv2 is OwnConv"),
+    "conv with another weight": (
+        one("denselayer1.conv2", lambda old: set_class(old, WeightTwice)), "denselayer1.conv2 is WeightTwice"
+    ),
+    "norm subclass": (one("denselayer1.norm2", lambda old: set_class(old, OwnNorm)), "denselayer1.norm2 is OwnNorm"),
     "parametrised": (one("denselayer1.conv1", parametrizations.weight_norm), "denselayer1.conv1 is ParametrizedConv2d"),
     "not registered": (one("denselayer1.conv1", without_registration), "denselayer1.conv1 has no registered 'weight'"),
     "even kernel": (

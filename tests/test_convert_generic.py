@@ -880,6 +880,27 @@ def test_what_is_frozen_keeps_nothing():
     assert rd.memory.saved_bytes(lambda: model(x)) == 8 * (2 * (12 * 20 + 6 * 20) + 2 * (12 + 12 + 6))
 
 
+class Conv3x3(nn.Conv2d):
+    def __init__(self, channels, planes):
+        super().__init__(channels, planes, 3, padding=1, bias=False)
+
+
+class Norm(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels, momentum=0.01)
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("kind", STRANGERS, ids=lambda kind: kind.__name__)
+def test_layers_that_have_only_a_constructor_of_their_own(kind, policy, engine):
+    stock, x = S.stranger(kind), images(*STRANGERS[kind])
+    for module in stock.modules():
+        module.__class__ = {nn.Conv2d: Conv3x3, nn.BatchNorm2d: Norm}.get(type(module), type(module))
+    model = rd.convert(copy.deepcopy(stock), policy)
+    assert_same(steps(model, x, call=seeded), steps(stock, x, call=seeded))
+    assert engine == [policy] * CALLS.get(kind, 1)
+
+
 def with_frozen_norms(model):
     """The same with torchvision's frozen norms."""
     frozen = library("torchvision.ops").FrozenBatchNorm2d

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resdense_ext.convert.classes import Converted
-from resdense_ext.nn.leaves import is_frozen_norm, own_activation
+from resdense_ext.nn.leaves import is_frozen_norm, layer_class, own_activation
 from resdense_ext.nn.protocols import OnEngine
 
 __all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
@@ -75,7 +75,7 @@ def is_layer(module: nn.Module) -> bool:
     """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too, and an identity,
     of which a graph shows nothing, is none."""
     others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
-    of_torch = type(module).__module__.startswith("torch.nn.") and not isinstance(module, others) and not _drops_nothing(module)
+    of_torch = layer_class(module).__module__.startswith("torch.nn.") and not isinstance(module, others) and not _drops_nothing(module)
     return of_torch or own_activation(module) is not None or is_frozen_norm(module)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "conv_of",
     "is_frozen_norm",
     "is_wrapper",
+    "layer_class",
     "norm_of",
     "own_activation",
     "own_norm_of",
@@ -36,6 +37,12 @@ __all__ = [
 
 NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 """The norm that belongs to the maps of a convolution."""
+_LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values()}
+_HARMLESS = {
+    *("__init__", "reset_parameters", "extra_repr", "__module__", "__doc__", "__annotations__"),
+    *("__firstlineno__", "__static_attributes__"),
+}
+"""What a subclass of a layer may have of its own, and still computes the same."""
 _POOLS = {
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     "maximum": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -130,7 +137,7 @@ def norm_of(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
     held = own_activation(norm)
     holds_it = held is not None and (held is activation or type(held) is nn.Identity) and isinstance(norm, expected)
-    if type(norm) not in (expected, nn.SyncBatchNorm) and not holds_it:
+    if not holds_it and layer_class(norm) not in (expected, nn.SyncBatchNorm):
         raise Unsupported(f"is {type(norm).__name__}", norm)
     for module in (norm, *norm._modules.values()):
         check_untouched(module)
@@ -164,6 +171,20 @@ def _group_of(norm: nn.SyncBatchNorm) -> str:
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
+def layer_class(module: Optional[nn.Module]) -> type:
+    """The class of a convolution or a norm: torch's, too, where a subclass constructs it in another way and overrides nothing, as
+    torchvision's Conv3DSimple."""
+    if type(module) in _LAYERS or torch.compiler.is_compiling():
+        return type(module)  # a compiler does not see into classes
+    own: set[str] = set()
+    for base in type(module).__mro__:
+        if base in _LAYERS:
+            overrides = any(hasattr(base, name) or name in (*module._parameters, *module._buffers) for name in own)
+            return type(module) if overrides else base
+        own |= vars(base).keys() - _HARMLESS
+    return type(module)
+
+
 def is_frozen_norm(norm: nn.Module) -> bool:
     """Whether it is torchvision's FrozenBatchNorm2d, a batch norm of buffers alone, which detection models have."""
     library = sys.modules.get("torchvision.ops.misc")
@@ -179,7 +200,7 @@ def own_activation(norm: nn.Module) -> Optional[nn.Module]:
 
 
 def conv_of(conv: nn.Module) -> Conv:
-    if type(conv) not in NORM_BESIDE:
+    if layer_class(conv) not in NORM_BESIDE:
         raise Unsupported(f"is {type(conv).__name__}", conv)
     check_untouched(conv)
     weight, bias = _registered(conv, conv._parameters, _PARAMETERS)

@@ -16,6 +16,7 @@ from resdense_ext.nn.leaves import (
     check_keeps_size,
     check_untouched,
     conv_of,
+    layer_class,
     norm_of,
     own_norm_of,
     pair_of,
@@ -79,7 +80,7 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
             read_conv = conv_of(conv)
             check_keeps_size(conv, read_conv)
             _check_alone(norm, norms)
-            units.append(Unit(norm_of(norm, NORM_BESIDE[type(conv)], activation), read_conv))
+            units.append(Unit(norm_of(norm, NORM_BESIDE[layer_class(conv)], activation), read_conv))
             activations.add(activation_of(activation))
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
@@ -102,7 +103,7 @@ def read_residual_block(modules: ResidualModules) -> tuple[ResidualBlock, Activa
         conv, norm, activation = unit if post else (unit[2], *unit[:2])
         _check_alone(norm, seen)
         read_conv = conv_of(conv)
-        units.append((norm_of(norm, NORM_BESIDE[type(conv)], activation), read_conv))
+        units.append((norm_of(norm, NORM_BESIDE[layer_class(conv)], activation), read_conv))
         if activation is not None:
             activations.add(activation_of(activation))
     if len(activations) > 1:
@@ -127,7 +128,7 @@ def _read_shortcut(modules: Sequence[nn.Module], activated: bool, seen: set[nn.M
     read_conv, read_norm, pool = conv_of(conv), None, None
     for of_projection in norm:
         _check_alone(of_projection, seen)
-        read_norm = norm_of(of_projection, NORM_BESIDE[type(conv)])
+        read_norm = norm_of(of_projection, NORM_BESIDE[layer_class(conv)])
     if pooled:
         pool, rank = pool_of(modules[0])
         if activated or rank != read_conv.weight.dim() - 2:
@@ -149,7 +150,7 @@ def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activ
         pair = conv if isinstance(conv, tuple) else ()
         read_conv = pair_of(*pair, modules.residual_channels) if pair else conv_of(conv)
         _check_alone(norm, seen)
-        read_norm = own_norm_of(norm, NORM_BESIDE[type(pair[0] if pair else conv)], activation)
+        read_norm = own_norm_of(norm, NORM_BESIDE[layer_class(pair[0] if pair else conv)], activation)
         units.append(Unit(read_norm, read_conv))
         activations.add(activation_of(activation))
     # The last of the units splits, and a projection does.
@@ -171,7 +172,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
     convs = tuple(conv_of(conv) for conv, _ in modules.convs)
-    beside = NORM_BESIDE[type(modules.convs[0][0])]
+    beside = NORM_BESIDE[layer_class(modules.convs[0][0])]
     reads = [*(read for _, read in modules.convs), *modules.outputs]
     pairs = [(of.norm, of.activation) for read in reads for of in (read, *read.pieces)]
     activations = {activation: activation_of(activation) for _, activation in pairs if activation is not None}
@@ -237,7 +238,7 @@ def read_unit(modules: UnitModules) -> tuple[Unit, Activation]:
         raise Unsupported("global module hooks are set")
     norm, activation, conv = modules
     read_conv = conv_of(conv)
-    return Unit(own_norm_of(norm, NORM_BESIDE[type(conv)], activation), read_conv), activation_of(activation)
+    return Unit(own_norm_of(norm, NORM_BESIDE[layer_class(conv)], activation), read_conv), activation_of(activation)
 
 
 def read_max_pool(pool: nn.Module, dropout: Optional[nn.Module] = None) -> tuple[Pool, float]:
@@ -269,7 +270,7 @@ def read_end(modules: EndModules) -> tuple[list[Optional[BatchNorm]], Activation
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
     norms = modules.norm, modules.identity_norm
-    kind = next((type(norm) for norm in norms if type(norm) in NORM_BESIDE.values()), nn.BatchNorm2d)
+    kind = next((layer_class(norm) for norm in norms if layer_class(norm) in NORM_BESIDE.values()), nn.BatchNorm2d)
     return [None if norm is None else own_norm_of(norm, kind) for norm in norms], activation_of(modules.activation)
 
 
