@@ -270,6 +270,47 @@ class OneShot(nn.Module):
         return self.block2(self.block1(x))
 
 
+class Aggregated(nn.Module):
+    """A tree of deep layer aggregation (DLA): its residual blocks are handed what they add."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.blocks = nn.ModuleList(Handed(channels) for _ in range(2))
+        self.root = ConvNorm(2 * channels, channels, 1)
+
+    def forward(self, x):
+        first = self.blocks[0](x, residual=x)
+        return self.root(torch.cat([self.blocks[1](first, first), first], 1))
+
+
+class Handed(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        last = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.body = nn.Sequential(ConvNorm(channels, channels), *last)
+
+    def forward(self, x, residual=None):
+        return F.relu(self.body(x) + (x if residual is None else residual))
+
+
+class Crossing(nn.Sequential):
+    """A stem, and a chain that reaches into a module with a chain of its own."""
+
+    def __init__(self, channels=8):
+        unit = nn.Sequential(ConvNorm(channels, channels), TwoChains(channels))
+        super().__init__(nn.Sequential(ConvNorm(channels, channels), nn.MaxPool2d(3, 2, 1)), nn.Sequential(unit))
+
+
+class TwoChains(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first, self.second = ConvNorm(channels, channels), ConvNorm(channels, channels)
+        self.last = nn.Conv2d(channels, channels, 3)
+
+    def forward(self, x):
+        return self.last(self.second(F.gelu(self.first(x))))
+
+
 class MapsInFront(nn.Module):
     """A dense block whose new maps are put in front, with bottlenecks."""
 

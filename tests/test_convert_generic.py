@@ -880,6 +880,19 @@ def test_what_is_frozen_keeps_nothing():
     assert rd.memory.saved_bytes(lambda: model(x)) == 8 * (2 * (12 * 20 + 6 * 20) + 2 * (12 + 12 + 6))
 
 
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("kind", [S.Aggregated, S.Crossing], ids=lambda kind: kind.__name__)
+def test_what_runs_on_the_engine_does_so_in_every_mode_and_in_copies(kind):
+    """Though what is found in a module may be nothing of what its containers find in their own forwards."""
+    stock, x = S.stranger(kind), images(2, 8, 9, 7)
+    model = rd.convert(copy.deepcopy(stock))
+    again = copy.deepcopy(model)
+    for training in (True, False):
+        reports = [rd.report(net.train(training), x) for net in (model, again)]
+        assert reports[0] == reports[1] and all(row.stock_saved_bytes for row in reports[0].rows[:-1])
+        assert_same(steps(model, x), steps(stock.train(training), x))
+
+
 class Conv3x3(nn.Conv2d):
     def __init__(self, channels, planes):
         super().__init__(channels, planes, 3, padding=1, bias=False)

@@ -159,8 +159,13 @@ class _Walk:
             self._leave(path, module, f"{part.name}: {reason}")
         for node, reason in reasons.items():
             self._leave(_joined(path, "".join(node.meta["within"][-1:])), module, f"{node}: {reason}")
-        for within in sorted({_within(match) for match in program.matches}, key=len, reverse=True):
-            self._convert(module, path, within)
+        found = [(_within(match), match, part.name) for match, part in zip(program.matches, program.parts)]
+        for within, match, name in sorted(found, key=lambda item: len(item[0]), reverse=True):
+            crossed = {inner for node in match.nodes for inner in node.meta["within"]} - {*within}
+            inside = [inner for inner in (*within[::-1], "") if inner not in traced.called_otherwise]
+            if any(isinstance(module.get_submodule(inner), Stranger) for inner in crossed):
+                inside = inside[:1]  # what is around it does not hold it either
+            self._convert(module, path, inside, name)
         for inner, reason in traced.left.items():
             if _has_layers(traced.modules[inner]):
                 self._leave(_joined(path, inner), module, reason)
@@ -174,22 +179,31 @@ class _Walk:
         for name, child in module.named_children():
             self.visit(child, _joined(path, name))
 
-    def _convert(self, root: nn.Module, path: str, within: tuple[str, ...]) -> None:
-        """Makes a stranger of the innermost container whose own trace holds something, too."""
-        for inner in (*within[::-1], ""):
-            owner = root.get_submodule(inner)
+    def _convert(self, root: nn.Module, path: str, within: list[str], name: str) -> None:
+        """Makes a stranger of the innermost container whose own trace holds what the root's does, a part of this name, or another
+        that is in none of its own containers."""
+        containers = {inner: root.get_submodule(inner) for inner in within}
+        if any(isinstance(owner, Stranger) and self._holds(owner, inner, name) for inner, owner in containers.items()):
+            return
+        for inner, owner in containers.items():
             if isinstance(owner, Stranger):
-                return
+                return  # what is around it does not see into it
             if isinstance(owner, fx.GraphModule):
                 continue
-            stock = type(owner)
-            owner.__class__ = converted_class(Stranger, stock)
+            owner.__class__ = converted_class(Stranger, type(owner))
             owner.resdense_policy = self.policy
-            if isinstance(_program_of(owner, self.refused), Program):
+            if self._holds(owner, inner, name):
                 self.owners.add(_joined(path, inner))
                 self._seen.add(owner)
                 return
             put_back(owner)
+
+    def _holds(self, owner: nn.Module, inner: str, name: str) -> bool:
+        program = _program_of(owner, self.refused)
+        if not isinstance(program, Program):
+            return False
+        parts = zip(program.matches, program.parts)
+        return any(_joined(inner, part.name) == name or not _within(match) for match, part in parts)
 
     def _leave(self, path: str, module: nn.Module, reason: str) -> None:
         entry = f"{path or type(module).__name__}: {reason}"

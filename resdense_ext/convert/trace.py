@@ -39,13 +39,15 @@ class Untraceable(Exception):
 class Traced(NamedTuple):
     """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
 
-    ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why.
+    ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
+    are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs.
     """
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
     left: dict[str, str]
     facts: Facts
+    called_otherwise: set[str]
 
 
 class Facts:
@@ -75,7 +77,8 @@ def is_layer(module: nn.Module) -> bool:
     """Whether it is one of torch's layers, and no container of others; timm's norm with an activation is one, too, and an identity,
     of which a graph shows nothing, is none."""
     others = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
-    of_torch = layer_class(module).__module__.startswith("torch.nn.") and not isinstance(module, others) and not _drops_nothing(module)
+    of_torch = layer_class(module).__module__.startswith("torch.nn.")
+    of_torch = of_torch and not isinstance(module, others) and not _drops_nothing(module)
     return of_torch or own_activation(module) is not None or is_frozen_norm(module)
 
 
@@ -143,7 +146,7 @@ def _attempt(tracer: _Tracer) -> Traced | None:
         left[path] = "its forward sets attributes"
         return None
     graph.lint()
-    return Traced(graph, dict(module.named_modules()), left, Facts(module, tracer.leaves))
+    return Traced(graph, dict(module.named_modules()), left, Facts(module, tracer.leaves), tracer.called_otherwise)
 
 
 _TENSOR_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.ReLU, nn.modules.dropout._DropoutNd)
@@ -218,6 +221,7 @@ class _Tracer(fx.Tracer):
         self.root_module, self.opaque, self.left = root, opaque, left
         self.thread, self.ambient = threading.get_ident(), _ambient()
         self.leaves: set[nn.Module] = set()
+        self.called_otherwise: set[str] = set()
         self.shadows: dict[nn.Module, nn.Module] = {}
         self.within: list[str] = []
         self._paths = {id(module): path for path, module in root.named_modules()}
@@ -272,8 +276,7 @@ class _Tracer(fx.Tracer):
         forward = getattr(self.root_module, "stock_class", type(self.root_module)).forward
         if not isinstance(forward, FunctionType):
             raise Untraceable("its forward is no plain function")
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
-        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        required = _required(forward)
         if any(p.kind is p.KEYWORD_ONLY for p in required):
             raise Untraceable("its forward takes an input by its name only")
         return forward, [self.root, *(self.create_proxy("placeholder", p.name, (), {}) for p in required)]
@@ -306,6 +309,8 @@ class _Tracer(fx.Tracer):
             return args[0]
         self.within.append(path)
         try:
+            if len(args) + len(kwargs) != len(_required(type(m).forward)):
+                self.called_otherwise.add(path)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self._broke = path if self._broke is None else self._broke
@@ -350,6 +355,12 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
+
+
+def _required(forward: Callable) -> list[inspect.Parameter]:
+    """The parameters without a default, of a method."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _ambient() -> tuple:

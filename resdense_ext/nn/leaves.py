@@ -40,7 +40,7 @@ NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: 
 _LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values()}
 _HARMLESS = {
     *("__init__", "reset_parameters", "extra_repr", "__module__", "__doc__", "__annotations__"),
-    *("__firstlineno__", "__static_attributes__"),
+    *("__firstlineno__", "__static_attributes__"),  # from Python 3.13 on
 }
 """What a subclass of a layer may have of its own, and still computes the same."""
 _POOLS = {
