@@ -15,8 +15,10 @@ from test_residual_block import Block
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
 import resdense_ext as rd
+from resdense_ext.nn.leaves import pool_of
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import replay, triton
+from resdense_ext.ops.max_pool import max_pool
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ("triton", "cuda")
@@ -299,6 +301,23 @@ def test_a_residual_end_takes_any_layout(backend, view):
     for grad in (torch.ones_like(y[0, 0, 0, 0]).expand(y.shape), torch.randn_like(y.mT).mT):
         for ours in torch.autograd.grad(y, (x, identity), grad, retain_graph=True):
             assert torch.equal(ours, grad * (y > 0))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("options", [dict(kernel_size=2), dict(kernel_size=3, stride=2, padding=1, ceil_mode=True)], ids=str)
+def test_maxima(options, channels_last):
+    """Behind a dropout or not, to the bit: gradients are small numbers, whose sums are exact in any order."""
+    x, pool = maps((4, 24, 33, 30), torch.bfloat16, channels_last), torch.nn.MaxPool2d(**options)
+
+    def drawn(f):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        y = f(leaf)
+        return y, *torch.autograd.grad(y, leaf, torch.randint(-3, 4, y.shape, device="cuda").to(y.dtype))
+
+    for p in (0.0, 0.5):
+        ours = drawn(lambda x: max_pool(x, pool_of(pool)[0], p))
+        assert all(map(torch.equal, ours, drawn(lambda x: pool(F.dropout(x, p)))))
 
 
 def test_grad_scaler(backend):
