@@ -818,11 +818,17 @@ def test_a_dropout_of_nothing_ends_no_chain(policy):
 
 
 @pytest.mark.parametrize(
-    "pool",
-    [nn.MaxPool2d(2), lambda x: F.max_pool2d(x, 2), lambda x: F.max_pool2d(x, kernel_size=(2, 2), stride=2)],
-    ids=["module", "function", "options"],
+    ("pool", "average"),
+    [
+        (nn.MaxPool2d(2), False),
+        (lambda x: F.max_pool2d(x, 2), False),
+        (lambda x: F.max_pool2d(x, kernel_size=(2, 2), stride=2), False),
+        (nn.AvgPool2d(2), True),
+        (lambda x: F.avg_pool2d(x, 3, stride=2, padding=1), True),
+    ],
+    ids=["module", "function", "options", "averages", "function of averages"],
 )
-def test_maxima_between_chains_keep_a_byte_each(pool, policy, monkeypatch):
+def test_pools_between_chains_keep_a_byte_a_maximum(pool, average, policy, monkeypatch):
     """And not the map that they are of, which in stock is there for them alone."""
     torch.manual_seed(0)
 
@@ -837,8 +843,9 @@ def test_maxima_between_chains_keep_a_byte_each(pool, policy, monkeypatch):
     for training in (True, False):
         assert_same(steps(model.train(training), x), steps(stock.train(training), x))
     kept = rd.memory.saved_bytes(lambda: model(x))
-    monkeypatch.setattr(sys.modules["resdense_ext.convert.program"], "run_max_pool", lambda layer, x: layer(x))
-    assert rd.memory.saved_bytes(lambda: model(x)) - kept == x.nbytes + (8 - 1) * 2 * 8 * 3 * 2
+    monkeypatch.setattr(sys.modules["resdense_ext.convert.program"], "run_pool", lambda layer, x: layer(x))
+    of_maxima = 0 if average else (8 - 1) * 2 * 8 * 3 * 2
+    assert rd.memory.saved_bytes(lambda: model(x)) - kept == x.nbytes + of_maxima
 
 
 class Unchained:

@@ -16,7 +16,7 @@ from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, changes_in_place, layer_of
 from resdense_ext.convert.trace import Traced, is_held, is_hooked
 from resdense_ext.nn.chain import run_chain
-from resdense_ext.nn.engine import run_conv_graph, run_dense_block, run_max_pool, run_residual_block, run_transition, why_stock
+from resdense_ext.nn.engine import run_conv_graph, run_dense_block, run_pool, run_residual_block, run_transition, why_stock
 from resdense_ext.nn.leaves import Unsupported, own_activation, pool_kind
 from resdense_ext.nn.protocols import (
     GraphModules,
@@ -323,8 +323,8 @@ def _function(owner: weakref.ref, modules: dict[str, nn.Module], node: Node) -> 
     if is_held(node):
         return lambda x: x
     layer = layer_of(node, modules)
-    if pool_kind(layer) == "maximum":
-        return lambda x, *options, **more: run_max_pool(layer, x)
+    if pool_kind(layer) in ("average", "maximum"):
+        return lambda x, *options, **more: run_pool(layer, x)
     if node.op == "call_module":
         return modules[node.target]
     if node.op == "call_method":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resdense_ext.models.parts import check_maps, crop_like
 from resdense_ext.nn import DenseBlock
-from resdense_ext.nn.engine import run_bn_act_conv, run_max_pool
+from resdense_ext.nn.engine import run_bn_act_conv, run_pool
 from resdense_ext.nn.leaves import read_children
 from resdense_ext.nn.parts import CONVS, MAX_POOLS, NORMS, TRANSPOSED_CONVS, check_policy, check_spatial_dims
 from resdense_ext.nn.protocols import OnEngine, UnitModules
@@ -36,7 +36,7 @@ class _TransitionDown(OnEngine, nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         x = run_bn_act_conv(self, x)
-        return self.pool(self.dropout(x)) if self.policy is None else run_max_pool(self.pool, x, self.dropout)
+        return self.pool(self.dropout(x)) if self.policy is None else run_pool(self.pool, x, self.dropout)
 
     def unit_modules(self) -> UnitModules:
         return tuple(read_children(self, "norm", "relu", "conv", "dropout", "pool")[:3])

@@ -26,11 +26,12 @@ from resdense_ext.nn.read import (
     read_dual_path_block,
     read_end,
     read_layers,
-    read_max_pool,
+    read_pool,
     read_pooled_unit,
     read_residual_block,
     read_unit,
 )
+from resdense_ext.ops.avg_pool import avg_pool
 from resdense_ext.ops.max_pool import max_pool
 from resdense_ext.ops.residual_maps import sizes_of
 
@@ -40,7 +41,7 @@ __all__ = [
     "run_dense_block",
     "run_dual_path_block",
     "run_end",
-    "run_max_pool",
+    "run_pool",
     "run_residual_block",
     "run_transition",
     "why_stock",
@@ -115,16 +116,16 @@ def run_bn_act_conv(unit: BNActConv, x: Tensor) -> Tensor:
     return run_or_stock(unit, x, read)
 
 
-def run_max_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None) -> Tensor:
+def run_pool(pool: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None) -> Tensor:
     """``pool(dropout(x))``, in one node where there is something to keep and they are what they seem, else without a word."""
     if takes(x) and torch.is_grad_enabled() and x.requires_grad:
         try:
-            read, p = read_max_pool(pool, dropout)
+            read, p = read_pool(pool, dropout)
         except Unsupported:
             pass
         else:
             if x.dim() == len(read.kernel_size) + 2:
-                return max_pool(x, read, p)
+                return max_pool(x, read, p) if read.kind == "maximum" else avg_pool(x, read)
     return pool(x if dropout is None else dropout(x))
 
 

@@ -56,7 +56,7 @@ __all__ = [
     "read_dual_path_block",
     "read_end",
     "read_layers",
-    "read_max_pool",
+    "read_pool",
     "read_pooled_unit",
     "read_residual_block",
     "read_unit",
@@ -241,11 +241,11 @@ def read_unit(modules: UnitModules) -> tuple[Unit, Activation]:
     return Unit(own_norm_of(norm, NORM_BESIDE[layer_class(conv)], activation), read_conv), activation_of(activation)
 
 
-def read_max_pool(pool: nn.Module, dropout: Optional[nn.Module] = None) -> tuple[Pool, float]:
-    """The pool and the probability to drop a value of the map in front of it.
+def read_pool(pool: nn.Module, dropout: Optional[nn.Module] = None) -> tuple[Pool, float]:
+    """The pool, of averages or maxima, and the probability to drop a value of the map in front of it, if it is of maxima.
 
     Raises:
-        Unsupported: other modules, windows of too many positions, or hooks.
+        Unsupported: other modules, maxima of too many positions, or hooks.
     """
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
@@ -256,7 +256,8 @@ def read_max_pool(pool: nn.Module, dropout: Optional[nn.Module] = None) -> tuple
             raise Unsupported(f"is {dropout}", dropout)
         p = dropout.p if dropout.training else 0.0
     read, _ = pool_of(pool)
-    if read.kind != "maximum" or math.prod(read.kernel_size) >= DROPPED:
+    of_maxima = read.kind == "maximum" and math.prod(read.kernel_size) < DROPPED
+    if not of_maxima and (read.kind != "average" or dropout is not None):
         raise Unsupported(f"is {pool}", pool)
     return read, p
 

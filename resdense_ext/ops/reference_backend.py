@@ -17,7 +17,7 @@ from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
-__all__ = ["ReferenceBackend", "empty_deviations"]
+__all__ = ["ReferenceBackend", "empty_deviations", "unpool"]
 
 
 class ReferenceBackend:
@@ -289,7 +289,7 @@ class ReferenceBackend:
         self, grad: Tensor, taps: Optional[Tensor], x: Tensor, fold: Fold, pool: Pool, into: Optional[Pending]
     ) -> ConvGrads:
         """As `bn_act_conv_backward`, from the gradient of what `bn_act_pool` returned, which is dense."""
-        dy = _unpool(grad, self.bn_act(x, fold.affine), pool).contiguous(memory_format=memory_format_of(x))
+        dy = unpool(grad, self.bn_act(x, fold.affine), pool).contiguous(memory_format=memory_format_of(x))
         return self.norm_act_backward(dy, x, fold, into)
 
     def norm_act_backward(self, dy: Tensor, x: Tensor, fold: Fold, into: Optional[Pending]) -> ConvGrads:
@@ -310,7 +310,7 @@ class ReferenceBackend:
     def avg_pool_backward_accumulate(self, out: Tensor, grad: Tensor, x: Tensor, pool: Pool) -> None:
         """Adds to ``out`` the gradient of ``x`` from that of what `avg_pool` returned."""
         for part in self.chunks(x):
-            out[part].add_(_unpool(grad[part], x[part], pool))
+            out[part].add_(unpool(grad[part], x[part], pool))
 
     def _grads(
         self,
@@ -395,7 +395,7 @@ def _affine(x: Tensor, affine: Affine) -> Tensor:
     return reference.per_channel(affine.scale, x) * x.to(affine.scale.dtype) + reference.per_channel(affine.shift, x)
 
 
-def _unpool(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
+def unpool(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
     """The gradient of `reference.pool` of ``y``, by the framework's kernels for more spatial dimensions where it has none for
     so few."""
     if pool.kind == "global":

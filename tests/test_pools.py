@@ -1,4 +1,4 @@
-"""The maxima of windows, behind a dropout or not: to the bit what stock computes, of a byte a maximum."""
+"""Pools by themselves, behind a dropout or not: to the bit what stock computes, of a byte a maximum and of nothing else."""
 
 import pytest
 import torch
@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import resdense_ext as rd
-from resdense_ext.nn.engine import run_max_pool
+from resdense_ext.nn.engine import run_pool
 from resdense_ext.nn.leaves import pool_of
+from resdense_ext.ops.avg_pool import AvgPoolFunction, avg_pool
 from resdense_ext.ops.max_pool import MaxPoolFunction, max_pool
 from resdense_ext.reference import Pool
 
-POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+MAXIMA = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVERAGES = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 CASES = [
     ((9,), dict(kernel_size=2)),
     ((9,), dict(kernel_size=3, stride=2, padding=1)),
@@ -53,10 +55,28 @@ def drawn(f, x, seed=1):
 @pytest.mark.parametrize("p", [0.0, 0.2, 1.0])  # 1 / (1 - p) is a number of 16 bits, as which stock has it on CPUs
 @pytest.mark.parametrize(("sizes", "options"), CASES)
 def test_the_same_as_stock_to_the_bit(sizes, options, p, dtype, channels_last):
-    x, pool = a_map(sizes, dtype, channels_last), POOLS[len(sizes)](**options)
+    x, pool = a_map(sizes, dtype, channels_last), MAXIMA[len(sizes)](**options)
     stock, ours = drawn(lambda x: pool(F.dropout(x, p)), x), drawn(lambda x: max_pool(x, pool_of(pool)[0], p), x)
     assert all(map(torch.equal, ours, stock))
     assert ours[0].stride() == stock[0].stride() and ours[1].stride() == x.stride()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("sizes", "options"), CASES)
+def test_averages_are_the_same_as_stock_to_the_bit(sizes, options, dtype, channels_last):
+    x, pool = a_map(sizes, dtype, channels_last), AVERAGES[len(sizes)](**options)
+    stock, ours = drawn(pool, x), drawn(lambda x: avg_pool(x, pool_of(pool)[0]), x)
+    assert all(map(torch.equal, ours, stock))
+    assert ours[0].stride() == stock[0].stride() and ours[1].stride() == x.stride()
+    assert rd.memory.saved_bytes(lambda: avg_pool(x.requires_grad_(), pool_of(pool)[0])) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_in_16_bits(dtype):
+    """Of numbers whose averages are numbers of 16 bits."""
+    x, pool = a_map((6, 8), torch.float32, True).mul(8).round().to(dtype), nn.AvgPool2d(2)
+    assert all(map(torch.equal, drawn(lambda x: avg_pool(x, pool_of(pool)[0]), x), drawn(pool, x)))
 
 
 def test_of_equal_values_the_one_that_stock_takes():
@@ -71,11 +91,12 @@ def test_gradients_of_gradients_and_in_batches():
     for pool in (Pool("maximum", (2, 3), (2, 3), (0, 0)), Pool("maximum", (3, 3), (2, 2), (1, 1))):
         assert torch.autograd.gradcheck(lambda x: max_pool(x, pool), x)
         assert torch.autograd.gradgradcheck(lambda x: max_pool(x, pool), x)
-    y = max_pool(x, TWO, 0.4)
-    grads = torch.randn(4, *y.shape, dtype=y.dtype)
-    alone = torch.stack([torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads])
-    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
-    assert torch.equal(batched, alone)
+        assert torch.autograd.gradgradcheck(lambda x: avg_pool(x, pool._replace(kind="average")), x)
+    for y in (max_pool(x, TWO, 0.4), avg_pool(x, TWO._replace(kind="average"))):
+        grads = torch.randn(4, *y.shape, dtype=y.dtype)
+        alone = torch.stack([torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads])
+        (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
+        assert torch.equal(batched, alone)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -114,15 +135,20 @@ def hooked(module):
         (nn.Dropout(0.3), nn.MaxPool2d(2, dilation=2), False),
         (nn.Dropout(0.3), nn.MaxPool2d(16), False),
         (nn.Dropout(0.3), nn.AvgPool2d(2), False),
+        (None, nn.AvgPool2d(3, stride=2, padding=1), True),
+        (None, nn.AvgPool2d(2, count_include_pad=False, padding=1), False),
+        (None, nn.AvgPool2d(2, divisor_override=3), False),
+        (None, nn.AdaptiveAvgPool2d(1), False),
         (nn.Dropout(0.3), nn.AdaptiveMaxPool2d(2), False),
     ],
 )
 def test_modules_that_are_no_such_pair_are_called(dropout, pool, one_node):
     x = a_map((17, 19))
     modules = nn.Sequential(*[module for module in (dropout, pool) if module is not None])
-    stock, ours = drawn(lambda x: modules(x * 1), x), drawn(lambda x: run_max_pool(pool, x * 1, dropout), x)
+    stock, ours = drawn(lambda x: modules(x * 1), x), drawn(lambda x: run_pool(pool, x * 1, dropout), x)
     assert all(map(torch.equal, ours, stock))
-    assert (type(ours[0].grad_fn).__name__ == MaxPoolFunction.__name__ + "Backward") == one_node
+    nodes = [f"{function.__name__}Backward" for function in (MaxPoolFunction, AvgPoolFunction)]
+    assert (type(ours[0].grad_fn).__name__ in nodes) == one_node
 
 
 def test_where_nothing_is_to_be_kept_the_modules_are_called():
@@ -131,5 +157,5 @@ def test_where_nothing_is_to_be_kept_the_modules_are_called():
     pool.forward = lambda x: called.append(x) or F.max_pool2d(x, 2)
     for context, of in ((torch.no_grad(), x.requires_grad_()), (torch.enable_grad(), x.detach())):
         with context:
-            run_max_pool(pool, of, dropout)
+            run_pool(pool, of, dropout)
     assert len(called) == 2
