@@ -15,6 +15,37 @@ from resdense_ext import functional
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+class Narrow(nn.Conv2d):
+    """Of which the constructor is its own, and what torch's class does not have."""
+
+    expansion = 2
+
+    def __init__(self, channels):
+        super().__init__(channels, channels // self.expansion, 3, padding=1, bias=False)
+
+    @staticmethod
+    def downsampling_stride(stride):
+        return stride
+
+
+class SlowNorm(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels, momentum=0.01)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+
+CONSTRUCTED = {nn.Conv2d: Narrow, nn.BatchNorm2d: SlowNorm}
+"""Subclasses of layers that compute what these compute."""
+
+
+class Joined(nn.Module):
+    def forward(self, halves):
+        return torch.cat(halves, 1)
+
+
 def library(path):
     """A module of a library that is torchvision's or wants it; skips the test, or the test file, where it is not installed."""
     try:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_nets import assert_same, images, randomise, small_densenet, steps
+from small_nets import Joined, assert_same, images, randomise, small_densenet, steps
 from torch import nn
 
 import resdense_ext as rd
@@ -97,11 +97,6 @@ def test_a_block_that_runs_twice_is_counted_twice():
     model, x = Twice(), images(2, 8, 9, 9)
     rd.convert(model, memory_budget="1GiB", example_input=x)
     assert budgets.plan_of(model).predicted_bytes == pytest.approx(saved(model, x), rel=0.01)
-
-
-class Joined(nn.Module):
-    def forward(self, halves):
-        return torch.cat(halves, 1)
 
 
 BLOCKS = {

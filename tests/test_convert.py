@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_nets import (  # noqa: F401
+    CONSTRUCTED,
     assert_same,
     engine,
     images,
@@ -546,31 +547,6 @@ def one(path, make):
         setattr(parent, name, make(getattr(parent, name)))
 
     return change
-
-
-class Narrow(nn.Conv2d):
-    """Of which the constructor is its own, and what torch's class does not have."""
-
-    expansion = 2
-
-    def __init__(self, channels):
-        super().__init__(channels, channels // self.expansion, 3, padding=1, bias=False)
-
-    @staticmethod
-    def downsampling_stride(stride):
-        return stride
-
-
-class SlowNorm(nn.BatchNorm2d):
-    def __init__(self, channels):
-        super().__init__(channels, momentum=0.01)
-
-    def reset_parameters(self):
-        super().reset_parameters()
-        nn.init.zeros_(self.weight)
-
-
-CONSTRUCTED = {nn.Conv2d: Narrow, nn.BatchNorm2d: SlowNorm}
 
 
 def doubled(module, x):

@@ -12,7 +12,7 @@ import pytest
 import strangers as S
 import torch
 import torch.nn.functional as F
-from small_nets import assert_same, engine, images, library, policy, silent, steps  # noqa: F401
+from small_nets import CONSTRUCTED, assert_same, engine, images, library, policy, silent, steps  # noqa: F401
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -900,22 +900,12 @@ def test_what_runs_on_the_engine_does_so_in_every_mode_and_in_copies(kind):
         assert_same(steps(model, x), steps(stock.train(training), x))
 
 
-class Conv3x3(nn.Conv2d):
-    def __init__(self, channels, planes):
-        super().__init__(channels, planes, 3, padding=1, bias=False)
-
-
-class Norm(nn.BatchNorm2d):
-    def __init__(self, channels):
-        super().__init__(channels, momentum=0.01)
-
-
 @pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("kind", STRANGERS, ids=lambda kind: kind.__name__)
 def test_layers_that_have_only_a_constructor_of_their_own(kind, policy, engine):
     stock, x = S.stranger(kind), images(*STRANGERS[kind])
     for module in stock.modules():
-        module.__class__ = {nn.Conv2d: Conv3x3, nn.BatchNorm2d: Norm}.get(type(module), type(module))
+        module.__class__ = CONSTRUCTED.get(type(module), type(module))
     model = rd.convert(copy.deepcopy(stock), policy)
     assert_same(steps(model, x, call=seeded), steps(stock, x, call=seeded))
     assert engine == [policy] * CALLS.get(kind, 1)

@@ -21,6 +21,7 @@ from resdense_ext.nn.protocols import OnEngine, UnitModules
 
 __all__ = ["FCDenseNet", "fc_densenet56", "fc_densenet67", "fc_densenet103"]
 
+
 class _TransitionDown(OnEngine, nn.Sequential):
     """Norm, ReLU and 1x1 convolution, of which the engine keeps the input alone, then dropout and a maximum of two positions a side,
     of which it keeps a byte."""

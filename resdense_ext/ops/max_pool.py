@@ -35,7 +35,7 @@ class MaxPoolFunction(torch.autograd.Function):
         of_rank = _POOLS[x.dim() - 3]
         y, places = of_rank(x, *pool.windows, ceil_mode=pool.ceil_mode, return_indices=True)
         first, offsets = _places(x.shape[2:], places.shape[2:], pool, x.device)
-        numbers = torch.zeros(_numel(pool, x.shape[2:]), dtype=torch.uint8, device=x.device)
+        numbers = torch.zeros(_span(pool, x.shape[2:]), dtype=torch.uint8, device=x.device)
         numbers[offsets] = torch.arange(len(offsets), dtype=torch.uint8, device=x.device)
         taps = numbers[places - first]
         if mask is not None:
@@ -50,9 +50,9 @@ class MaxPoolFunction(torch.autograd.Function):
         places = F.pad(offsets, (0, DROPPED + 1 - len(offsets)))[taps.long()] + first
         kept = taps != DROPPED  # of others nothing goes to some place in the map
         places, grad = places * kept, torch.where(kept, grad, 0)
-        like = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)  # whose sizes and format are read alone
-        dx = _unpool(grad, like, pool, places)
-        return dx if ctx.scale == 1 else dx * ctx.scale, None, None
+        # Of x the sizes and the format are read alone.
+        dx = _unpool(grad, torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device), pool, places)
+        return dx if ctx.scale == 1 else dx.mul_(ctx.scale), None, None
 
 
 def _unpool(grad: Tensor, x: Tensor, pool: Pool, places: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def _steps(sizes: Sequence[int]) -> list[int]:
     return [math.prod(sizes[at + 1 :]) for at in range(len(sizes))]
 
 
-def _numel(pool: Pool, sizes: Sequence[int]) -> int:
-    """One more than the last position of a window is from its first one."""
+def _span(pool: Pool, sizes: Sequence[int]) -> int:
+    """How many of the map's positions lie between the first of a window and the last, both of them too."""
     return 1 + sum((width - 1) * step for width, step in zip(pool.kernel_size, _steps(sizes)))
 
 

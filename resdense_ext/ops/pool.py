@@ -1,6 +1,6 @@
 """One call for the kernels of three kinds of pools, which a backend has as operators or as launchers of the same names.
 
-The operators take the activation as its negative slope, the launchers as it is: here it is whatever they take.
+The operators take the activation as its number, the launchers as it is: here it is whatever they take.
 """
 
 from __future__ import annotations
