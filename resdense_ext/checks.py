@@ -39,6 +39,7 @@ __all__ = [
     "check_pooled_unit",
     "check_probability",
     "check_residual_block",
+    "check_residual_stage",
     "check_same",
     "has_autocast",
     "kept_layers",
@@ -163,7 +164,7 @@ def check_pooled_unit(where: str, unit: PooledUnit, channels: int, x: Tensor) ->
     check_norm(f"{where}norm", unit.norm, channels, x)
     if unit.pool.ceil_mode:
         raise ValueError(f"{where}pool.ceil_mode: expected False behind a norm, got True")
-    _check_windows(f"{where}pool", unit.pool, x)
+    _check_windows(f"{where}pool", unit.pool, x.shape)
     if unit.conv is not None:
         if any(size != 1 for size in unit.conv.weight.shape[2:]):
             raise ValueError(f"{where}conv.weight: expected a kernel of size 1, got shape {tuple(unit.conv.weight.shape)}")
@@ -171,7 +172,7 @@ def check_pooled_unit(where: str, unit: PooledUnit, channels: int, x: Tensor) ->
         _check_keeps_size(f"{where}conv", unit.conv)
 
 
-def _check_windows(where: str, pool: Pool, x: Tensor) -> None:
+def _check_windows(where: str, pool: Pool, shape: Sequence[int]) -> None:
     kernel_size, stride, padding = pool.windows
     for window, step, around in zip(*pool.windows):
         if window < 1 or step < 1 or not 0 <= around <= window // 2:
@@ -179,47 +180,63 @@ def _check_windows(where: str, pool: Pool, x: Tensor) -> None:
                 f"{where}: expected windows and strides of 1 or more and padding of at most half a window, "
                 f"got kernel_size {kernel_size}, stride {stride}, padding {padding}"
             )
-    if any(size < 1 for size in pool.outputs(x.shape[2:])) and x.numel():
+    if any(size < 1 for size in pool.outputs(shape[2:])) and math.prod(shape):
         raise ValueError(
-            f"{where}: expected windows within the padded x of shape {tuple(x.shape)}, "
+            f"{where}: expected windows within the padded x of shape {tuple(shape)}, "
             f"got kernel_size {kernel_size}, padding {padding}"
         )
 
 
-def _check_shortcut_pool(pool: Pool, activated: bool, x: Tensor) -> tuple[int, ...]:
-    """The shape of what it makes of x."""
-    where, rank = "block.shortcut.pool", x.dim() - 2
+def _check_shortcut_pool(where: str, pool: Pool, activated: bool, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what it makes of a map of this shape."""
+    rank = len(shape) - 2
     if activated:
         raise ValueError(f"{where}: expected None in a shortcut that is activated, got {pool}")
     if pool.kind != "average" or any(len(sizes) != rank for sizes in pool.windows):
         raise ValueError(f"{where}: expected an average with {rank} numbers of each kind, got {pool}")
-    _check_windows(where, pool, x)
-    return (*x.shape[:2], *pool.outputs(x.shape[2:]))
+    _check_windows(where, pool, shape)
+    return (*shape[:2], *pool.outputs(shape[2:]))
 
 
 def check_residual_block(x: Tensor, block: ResidualBlock) -> None:
     """Raises what `residual_block` raises for these arguments."""
     check_input(x)
-    if not block.units:
-        raise ValueError("block.units: expected one or more, got 0")
-    dtype = None if autocasts(x.device.type) else x.dtype
+    _check_residual_block("block", block, tuple(x.shape), x)
+
+
+def check_residual_stage(x: Tensor, blocks: Sequence[ResidualBlock]) -> None:
+    """Raises what `residual_stage` raises for these arguments."""
+    check_input(x)
+    if not blocks:
+        raise ValueError("blocks: expected one or more, got 0")
     shape: tuple[int, ...] = tuple(x.shape)
+    for i, block in enumerate(blocks):
+        shape = _check_residual_block(f"blocks[{i}]", block, shape, x)
+
+
+def _check_residual_block(where: str, block: ResidualBlock, shape: tuple[int, ...], x: Tensor) -> tuple[int, ...]:
+    """Of one that reads a map of this shape; the shape of what it writes."""
+    if not block.units:
+        raise ValueError(f"{where}.units: expected one or more, got 0")
+    dtype = None if autocasts(x.device.type) else x.dtype
+    added, shortcut = shape, f"{where}.shortcut"
     for i, unit in enumerate(block.units):
-        shape = _check_unit(f"block.units[{i}].", unit, shape, x, dtype)
+        shape = _check_unit(f"{where}.units[{i}].", unit, shape, x, dtype)
     if block.norm is not None:
-        check_norm("block.norm", block.norm, shape[1], x, shape)
-    added, where = tuple(x.shape), "block.shortcut"
+        check_norm(f"{where}.norm", block.norm, shape[1], x, shape)
     if block.shortcut is not None:
         conv, norm, activated, pool = block.shortcut
         if pool is not None:
-            added = _check_shortcut_pool(pool, activated, x)
-        added, where = _check_unit(f"{where}.", Unit(None, conv), added, x, dtype), "block.shortcut.conv"
+            added = _check_shortcut_pool(f"{shortcut}.pool", pool, activated, added)
+        added = _check_unit(f"{shortcut}.", Unit(None, conv), added, x, dtype)
         if norm is not None:
-            check_norm("block.shortcut.norm", norm, added[1], x, added)
+            check_norm(f"{shortcut}.norm", norm, added[1], x, added)
     if added != shape:
-        raise ValueError(f"{where}: expected an output of shape {shape}, as the units', got {added}")
+        named = shortcut if block.shortcut is None else f"{shortcut}.conv"
+        raise ValueError(f"{named}: expected an output of shape {shape}, as the units', got {added}")
     norms = [unit.norm for unit in block.units]
-    check_one_group("block", [*norms, block.norm, None if block.shortcut is None else block.shortcut.norm])
+    check_one_group(where, [*norms, block.norm, None if block.shortcut is None else block.shortcut.norm])
+    return shape
 
 
 def check_dual_path_stage(x: Tensor | tuple[Tensor, Tensor], blocks: Sequence[DualPathBlock]) -> None:

@@ -25,6 +25,7 @@ from resdense_ext.checks import (
     check_pooled_unit,
     check_probability,
     check_residual_block,
+    check_residual_stage,
     check_same,
     kept_layers,
     pool_of,
@@ -37,8 +38,8 @@ from resdense_ext.ops import conv1x1_bn_add_act_function as _conv1x1_bn_add_act
 from resdense_ext.ops import dense_block_function as _dense_block
 from resdense_ext.ops import dual_path_stage_function as _dual_path_stage
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
-from resdense_ext.ops import residual_block_function as _residual_block
-from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_dual_path_blocks, cast_residual_block
+from resdense_ext.ops import residual_stage_function as _residual_stage
+from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_dual_path_blocks, cast_residual_blocks
 from resdense_ext.ops.layout import as_convolved, empty_map
 from resdense_ext.reference import (
     Activation,
@@ -74,6 +75,7 @@ __all__ = [
     "dropout_mask",
     "dual_path_stage",
     "residual_block",
+    "residual_stage",
     "transition",
 ]
 
@@ -194,21 +196,71 @@ def residual_block(
 
     Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
     """
-    act = activation_of(activation, negative_slope)
-    final = final_activation or (activation if block.norm is not None else "identity")
-    last = activation_of(final, negative_slope, "final_activation")
+    activations = _activations_of([block], activation, final_activation, negative_slope)
     check_policy(policy)
     check_residual_block(x, block)
+    return _residual_blocks(x, [block], *activations, [policy])
+
+
+def residual_stage(
+    x: Tensor,
+    blocks: Sequence[ResidualBlock],
+    *,
+    activation: str = "relu",
+    final_activation: Optional[str] = None,
+    negative_slope: float = 0.01,
+    policy: str | Sequence[str] = "fast",
+) -> Tensor:
+    """Residual blocks one after another in one node: a step of Python and of autograd for all of them.
+
+    Equivalent to::
+
+        for block in blocks:
+            x = residual_block(x, block)
+
+    What is kept is the same; it is let go once the backward of all blocks is done, not block by block.
+
+    Args:
+        x, activation, final_activation, negative_slope: as in `residual_block`.
+        blocks: one or more.
+        policy: of all blocks, or a sequence of one a block.
+
+    Returns:
+        ``[N, K, *spatial]``, as `residual_block`.
+
+    Raises:
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        TypeError: dtypes that do not fit.
+        Nothing is changed before an error is raised.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
+    """
+    activations = _activations_of(blocks, activation, final_activation, negative_slope)
+    policies = [policy] * len(blocks) if isinstance(policy, str) else list(policy)
+    if len(policies) != len(blocks):
+        raise ValueError(f"policy: expected {len(blocks)} names, one a block, got {len(policies)}")
+    for name in policies:
+        check_policy(name)
+    check_residual_stage(x, blocks)
+    return _residual_blocks(x, blocks, *activations, policies)
+
+
+def _activations_of(
+    blocks: Sequence[ResidualBlock], activation: str, final_activation: Optional[str], negative_slope: float
+) -> tuple[Activation, list[Activation]]:
+    """That between norms and convolutions, and those behind the blocks' additions."""
+    finals = [final_activation or (activation if block.norm is not None else "identity") for block in blocks]
+    lasts = [activation_of(final, negative_slope, "final_activation") for final in finals]
+    return activation_of(activation, negative_slope), lasts
+
+
+def _residual_blocks(
+    x: Tensor, blocks: Sequence[ResidualBlock], act: Activation, lasts: Sequence[Activation], policies: Sequence[str]
+) -> Tensor:
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
-        block = cast_residual_block(block, torch.get_autocast_dtype(x.device.type))
-        if block.units[0].norm is None:
-            x = x.to(block.units[0].conv.weight.dtype)
-    if x.numel() == 0:
-        return reference.residual_block(x, block, act, last)
-    x = as_convolved(x, [unit.conv.weight for unit in block.units])
-    backend = backends.choose(x, block.units[0].conv.weight.dtype)
-    return _residual_block.residual_block(x, block, act, last, policy, backend)
+        blocks = cast_residual_blocks(blocks, torch.get_autocast_dtype(x.device.type))
+    return _residual_stage.residual_stage(x, blocks, act, lasts, policies)
 
 
 def dual_path_stage(

@@ -425,7 +425,7 @@ class TestAutograd:
         described, tensors, _ = parts_of(block)
         last = Activation(final)
         x = input_of(block, (5, 4), samples=2)
-        plan = op.plan_of(x, described, last, policy, x.dtype)
+        plan = op.plan_of(x.shape, described, last, policy, x.dtype)
         chosen = backends.choose(x, x.dtype)
         config = op.ResidualBlockConfig.of(described, Activation(), last, plan, chosen.name)
         tensors = [None if t is None else t.detach() for t in tensors]

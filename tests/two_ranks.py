@@ -112,7 +112,7 @@ def sharded(network, policy):
     fully_shard(model)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("dense_block", "residual_block"):
+        for name in ("dense_block", "residual_stage"):
             patch.setattr(functional, name, lambda *a, f=getattr(functional, name), **o: calls.append(o["policy"]) or f(*a, **o))
         output, x = step(model, dist.get_rank())
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found(model, output, x).items()}

@@ -117,12 +117,12 @@ class ResNet(OnEngine, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
+        stem, stages = [self.bn1, self.relu, self.maxpool], [getattr(self, name) for name in self.stages]
         if self.policy is None:
-            x = self.maxpool(self.relu(self.bn1(x)))
+            for module in [*stem, *stages]:
+                x = module(x)
         else:
-            x = run_chain([self.bn1, self.relu, self.maxpool], x)
-        for name in self.stages:
-            x = getattr(self, name)(x)
+            x = run_chain([*stem, *stages], x)
         return self.fc(self.avgpool(x).flatten(1))
 
 

@@ -20,7 +20,7 @@ __all__ = [
     "call_dense_block",
     "call_dual_path_stage",
     "call_pooled_unit",
-    "call_residual_block",
+    "call_residual_stage",
     "last_norm",
     "options_of",
     "widened",
@@ -61,14 +61,14 @@ def call_pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Ten
     return functional.bn_act_pool(x, unit.norm, unit.pool.kind, *unit.pool.windows, **options)
 
 
-def call_residual_block(
-    x: Tensor, block: ResidualBlock, activation: Activation, last: Activation, policy: Policy
+def call_residual_stage(
+    x: Tensor, blocks: Sequence[ResidualBlock], activation: Activation, last: Activation, policies: Sequence[Policy]
 ) -> Tensor:
-    """A residual block; ``last`` is the activation behind the addition."""
+    """Residual blocks, one after another; ``last`` is the activation behind the addition."""
     names = {"activation": activation.name, "final_activation": last.name}
     # Of two leaky_relus the slope is the same.
     slope = last.slope if last.name == "leaky_relu" else activation.slope
-    return functional.residual_block(x, block, **names, negative_slope=slope, policy=policy)
+    return functional.residual_stage(x, blocks, **names, negative_slope=slope, policy=policies)
 
 
 def call_dual_path_stage(

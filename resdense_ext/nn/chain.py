@@ -10,14 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from resdense_ext.nn.calls import call_dense_block, call_dual_path_stage, call_pooled_unit, last_norm, widened
-from resdense_ext.nn.dispatch import Run, check_plain, running, takes
-from resdense_ext.nn.engine import run_dense_block
+from resdense_ext.nn.calls import (
+    call_dense_block,
+    call_dual_path_stage,
+    call_pooled_unit,
+    call_residual_stage,
+    last_norm,
+    widened,
+)
+from resdense_ext.nn.dispatch import Run, check_plain, is_watched, running, takes
+from resdense_ext.nn.engine import broadcasts, run_dense_block
 from resdense_ext.nn.leaves import Unsupported, check_untouched, is_frozen_norm, own_activation, pool_kind
-from resdense_ext.nn.protocols import Block, DualPath, Halves, PooledModules, SideBySide, Transition, whole
-from resdense_ext.nn.read import check_one_group, read_dual_path_block, read_layers, read_pooled_unit
+from resdense_ext.nn.protocols import Block, DualPath, Halves, PooledModules, Residual, SideBySide, Transition, whole
+from resdense_ext.nn.read import check_one_group, read_dual_path_block, read_layers, read_pooled_unit, read_residual_block
 from resdense_ext.ops.split_unit import split_norm
-from resdense_ext.reference import Activation, DualPathBlock
+from resdense_ext.reference import Activation, DualPathBlock, ResidualBlock
 
 __all__ = [
     "run_chain",
@@ -39,8 +46,8 @@ _Link = nn.Module | _Layers
 
 def run_chain(modules: Sequence[nn.Module], x: Tensor | Halves) -> Tensor | Halves:
     """Calls modules one after another; in one node run a dense block and the transition or head behind it, a norm, an activation
-    and a pool in a row, and dual path blocks up to the next that has a projection, where none of them carries hooks. Chains and
-    plain sequences among the modules are a part of this one."""
+    and a pool in a row, and residual or dual path blocks up to the next that has a projection, where none of them carries hooks.
+    Chains and plain sequences among the modules are a part of this one."""
     links = [link for module in modules for link in _links(module)] if takes(x) else modules
     at = 0
     while at < len(links):
@@ -73,6 +80,8 @@ def _links(module: nn.Module) -> list[_Link]:
     return [link for inner in chain for link in _links(inner)]
 
 
+_MOST_BYTES = 16 * 2**20
+"""Weights of the residual blocks in a node: their gradients are there all at once when they are handed on."""
 _HEAD = {4: nn.AdaptiveAvgPool2d(1), 3: nn.AdaptiveAvgPool1d(1), 5: nn.AdaptiveAvgPool3d(1)}
 _RELU = nn.ReLU(inplace=True)
 
@@ -82,6 +91,8 @@ def _match(links: Sequence[_Link], at: int, x: Tensor | Halves) -> tuple[Optiona
     turns out that it cannot: each link by itself then says why."""
     if hasattr(links[at], "dual_path_modules"):
         return _match_dual_path(links, at)
+    if hasattr(links[at], "residual_modules"):
+        return _match_residual(links, at)
     if isinstance(x, tuple):
         return _match_joined(links, at, x)
     block = _block(links[at])
@@ -98,11 +109,62 @@ def _match(links: Sequence[_Link], at: int, x: Tensor | Halves) -> tuple[Optiona
     return None, 1
 
 
+def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int]:
+    """The residual blocks from ``at`` on of which only the first has a projection, as far as the engine takes them.
+
+    One whose policy is "min" is a node of its own in training: what a node has kept is held until its backward is done.
+    """
+    if is_watched():
+        return None, 1  # whoever watches hears of every block
+    policies = ("fast",) if torch.is_grad_enabled() else ("fast", "min")
+    blocks: list[Residual] = []
+    described: list[ResidualBlock] = []
+    kinds: set[tuple[Activation, Activation]] = set()
+    norms: list[nn.Module] = []
+    nbytes = 0
+    try:
+        for block in links[at:]:
+            if not hasattr(block, "residual_modules") or block.engine_policy not in policies:
+                break
+            check_untouched(block)
+            modules = block.residual_modules()
+            own = [unit[modules.form == "post"] for unit in modules.units]
+            if blocks and (modules.shortcut or not set(norms).isdisjoint(own)):
+                break
+            read, *kind = read_residual_block(modules)
+            nbytes += sum(unit.conv.weight.nbytes for unit in read.units)
+            if blocks and (tuple(kind) not in kinds or nbytes > _MOST_BYTES):
+                break
+            blocks.append(block)
+            described.append(read)
+            kinds.add(tuple(kind))
+            norms += own
+    except Unsupported:
+        pass  # called by itself, the block says why
+    if len(blocks) < 2:
+        return None, 1
+    return (lambda x: _run_residual_blocks(blocks, described, *kinds.pop(), x)), len(blocks)
+
+
+def _run_residual_blocks(
+    blocks: Sequence[Residual], described: Sequence[ResidualBlock], activation: Activation, last: Activation, x: Tensor
+) -> Optional[Tensor]:
+    try:
+        check_plain(x)
+    except Unsupported:
+        return None
+    if broadcasts(x.shape, described):
+        return None
+    y = call_residual_stage(x, described, activation, last, [block.engine_policy for block in blocks])
+    return y if described[-1].norm is None else widened(y, blocks[-1].residual_modules().units[-1][1])
+
+
 def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int]:
     """The dual path blocks from ``at`` on of which only the first has a projection, as far as the engine takes them."""
     blocks: list[DualPath] = []
     described: list[DualPathBlock] = []
     kinds: set[tuple[Activation, bool]] = set()
+    norms: list[nn.Module] = []
     try:
         for block in links[at:]:
             if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
@@ -110,12 +172,13 @@ def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], in
             check_untouched(block)
             modules = block.dual_path_modules()
             read, activation = read_dual_path_block(modules)
-            kind = activation, modules.side_by_side
-            if blocks and (read.projection is not None or kind not in kinds):
+            kind, own = (activation, modules.side_by_side), [norm for norm, *_ in modules.units]
+            if blocks and (read.projection is not None or kind not in kinds or not set(norms).isdisjoint(own)):
                 break
             blocks.append(block)
             described.append(read)
             kinds.add(kind)
+            norms += own
     except Unsupported:
         pass  # called by itself, the block says why
     if not blocks:

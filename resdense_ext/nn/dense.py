@@ -178,7 +178,7 @@ class Transition(OnEngine, nn.Sequential):
 
 class Chain(OnEngine, nn.Sequential):
     """A `torch.nn.Sequential` in which neighbours share a node: a dense block and the transition or head behind it; a batch
-    norm, an activation and a pool.
+    norm, an activation and a pool; residual or dual path blocks of one stage.
 
     Equivalent to ``torch.nn.Sequential(*modules)``. A module that carries hooks, or that the engine does not know, is called by
     itself.

@@ -22,6 +22,7 @@ __all__ = [
     "Watch",
     "check_plain",
     "is_transformed",
+    "is_watched",
     "run_or_stock",
     "running",
     "say",
@@ -69,11 +70,20 @@ def watching(tell: Watch) -> Iterator[None]:
         _watch.reset(token)
 
 
+def is_watched() -> bool:
+    """Whether somebody is `watching`."""
+    return _watching() is not None
+
+
+def _watching() -> Optional[Watch]:
+    # Context variables cannot be traced.
+    return None if torch.compiler.is_compiling() else _watch.get()
+
+
 @contextmanager
 def running(module: nn.Module, x: Tensor | Halves) -> Iterator[None]:
     """What runs inside, `watching` hears of."""
-    # Context variables cannot be traced.
-    tell = None if torch.compiler.is_compiling() else _watch.get()
+    tell = _watching()
     if tell is not None:
         tell(module, x)
     yield

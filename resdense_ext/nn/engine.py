@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -13,7 +14,7 @@ from resdense_ext.nn.calls import (
     call_dense_block,
     call_dual_path_stage,
     call_pooled_unit,
-    call_residual_block,
+    call_residual_stage,
     last_norm,
     options_of,
     widened,
@@ -33,9 +34,11 @@ from resdense_ext.nn.read import (
 )
 from resdense_ext.ops.avg_pool import avg_pool
 from resdense_ext.ops.max_pool import max_pool
-from resdense_ext.ops.residual_maps import sizes_of
+from resdense_ext.ops.residual_maps import shape_behind
+from resdense_ext.reference import ResidualBlock
 
 __all__ = [
+    "broadcasts",
     "run_bn_act_conv",
     "run_conv_graph",
     "run_dense_block",
@@ -80,19 +83,27 @@ def run_residual_block(block: Residual, x: Tensor) -> Tensor:
     def read() -> Run:
         modules = block.residual_modules()
         described, activation, last = read_residual_block(modules)
-        shortcut = described.shortcut
 
         def run(x: Tensor) -> Optional[Tensor]:
-            made, added = sizes_of(x, described)[-1], x.shape[2:] if shortcut is None else shortcut.outputs(x.shape[2:])
-            fits = len(made) == len(added) and all(m == a or 1 in (m, a) for m, a in zip(made, added))
-            if fits and tuple(made) != tuple(added):
-                return None  # of one side a single position is left, which stock broadcasts
-            y = call_residual_block(x, described, activation, last, block.engine_policy)
+            if broadcasts(x.shape, [described]):
+                return None
+            y = call_residual_stage(x, [described], activation, last, [block.engine_policy])
             return widened(y, modules.units[-1][1]) if modules.form == "post" else y
 
         return run
 
     return run_or_stock(block, x, read)
+
+
+def broadcasts(shape: Sequence[int], blocks: Sequence[ResidualBlock]) -> bool:
+    """Whether one of the blocks, the first of which has an input of this shape, adds maps of which one has a single position
+    left: stock broadcasts it."""
+    for block in blocks:
+        made, added = shape_behind(shape, block), tuple(shape[2:] if block.shortcut is None else block.shortcut.outputs(shape[2:]))
+        if made[2:] != added and len(made[2:]) == len(added) and all(m == a or 1 in (m, a) for m, a in zip(made[2:], added)):
+            return True
+        shape = made
+    return False
 
 
 def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:

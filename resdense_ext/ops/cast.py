@@ -18,7 +18,7 @@ __all__ = [
     "cast_convolution",
     "cast_convolutions",
     "cast_dual_path_blocks",
-    "cast_residual_block",
+    "cast_residual_blocks",
     "without_autocast",
 ]
 
@@ -66,12 +66,14 @@ def cast_convolutions(layers: Sequence[DenseLayer], dtype: torch.dtype) -> list[
     return [layer._replace(units=tuple(Unit(unit.norm, next(convs)) for unit in layer.units)) for layer in layers]
 
 
-def cast_residual_block(block: ResidualBlock, dtype: torch.dtype) -> ResidualBlock:
-    """The block with convolutions as `cast_convolution` gives them."""
-    shortcut = block.shortcut
-    *convs, last = _cast_convs([*(unit.conv for unit in block.units), None if shortcut is None else shortcut.conv], dtype)
-    units = tuple(Unit(unit.norm, conv) for unit, conv in zip(block.units, convs))
-    return block._replace(units=units, shortcut=None if shortcut is None else shortcut._replace(conv=last))
+def cast_residual_blocks(blocks: Sequence[ResidualBlock], dtype: torch.dtype) -> list[ResidualBlock]:
+    """The blocks with convolutions as `cast_convolution` gives them."""
+    convs = [conv for block in blocks for conv in (*(unit.conv for unit in block.units), block.shortcut and block.shortcut.conv)]
+    cast, made = iter(_cast_convs(convs, dtype)), []
+    for block in blocks:
+        units, conv = tuple(Unit(unit.norm, next(cast)) for unit in block.units), next(cast)
+        made.append(block._replace(units=units, shortcut=block.shortcut and block.shortcut._replace(conv=conv)))
+    return made
 
 
 def cast_dual_path_blocks(blocks: Sequence[DualPathBlock], dtype: torch.dtype) -> list[DualPathBlock]:

@@ -182,7 +182,7 @@ def _residual_block_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Ten
     config = ResidualBlockConfig(*numbers)
     block = config.block(tensors)
     maps = [x]
-    for unit, sizes in zip(block.units, sizes_of(x, block)[1:]):
+    for unit, sizes in zip(block.units, sizes_of(x.shape, block)[1:]):
         maps.append(empty_map(x, unit.conv.weight.shape[0], unit.conv.weight.dtype, sizes))
     identity = x if block.shortcut is None else torch.empty_like(maps[-1])
     dtype = torch.promote_types(maps[-1].dtype, identity.dtype) if block.norm is None else maps[-1].dtype

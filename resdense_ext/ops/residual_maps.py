@@ -30,6 +30,7 @@ __all__ = [
     "norms_of",
     "plan_of",
     "reads_out",
+    "shape_behind",
     "sizes_of",
     "takes_stats",
     "units_of",
@@ -122,17 +123,22 @@ def norms_of(block: ResidualBlock) -> list[Optional[BatchNorm]]:
     return [norm for norm, _ in units_of(block)]
 
 
-def sizes_of(x: Tensor, block: ResidualBlock) -> list[Sequence[int]]:
-    """The spatial sizes of every map; of that of a projection whether there is one or not."""
-    sizes: list[Sequence[int]] = [x.shape[2:]]
+def sizes_of(shape: Sequence[int], block: ResidualBlock) -> list[Sequence[int]]:
+    """The spatial sizes of every map, of an input of this shape; of that of a projection whether there is one or not."""
+    sizes: list[Sequence[int]] = [shape[2:]]
     for unit in block.units:
         sizes.append(unit.conv.outputs(sizes[-1]))
     return [*sizes, sizes[-1]]
 
 
-def counts_of(x: Tensor, block: ResidualBlock) -> list[int]:
+def shape_behind(shape: Sequence[int], block: ResidualBlock) -> tuple[int, ...]:
+    """The shape of the output, for an input of this shape."""
+    return (shape[0], block.units[-1].conv.weight.shape[0], *sizes_of(shape, block)[-1])
+
+
+def counts_of(shape: Sequence[int], block: ResidualBlock) -> list[int]:
     """The number of positions of every map."""
-    return [x.shape[0] * torch.Size(sizes).numel() for sizes in sizes_of(x, block)]
+    return [shape[0] * torch.Size(sizes).numel() for sizes in sizes_of(shape, block)]
 
 
 def convs_of(block: ResidualBlock) -> list[Optional[Conv]]:
@@ -140,8 +146,8 @@ def convs_of(block: ResidualBlock) -> list[Optional[Conv]]:
     return [*(unit.conv for unit in block.units), None if block.shortcut is None else block.shortcut.conv]
 
 
-def plan_of(x: Tensor, block: ResidualBlock, last: Activation, policy: str, dtype: torch.dtype) -> list[str]:
-    """How backward comes by the maps 1 to n + 1, which have this dtype; x is the block's input, of which the shape matters.
+def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy: str, dtype: torch.dtype) -> list[str]:
+    """How backward comes by the maps 1 to n + 1, which have this dtype, of an input of this shape.
 
     - "kept": it was kept;
     - "again": it is computed again;
@@ -149,14 +155,14 @@ def plan_of(x: Tensor, block: ResidualBlock, last: Activation, policy: str, dtyp
       `resdense_ext.ops.conv1x1_bn_add_act`;
     - "none": there is no such map, or it feeds nothing but a norm that is frozen altogether.
     """
-    plan, counts, norms = [], counts_of(x, block), norms_of(block)
+    plan, norms = [], norms_of(block)
     # To know the derivative of the last activation, "min" has to add up again.
     whole = policy == "min" and not reference.determined(last)
     for i, conv in enumerate(convs_of(block), 1):
         inside = i < len(block.units) or whole
         if conv is None or not (inside or _trains(norms[i])):
             plan.append("none")
-        elif not inside and _has_moments(conv, norms[i], counts[i], dtype):
+        elif not inside and _has_moments(conv, norms[i], counts_of(shape, block)[i], dtype):
             plan.append("moments")
         else:
             plan.append("kept" if policy == "fast" else "again")
@@ -176,16 +182,16 @@ def _trains(norm: Optional[BatchNorm]) -> bool:
 
 def cost_of(x: Tensor, block: ResidualBlock, last: Activation, dtype: torch.dtype) -> tuple[int, int]:
     """The bytes of the maps that "fast" keeps beside x and the output, and the FLOPs of those that "min" computes again."""
-    plans = [plan_of(x, block, last, policy, dtype) for policy in ("fast", "min")]
+    plans = [plan_of(x.shape, block, last, policy, dtype) for policy in ("fast", "min")]
     nbytes = flops = 0
-    for conv, count, fast, least in zip(convs_of(block), counts_of(x, block)[1:], *plans):
+    for conv, count, fast, least in zip(convs_of(block), counts_of(x.shape, block)[1:], *plans):
         if fast == "kept":
             nbytes += count * conv.weight.shape[0] * dtype.itemsize
         if least == "again":
             flops += 2 * count * conv.weight.numel()
     if not reference.determined(last):
         outputs = block.units[-1].conv.weight.shape[0]
-        nbytes += counts_of(x, block)[len(block.units)] * outputs * dtype.itemsize
+        nbytes += counts_of(x.shape, block)[len(block.units)] * outputs * dtype.itemsize
     return nbytes, flops
 
 
@@ -204,7 +210,7 @@ class Maps:
     def __init__(self, x: Tensor, block: ResidualBlock, config: ResidualBlockConfig, stats: Sequence[Tensor] = ()):
         self.block, self.backend, self.norms = block, backends.get(config.backend), norms_of(block)
         self.activation, self.last = config.activations
-        self.counts = counts_of(x, block)
+        self.counts = counts_of(x.shape, block)
         self.units = len(block.units)
         self.maps: list[Optional[Tensor]] = [x] + [None] * (self.units + 1)
         self.known = bool(stats)

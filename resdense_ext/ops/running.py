@@ -19,7 +19,7 @@ def update_running_statistics(
     norms: Sequence[Optional[BatchNorm]],
     stats: Sequence[tuple[Tensor, Tensor]],
     counts: Sequence[int],
-    totals: Optional[Sequence[Tensor]] = None,
+    totals: Optional[Sequence[Optional[Tensor]]] = None,
 ) -> None:
     """``running += momentum * (batch - running)``, with the unbiased variance, for every norm that asks for it.
 
@@ -28,12 +28,12 @@ def update_running_statistics(
             left alone.
         stats: a norm's mean and sum of squared deviations, ``[C]`` each.
         counts: the number of positions that these are over.
-        totals: the number of those on all ranks, where ranks share their statistics: see `resdense_ext.ops.ranks`.
+        totals: the number of those on all ranks, where ranks share them, see `resdense_ext.ops.ranks`; else None.
     """
     if totals is not None:
         # Scaled to this rank's count, of which one is taken below, instead of one of all.
         stats = [
-            (mean, m2 * (total * max(count - 1, 1) / (count * (total - 1).clamp(min=1))).to(m2.dtype))
+            (mean, m2 if total is None else m2 * (total * max(count - 1, 1) / (count * (total - 1).clamp(min=1))).to(m2.dtype))
             for (mean, m2), count, total in zip(stats, counts, totals)
         ]
     training = [(norm, *rest) for norm, *rest in zip(norms, stats, counts) if norm is not None and norm.batch_stats]

@@ -1,0 +1,207 @@
+"""Residual blocks one after another as autograd sees them: one node, whatever their number and what is inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext import reference
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops import residual_block as engine
+from resdense_ext.ops.by_reference import by_reference, differentiable
+from resdense_ext.ops.cast import without_autocast
+from resdense_ext.ops.layout import as_convolved
+from resdense_ext.ops.ranks import check_one_process
+from resdense_ext.ops.residual_maps import (
+    ResidualBlockConfig,
+    counts_of,
+    norms_of,
+    plan_of,
+    reads_out,
+    shape_behind,
+    units_of,
+)
+from resdense_ext.ops.running import update_running_statistics
+from resdense_ext.ops.saved import saved_tensors
+from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, parameters_of
+from resdense_ext.reference import Activation, ResidualBlock
+
+__all__ = ["residual_stage"]
+
+_Tensors = Sequence[Optional[Tensor]]
+
+
+class ResidualStageFunction(torch.autograd.Function):
+    """Keeps the input, every output that is another block's input or that backward reads, the statistics, and the maps that the
+    policies keep."""
+
+    @staticmethod
+    def forward(ctx, configs: Sequence[ResidualBlockConfig], blocks: Sequence[ResidualBlock], keeps: bool, x: Tensor, *flat):
+        tensors = _split(flat, [UNIT * len(config.eps) for config in configs])
+        with without_autocast(x.device):
+            xs, out, *found = engine.run.as_one(configs, [x], tensors, lambda: _forward(x, tensors, configs, keeps), keeps)
+        stats, kept = found[::2], found[1::2]
+        # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
+        _update_running_statistics(x, blocks, configs, stats)
+        ctx.configs, ctx.counts = configs, [list(map(len, of_blocks)) for of_blocks in (tensors, stats, kept)]
+        _, last = configs[-1].activations
+        ctx.save_for_backward(out if reads_out(last) else None, x, *xs, *flat, *chain(*stats, *kept))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        why = "a residual block's output tells the derivative of its activation, and its input is the block's input"
+        saved = iter(saved_tensors(ctx, "residual_block", why))
+        out, *xs = islice(saved, 1 + len(ctx.configs))
+        tensors, stats, kept = (_split(saved, sizes) for sizes in ctx.counts)
+        needs, wanted = [], ctx.needs_input_grad[3]
+        for of_block in _split(ctx.needs_input_grad[4:], ctx.counts[0]):
+            needs.append([wanted, *parameters_of(of_block)])
+            wanted = any(needs[-1])
+        if by_reference(grad):
+            found = _differentiable_backward(grad, xs[0], tensors, ctx.configs, needs)
+        else:
+            with without_autocast(grad.device):
+                found = engine.run_backward.as_one(
+                    [(*config, need) for config, need in zip(ctx.configs, needs)],
+                    [grad, out, *xs],
+                    [*tensors, *stats, *kept],
+                    lambda: _backward(grad, out, xs, tensors, ctx.configs, stats, kept, needs),
+                )
+        asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
+        of_x, *values = [value if need else None for value, need in zip(found, asked)]
+        result: list[Optional[Tensor]] = []
+        for at in range(0, len(values), len(GRADS)):
+            weight, bias, conv_weight, conv_bias = values[at : at + len(GRADS)]
+            result += [weight, bias, None, None, conv_weight, conv_bias]
+        return None, None, None, of_x, *result
+
+
+def _split(flat: Iterable, sizes: Sequence[int]) -> list[list]:
+    rest = iter(flat)
+    return [list(islice(rest, size)) for size in sizes]
+
+
+def _forward(
+    x: Tensor, tensors: Sequence[_Tensors], configs: Sequence[ResidualBlockConfig], keeps: bool
+) -> tuple[Tensor | list[Tensor], ...]:
+    """The outputs of all blocks but the last, to keep them, and that of the last; of every block the statistics and the maps that
+    are kept."""
+    xs: list[Tensor] = []
+    found: list[list[Tensor]] = []
+    for i, (config, of_block) in enumerate(zip(configs, tensors)):
+        if i and keeps:
+            xs.append(x)
+        x, *of_block = engine.run.operator(x, of_block, *config)
+        found += of_block
+    return xs, x, *found
+
+
+def _backward(
+    grad: Tensor,
+    out: Optional[Tensor],
+    xs: Sequence[Tensor],
+    tensors: Sequence[_Tensors],
+    configs: Sequence[ResidualBlockConfig],
+    stats: Sequence[_Tensors],
+    kept: Sequence[_Tensors],
+    needs: Sequence[Sequence[bool]],
+) -> list[Tensor]:
+    """The gradients of x and of the blocks' parameters; empty tensors for those that are not asked for."""
+    found: list[list[Tensor]] = []
+    for i in reversed(range(len(xs))):
+        if any(needs[i]):
+            _, last = configs[i].activations
+            mark = out if i + 1 == len(xs) else xs[i + 1] if reads_out(last) else None
+            grad, *of_block = engine.run_backward.operator(
+                grad, mark, xs[i], tensors[i], *configs[i], stats[i], kept[i], needs[i]
+            )
+        else:
+            grad, *of_block = [xs[i].new_empty(0) for _ in needs[i]]
+        found.append(of_block)
+    return [grad, *chain(*reversed(found))]
+
+
+def _update_running_statistics(
+    x: Tensor, blocks: Sequence[ResidualBlock], configs: Sequence[ResidualBlockConfig], stats: Sequence[_Tensors]
+) -> None:
+    if not any(any(config.batch_stats) for config in configs):
+        return
+    norms, pairs, counts, totals, shape = [], [], [], [], x.shape
+    for block, config, of_block in zip(blocks, configs, stats):
+        of_norms = norms_of(block)
+        norms += of_norms
+        pairs += zip(of_block[::2], of_block[1::2])
+        counts += counts_of(shape, block)
+        totals += of_block[-1].split(1) if config.group else [None] * len(of_norms)
+        shape = shape_behind(shape, block)
+    update_running_statistics(norms, pairs, counts, totals)
+
+
+@differentiable
+def _differentiable_backward(grad, x, tensors, configs, needs, create_graph) -> list[Optional[Tensor]]:
+    """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    for config in configs:
+        check_one_process(config.group)
+    x = x.view_as(x)
+    tensors = [[t if t is None else t.view_as(t) for t in of_block] for of_block in tensors]
+    inputs = [x, *chain(*map(parameters_of, tensors))]
+    asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
+    wanted = [value for value, need in zip(inputs, asked) if need]
+    y = x
+    for config, of_block in zip(configs, tensors):
+        y = reference.residual_block(y, config.block(of_block), *config.activations)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in asked]
+
+
+def residual_stage(
+    x: Tensor,
+    blocks: Sequence[ResidualBlock],
+    activation: Activation,
+    lasts: Sequence[Activation],
+    policies: Sequence[str],
+) -> Tensor:
+    """The checked call: see `resdense_ext.functional.residual_stage`. ``lasts`` are the activations behind the blocks' additions.
+
+    In one node are neighbours that compute in one dtype, of what their input is or of what is made of it, and those behind the
+    first of which something wants a gradient: the others keep nothing.
+    """
+    tensors = [flat_tensors(units_of(block)) for block in blocks]
+    convs = [block.units[0].conv for block in blocks]
+    wanted = [any(t is not None and t.requires_grad for t in of_block) for of_block in tensors]
+    keeps = [torch.is_grad_enabled() and (x.requires_grad or any(wanted[: i + 1])) for i in range(len(blocks))]
+    kinds = [(conv.weight.dtype, block.units[0].norm is None, kept) for conv, block, kept in zip(convs, blocks, keeps)]
+    ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    for begin, end in zip([0, *ends], [*ends, len(kinds)]):
+        dtype, raw, kept = kinds[begin]
+        part = slice(begin, end)
+        plans = policies[part] if kept else ["min"] * (end - begin)
+        x = _one_node(x.to(dtype) if raw else x, blocks[part], tensors[part], activation, lasts[part], plans, kept)
+    return x
+
+
+def _one_node(
+    x: Tensor,
+    blocks: Sequence[ResidualBlock],
+    tensors: Sequence[_Tensors],
+    activation: Activation,
+    lasts: Sequence[Activation],
+    policies: Sequence[str],
+    keeps: bool,
+) -> Tensor:
+    if x.numel() == 0:
+        for block, last in zip(blocks, lasts):
+            x = reference.residual_block(x, block, activation, last)
+        return x
+    x = as_convolved(x, [unit.conv.weight for block in blocks for unit in block.units])
+    dtype = blocks[0].units[0].conv.weight.dtype
+    backend, shape, configs = backends.choose(x, dtype).name, x.shape, []
+    for block, last, policy in zip(blocks, lasts, policies):
+        configs.append(ResidualBlockConfig.of(block, activation, last, plan_of(shape, block, last, policy, dtype), backend))
+        shape = shape_behind(shape, block)
+    return ResidualStageFunction.apply(configs, blocks, keeps, x, *chain(*tensors))
