@@ -210,11 +210,19 @@ class TestAgreement:
                 module.eval()
         agree_in_float64(block, input_of(block))
 
+    @pytest.mark.parametrize("name", ["basic down", "stride first", "grouped", "pooled"])
+    def test_frozen_norms_of_weight_zero(self, backend, policy, name):
+        """The gradient of such a weight, as of a residual branch that begins with nothing, is there all the same."""
+        block = Block(**BLOCKS[name], policy=policy).eval()
+        nn.init.zeros_(block.norms[-1].weight)
+        agree_in_float64(block, input_of(block))
+
     @pytest.mark.parametrize("name", ["bottleneck down", "pre activated", "pooled"])
     @pytest.mark.parametrize("which", ["weight", "convs.0", "norms.1", "convs.1", "projection", "nothing"])
     @pytest.mark.parametrize("input_grad", [True, False])
-    def test_only_some_gradients(self, policy, name, which, input_grad):
-        block = Block(**BLOCKS[name], policy=policy).double()
+    @pytest.mark.parametrize("training", [True, False])
+    def test_only_some_gradients(self, policy, name, which, input_grad, training):
+        block = Block(**BLOCKS[name], policy=policy).double().train(training)
         for path, parameter in block.named_parameters():
             parameter.requires_grad_(which in path)
         results = []
@@ -230,8 +238,9 @@ class TestAgreement:
     @pytest.mark.parametrize("channels_last", [False, True])
     @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre activated", "pooled"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_lower_precision(self, backend, policy, name, dtype, channels_last):
-        block = Block(**BLOCKS[name], policy=policy)
+    @pytest.mark.parametrize("training", [True, False])
+    def test_lower_precision(self, backend, policy, name, dtype, channels_last, training):
+        block = Block(**BLOCKS[name], policy=policy).train(training)
         params = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state(block).items()}
         inputs = {"x": input_of(block, (9, 7)).to(dtype)}
         run = module_run(stock_of(block))
@@ -239,8 +248,9 @@ class TestAgreement:
         assert_within_rule(ours, true_run(run, inputs, params), torch_runs(run, inputs, params), dtype)
 
     @pytest.mark.parametrize("name", ["bottleneck", "basic down", "pre", "pooled"])
-    def test_autocast(self, policy, name):
-        block = Block(**BLOCKS[name], policy=policy)
+    @pytest.mark.parametrize("training", [True, False])
+    def test_autocast(self, policy, name, training):
+        block = Block(**BLOCKS[name], policy=policy).train(training)
         params, inputs = state(block), {"x": input_of(block, (9, 7)).bfloat16()}
         run = module_run(stock_of(block), torch.bfloat16)
         ours = module_run(block, torch.bfloat16)({"x": inputs["x"].clone()}, copy.deepcopy(params))
@@ -482,6 +492,17 @@ class TestMemory:
         saved = rd.memory.saved_bytes(lambda: block(x))
         assert saved == 4 * (18 * 32 + 8 * (24 + 40 + 40 + 40) + 2 * (24 + 40 + 40))
         agree_in_float64(block, x.detach())
+
+    @pytest.mark.parametrize(("name", "maps_kept"), [("basic", 6), ("bottleneck", 7), ("grouped", 12)])
+    def test_running_statistics_need_no_last_output(self, policy, name, maps_kept):
+        """What the norm behind a convolution of any kernel asks for follows from the gradient of the convolution's weight."""
+        block = Block(**BLOCKS[name], policy=policy).eval()
+        kept, out = self.kept(block)
+        one = 2 * 20 * 18 * 4
+        assert kept == out + (maps_kept * one if policy == "fast" else 0)
+        block.convs[-1].requires_grad_(False)  # of which there is no gradient then: the output is kept
+        kept, out = self.kept(block)
+        assert kept == out + (maps_kept * one + out if policy == "fast" else 0)
 
     def test_frozen_norms_need_only_what_convolutions_read(self):
         block = Block(**BLOCKS["bottleneck down"], policy="fast").eval()

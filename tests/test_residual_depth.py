@@ -32,10 +32,11 @@ def block_bytes(block, output, raw_maps=0.0):
     [(nn.PreActBlock, 16, 1), (nn.PreActBottleneck, 64, 0.5), (nn.BasicBlock, 64, 2), (nn.Bottleneck, 256, 0.5)],
 )
 def test_another_block_costs_its_output(kind, channels, raw_maps, policy, replayed, monkeypatch):
-    """To the byte, kept and at the peak; "fast" keeps what convolutions write for norms that no moments serve."""
+    """To the byte, kept and at the peak; "fast" keeps what convolutions write for norms that no moments serve, and its blocks, which
+    share a node, hand on the gradients of their parameters together."""
     if not replayed:
         monkeypatch.setattr(operator, "may_replay", lambda names: False)
-    x, saved, peaks, depths = torch.randn(2, 3, 32, 32), [], [], (2, 3, 5)
+    x, saved, peaks, depths = torch.randn(2, 3, 32, 32), [], [], (3, 4, 6)
     for depth in depths:
         net = one_stage(kind, depth, policy)
 
@@ -47,8 +48,9 @@ def test_another_block_costs_its_output(kind, channels, raw_maps, policy, replay
         peaks.append(rd.memory.peak_bytes(step, warmup=2))
     block = [m for m in net.modules() if isinstance(m, kind)][-1]
     one = block_bytes(block, x[:, :1].nbytes * channels, raw_maps if policy == "fast" else 0)
-    for of in (saved, peaks):
-        assert [b - a for a, b in zip(of, of[1:])] == [one * (b - a) for a, b in zip(depths, depths[1:])]
+    gradients = sum(p.nbytes for p in block.parameters()) if policy == "fast" else 0
+    for of, added in ((saved, one), (peaks, one + gradients)):
+        assert [b - a for a, b in zip(of, of[1:])] == [added * (b - a) for a, b in zip(depths, depths[1:])]
 
 
 @pytest.mark.unpoisoned

@@ -25,6 +25,18 @@ def test_saved_bytes(name, stock, fast, least, policy):
 
 
 @pytest.mark.unpoisoned
+@pytest.mark.parametrize(("name", "stock", "fast", "least"), [("resnet18", 21.2, 10.4, 7.6), ("resnet50", 81.9, 38.3, 25.8)])
+def test_saved_bytes_with_running_statistics(name, stock, fast, least):
+    """As many fine-tune: norms in evaluation, of which the weights train."""
+    net = getattr(import_torchvision().models, name)().to(memory_format=torch.channels_last).eval()
+    images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    assert rd.memory.saved_bytes(lambda: net(images)) / (MB * BATCH) == pytest.approx(stock, abs=0.1)
+    for policy, most in (("fast", fast), ("min", least)):
+        rd.convert(net, policy)
+        assert rd.memory.saved_bytes(lambda: net(images)) <= most * MB * BATCH
+
+
+@pytest.mark.unpoisoned
 def test_saved_bytes_of_a_dual_path_network():
     net = rd.models.dpn68().to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)

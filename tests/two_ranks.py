@@ -112,8 +112,9 @@ def sharded(network, policy):
     fully_shard(model)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("dense_block", "residual_stage"):
-            patch.setattr(functional, name, lambda *a, f=getattr(functional, name), **o: calls.append(o["policy"]) or f(*a, **o))
+        for name, note in (("dense_block", calls.append), ("residual_stage", calls.extend)):
+            call = getattr(functional, name)
+            patch.setattr(functional, name, lambda *a, call=call, note=note, **o: note(o["policy"]) or call(*a, **o))
         output, x = step(model, dist.get_rank())
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found(model, output, x).items()}
     return whole | {"calls": calls}

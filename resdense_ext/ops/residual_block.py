@@ -19,7 +19,7 @@ Source: He et al., Deep Residual Learning for Image Recognition, and Identity Ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
-from resdense_ext.ops.operands import ConvGrads, Pending, Stats
+from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.residual_maps import (
     SCHEMA,
@@ -72,7 +72,7 @@ def _backward(
     walk = Maps(x, block, config, stats)
     backend, maps, units = walk.backend, walk.maps, walk.units
     if "again" in plan:
-        walk.compute([True] * len(plan), [how in ("moments", "none") for how in plan])
+        walk.compute([True] * len(plan), [how != "again" for how in plan])
     else:
         maps[1:] = [next(kept) if how == "kept" else None for how in plan]
     if out is not None or walk.last.name == "identity":
@@ -114,13 +114,23 @@ def _backward(
     return wanted_gradients(grads.found, [x], tensors)
 
 
+class _Summed(NamedTuple):
+    """A gradient and its sum over the positions of every channel."""
+
+    g: Tensor
+    sum: Tensor
+
+
+_Upstream = Pending | Tensor | _Summed
+
+
 def _end(
     grad: Tensor, mark: Tensor, walk: Maps, plan: Sequence[str], grads: Gradients
-) -> tuple[Tensor, dict[int, Pending | Tensor]]:
+) -> tuple[Tensor, dict[int, _Upstream]]:
     """``g = grad * last'``, and the gradients of the two maps that are added up: pending behind their norms, or of a map that is
     done without g itself."""
     added = [k for k in walk.added() if k]
-    upstream: dict[int, Pending | Tensor] = {}
+    upstream: dict[int, _Upstream] = {}
     normed = [k for k in added if walk.has_end(k) and plan[k - 1] != "moments"]
     g = grad
     if normed:
@@ -129,7 +139,11 @@ def _end(
         operands = [(z, fold.mean) for z, fold in values] + [(None, None)]
         g, sum_g, *sums = walk.backend.bn_add_act_backward(grad, mark, *operands[0], *operands[1], walk.last)
         for k, (z, fold), sum_g_zc in zip(normed, values, sums):
-            ended = walk.backend.norm_backward(g, z, fold, sum_g.clone() if upstream else sum_g, sum_g_zc)
+            own_sum = sum_g.clone() if upstream else sum_g
+            if plan[k - 1] == "weight":
+                upstream[k] = _Summed(g, own_sum)
+                continue
+            ended = walk.backend.norm_backward(g, z, fold, own_sum, sum_g_zc)
             grads.record(k, ended.norm_weight, ended.norm_bias)
             upstream[k] = ended.input
     else:
@@ -141,15 +155,19 @@ def _end(
 
 
 def _through(
-    source: Pointwise, walk: Maps, k: int, grad: Pending | Tensor, into: Optional[Pending], grads: Gradients, unit: int
+    source: Pointwise, walk: Maps, k: int, grad: _Upstream, into: Optional[Pending], grads: Gradients, unit: int
 ) -> ConvGrads:
     """Through the convolution of ``unit`` that writes map k, and what stands before it, as `convolve_backward`.
 
     Of a map that is added up, a gradient that is not pending is that behind the map's norm.
     """
     inside = unit < walk.units
-    if isinstance(grad, Pending) or not walk.has_end(k):
-        finish = inside and unit > 0 and not walk.shares(unit)  # what it reads is nobody else's
+    finish = inside and unit > 0 and not walk.shares(unit)  # what it reads is nobody else's
+    if isinstance(grad, _Summed):
+        needed = grads.wants_weight(unit) or grads.needs[1 + 4 * k]
+        found, *of_norm = _behind_running_statistics(source, walk.fold(k), grad, into, needed, finish)
+        grads.record(k, *of_norm)
+    elif isinstance(grad, Pending) or not walk.has_end(k):
         grad = walk.share_(k, grad) if isinstance(grad, Pending) else grad
         found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit), finish)
     else:
@@ -162,6 +180,28 @@ def _through(
         grads.record(unit, found.norm_weight, found.norm_bias)
     grads.record(unit, None, None, found.weight, found.bias)
     return found
+
+
+def _behind_running_statistics(
+    source: Pointwise, fold: Fold, grad: _Summed, into: Optional[Pending], need_weight: bool, finish: bool
+) -> tuple[ConvGrads, Optional[Tensor], Tensor]:
+    """Through ``scale * (W a + b) + shift`` with ``g``, the gradient of what it gives: `convolve_backward`'s, and those of the norm.
+
+    With ``G = g^T a``, the gradient of W without the norm, the sum of ``g * W a`` of a channel is that of ``W * G``::
+
+        da = (scale W)^T g        dW = scale G        dgamma = rstd (sum(W * G) + (b - mean) sum g)
+    """
+    weight, bias, scale = source.conv.weight, source.conv.bias, fold.affine.scale
+    of_rows = scale.view(-1, *[1] * (weight.dim() - 1))
+    conv = source.conv._replace(weight=(weight * of_rows).to(weight.dtype), bias=None)
+    found = convolve_backward(source.backend, source.x, source.fold, conv, Pending.of(grad.g, grad.g), into, need_weight, finish)
+    of_norm = None
+    if need_weight:
+        G = found.weight.to(scale.dtype)
+        from_zero = -fold.mean if bias is None else bias - fold.mean
+        of_norm = fold.rstd * ((weight * G).flatten(1).sum(1) + from_zero * grad.sum)
+        found = found._replace(weight=G.mul_(of_rows), bias=None if bias is None else scale * grad.sum)
+    return found, of_norm, grad.sum
 
 
 def _targets(x: Tensor, tensors) -> list[Optional[Tensor]]:

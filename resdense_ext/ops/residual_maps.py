@@ -153,6 +153,7 @@ def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy
     - "again": it is computed again;
     - "moments": it does without, as the moments of what its convolution reads tell all of it that its norm asks for; see
       `resdense_ext.ops.conv1x1_bn_add_act`;
+    - "weight": likewise, as the gradient of its convolution's weight tells it where the norm has running statistics;
     - "none": there is no such map, or it feeds nothing but a norm that is frozen altogether.
     """
     plan, norms = [], norms_of(block)
@@ -164,6 +165,8 @@ def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy
             plan.append("none")
         elif not inside and _has_moments(conv, norms[i], counts_of(shape, block)[i], dtype):
             plan.append("moments")
+        elif not inside and not norms[i].batch_stats and conv.weight.requires_grad:
+            plan.append("weight")
         else:
             plan.append("kept" if policy == "fast" else "again")
     return plan
