@@ -105,7 +105,30 @@ BLOCKS = {
     "dual path": lambda: nn.Sequential(
         rd.nn.DualPathBlock(12, 4, 4, 2, projection=True), rd.nn.DualPathBlock(10, 4, 4, 2), Joined()
     ),
+    "chain": lambda: chain(12, 24, 24, 12),
 }
+
+
+def chain(*widths):
+    layers = [(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in zip(widths, widths[1:])]
+    return nn.Sequential(*(layer for unit in layers for layer in unit))
+
+
+def test_chains_are_kept_or_computed_again():
+    """Between the least and all: the plan is what is kept, to the byte."""
+    blocks = [chain(12, 24, 24, 12), nn.MaxPool2d(2), chain(12, 48, 48, 12), nn.Flatten(), nn.LazyLinear(5)]
+    model, x = randomise(nn.Sequential(*blocks).double()), images(2, 12, 8, 8)
+    model(x)
+    found = []
+    most, least = (saved(rd.convert(model, policy), x) for policy in ("fast", "min"))
+    for budget in (most, (most + least) // 2, least):
+        rd.convert(model, memory_budget=budget, example_input=x)
+        plan = budgets.plan_of(model)
+        assert saved(model, x) == plan.predicted_bytes <= budget and plan.bottlenecks == 2
+        found.append((plan.kept, plan.recomputed_flops))
+        assert_same(steps(copy.deepcopy(model), x), steps(rd.revert(copy.deepcopy(model)), x))
+    (_, none), (_, some), (_, every) = found
+    assert [kept for kept, _ in found] == [2, 1, 0] and 0 == none < some < every
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -1,14 +1,18 @@
 """The engine of convolutions of concatenations, against the reference: every backend, both memory formats, mixed readers."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
+from small_nets import assert_same, policy  # noqa: F401
 from test_dense_block import BACKENDS, built
 from tolerance import assert_within_noise, assert_within_rule, rounding_noise, torch_runs, true_run
 from torch.autograd import gradgradcheck
 
 import resdense_ext as rd
 from resdense_ext import reference
-from resdense_ext.ops import conv_graph_function
+from resdense_ext.ops import conv_graph_function, conv_graph_plan
 from resdense_ext.ops.conv_graph_function import conv_graph
 from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, Piece
 
@@ -91,13 +95,14 @@ def layout(tensors, channels_last):
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestNumbers:
     @pytest.mark.parametrize("used, without", [((0, 1, 2, 3), ()), ((2,), ("a",)), ((0, 3), ("a", "b", "gamma 0", "weight 0"))])
-    def test_in_float64(self, backend, channels_last, used, without):
+    def test_in_float64(self, backend, channels_last, used, without, policy):
         inputs, params = state()
         stock = run_of(reference.conv_graph, used=used, without=without)
         noise = rounding_noise(stock, inputs, params)
         with rd.use_backend(backend):
             inputs = layout(inputs, channels_last)
-            ours = run_of(conv_graph, used=used, without=without)({k: t.clone() for k, t in inputs.items()}, state()[1])
+            call = partial(conv_graph, policy=policy)
+            ours = run_of(call, used=used, without=without)({k: t.clone() for k, t in inputs.items()}, state()[1])
         assert_within_noise(ours, stock(*state()), noise)
         assert all(ours[f"output {i}"].is_contiguous(memory_format=layout_of(channels_last)) for i in range(len(OUTPUTS)))
 
@@ -112,7 +117,7 @@ class TestNumbers:
         assert all(ours[f"output {i}"].is_contiguous(memory_format=layout_of(channels_last)) for i in range(len(OUTPUTS)))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_in_working_precision(self, backend, channels_last, dtype):
+    def test_in_working_precision(self, backend, channels_last, dtype, policy):
         # Norms are float32 in both, as they are beside a lower precision.
         inputs, params = state()
         inputs = {name: t.to(dtype) for name, t in inputs.items()}
@@ -120,7 +125,8 @@ class TestNumbers:
         stock = run_of(reference.conv_graph)
         runs, truth = torch_runs(stock, inputs, params), true_run(stock, inputs, params)
         with rd.use_backend(backend):
-            ours = run_of(conv_graph)(layout({k: t.clone() for k, t in inputs.items()}, channels_last), params)
+            call = partial(conv_graph, policy=policy)
+            ours = run_of(call)(layout({k: t.clone() for k, t in inputs.items()}, channels_last), params)
         assert_within_rule(ours, truth, runs, dtype)
 
 
@@ -129,9 +135,9 @@ def layout_of(channels_last):
 
 
 @pytest.mark.parametrize("activation", [Activation("leaky_relu", 0.2), Activation("elu"), Activation("silu")], ids=lambda a: a.name)
-def test_activations(activation):
-    stock = run_of(reference.conv_graph, activation)
-    assert_within_noise(run_of(conv_graph, activation)(*state()), stock(*state()), rounding_noise(stock, *state()))
+def test_activations(activation, policy):
+    stock, call = run_of(reference.conv_graph, activation), partial(conv_graph, policy=policy)
+    assert_within_noise(run_of(call, activation)(*state()), stock(*state()), rounding_noise(stock, *state()))
 
 
 def test_running_statistics_are_those_of_a_batch_norm_and_change_once():
@@ -163,6 +169,93 @@ def test_keeps_its_maps_and_nothing_else():
     assert kept == 8 * (maps + statistics + tensors + frozen)
 
 
+def chain(widths, source=8, skipping=False, dtype=torch.float32):
+    """Convolutions in a row; to be ``skipping``, they read the map two before, too."""
+
+    def parameter(value):
+        return torch.nn.Parameter(value.to(dtype))
+
+    channels, reads, convs, norms = [source, *widths], [], [], []
+    for i, width in enumerate(widths):
+        pieces = [Piece(i, i - 1, RELU)] if i else [Piece(0)]
+        if skipping and i > 1:
+            pieces.append(Piece(i - 1, i - 2, RELU))
+        inputs = sum(channels[piece.map] for piece in pieces)
+        convs.append(Conv(parameter(torch.randn(width, inputs, 1, 1) * inputs**-0.5)))
+        norms.append(BatchNorm(parameter(torch.ones(width)), parameter(torch.zeros(width)), None, None, True))
+        reads.append(tuple(pieces))
+    return ConvGraph(tuple(convs), tuple(reads), tuple(norms), ((Piece(len(widths), len(widths) - 1, RELU),),))
+
+
+class TestMin:
+    """What is kept, and that backward holds no more than a stretch beside it."""
+
+    def kept(self, graph, x):
+        """Values beside the source's and the statistics."""
+        statistics = 2 * sum(conv.weight.shape[0] for conv in graph.convs)
+        return rd.memory.saved_bytes(lambda: conv_graph([x], graph, "min")) // 4 - x.numel() - statistics
+
+    def test_a_short_chain_keeps_its_source(self):
+        x = torch.randn(2, 8, 6, 5, requires_grad=True)
+        assert self.kept(chain([16, 16]), x) == 0
+
+    def test_narrow_maps_between_wide_ones(self):
+        """As of inverted residuals in a row: of nine wide maps none, of the narrow ones those between the stretches."""
+        x = torch.randn(2, 8, 6, 5, requires_grad=True)
+        assert self.kept(chain([48, 48, 8] * 4 + [48]), x) == 4 * 8 * 60
+
+    def test_equal_maps(self):
+        """Of n some root of n, and the longest stretch likewise."""
+        x = torch.randn(2, 8, 6, 5, requires_grad=True)
+        assert self.kept(chain([8] * 16), x) in [count * 8 * 60 for count in (3, 4, 5)]
+
+    def test_what_is_read_across_a_cut_is_kept(self):
+        """Two maps a cut."""
+        x = torch.randn(2, 8, 6, 5, requires_grad=True)
+        assert self.kept(chain([8] * 16, skipping=True), x) in [count * 2 * 8 * 60 for count in (1, 2, 3)]
+
+    @pytest.mark.unpoisoned
+    @pytest.mark.parametrize("replayed", [True, False])
+    def test_peak(self, replayed, monkeypatch):
+        """Of 12 wide maps, of which "fast" keeps every one, two or three at a time."""
+        if not replayed:
+            monkeypatch.setattr(conv_graph_function, "may_replay", lambda names: False)
+        graph, x = chain([64, 64, 4] * 6, source=4), torch.randn(2, 4, 24, 24, requires_grad=True)
+        wide, parameters = 64 * 2 * 24 * 24 * 4, [*(conv.weight for conv in graph.convs)]
+        peaks = {}
+        for policy in ("fast", "min"):
+            step = lambda: torch.autograd.grad(conv_graph([x], graph, policy)[0].sum(), [x, *parameters])  # noqa: E731
+            peaks[policy] = rd.memory.peak_bytes(step)
+        assert peaks["fast"] > 12 * wide and peaks["min"] < 7 * wide
+
+    @pytest.mark.parametrize("limit", range(3))
+    def test_cost(self, limit):
+        """What a budget is offered: the bytes that lie between the policies, and the FLOPs of what is computed again."""
+        widths = ([16, 16], [48, 48, 8] * 4, [8] * 9)[limit]
+        graph, x = chain(widths), torch.randn(2, 8, 6, 5, requires_grad=True)
+        saved = [rd.memory.saved_bytes(lambda: conv_graph([x], graph, policy)) for policy in ("fast", "min")]
+        nbytes, flops = conv_graph_plan.cost_of([x], graph, torch.float32)
+        assert nbytes == saved[0] - saved[1] > 0
+        every = [2 * 60 * conv.weight.numel() for conv in graph.convs]
+        assert flops in [sum(some) for count in range(1, 13) for some in itertools.combinations(every, count)] and flops <= sum(every)
+
+
+def test_a_front_that_is_frozen(policy):
+    """Of its source nothing is kept, which a second derivative would want."""
+    graph, x = chain([8, 12, 6], dtype=torch.float64), torch.randn(2, 8, 6, 5).double()
+    for t in (graph.convs[0].weight, graph.norms[0].weight, graph.norms[0].bias):
+        t.requires_grad_(False)
+    weights, found = [conv.weight for conv in graph.convs[1:]], []
+    for call in (partial(conv_graph, policy=policy), reference.conv_graph):
+        (y,) = call([x], graph)
+        grads = torch.autograd.grad(y, weights, torch.cos(y.detach()), retain_graph=True)
+        found.append({f"grad {i}": grad for i, grad in enumerate(grads)})
+        if call is not reference.conv_graph and policy == "fast":
+            with pytest.raises(RuntimeError, match="conv_graph: expected no frozen convolutions in front"):
+                torch.autograd.grad(y.sum(), weights, create_graph=True)
+    assert_same(*found)
+
+
 @built
 def test_what_was_gathered_is_not_beside_its_maps_gradients(monkeypatch):
     """Nor is it in a run that no program shortens, which a first run is. (Plain PyTorch has more in memory before that.)"""
@@ -181,7 +274,7 @@ def test_what_was_gathered_is_not_beside_its_maps_gradients(monkeypatch):
     assert 2 * gathered < rd.memory.peak_bytes(step) < 2.5 * gathered
 
 
-def test_second_derivatives():
+def test_second_derivatives(policy):
     inputs, params = state()
     names = [name for name in (inputs | params) if name.split()[0] in ("a", "weight", "gamma")]
     tensors = [(inputs | params)[name].requires_grad_() for name in names]
@@ -189,7 +282,7 @@ def test_second_derivatives():
     def call(*values):
         given = dict(zip(names, values))
         graph = graph_of({**params, **given}, Activation("silu"))
-        return conv_graph([given["a"], inputs["b"]], graph)
+        return conv_graph([given["a"], inputs["b"]], graph, policy)
 
     assert gradgradcheck(call, tensors, fast_mode=True)
 

@@ -17,8 +17,8 @@ from resdense_ext.memory import format_bytes, track_saved
 from resdense_ext.nn.dispatch import stock_path, watching
 from resdense_ext.nn.engine import why_stock
 from resdense_ext.nn.protocols import Halves, LayerModules, OnEngine, Policy
-from resdense_ext.nn.read import read_dual_path_block, read_layers, read_residual_block
-from resdense_ext.ops import dual_path_stage
+from resdense_ext.nn.read import read_conv_graph, read_dual_path_block, read_layers, read_residual_block
+from resdense_ext.ops import conv_graph_plan, dual_path_stage
 from resdense_ext.ops.residual_maps import cost_of
 from resdense_ext.plan import Choice, choose
 
@@ -28,7 +28,7 @@ __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
 class Plan(NamedTuple):
     """What was asked for and what it comes to, for the example input of the conversion.
 
-    A residual or dual path block's maps are kept or computed again together, and count as one bottleneck. ``recomputed_flops``
+    A residual or dual path block's maps, or those of a graph of convolutions, are kept or computed again together, and count as one bottleneck. ``recomputed_flops``
     are those of the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
     """
 
@@ -63,8 +63,8 @@ class _Offers:
     """The blocks' choices, in the order in which they run; a block that runs twice offers both runs together.
 
     ``scratch`` is about what the most demanding block's backward takes beside what is kept: of a dense block a gradient of its
-    buffer and four maps of the bottleneck's width, of a residual or dual path block its maps, and as much for their gradients,
-    and of the latter a gradient of both halves.
+    buffer and four maps of the bottleneck's width, of a residual or dual path block or a graph of convolutions its maps, and as much
+    for their gradients, and of a dual path block a gradient of both halves.
     """
 
     def __init__(self) -> None:
@@ -96,6 +96,13 @@ class _Offers:
             dtype = _compute_dtype(halves[0], block.units[0].conv.weight)
             new = [Choice(*dual_path_stage.cost_of(halves[0], block, dtype))]
             scratch = sum(half.nbytes for half in halves) + 2 * new[0].nbytes
+        elif hasattr(module, "graph_modules"):
+            graph = read_conv_graph(module.graph_modules())([source.shape[1] for source in x])
+            if not _is_differentiated(x, graph):
+                return
+            nbytes, flops = conv_graph_plan.cost_of(x, graph, _compute_dtype(x[0], graph.convs[0].weight))
+            new = [Choice(nbytes, flops) if nbytes else None]
+            scratch = 2 * nbytes
         else:
             return
         self.scratch = max(self.scratch, scratch)
@@ -128,7 +135,8 @@ def _sum(a: Optional[Choice], b: Optional[Choice]) -> Optional[Choice]:
 
 
 def apply_budget(model: nn.Module, budget: int | float | None, example_input: Any) -> None:
-    """Chooses what every dense, residual and dual path block of a model keeps that is on the engine with policy "min".
+    """Chooses what every dense, residual and dual path block of a model, and every graph of convolutions, keeps that is on the
+    engine with policy "min".
 
     Args:
         budget: bytes, below 1 a share of what stock keeps, or None: what is free on the model's device, or the least possible.

@@ -44,13 +44,13 @@ def convert(
             forwards are traced (torch.fx), and what provably is a dense block, a residual block, a pool behind batch norm and
             activation, convolutions of other concatenations, or a chain of convolutions and batch norms runs on the engines.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual or dual path
-            block the raw outputs of its convolutions; "min" keeps the feature maps and the residual halves or the outputs of
-            residual blocks only and computes the rest again; "auto" keeps what there is free memory for. A converted model can be
-            converted again to another policy.
+            block and of a chain the raw outputs of its convolutions; "min" keeps the feature maps and the residual halves or the
+            outputs of residual blocks only, of a chain few outputs, and computes the rest again; "auto" keeps what there is free
+            memory for. A converted model can be converted again to another policy.
         memory_budget: instead of a policy, what the whole model may keep for backward with an input like ``example_input``:
             bytes, a string such as "8GiB" (units are 1024 of the one before), or a share between 0 and 1 of what stock keeps.
-            Every layer's bottleneck, and every residual or dual path block's inner maps, are kept or computed again so that the
-            fewest FLOPs are. Gradients, optimizer states and scratch come on top: `resdense_ext.memory.peak_bytes` measures all
+            Every layer's bottleneck, and the inner maps of every residual or dual path block and every chain, are kept or computed
+            again so that the fewest FLOPs are. Gradients, optimizer states and scratch come on top: `resdense_ext.memory.peak_bytes` measures all
             of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
             inputs. The stock model is called with it. What is rewritten by a trace is compared with stock on it, outputs and

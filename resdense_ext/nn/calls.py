@@ -87,12 +87,12 @@ def call_dual_path_stage(
     return SideBySide(*y) if side_by_side else y
 
 
-def call_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...]:
+def call_conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: Policy) -> tuple[Tensor, ...]:
     """A graph of convolutions, which follow autocast."""
     device = sources[0].device.type
     if checks.autocasts(device):
         graph = cast_conv_graph(graph, torch.get_autocast_dtype(device))
-    return conv_graph(sources, graph)
+    return conv_graph(sources, graph, policy)
 
 
 def options_of(activation: Activation) -> dict[str, str | float]:

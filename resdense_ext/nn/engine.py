@@ -173,7 +173,7 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
             except (ValueError, TypeError):
                 return None
             norms = ((read.norm, *(piece.norm for piece in read.pieces)) for read in modules.outputs)
-            return tuple(widened(y, *beside) for y, beside in zip(call_conv_graph(sources, described), norms))
+            return tuple(widened(y, *beside) for y, beside in zip(call_conv_graph(sources, described, graph.engine_policy), norms))
 
         return run
 

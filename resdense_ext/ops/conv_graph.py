@@ -10,42 +10,29 @@ by the convolution that writes it. Backward goes through the convolutions from t
 it is added to the one gradient of its map, with the norm's correction deferred as in a dense block. A chain of convolutions, norms
 and activations is a graph in which each convolution reads one piece.
 
+Maps that were not kept backward computes again, with the statistics that are known: see `resdense_ext.ops.conv_graph_plan`.
+
 Sources of the architectures: Zhang et al., Residual Dense Network for Image Super-Resolution (2018); Chao et al., HarDNet (2019);
 Lee et al., VoVNet (2019).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from resdense_ext.ops.conv_graph_plan import Wanted, is_plain, made_for, map_of_norm, pieces_of, read_maps
 from resdense_ext.ops.convolve import convolve_backward, convolved, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
 from resdense_ext.ops.operands import Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
-from resdense_ext.ops.units import GRADS, Gradients
+from resdense_ext.ops.units import Gradients
 from resdense_ext.reference import Conv, ConvGraph, Piece
 
-__all__ = ["backward", "forward", "kept_maps", "map_of_norm", "positions_of"]
-
-
-def map_of_norm(graph: ConvGraph) -> dict[int, int]:
-    """The map that every norm reads."""
-    return {piece.norm: piece.map for piece in _pieces(graph) if piece.norm is not None}
-
-
-def kept_maps(graph: ConvGraph, needs: Sequence[bool]) -> set[int]:
-    """Those that backward reads for the gradients that ``needs`` asks for: what convolutions read, and what outputs read through
-    a norm or an activation."""
-    sources = len(needs) - len(GRADS) * (len(graph.convs) + len(graph.norms))
-    wanted = _Wanted(graph, sources, Gradients(needs, sources))
-    read = {piece.map for i, pieces in enumerate(graph.reads) for piece in pieces if wanted.maps[sources + i]}
-    given = (piece for pieces in graph.outputs for piece in pieces if not _is_plain(piece))
-    return read | {piece.map for piece in given if wanted.piece(piece)}
+__all__ = ["backward", "forward"]
 
 
 def forward(
@@ -72,14 +59,6 @@ def forward(
     return [walk.gather(pieces) for pieces in graph.outputs], walk.maps, stats
 
 
-def positions_of(sources: Sequence[Tensor], graph: ConvGraph) -> list[int]:
-    """Every map's number of positions, of all samples."""
-    sizes = [x.shape[2:] for x in sources]
-    for conv, pieces in zip(graph.convs, graph.reads):
-        sizes.append(conv.outputs(sizes[pieces[0].map]))
-    return [len(sources[0]) * math.prod(of_map) for of_map in sizes]
-
-
 def backward(
     upstream: Sequence[Optional[Tensor]],
     maps: list[Optional[Tensor]],
@@ -88,10 +67,14 @@ def backward(
     stats: Sequence[Stats],
     needs: Sequence[bool],
 ) -> list[Optional[Tensor]]:
-    """The gradients that ``needs`` asks for, of the sources and of `GRADS` of every convolution and, behind these, every norm."""
+    """The gradients that ``needs`` asks for, of the sources and of `GRADS` of every convolution and, behind these, every norm.
+
+    Those of the ``maps`` that it reads and that were not kept are computed again; no map outlives its convolution's turn.
+    """
     walk = _Backward(graph, backend, maps, stats, needs)
     for pieces, grad in zip(graph.outputs, upstream):
         if grad is not None:
+            walk.complete(piece.map for piece in pieces)
             walk.spread(pieces, grad)
     for i in reversed(range(len(graph.convs))):
         walk.through(i)
@@ -108,7 +91,7 @@ class _Maps:
     def fold(self, piece: Piece) -> Optional[Fold]:
         """What makes the piece of its map; None where it is the map."""
         if piece not in self._folds:
-            self._folds[piece] = None if _is_plain(piece) else self._fold(piece)
+            self._folds[piece] = None if is_plain(piece) else self._fold(piece)
         return self._folds[piece]
 
     def _fold(self, piece: Piece) -> Fold:
@@ -150,23 +133,6 @@ class _Maps:
         return self.gather(pieces, conv.weight.dtype), None
 
 
-class _Wanted:
-    """Of which ``maps``, and of which pieces, anything asks for the gradient."""
-
-    def __init__(self, graph: ConvGraph, sources: int, asked: Gradients) -> None:
-        self._needs, self._norms = asked.needs, sources + len(GRADS) * len(graph.convs)
-        self.maps = list(asked.needs[:sources])
-        for i, pieces in enumerate(graph.reads):
-            self.maps.append(asked.wants_weight(i) or any(map(self.piece, pieces)))
-
-    def piece(self, piece: Piece) -> bool:
-        return self.maps[piece.map] or (piece.norm is not None and self._norm(piece.norm))
-
-    def _norm(self, norm: int) -> bool:
-        first = self._norms + len(GRADS) * norm
-        return any(self._needs[first : first + 2])
-
-
 class _Backward(_Maps):
     """``grads`` are those of the maps, pending; of a map with several readers it is added up."""
 
@@ -179,9 +145,18 @@ class _Backward(_Maps):
         self.widths += [conv.weight.shape[0] for conv in graph.convs]
         self.normed = set(map_of_norm(graph).values())
         self.readers = [0] * len(maps)
-        for piece in _pieces(graph):
+        for piece in pieces_of(graph):
             self.readers[piece.map] += 1
-        self.wanted = _Wanted(graph, self.sources, self.found)
+        self.wanted = Wanted(graph, self.sources, self.found)
+        self.needed = read_maps(graph, needs)
+
+    def complete(self, wanted: Iterable[int]) -> None:
+        """Computes again those of the maps that are wanted, and not there, where backward reads them; and what these are made of."""
+        there = {of for of, x in enumerate(self.maps) if x is not None}
+        for of in sorted(made_for(self.graph.reads, self.sources, self.needed.intersection(wanted), there) - there):
+            conv = self.graph.convs[of - self.sources]
+            x, fold = self.read(self.graph.reads[of - self.sources], conv)
+            self.maps[of], _ = convolved(self.backend, x, fold, conv, None)
 
     def spread(self, pieces: Sequence[Piece], grad: Tensor) -> None:
         """Takes the gradient of what was gathered to the maps; it is only read."""
@@ -222,6 +197,7 @@ class _Backward(_Maps):
         pending, conv, pieces = self._taken(self.sources + i), self.graph.convs[i], self.graph.reads[i]
         if pending is None or not self.wanted.maps[self.sources + i]:
             return
+        self.complete(piece.map for piece in pieces)
         x, fold = self.read(pieces, conv)
         sampled, one = sampling(conv) is not None, self.reads_one_map(pieces, conv)
         into = self._into(pieces[0].map, sampled) if one else Pending.of(torch.zeros_like(x), x) if sampled else None
@@ -234,6 +210,7 @@ class _Backward(_Maps):
             grad = found.input.dy
             del x, into, found  # what was gathered is not beside the maps' gradients
             self.spread(pieces, grad)
+        self.maps[self.sources + i] = None  # the gradient went past it
 
     def _taken(self, of: int) -> Pending | Tensor | None:
         """The gradient of a map, which nobody adds to any more; finished already where no norm reads the map."""
@@ -245,14 +222,6 @@ class _Backward(_Maps):
             grad = self._taken(of) if self.wanted.maps[of] else None
             self.found.found[of] = self.backend.pending_grad_(grad) if isinstance(grad, Pending) else grad
         return self.found.found
-
-
-def _pieces(graph: ConvGraph) -> Iterator[Piece]:
-    return (piece for pieces in (*graph.reads, *graph.outputs) for piece in pieces)
-
-
-def _is_plain(piece: Piece) -> bool:
-    return piece.norm is None and piece.activation.name == "identity"
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -13,7 +13,8 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.by_reference import by_reference, differentiable
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.conv_graph import backward, forward, kept_maps, map_of_norm, positions_of
+from resdense_ext.ops.conv_graph import backward, forward
+from resdense_ext.ops.conv_graph_plan import kept_maps, map_of_norm, positions_of
 from resdense_ext.ops.layout import as_convolved, walkable_map
 from resdense_ext.ops.operands import Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
@@ -27,13 +28,14 @@ __all__ = ["conv_graph"]
 
 
 class ConvGraphFunction(torch.autograd.Function):
-    """Keeps the sources, and every map that backward reads, as its convolution wrote it; the statistics of those with norms."""
+    """Keeps the sources, where the policy is "fast" also every map that backward reads, as its convolution wrote it, and the
+    statistics of those with norms; where it is "none", nothing."""
 
     @staticmethod
-    def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, keep: bool, count: int, *tensors):
+    def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str, count: int, *tensors):
         sources, tensors = [walkable_map(x) for x in tensors[:count]], list(tensors[count:])
         shape = _around(graph, [None] * len(tensors))
-        kept = kept_maps(graph, _needs(ctx, count)) if keep else set()
+        kept = set() if policy == "none" else kept_maps(sources, graph, _needs(ctx, count), policy)
 
         def call() -> tuple[list[Tensor], list[Optional[Tensor]], list[Tensor]]:
             outputs, maps, stats = forward(sources, _around(shape, tensors), backend, kept)
@@ -64,16 +66,17 @@ class ConvGraphFunction(torch.autograd.Function):
 
         def call() -> list[Optional[Tensor]]:
             stats = list(map(Stats, vectors[::2], vectors[1::2]))
-            return backward(upstream, maps, _around(ctx.graph, tensors), backend, stats, needs)
+            return backward(upstream, list(maps), _around(ctx.graph, tensors), backend, stats, needs)
 
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
         elif by_reference(*upstream):
             found = _differentiable_backward(upstream, maps[: ctx.count], tensors, ctx.graph, needs)
         else:
-            with without_autocast(maps[0].device):
+            (device, *_) = (grad.device for grad in upstream if grad is not None)
+            with without_autocast(device):
                 layouts = tuple(map(layout_of, (*upstream, *maps[: ctx.count])))
-                key = "conv_graph_backward", ctx.graph, tuple(needs), layouts
+                key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, tuple(x is None for x in maps)
                 found = _run(backend, key, (upstream, maps, tensors, vectors), call)
         targets = _targets(maps[: ctx.count], tensors)
         wanted = [
@@ -117,7 +120,13 @@ def _targets(sources: Sequence[Tensor], tensors: Sequence[Optional[Tensor]]) -> 
 
 @differentiable
 def _differentiable_backward(upstream, sources, tensors, graph, needs, create_graph) -> list[Optional[Tensor]]:
-    """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
+    """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's.
+
+    Raises:
+        RuntimeError: a source was not kept.
+    """
+    if any(x is None for x in sources):
+        raise RuntimeError("conv_graph: expected no frozen convolutions in front, of which nothing is kept, for a second derivative")
     sources = [x.view_as(x) for x in sources]
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     wanted = [value for value, need in zip(_targets(sources, tensors), needs) if need]
@@ -127,13 +136,14 @@ def _differentiable_backward(upstream, sources, tensors, graph, needs, create_gr
     return [next(found) if need else None for need in needs]
 
 
-def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...]:
+def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast") -> tuple[Tensor, ...]:
     """The graph's outputs, `resdense_ext.reference.conv_graph`, in one node; running statistics are updated once.
 
     Args:
         sources: maps ``[N, C, *spatial]``, not empty; whatever a convolution reads together has the same samples and sizes.
         graph: convolution weights of one dtype, in which all of them compute; statistics of this process alone. A map's norms
             normalise it whole.
+        policy: "fast" keeps the maps that backward reads, "min" computes them again.
 
     Returns:
         A map an output, channels-last where the sources are or a weight is. An output that is one convolution's map as it is, and that is
@@ -142,6 +152,6 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...
     dtype = graph.convs[0].weight.dtype
     backend = backends.choose(sources[0].new_empty(sources[0].dim() * (1,), dtype=dtype), dtype)
     tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in graph.norms)])
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
+    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
     sources = [as_convolved(x, [conv.weight for conv in graph.convs]) for x in sources]
-    return ConvGraphFunction.apply(graph, backend, keep, len(sources), *sources, *tensors)
+    return ConvGraphFunction.apply(graph, backend, policy if keeps else "none", len(sources), *sources, *tensors)

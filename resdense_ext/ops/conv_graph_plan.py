@@ -1,0 +1,149 @@
+"""Which maps of a graph of convolutions are kept for backward, and which it computes again.
+
+See `resdense_ext.ops.conv_graph` for what the maps are. The policy "fast" keeps all that backward reads. Under "min" the graph is
+cut into stretches: what is read across a cut is kept, and backward computes the maps of a stretch again when it comes to it. The
+cuts are where what is kept and the largest stretch take the least together.
+
+Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from resdense_ext.ops.units import GRADS, Gradients
+from resdense_ext.reference import ConvGraph, Piece
+
+__all__ = ["Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of", "read_maps"]
+
+
+def pieces_of(graph: ConvGraph) -> Iterator[Piece]:
+    """All that are read."""
+    return (piece for pieces in (*graph.reads, *graph.outputs) for piece in pieces)
+
+
+def is_plain(piece: Piece) -> bool:
+    """Whether it is the map as it is."""
+    return piece.norm is None and piece.activation.name == "identity"
+
+
+def map_of_norm(graph: ConvGraph) -> dict[int, int]:
+    """The map that every norm reads."""
+    return {piece.norm: piece.map for piece in pieces_of(graph) if piece.norm is not None}
+
+
+def positions_of(sources: Sequence[Tensor], graph: ConvGraph) -> list[int]:
+    """Every map's number of positions, of all samples."""
+    sizes = [x.shape[2:] for x in sources]
+    for conv, pieces in zip(graph.convs, graph.reads):
+        sizes.append(conv.outputs(sizes[pieces[0].map]))
+    return [len(sources[0]) * math.prod(of_map) for of_map in sizes]
+
+
+class Wanted:
+    """Of which ``maps``, and of which pieces, anything asks for the gradient."""
+
+    def __init__(self, graph: ConvGraph, sources: int, asked: Gradients) -> None:
+        self._needs, self._norms = asked.needs, sources + len(GRADS) * len(graph.convs)
+        self.maps = list(asked.needs[:sources])
+        for i, pieces in enumerate(graph.reads):
+            self.maps.append(asked.wants_weight(i) or any(map(self.piece, pieces)))
+
+    def piece(self, piece: Piece) -> bool:
+        return self.maps[piece.map] or (piece.norm is not None and self._norm(piece.norm))
+
+    def _norm(self, norm: int) -> bool:
+        first = self._norms + len(GRADS) * norm
+        return any(self._needs[first : first + 2])
+
+
+def read_maps(graph: ConvGraph, needs: Sequence[bool]) -> set[int]:
+    """Those that backward reads for the gradients that ``needs`` asks for: what convolutions read, and what outputs read through
+    a norm or an activation."""
+    sources = len(needs) - len(GRADS) * (len(graph.convs) + len(graph.norms))
+    wanted = Wanted(graph, sources, Gradients(needs, sources))
+    read = {piece.map for i, pieces in enumerate(graph.reads) for piece in pieces if wanted.maps[sources + i]}
+    given = (piece for pieces in graph.outputs for piece in pieces if not is_plain(piece))
+    return read | {piece.map for piece in given if wanted.piece(piece)}
+
+
+def made_for(reads: Sequence[Sequence[Piece]], sources: int, wanted: Container[int], there: Container[int]) -> set[int]:
+    """The maps that are made to have those that are ``wanted``, where some are ``there``; the sources among them are read."""
+    made: set[int] = set()
+    for of in reversed(range(sources, sources + len(reads))):
+        if of not in there and (of in wanted or of in made):
+            made |= {of, *(piece.map for piece in reads[of - sources])}
+    return made
+
+
+def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool], policy: str) -> set[int]:
+    """Those that are kept for the gradients that ``needs`` asks for."""
+    read, count = read_maps(graph, needs), len(sources)
+    if policy == "fast":
+        return read
+    # What comes out of a frozen front is kept: it takes no more than what it is made of.
+    wanted = Wanted(graph, count, Gradients(needs, count)).maps
+    given = frozenset(of for of in read if of < count or not wanted[of])
+    values = tuple(n * conv.weight.shape[0] for n, conv in zip(positions_of(sources, graph)[count:], graph.convs))
+    kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
+    return kept | {of for of in made_for(graph.reads, count, read, kept) if of < count}
+
+
+def cost_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes that "fast" keeps and "min" does not, of maps of this dtype, and the FLOPs of what "min" computes again."""
+    parameters = [t for conv in graph.convs for t in (None, None, conv.weight, conv.bias)]
+    parameters += [t for norm in graph.norms for t in (norm.weight, norm.bias, None, None)]
+    needs = [t is not None and t.requires_grad for t in (*sources, *parameters)]
+    fast, least = (kept_maps(sources, graph, needs, policy) for policy in ("fast", "min"))
+    made = made_for(graph.reads, len(sources), fast, least)
+    nbytes = flops = 0
+    for of, (conv, positions) in enumerate(zip(graph.convs, positions_of(sources, graph)[len(sources) :]), len(sources)):
+        nbytes += (of in fast - least) * positions * conv.weight.shape[0] * dtype.itemsize
+        flops += (of in made) * 2 * positions * conv.weight.numel()
+    return nbytes, flops
+
+
+@lru_cache(256)
+def _read_across_cuts(
+    reads: Sequence[Sequence[Piece]],
+    outputs: Sequence[Sequence[Piece]],
+    sources: int,
+    read: frozenset[int],
+    given: frozenset[int],
+    values: Sequence[int],
+) -> set[int]:
+    """The maps that are kept beside those that are ``given``; ``values`` are the numbers of values of all that are no sources."""
+    count = len(reads)
+    needed = (read | made_for(reads, sources, read, given)) - given
+    last = {piece.map - sources: i for i, pieces in enumerate(reads) for piece in pieces}
+    last |= {piece.map - sources: count for pieces in outputs for piece in pieces}
+    sizes = [size if sources + i in needed else 0 for i, size in enumerate(values)]
+    before = [0, *accumulate(sizes)]
+    # In front of convolution j: the maps that are there and are read from it on.
+    across = [{i for i in range(j) if sizes[i] and last.get(i, -1) >= j} for j in range(count + 1)]
+    across[count] = set()  # backward begins there: it is no cut
+    taken = [sum(sizes[i] for i in maps) for maps in across]
+
+    def cut(limit: float) -> tuple[set[int], int]:
+        """What is kept, and the largest stretch, where none takes more than ``limit`` unless it is a single convolution."""
+        least, begin = [0.0] + [math.inf] * count, [0] * (count + 1)
+        for j in range(1, count + 1):
+            for i in range(j):
+                if (i == j - 1 or before[j] - before[i] <= limit) and least[i] + taken[j] < least[j]:
+                    least[j], begin[j] = least[i] + taken[j], i
+        kept: set[int] = set()
+        largest, j = 0, count
+        while j:
+            largest, j = max(largest, before[j] - before[begin[j]] - taken[j]), begin[j]
+            kept |= across[j]
+        return kept, largest
+
+    plans = [cut(before[count] / 2 ** (step / 2)) for step in range(24)]
+    kept, _ = min(plans, key=lambda plan: sum(sizes[i] for i in plan[0]) + plan[1])
+    return {sources + i for i in kept}
