@@ -40,7 +40,7 @@ from resdense_ext.ops import dual_path_stage_function as _dual_path_stage
 from resdense_ext.ops import pooled_unit_function as _pooled_unit
 from resdense_ext.ops import residual_stage_function as _residual_stage
 from resdense_ext.ops.cast import cast_convolution, cast_convolutions, cast_dual_path_blocks, cast_residual_blocks
-from resdense_ext.ops.layout import as_convolved, empty_map
+from resdense_ext.ops.layout import empty_map
 from resdense_ext.reference import (
     Activation,
     BatchNorm,

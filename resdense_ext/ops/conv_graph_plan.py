@@ -130,20 +130,20 @@ def _read_across_cuts(
     across[count] = set()  # backward begins there: it is no cut
     taken = [sum(sizes[i] for i in maps) for maps in across]
 
-    def cut(limit: float) -> tuple[set[int], int]:
-        """What is kept, and the largest stretch, where none takes more than ``limit`` unless it is a single convolution."""
+    def cut(limit: float) -> tuple[set[int], float]:
+        """What is kept where no stretch takes more than ``limit``, unless it is a single convolution; and what that takes together
+        with the largest stretch."""
         least, begin = [0.0] + [math.inf] * count, [0] * (count + 1)
         for j in range(1, count + 1):
             for i in range(j):
                 if (i == j - 1 or before[j] - before[i] <= limit) and least[i] + taken[j] < least[j]:
                     least[j], begin[j] = least[i] + taken[j], i
-        kept: set[int] = set()
-        largest, j = 0, count
-        while j:
-            largest, j = max(largest, before[j] - before[begin[j]] - taken[j]), begin[j]
-            kept |= across[j]
-        return kept, largest
+        ends = [count]
+        while ends[-1]:
+            ends.append(begin[ends[-1]])
+        kept = set().union(*(across[end] for end in ends))
+        stretches = [sum(sizes[i] for i in range(first, end) if i not in kept) for end, first in zip(ends, ends[1:])]
+        return kept, sum(sizes[i] for i in kept) + max(stretches, default=0)
 
-    plans = [cut(before[count] / 2 ** (step / 2)) for step in range(24)]
-    kept, _ = min(plans, key=lambda plan: sum(sizes[i] for i in plan[0]) + plan[1])
+    kept, _ = min((cut(before[count] / 2 ** (step / 2)) for step in range(24)), key=lambda plan: plan[1])
     return {sources + i for i in kept}
