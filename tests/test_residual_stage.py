@@ -146,11 +146,13 @@ class TestMemory:
         kept = [rd.memory.saved_bytes(lambda: call(x, blocks, policy=policy)) for call in (in_one, one_by_one)]
         assert kept[0] == kept[1]
 
+    @pytest.mark.parametrize("autocast", [False, True])
     @pytest.mark.parametrize("frozen", [1, 2, 3])
-    def test_frozen_blocks_in_front_keep_nothing(self, frozen, policy):
+    def test_frozen_blocks_in_front_keep_nothing(self, frozen, autocast, policy):
         blocks, x = blocks_of("bottleneck"), images(size=17)
         blocks[:frozen].requires_grad_(False)
-        kept = [rd.memory.saved_bytes(lambda: call(x, blocks, policy=policy)) for call in (in_one, one_by_one)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            kept = [rd.memory.saved_bytes(lambda: call(x, blocks, policy=policy)) for call in (in_one, one_by_one)]
         assert kept[0] == kept[1]
 
     @pytest.mark.unpoisoned

@@ -30,7 +30,10 @@ class CastFunction(torch.autograd.Function):
     def forward(ctx, dtype: torch.dtype, *tensors: Tensor):
         ctx.dtypes = [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
-        return tuple(_cast(tensors, [dtype] * len(tensors)))
+        cast = tuple(_cast(tensors, [dtype] * len(tensors)))
+        # Of several outputs all have a gradient where one has; a frozen weight's would be computed, and what it takes be kept.
+        ctx.mark_non_differentiable(*[made for made, need in zip(cast, ctx.needs_input_grad[1:]) if not need])
+        return cast
 
     @staticmethod
     def backward(ctx, *grads: Optional[Tensor]):
