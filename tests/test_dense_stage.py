@@ -189,6 +189,18 @@ def unit_of(behind, norm, weight):
     return PooledUnit(norm, Pool("average", (2, 2), (2, 2), (0, 0)), Conv(weight))
 
 
+SUBCLASSED = {
+    rd.nn.BasicBlock: lambda own: [own(5, 5), own(5, 5)],
+    rd.nn.PreActBlock: lambda own: [own(5, 5), own(5, 5)],
+    rd.nn.DenseBlock: lambda own: [own(2, 5, 4, 1), rd.nn.Transition(7, 5)],
+    rd.nn.Transition: lambda own: [rd.nn.DenseBlock(2, 5, 4, 1), own(7, 5)],
+    rd.nn.DualPathBlock: lambda own: [own(5, 4, 6, 3, projection=True)],
+    rd.nn.DualPathStage: lambda own: [own(2, 5, 4, 6, 3)],
+    rd.nn.Chain: lambda own: [own(nn.ReLU())],
+}
+"""Modules of a chain, with subclasses of one of ours."""
+
+
 class TestChain:
     def test_what_carries_hooks_is_called_by_itself(self, behind, calls):
         x = maps((2, 5, 9, 7))
@@ -198,6 +210,17 @@ class TestChain:
             agree(chain, x)
             assert len(seen) == 2, "ours and stock's"
             assert calls.pop() is None
+
+    @pytest.mark.parametrize("cls", SUBCLASSED)
+    def test_a_subclass_with_a_forward_of_its_own_is_called(self, cls):
+        class Own(cls):
+            def forward(self, x):
+                seen.append(self)
+                return super().forward(x)
+
+        chain, seen = rd.nn.Chain(*SUBCLASSED[cls](Own)), []
+        chain(maps((2, 5, 9, 7)))
+        assert seen == [module for module in chain if isinstance(module, Own)]
 
     def test_a_slice_is_a_chain(self, calls):
         chain = stage("head")

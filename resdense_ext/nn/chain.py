@@ -21,7 +21,17 @@ from resdense_ext.nn.calls import (
 from resdense_ext.nn.dispatch import Run, check_plain, is_watched, running, takes
 from resdense_ext.nn.engine import broadcasts, run_dense_block
 from resdense_ext.nn.leaves import Unsupported, check_untouched, is_frozen_norm, own_activation, pool_kind
-from resdense_ext.nn.protocols import Block, DualPath, Halves, PooledModules, Residual, SideBySide, Transition, whole
+from resdense_ext.nn.protocols import (
+    Block,
+    DualPath,
+    Halves,
+    OnEngine,
+    PooledModules,
+    Residual,
+    SideBySide,
+    Transition,
+    whole,
+)
 from resdense_ext.nn.read import check_one_group, read_dual_path_block, read_layers, read_pooled_unit, read_residual_block
 from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import Activation, DualPathBlock, ResidualBlock
@@ -69,7 +79,7 @@ def _links(module: nn.Module) -> list[_Link]:
     if front is None and not plain and not hasattr(module, "chain_modules"):
         return [module]
     try:
-        check_untouched(module)
+        _check_link(module)
         chain = [] if front is not None else list(module) if plain else module.chain_modules()
     except Unsupported:
         return [module]
@@ -78,6 +88,13 @@ def _links(module: nn.Module) -> list[_Link]:
     if front is not None:
         return [*_links(front), _Layers(module)]
     return [link for inner in chain for link in _links(inner)]
+
+
+def _check_link(module: nn.Module) -> None:
+    """Raises Unsupported where calling the module does more than the engine, which reads what is in it, would do in its place."""
+    check_untouched(module)
+    if isinstance(module, OnEngine) and not type(module).forward.__module__.startswith("resdense_ext."):
+        raise Unsupported("has a forward of its own", module)
 
 
 _MOST_BYTES = 16 * 2**20
@@ -126,7 +143,7 @@ def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int
         for block in links[at:]:
             if not hasattr(block, "residual_modules") or block.engine_policy not in policies:
                 break
-            check_untouched(block)
+            _check_link(block)
             modules = block.residual_modules()
             own = [unit[modules.form == "post"] for unit in modules.units]
             if blocks and (modules.shortcut or not set(norms).isdisjoint(own)):
@@ -169,7 +186,7 @@ def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], in
         for block in links[at:]:
             if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
                 break
-            check_untouched(block)
+            _check_link(block)
             modules = block.dual_path_modules()
             read, activation = read_dual_path_block(modules)
             kind, own = (activation, modules.side_by_side), [norm for norm, *_ in modules.units]
@@ -265,9 +282,9 @@ def _run_stage(
 ) -> Optional[Tensor]:
     try:
         check_plain(x)
-        check_untouched(block)
+        _check_link(block)
         if transition is not None:
-            check_untouched(transition)
+            _check_link(transition)
             if transition.engine_policy is None:
                 return None
             behind = transition.pooled_modules()
