@@ -497,6 +497,12 @@ class TestModules:
         stage(input_of(stage))
         assert len(heard) == 1 and engine == [[True] * 2, [True], [True]]
 
+    def test_a_projections_norm_in_another_block(self, engine):
+        stage = rd.nn.DualPathStage(3, WIDTH, WIDTH, R, GROWTH)
+        stage[1].c3x3_b.bn = stage[0].projection.bn
+        stage(images(2, WIDTH, 5, 6).float())
+        assert engine == [[True], [True] * 2]
+
     @pytest.mark.parametrize(
         ("change", "reason"),
         [

@@ -276,6 +276,12 @@ class TestNodes:
         blocks[2].bn1 = blocks[1].bn1
         check_nodes(blocks, [2, 1])
 
+    def test_a_projections_norm_in_another_block(self):
+        blocks = stage("fast", "fast", "fast")
+        blocks[1].bn1 = blocks[0].downsample[1]
+        blocks[1].bn1.momentum = None  # the mean of all, in which the other's is counted
+        check_nodes(blocks, [1, 2])
+
     def test_a_single_position_is_left_to_stock(self):
         """Which broadcasts the shortcut of the second block."""
         blocks = stage("fast", "fast")

@@ -145,7 +145,7 @@ def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int
                 break
             _check_link(block)
             modules = block.residual_modules()
-            own = [unit[modules.form == "post"] for unit in modules.units]
+            own = [*(unit[modules.form == "post"] for unit in modules.units), *modules.shortcut]
             if blocks and (modules.shortcut or not set(norms).isdisjoint(own)):
                 break
             read, *kind = read_residual_block(modules)
@@ -195,7 +195,7 @@ def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], in
             blocks.append(block)
             described.append(read)
             kinds.add(kind)
-            norms += own
+            norms += [*own, *(modules.projection or ())]
     except Unsupported:
         pass  # called by itself, the block says why
     if not blocks:
