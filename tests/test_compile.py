@@ -172,6 +172,18 @@ def test_what_the_engine_does_not_know_is_traced_as_stock():
     assert_same(found(model, compiled, x), found(stock, stock, x))
 
 
+@pytest.mark.parametrize("part", ["0", "0.1", "1", "2"])
+def test_a_part_that_is_compiled_by_itself(part):
+    """In a chain that is not: a plain sequence, a block in it, one of another kind, and what stands behind that."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(rd.nn.BasicBlock(4, 4) for _ in range(3)))
+    chain, graphs = rd.nn.Chain(blocks, rd.nn.DenseBlock(2, 4, 2, 2), rd.nn.Transition(8, 4)).double(), []
+    uncompiled, x = copy.deepcopy(chain), images(2, 4, 6, 5)
+    chain.get_submodule(part).compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    assert_same(found(chain, chain, x), found(uncompiled, uncompiled, x))
+    assert len(graphs) == 1
+
+
 def test_a_report_of_a_compiled_model_is_the_models():
     model, x = rd.convert(small_block(num_layers=1), "min"), images(2, 6, 5, 6)
     expected = rd.report(model, x)

@@ -88,6 +88,8 @@ def check_untouched(module: nn.Module) -> None:
     """Raises Unsupported where calling the module does more, or something else, than its class says."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         raise Unsupported("carries hooks", module)
+    if module._compiled_call_impl is not None:
+        raise Unsupported("is under torch.compile by itself", module)
     if "forward" in module.__dict__:
         raise Unsupported("has a forward of its own", module)
 
