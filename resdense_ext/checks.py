@@ -131,7 +131,7 @@ def kept_layers(policy: str | Sequence[bool], count: int) -> list[bool]:
     Raises:
         ValueError: another name, or not one value a layer.
     """
-    if isinstance(policy, str):
+    if policy is None or isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, or a bool a layer, got {policy!r}")
         return [policy == "fast"] * count

@@ -236,7 +236,7 @@ def residual_stage(
     Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
     """
     activations = _activations_of(blocks, activation, final_activation, negative_slope)
-    policies = [policy] * len(blocks) if isinstance(policy, str) else list(policy)
+    policies = [policy] * len(blocks) if policy is None or isinstance(policy, str) else list(policy)
     if len(policies) != len(blocks):
         raise ValueError(f"policy: expected {len(blocks)} names, one a block, got {len(policies)}")
     for name in policies:
@@ -249,9 +249,9 @@ def _activations_of(
     blocks: Sequence[ResidualBlock], activation: str, final_activation: Optional[str], negative_slope: float
 ) -> tuple[Activation, list[Activation]]:
     """That between norms and convolutions, and those behind the blocks' additions."""
+    act = activation_of(activation, negative_slope)
     finals = [final_activation or (activation if block.norm is not None else "identity") for block in blocks]
-    lasts = [activation_of(final, negative_slope, "final_activation") for final in finals]
-    return activation_of(activation, negative_slope), lasts
+    return act, [activation_of(final, negative_slope, "final_activation") for final in finals]
 
 
 def _residual_blocks(

@@ -620,6 +620,7 @@ class TestErrors:
         ("change", "error", "message"),
         [
             (dict(policy="tiny"), ValueError, "policy: expected one of fast, min, or a bool a layer, got 'tiny'"),
+            (dict(policy=None), ValueError, "policy: expected one of fast, min, or a bool a layer, got None"),
             (dict(activation="gelu"), ValueError, "activation: expected relu, .* got 'gelu'"),
         ],
     )

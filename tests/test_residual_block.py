@@ -562,7 +562,7 @@ class TestErrors:
         ("change", "message"),
         [
             (dict(policy="tiny"), "policy: expected one of fast, min, got 'tiny'"),
-            (dict(activation="gelu"), "activation: expected relu, .* got 'gelu'"),
+            (dict(activation="gelu"), "^activation: expected relu, .* got 'gelu'"),
             (dict(final_activation="gelu"), "final_activation: expected relu, .* got 'gelu'"),
             (dict(units=()), "block.units: expected one or more, got 0"),
             (dict(shortcut=None), r"block.shortcut: expected an output of shape \(3, 12, 4, 3\), as the units', got \(3, 8, 7, 6\)"),

@@ -189,6 +189,8 @@ class TestErrors:
             functional.residual_stage(images(), [blocks[0], blocks[1]._replace(units=())])
         with pytest.raises(ValueError, match="policy: expected 3 names, one a block, got 2"):
             functional.residual_stage(images(), blocks, policy=["fast", "min"])
+        with pytest.raises(ValueError, match="^policy: expected one of fast, min, got None"):
+            functional.residual_stage(images(), blocks, policy=None)
         with pytest.raises(ValueError, match="policy: expected one of fast, min, got 'most'"):
             functional.residual_stage(images(), blocks, policy=["fast", "min", "most"])
 
