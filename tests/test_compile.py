@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from small_nets import Joined, assert_same, images, randomise, small_block, small_densenet, torchvision_models
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.nn.parallel import DistributedDataParallel
 
 import resdense_ext as rd
 
@@ -182,6 +184,23 @@ def test_a_part_that_is_compiled_by_itself(part):
     chain.get_submodule(part).compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
     assert_same(found(chain, chain, x), found(uncompiled, uncompiled, x))
     assert len(graphs) == 1
+
+
+def test_distributed_data_parallel_cuts_between_stages(monkeypatch):
+    """Where the parameters that a graph's operations are called with fill its buckets."""
+    torch.manual_seed(0)
+    projection = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+    blocks = [rd.nn.BasicBlock(8, 8, downsample=projection if i == 2 else None) for i in range(4)]
+    model, x = rd.nn.Chain(*blocks).double(), images(2, 8, 6, 5)
+    uncompiled = copy.deepcopy(model)
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)  # of 1 MB, which no other bucket may be below
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.005), backend="aot_eager")
+        ours = found(model, compiled, x)
+    finally:
+        dist.destroy_process_group()
+    assert_same(ours, found(uncompiled, uncompiled, x))
 
 
 def test_a_report_of_a_compiled_model_is_the_models():

@@ -149,7 +149,8 @@ def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int
             if blocks and (modules.shortcut or not set(norms).isdisjoint(own)):
                 break
             read, *kind = read_residual_block(modules)
-            nbytes += sum(unit.conv.weight.nbytes for unit in read.units)
+            weights = [unit.conv.weight for unit in read.units]
+            nbytes += sum(w.numel() * w.dtype.itemsize for w in weights)  # `nbytes` would be an operation in compiled graphs
             if blocks and (tuple(kind) not in kinds or nbytes > _MOST_BYTES):
                 break
             blocks.append(block)
