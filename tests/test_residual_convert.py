@@ -21,6 +21,7 @@ from small_nets import (  # noqa: F401
 from stock import import_torchvision
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import resdense_ext as rd
 from resdense_ext.convert import budget as budgets
@@ -122,6 +123,14 @@ def test_eval_without_gradients_and_revert(engine, policy):  # noqa: F811
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
     rd.revert(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+def test_a_model_of_fake_tensors(engine, policy):  # noqa: F811
+    with FakeTensorMode():
+        model = rd.convert(torchvision_models().resnet18(), policy)
+        model(torch.randn(2, 3, 40, 33)).sum().backward()
+    assert engine == [policy] * 8
+    assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "resnext"])

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.leaves import is_frozen_norm, layer_class, own_activation
@@ -164,7 +165,8 @@ class _random_state_kept:
     def __exit__(self, *_) -> None:
         python, torch_state, cuda, numpy = self._before
         now = self._states()
-        same = python == now[0] and all(map(torch.equal, (torch_state, *cuda), (now[1], *now[2])))
+        with _disable_current_modes():  # a FakeTensorMode, in which a model may be built, does not compare
+            same = python == now[0] and all(map(torch.equal, (torch_state, *cuda), (now[1], *now[2])))
         self._drew = not same or pickle.dumps(numpy) != pickle.dumps(now[3])
         random.setstate(python)
         torch.set_rng_state(torch_state)
