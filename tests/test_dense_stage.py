@@ -198,7 +198,25 @@ SUBCLASSED = {
     rd.nn.DualPathStage: lambda own: [own(2, 5, 4, 6, 3)],
     rd.nn.Chain: lambda own: [own(nn.ReLU())],
 }
-"""Modules of a chain, with subclasses of one of ours."""
+"""Modules of a chain; those of one of our classes are made by ``own``."""
+
+
+class Wrapper(nn.Module):
+    """As those of `torch.distributed` are."""
+
+    def __init__(self, module, seen):
+        super().__init__()
+        self.module, self.seen = module, seen
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, x):
+        self.seen.append(self)
+        return self.module(x)
 
 
 class TestChain:
@@ -221,6 +239,13 @@ class TestChain:
         chain, seen = rd.nn.Chain(*SUBCLASSED[cls](Own)), []
         chain(maps((2, 5, 9, 7)))
         assert seen == [module for module in chain if isinstance(module, Own)]
+
+    @pytest.mark.parametrize("cls", SUBCLASSED)
+    def test_a_wrapper_is_called(self, cls):
+        seen = []
+        chain = rd.nn.Chain(*SUBCLASSED[cls](lambda *args, **options: Wrapper(cls(*args, **options), seen)))
+        chain(maps((2, 5, 9, 7)))
+        assert seen == [module for module in chain if isinstance(module, Wrapper)]
 
     def test_a_slice_is_a_chain(self, calls):
         chain = stage("head")

@@ -74,9 +74,9 @@ def run_features(features: nn.Sequential, x: Tensor) -> Tensor:
 
 def _links(module: nn.Module) -> list[_Link]:
     """What a call of the module comes to: the links of a chain, a block's front and its layers, or the module itself."""
-    front = getattr(module, "front", None) if hasattr(module, "layer_modules") else None
+    front = getattr(module, "front", None) if _offers(module, "layer_modules") else None
     plain = type(module) is nn.Sequential
-    if front is None and not plain and not hasattr(module, "chain_modules"):
+    if front is None and not plain and not _offers(module, "chain_modules"):
         return [module]
     try:
         _check_link(module)
@@ -88,6 +88,11 @@ def _links(module: nn.Module) -> list[_Link]:
     if front is not None:
         return [*_links(front), _Layers(module)]
     return [link for inner in chain for link in _links(inner)]
+
+
+def _offers(link: _Link, method: str) -> bool:
+    """Whether its class does: a wrapper of a block's, such as FSDP's or a checkpoint's, has the attributes of what is in it."""
+    return hasattr(type(link), method)
 
 
 def _check_link(module: nn.Module) -> None:
@@ -106,9 +111,9 @@ _RELU = nn.ReLU(inplace=True)
 def _match(links: Sequence[_Link], at: int, x: Tensor | Halves) -> tuple[Optional[Run], int]:
     """What runs the links from ``at`` on, with ``x`` to begin with, in one node, and how many these are. It answers None where it
     turns out that it cannot: each link by itself then says why."""
-    if hasattr(links[at], "dual_path_modules"):
+    if _offers(links[at], "dual_path_modules"):
         return _match_dual_path(links, at)
-    if hasattr(links[at], "residual_modules"):
+    if _offers(links[at], "residual_modules"):
         return _match_residual(links, at)
     if isinstance(x, tuple):
         return _match_joined(links, at, x)
@@ -118,7 +123,7 @@ def _match(links: Sequence[_Link], at: int, x: Tensor | Halves) -> tuple[Optiona
         return (None, 1) if unit is None else (lambda x: _run_pooled(unit, x), used)
     if block.engine_policy is not None and at + 1 < len(links):
         transition = links[at + 1]
-        if hasattr(transition, "pooled_modules"):
+        if _offers(transition, "pooled_modules"):
             return (lambda x: _run_stage(block, transition, None, x)), 2
         unit, used = _pooled(links, at + 1)
         if unit is not None:
@@ -141,7 +146,7 @@ def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int
     nbytes = 0
     try:
         for block in links[at:]:
-            if not hasattr(block, "residual_modules") or block.engine_policy not in policies:
+            if not _offers(block, "residual_modules") or block.engine_policy not in policies:
                 break
             _check_link(block)
             modules = block.residual_modules()
@@ -185,7 +190,7 @@ def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], in
     norms: list[nn.Module] = []
     try:
         for block in links[at:]:
-            if not hasattr(block, "dual_path_modules") or block.engine_policy is None:
+            if not _offers(block, "dual_path_modules") or block.engine_policy is None:
                 break
             _check_link(block)
             modules = block.dual_path_modules()
@@ -229,7 +234,7 @@ def _match_joined(links: Sequence[_Link], at: int, halves: Halves) -> tuple[Opti
     modules, used = None, 1
     if isinstance(halves, SideBySide):
         modules, used = _pooled(links, at)
-    elif hasattr(joined, "joined_modules") and behind and pool_kind(behind[0]) is not None:
+    elif _offers(joined, "joined_modules") and behind and pool_kind(behind[0]) is not None:
         with suppress(Unsupported):
             modules, used = PooledModules(*joined.joined_modules(), None, behind[0]), 2
     return (None, 1) if modules is None else ((lambda halves: _run_joined(modules, halves)), used)
@@ -253,7 +258,7 @@ def _block(link: _Link) -> Optional[Block]:
     """The dense block whose layers the link is, and nothing else."""
     if isinstance(link, _Layers):
         return link.block
-    return link if hasattr(link, "layer_modules") and getattr(link, "front", None) is None else None
+    return link if _offers(link, "layer_modules") and getattr(link, "front", None) is None else None
 
 
 def _pooled(links: Sequence[_Link], at: int) -> tuple[Optional[PooledModules], int]:
