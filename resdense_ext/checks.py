@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ __all__ = [
     "check_conv_graph",
     "check_dense_block",
     "check_dual_path_stage",
+    "check_each",
     "check_input",
     "check_norm",
     "check_one_group",
@@ -123,6 +124,15 @@ def check_policy(policy: str) -> None:
     """Raises ValueError for a name that is no policy's."""
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+
+
+def check_each(where: str, items: Sequence[Any], kind: type) -> None:
+    """Raises TypeError for what is no sequence of this kind."""
+    if isinstance(items, kind) or not isinstance(items, Sequence):
+        raise TypeError(f"{where}: expected a sequence of {kind.__name__}, got {type(items).__name__}")
+    for i, item in enumerate(items):
+        if not isinstance(item, kind):
+            raise TypeError(f"{where}[{i}]: expected a {kind.__name__}, got {type(item).__name__}")
 
 
 def kept_layers(policy: str | Sequence[bool], count: int) -> list[bool]:

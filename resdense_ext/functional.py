@@ -18,6 +18,7 @@ from resdense_ext.checks import (
     check_conv1x1_bn_add_act,
     check_dense_block,
     check_dual_path_stage,
+    check_each,
     check_input,
     check_norm,
     check_one_group,
@@ -131,6 +132,7 @@ def dense_block(
     DenseNets (2017).
     """
     act = activation_of(activation, negative_slope)
+    check_each("layers", layers, DenseLayer)
     keep = kept_layers(policy, len(layers))
     check_dense_block(x, layers)
     if behind is not None:
@@ -235,6 +237,7 @@ def residual_stage(
 
     Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
     """
+    check_each("blocks", blocks, ResidualBlock)
     activations = _activations_of(blocks, activation, final_activation, negative_slope)
     policies = [policy] * len(blocks) if policy is None or isinstance(policy, str) else list(policy)
     if len(policies) != len(blocks):
@@ -312,6 +315,7 @@ def dual_path_stage(
     Source: Chen et al., Dual Path Networks (2017).
     """
     act = activation_of(activation, negative_slope)
+    check_each("blocks", blocks, DualPathBlock)
     keep = kept_layers(policy, len(blocks))
     check_dual_path_stage(x, blocks)
     xs = x if isinstance(x, tuple) else (x,)

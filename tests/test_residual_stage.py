@@ -185,6 +185,12 @@ class TestErrors:
         blocks = [block.described() for block in blocks_of()]
         with pytest.raises(ValueError, match="blocks: expected one or more, got 0"):
             functional.residual_stage(images(), [])
+        with pytest.raises(TypeError, match="^blocks: expected a sequence of ResidualBlock, got ResidualBlock"):
+            functional.residual_stage(images(), blocks[0])
+        with pytest.raises(TypeError, match="^blocks: expected a sequence of ResidualBlock, got generator"):
+            functional.residual_stage(images(), (block for block in blocks))
+        with pytest.raises(TypeError, match=r"^blocks\[1\]: expected a ResidualBlock, got NoneType"):
+            functional.residual_stage(images(), [blocks[0], None])
         with pytest.raises(ValueError, match=r"blocks\[1\]\.units: expected one or more, got 0"):
             functional.residual_stage(images(), [blocks[0], blocks[1]._replace(units=())])
         with pytest.raises(ValueError, match="policy: expected 3 names, one a block, got 2"):
