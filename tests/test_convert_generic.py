@@ -424,6 +424,38 @@ def test_what_does_not_trace_is_named_and_looked_into(policy, engine):
     assert "left stock: Outer: its forward depends on values" in str(report)
 
 
+@pytest.mark.parametrize("reason", ["its forward depends on values", "changes a value in place"])
+def test_in_a_sequence_that_is_not_called_itself_every_module_is_looked_into(reason, policy):
+    """What it would do if it were called, a chain of all of them, never runs."""
+
+    def layer():
+        units = [(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, bias=False)) for _ in range(2)]
+        return nn.Sequential(*(module for unit in units for module in unit))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.Sequential(nn.Sequential(layer(), layer()))
+
+        def forward(self, x):
+            for stage in self.stages:
+                for layer in stage:
+                    y = layer(x)
+                    if reason.startswith("changes"):
+                        x = x.clone().sub_(y)
+                    else:
+                        x = x - y if x.shape == y.shape else y
+            return x
+
+    stock, x = S.stranger(Outer), images(2, 6, 9, 7)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    report = rd.report(model, x)
+    assert [row.path for row in report.rows] == ["stages.0.0", "stages.0.1", "(everything else)"]
+    assert len(report.left) == 1 and reason in report.left[0]
+    assert report.saved_bytes < 0.6 * report.stock_saved_bytes
+    assert_same(steps(model, x), steps(stock, x))
+
+
 @pytest.mark.parametrize("order", ["compiled before", "compiled after"])
 @pytest.mark.filterwarnings("error:resdense_ext")
 def test_torch_compile_of_a_module_inside(order):

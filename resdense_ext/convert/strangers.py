@@ -126,6 +126,7 @@ class _Walk:
         self.owners: set[str] = set()
         self.left: list[str] = []
         self._seen: set[nn.Module] = set()
+        self._passed_over: set[nn.Module] = set()
 
     def visit(self, module: nn.Module, path: str) -> None:
         """Converts what a module's trace holds, and goes on with what the trace did not look into."""
@@ -140,7 +141,7 @@ class _Walk:
             if not any(hasattr(module, kind) for kind in READ_FROM_MODULES):
                 self._visit_children(module, path)
             return
-        if type(module).forward is nn.Module.forward:
+        if type(module).forward is nn.Module.forward or module in self._passed_over:
             self._visit_children(module, path)
             return
         try:
@@ -152,8 +153,10 @@ class _Walk:
             matches, reasons = find(traced)
         except Untraceable as untraceable:
             self._leave(path, module, str(untraceable))
+            self._passed_over.update(untraceable.passed_over)
             self._visit_children(module, path)
             return
+        self._passed_over |= traced.passed_over
         program = Program(module, traced, matches)
         for part, reason in program.left:
             self._leave(path, module, f"{part.name}: {reason}")

@@ -34,14 +34,17 @@ __all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_layer",
 
 
 class Untraceable(Exception):
-    """Why a forward has no graph that stands for it."""
+    """Why a forward has no graph that stands for it. ``passed_over`` as of `Traced`, as far as it went."""
+
+    passed_over: Container[nn.Module] = ()
 
 
 class Traced(NamedTuple):
     """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
-    are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs.
+    are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs; ``passed_over``
+    are sequences of which modules are called, and not they.
     """
 
     graph: fx.Graph
@@ -49,6 +52,7 @@ class Traced(NamedTuple):
     left: dict[str, str]
     facts: Facts
     called_otherwise: set[str]
+    passed_over: set[nn.Module]
 
 
 class Facts:
@@ -118,6 +122,9 @@ def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
             raise Untraceable(f"it has modules that cannot be copied: {type(error).__name__}: {error}") from None
         try:
             traced = _attempt(tracer)
+        except Untraceable as untraceable:
+            untraceable.passed_over = tracer.passed_over()
+            raise
         finally:
             # torch.fx leaves a tracer in a cycle, by which a model that is given up would wait for the garbage collector.
             tracer.__dict__.clear()
@@ -147,7 +154,8 @@ def _attempt(tracer: _Tracer) -> Traced | None:
         left[path] = "its forward sets attributes"
         return None
     graph.lint()
-    return Traced(graph, dict(module.named_modules()), left, Facts(module, tracer.leaves), tracer.called_otherwise)
+    facts = Facts(module, tracer.leaves)
+    return Traced(graph, dict(module.named_modules()), left, facts, tracer.called_otherwise, tracer.passed_over())
 
 
 _TENSOR_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.ReLU, nn.modules.dropout._DropoutNd)
@@ -224,6 +232,7 @@ class _Tracer(fx.Tracer):
         self.thread, self.ambient = threading.get_ident(), _ambient()
         self.leaves: set[nn.Module] = set()
         self.called_otherwise: set[str] = set()
+        self.entered: set[str] = set()
         self.shadows: dict[nn.Module, nn.Module] = {}
         self.within: list[str] = []
         self._paths = {id(module): path for path, module in root.named_modules()}
@@ -265,6 +274,13 @@ class _Tracer(fx.Tracer):
         elif not isinstance(error, Untraceable):
             text = f"its forward does not trace: {type(error).__name__}: {text}"
         return self._broke or "", text
+
+    def passed_over(self) -> set[nn.Module]:
+        """Sequences that were not called, as far as the trace went, and modules in them were."""
+        called = [node.target for node in self.graph.nodes if node.op == "call_module"]
+        around = {path[:at] for path in called for at, letter in enumerate(path) if letter == "."}
+        modules = map(self.root_module.get_submodule, around - self.entered)
+        return {module for module in modules if type(module).forward is nn.Sequential.forward}
 
     def changed(self) -> str | None:
         """The path of a module whose attributes are others now."""
@@ -310,6 +326,7 @@ class _Tracer(fx.Tracer):
         if _drops_nothing(m) and len(args) == 1:
             return args[0]
         self.within.append(path)
+        self.entered.add(path)
         try:
             if len(args) + len(kwargs) != len(_required(type(m).forward)):
                 self.called_otherwise.add(path)
