@@ -456,6 +456,28 @@ def test_in_a_sequence_that_is_not_called_itself_every_module_is_looked_into(rea
     assert_same(steps(model, x), steps(stock, x))
 
 
+def test_slices_that_a_forward_makes_are_looked_into(policy):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            units = [(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(4)]
+            self.features = nn.Sequential(*(module for unit in units for module in unit))
+
+        def forward(self, x):
+            first = self.features[:6](x)
+            return first, self.features[6:](first)
+
+    stock, x = S.stranger(Sliced), images(2, 6, 9, 7)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    report = rd.report(model, x)
+    assert [(row.path, row.layers) for row in report.rows] == [("Sliced", 4), ("(everything else)", 0)] and not report.left
+    assert report.saved_bytes < 0.6 * report.stock_saved_bytes
+    assert_same(*(steps(net, x, call=lambda net, x: torch.cat(net(x))) for net in (model, stock)))
+    del model.features[9:]
+    del stock.features[9:]
+    assert_same({"y": model(x)[1]}, {"y": stock(x)[1]})
+
+
 @pytest.mark.parametrize("order", ["compiled before", "compiled after"])
 @pytest.mark.filterwarnings("error:resdense_ext")
 def test_torch_compile_of_a_module_inside(order):

@@ -320,6 +320,10 @@ class _Tracer(fx.Tracer):
         if m in self.shadows:
             # Kept somewhere else than among the children.
             return self.shadows[m](*args, **kwargs)
+        if type(m) is nn.Sequential and m not in self.submodule_paths:
+            # A slice, made by the forward: it counts as a call of its sequence.
+            self.entered |= {self.submodule_paths.get(inner, "").rpartition(".")[0] for inner in m}
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self._with_held(path, super().call_module(m, forward, args, kwargs))
