@@ -76,6 +76,20 @@ def test_says_why_a_block_runs_its_stock_path():
     assert 0 < between.saved_bytes < between.stock_saved_bytes, "it runs by itself"
 
 
+def test_says_which_blocks_the_forward_does_not_come_to():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.other = rd.convert(small_block()), rd.convert(small_block())
+
+        def forward(self, x):
+            return (self.block(x), self.other(x)) if self.training else self.block(x)
+
+    model, x = Auxiliary(), images(2, 6, 5, 4)
+    assert [row.note for row in rd.report(model, x).rows] == ["", "", ""]
+    assert [row.note for row in rd.report(model.eval(), x).rows] == ["", "not run", ""]
+
+
 def test_table():
     model, x = rd.convert(small_densenet(torch.float32)), images(2, 3, 32, 32).float()
     model.features.denseblock1.denselayer1.relu1.register_forward_hook(lambda *_: None)

@@ -24,7 +24,8 @@ _REST = "(everything else)"
 
 
 class Row(NamedTuple):
-    """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs.
+    """One block or transition, or the rest of the model. ``policy`` is None and ``note`` says why where the stock path runs; of a
+    block to which the forward does not come, the note says that.
 
     ``layers`` counts a dense block's layers or the convolutions of a residual or dual path block or of a graph of them. A dense block's bytes are those
     of the transition or head behind it, too, and a dual path block's those of the blocks behind it, where they run in one node.
@@ -104,7 +105,10 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
     rows = []
     for path, block in blocks.items():
         policy, note = _state(block)
-        rows.append(Row(path, _layers(block), policy, ours.get(path, 0), stock.get(path, 0), note))
+        layers = _layers(block)
+        if layers and not note and path not in ours:
+            note = "not run"
+        rows.append(Row(path, layers, policy, ours.get(path, 0), stock.get(path, 0), note))
     rest = "" if blocks else "nothing converted"
     rows.append(Row(_REST, 0, None, ours.get(_REST, 0), stock.get(_REST, 0), rest))
     return MemoryReport(rows, plan_of(model), left_in(model))
@@ -147,16 +151,17 @@ def _named(policy: Policy) -> str:
 
 
 def _measure(model: nn.Module, arguments: tuple, blocks: dict[str, nn.Module], path) -> dict[str, int]:
-    paths = {block: path for path, block in blocks.items()}
+    """The bytes of every block that the forward has come to, and of the rest."""
+    paths, totals = {block: path for path, block in blocks.items()}, {}
     with unchanged(model), path, track_saved() as saved:
         saved.label = _REST
 
         def label(module: Optional[nn.Module], _: Optional[Tensor]) -> None:
             saved.label = paths.get(module, _REST)
+            totals.setdefault(saved.label, 0)
 
         with watching(label):
             output = model(*arguments)
-        totals: dict[str, int] = {}
         for storage in saved.storages():
             totals[storage.label] = totals.get(storage.label, 0) + storage.nbytes
         del output
