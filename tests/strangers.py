@@ -293,6 +293,27 @@ class Handed(nn.Module):
         return F.relu(self.body(x) + (x if residual is None else residual))
 
 
+class Listed(nn.Module):
+    """A network of several resolutions (MSDNet): its modules are handed the maps of all in a list."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.pool, self.levels = nn.AvgPool2d(2), Levels(channels)
+
+    def forward(self, x):
+        fine, coarse = self.levels([x, self.pool(x)])
+        return self.pool(fine) + coarse
+
+
+class Levels(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.fine, self.coarse = (nn.ModuleList(ConvNorm(channels, channels) for _ in range(2)) for _ in range(2))
+
+    def forward(self, maps):
+        return self.fine[1](self.fine[0](maps[0])), self.coarse[1](self.coarse[0](maps[1]))
+
+
 class Crossing(nn.Sequential):
     """A stem, and a chain that reaches into a module with a chain of its own."""
 

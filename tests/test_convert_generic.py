@@ -942,7 +942,7 @@ def test_what_is_frozen_keeps_nothing():
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("kind", [S.Aggregated, S.Crossing], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [S.Aggregated, S.Listed, S.Crossing], ids=lambda kind: kind.__name__)
 def test_what_runs_on_the_engine_does_so_in_every_mode_and_in_copies(kind):
     """Though what is found in a module may be nothing of what its containers find in their own forwards."""
     stock, x = S.stranger(kind), images(2, 8, 9, 7)

@@ -43,8 +43,8 @@ class Traced(NamedTuple):
     """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
-    are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs; ``passed_over``
-    are sequences of which modules are called, and not they.
+    are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs, or a list of
+    them; ``passed_over`` are sequences of which modules are called, and not they.
     """
 
     graph: fx.Graph
@@ -332,7 +332,8 @@ class _Tracer(fx.Tracer):
         self.within.append(path)
         self.entered.add(path)
         try:
-            if len(args) + len(kwargs) != len(_required(type(m).forward)):
+            inputs = (*args, *kwargs.values())
+            if len(inputs) != len(_required(type(m).forward)) or not all(issubclass(type(x), fx.Proxy) for x in inputs):
                 self.called_otherwise.add(path)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
