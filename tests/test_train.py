@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -509,6 +510,25 @@ def test_unfit_volumes_are_named(array, message, tmp_path):
     with pytest.raises(CommandError, match=f"1 of 5 examples cannot be read:\n--data: {message}") as error:
         folders.folder(tmp_path, 14, False)
     assert str(path) in str(error.value)
+
+
+def test_volumes_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """Examples are read by threads, and CPython's parser, which reads numpy's header, is not safe in them."""
+    load, inside, most = np.load, [], []
+
+    def slow(*args, **options):
+        inside.append(args)
+        most.append(len(inside))
+        time.sleep(0.005)
+        array = load(*args, **options)
+        inside.pop()
+        return array
+
+    write_volumes(tmp_path)
+    monkeypatch.setattr(np, "load", slow)
+    monkeypatch.setattr(folders.os, "cpu_count", lambda: 8)
+    folders.folder(tmp_path, 14, False)
+    assert len(most) >= 10 and max(most) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -253,11 +255,17 @@ def _read_volumes(path: Path, mask_path: Path, side: int) -> tuple[Tensor, Tenso
     return image, F.interpolate(mask[None, None].double(), size=sides, mode="nearest-exact")[0, 0]
 
 
+_parsing = Lock()
+"""numpy's header is a Python literal, of which CPython's parser (seen with 3.11.7) now and then refuses one of several threads'."""
+
+
 def _read_array(path: Path) -> Tensor:
     import numpy as np
 
     try:
-        array = np.load(path, allow_pickle=False)
+        file = BytesIO(path.read_bytes())
+        with _parsing:
+            array = np.load(file, allow_pickle=False)
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     # On damaged files numpy raises ValueError, OSError, EOFError and others; torch TypeError for a dtype that it has not.
     except Exception as error:
