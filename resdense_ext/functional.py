@@ -125,7 +125,7 @@ def dense_block(
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
-        TypeError: dtypes that do not fit.
+        TypeError: dtypes that do not fit; ``layers`` that are no sequence of `DenseLayer`.
         Nothing is changed before an error is raised.
 
     Source: Huang et al., Densely Connected Convolutional Networks (2017); Pleiss et al., Memory-Efficient Implementation of
@@ -232,7 +232,7 @@ def residual_stage(
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
-        TypeError: dtypes that do not fit.
+        TypeError: dtypes that do not fit; ``blocks`` that are no sequence of `ResidualBlock`.
         Nothing is changed before an error is raised.
 
     Source: He et al., Deep Residual Learning for Image Recognition, and Identity Mappings in Deep Residual Networks (2016).
@@ -309,7 +309,8 @@ def dual_path_stage(
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
-        TypeError: dtypes that do not fit; an ``x`` that is no such tensor or tuple.
+        TypeError: dtypes that do not fit; an ``x`` that is no such tensor or tuple; ``blocks`` that are no sequence of
+            `DualPathBlock`.
         Nothing is changed before an error is raised.
 
     Source: Chen et al., Dual Path Networks (2017).

@@ -50,8 +50,8 @@ def convert(
         memory_budget: instead of a policy, what the whole model may keep for backward with an input like ``example_input``:
             bytes, a string such as "8GiB" (units are 1024 of the one before), or a share between 0 and 1 of what stock keeps.
             Every layer's bottleneck, and the inner maps of every residual or dual path block and every chain, are kept or computed
-            again so that the fewest FLOPs are. Gradients, optimizer states and scratch come on top: `resdense_ext.memory.peak_bytes` measures all
-            of it.
+            again so that the fewest FLOPs are. Gradients, optimizer states and scratch come on top:
+            `resdense_ext.memory.peak_bytes` measures all of it.
         example_input: for a budget and for "auto", an input of the size to train with, or a tuple of the model's positional
             inputs. The stock model is called with it. What is rewritten by a trace is compared with stock on it, outputs and
             gradients in float64, and what differs is left alone. For a budget one more forward runs with it, under the autocast

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["by_reference", "differentiable"]
+__all__ = ["by_reference", "differentiable", "gradients"]
 
 _Gradients = Sequence[Optional[Tensor]]
 
@@ -23,6 +23,16 @@ def by_reference(*grads: Optional[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return False
     return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+
+
+def gradients(
+    outputs: Sequence[Tensor], grads: _Gradients, inputs: _Gradients, needs: Sequence[bool], create_graph: bool
+) -> list[Optional[Tensor]]:
+    """`torch.autograd.grad` of the outputs that have a gradient, with respect to the inputs that need one; None for the others."""
+    wanted = [value for value, need in zip(inputs, needs) if need]
+    outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, grads) if grad is not None))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
 def differentiable(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:

@@ -22,7 +22,7 @@ from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, conv_of, flat_tensors, geometry_of, parameters_of, wanted_gradients
+from resdense_ext.ops.units import GRADS, UNIT, beside_statistics, conv_of, flat_tensors, geometry_of, parameters_of, wanted_gradients
 from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
 
 __all__ = ["Conv1x1BNAddActConfig", "conv1x1_bn_add_act"]
@@ -267,11 +267,8 @@ class Conv1x1BNAddActFunction(torch.autograd.Function):
                     grad, mark, x, identity, tensors, *ctx.config, stats, list(saved), needs
                 )
         dx, didentity, *values = (value if need else None for value, need in zip(found, needs))
-        result: list[Optional[Tensor]] = []
-        for at in range(0, len(values), len(GRADS)):
-            weight, bias, conv_weight, conv_bias = values[at : at + len(GRADS)]
-            result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, dx, None if didentity is None else didentity.to(ctx.identity_dtype), *result
+        didentity = None if didentity is None else didentity.to(ctx.identity_dtype)
+        return None, None, dx, didentity, *beside_statistics(values)
 
 
 def _differentiable_backward(grad, grad_before, mark, x, identity, tensors, config, needs) -> list[Optional[Tensor]]:

@@ -24,7 +24,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.conv_graph_plan import Wanted, is_plain, made_for, map_of_norm, pieces_of, read_maps
+from resdense_ext.ops.conv_graph_plan import Wanted, is_plain, made_for, map_of_norm, pieces_of
 from resdense_ext.ops.convolve import convolve_backward, convolved, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
 from resdense_ext.ops.operands import Fold, Pending, Stats
@@ -148,12 +148,14 @@ class _Backward(_Maps):
         for piece in pieces_of(graph):
             self.readers[piece.map] += 1
         self.wanted = Wanted(graph, self.sources, self.found)
-        self.needed = read_maps(graph, needs)
 
     def complete(self, wanted: Iterable[int]) -> None:
         """Computes again those of the maps that are wanted, and not there, where backward reads them; and what these are made of."""
+        missing = {of for of in self.wanted.read.intersection(wanted) if self.maps[of] is None}
+        if not missing:
+            return
         there = {of for of, x in enumerate(self.maps) if x is not None}
-        for of in sorted(made_for(self.graph.reads, self.sources, self.needed.intersection(wanted), there) - there):
+        for of in sorted(made_for(self.graph.reads, self.sources, missing, there) - there):
             conv = self.graph.convs[of - self.sources]
             x, fold = self.read(self.graph.reads[of - self.sources], conv)
             self.maps[of], _ = convolved(self.backend, x, fold, conv, None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
-from resdense_ext.ops.by_reference import by_reference, differentiable
+from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward
 from resdense_ext.ops.conv_graph_plan import kept_maps, map_of_norm, positions_of
@@ -21,15 +21,15 @@ from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, parameters_of
+from resdense_ext.ops.units import UNIT, beside_statistics, flat_tensors, parameters_of
 from resdense_ext.reference import ConvGraph
 
 __all__ = ["conv_graph"]
 
 
 class ConvGraphFunction(torch.autograd.Function):
-    """Keeps the sources, where the policy is "fast" also every map that backward reads, as its convolution wrote it, and the
-    statistics of those with norms; where it is "none", nothing."""
+    """Keeps the maps that `kept_maps` names, sources among them, as their convolutions wrote them, and the statistics of those with
+    norms; where the policy is "none", no map."""
 
     @staticmethod
     def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str, count: int, *tensors):
@@ -83,11 +83,7 @@ class ConvGraphFunction(torch.autograd.Function):
             value.to(target.dtype) if need and value is not None else None
             for need, value, target in zip(needs, found, targets)
         ]
-        result = wanted[: ctx.count]
-        for at in range(ctx.count, len(wanted), len(GRADS)):
-            weight, bias, conv_weight, conv_bias = wanted[at : at + len(GRADS)]
-            result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, None, None, *result
+        return None, None, None, None, *wanted[: ctx.count], *beside_statistics(wanted[ctx.count :])
 
 
 def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[], Any]) -> Any:
@@ -129,11 +125,8 @@ def _differentiable_backward(upstream, sources, tensors, graph, needs, create_gr
         raise RuntimeError("conv_graph: expected no frozen convolutions in front, of which nothing is kept, for a second derivative")
     sources = [x.view_as(x) for x in sources]
     tensors = [t if t is None else t.view_as(t) for t in tensors]
-    wanted = [value for value, need in zip(_targets(sources, tensors), needs) if need]
     outputs = reference.conv_graph(sources, _around(graph, tensors))
-    outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, upstream) if grad is not None))
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    return gradients(outputs, upstream, _targets(sources, tensors), needs, create_graph)
 
 
 def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast") -> tuple[Tensor, ...]:
@@ -143,7 +136,7 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast"
         sources: maps ``[N, C, *spatial]``, not empty; whatever a convolution reads together has the same samples and sizes.
         graph: convolution weights of one dtype, in which all of them compute; statistics of this process alone. A map's norms
             normalise it whole.
-        policy: "fast" keeps the maps that backward reads, "min" computes them again.
+        policy: "fast" keeps the maps that backward reads, "min" few of them, and computes the others again.
 
     Returns:
         A map an output, channels-last where the sources are or a weight is. An output that is one convolution's map as it is, and that is

@@ -20,7 +20,7 @@ from torch import Tensor
 from resdense_ext.ops.units import GRADS, Gradients
 from resdense_ext.reference import ConvGraph, Piece
 
-__all__ = ["Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of", "read_maps"]
+__all__ = ["Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of"]
 
 
 def pieces_of(graph: ConvGraph) -> Iterator[Piece]:
@@ -47,13 +47,17 @@ def positions_of(sources: Sequence[Tensor], graph: ConvGraph) -> list[int]:
 
 
 class Wanted:
-    """Of which ``maps``, and of which pieces, anything asks for the gradient."""
+    """Of which ``maps``, and of which pieces, anything asks for the gradient; and the maps that backward reads for it: what
+    convolutions ``read``, and what outputs read through a norm or an activation."""
 
     def __init__(self, graph: ConvGraph, sources: int, asked: Gradients) -> None:
         self._needs, self._norms = asked.needs, sources + len(GRADS) * len(graph.convs)
         self.maps = list(asked.needs[:sources])
         for i, pieces in enumerate(graph.reads):
             self.maps.append(asked.wants_weight(i) or any(map(self.piece, pieces)))
+        given = (piece for pieces in graph.outputs for piece in pieces if not is_plain(piece))
+        self.read = {piece.map for piece in given if self.piece(piece)}
+        self.read.update(piece.map for i, pieces in enumerate(graph.reads) for piece in pieces if self.maps[sources + i])
 
     def piece(self, piece: Piece) -> bool:
         return self.maps[piece.map] or (piece.norm is not None and self._norm(piece.norm))
@@ -61,16 +65,6 @@ class Wanted:
     def _norm(self, norm: int) -> bool:
         first = self._norms + len(GRADS) * norm
         return any(self._needs[first : first + 2])
-
-
-def read_maps(graph: ConvGraph, needs: Sequence[bool]) -> set[int]:
-    """Those that backward reads for the gradients that ``needs`` asks for: what convolutions read, and what outputs read through
-    a norm or an activation."""
-    sources = len(needs) - len(GRADS) * (len(graph.convs) + len(graph.norms))
-    wanted = Wanted(graph, sources, Gradients(needs, sources))
-    read = {piece.map for i, pieces in enumerate(graph.reads) for piece in pieces if wanted.maps[sources + i]}
-    given = (piece for pieces in graph.outputs for piece in pieces if not is_plain(piece))
-    return read | {piece.map for piece in given if wanted.piece(piece)}
 
 
 def made_for(reads: Sequence[Sequence[Piece]], sources: int, wanted: Container[int], there: Container[int]) -> set[int]:
@@ -84,12 +78,13 @@ def made_for(reads: Sequence[Sequence[Piece]], sources: int, wanted: Container[i
 
 def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool], policy: str) -> set[int]:
     """Those that are kept for the gradients that ``needs`` asks for."""
-    read, count = read_maps(graph, needs), len(sources)
+    count = len(sources)
+    wanted = Wanted(graph, count, Gradients(needs, count))
+    read = wanted.read
     if policy == "fast":
         return read
     # What comes out of a frozen front is kept: it takes no more than what it is made of.
-    wanted = Wanted(graph, count, Gradients(needs, count)).maps
-    given = frozenset(of for of in read if of < count or not wanted[of])
+    given = frozenset(of for of in read if of < count or not wanted.maps[of])
     values = tuple(n * conv.weight.shape[0] for n, conv in zip(positions_of(sources, graph)[count:], graph.convs))
     kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
     return kept | {of for of in made_for(graph.reads, count, read, kept) if of < count}

@@ -12,7 +12,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import dense_block as block_engine
 from resdense_ext.ops import dense_stage as stage_engine
-from resdense_ext.ops.by_reference import by_reference, differentiable
+from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dense_block import DenseBlockConfig
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
@@ -20,7 +20,7 @@ from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, group_of, parameters_of
+from resdense_ext.ops.units import GRADS, UNIT, beside_statistics, flat_tensors, group_of, parameters_of
 from resdense_ext.reference import Activation, BatchNorm, DenseLayer, PooledUnit
 
 __all__ = ["DenseBlockFunction", "dense_block"]
@@ -76,11 +76,7 @@ class DenseBlockFunction(torch.autograd.Function):
         else:
             found = _backward(grads, buffer, config, unit, tensors, masks, stats, list(saved), needs)
         wanted = [value if need else None for value, need in zip(found, needs)]
-        result: list[Optional[Tensor]] = []
-        for at in range(1, len(wanted), len(GRADS)):
-            weight, bias, conv_weight, conv_bias = wanted[at : at + 4]
-            result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, None, None, wanted[0], *result
+        return None, None, None, None, wanted[0], *beside_statistics(wanted[1:])
 
 
 def _backward(grads, buffer, config, unit, tensors, masks, stats, kept, needs) -> list[Optional[Tensor]]:
@@ -130,16 +126,13 @@ def _differentiable_backward(grads, buffer, channels, config, unit, tensors, mas
     x = buffer[:, :channels].view_as(buffer[:, :channels])
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     inputs = [x, *parameters_of(tensors)]
-    wanted = [value for value, need in zip(inputs, needs) if need]
     layers, unit_tensors = _split(tensors, unit)
     y = reference.dense_block(x, config.layers(layers, masks), Activation(config.activation, config.slope))
     outputs = [y]
     if unit is not None:
         activation = Activation(unit.activation, unit.slope)
         outputs = [reference.bn_act_pool(y, unit.unit(*unit_tensors), activation), y]
-    outputs, grads = zip(*((out, grad) for out, grad in zip(outputs, grads) if grad is not None))
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    return gradients(outputs, grads, inputs, needs, create_graph)
 
 
 def dense_block(

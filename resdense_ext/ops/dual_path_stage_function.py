@@ -11,13 +11,13 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import dual_path_stage as engine
-from resdense_ext.ops.by_reference import by_reference, differentiable
+from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.dual_path_stage import DualPathStageConfig, saved_inputs, statistics_of, units_of
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, flat_tensors, parameters_of
+from resdense_ext.ops.units import beside_statistics, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, DualPathBlock
 
 __all__ = ["dual_path_stage"]
@@ -61,11 +61,7 @@ class DualPathStageFunction(torch.autograd.Function):
                     *grads, dense, xs, tensors, *ctx.config, stats, list(saved), needs
                 )
         wanted = [value if need else None for value, need in zip(found, needs)]
-        result: list[Optional[Tensor]] = []
-        for at in range(inputs, len(wanted), len(GRADS)):
-            weight, bias, conv_weight, conv_bias = wanted[at : at + len(GRADS)]
-            result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, None, *wanted[:inputs], *result
+        return None, None, None, *wanted[:inputs], *beside_statistics(wanted[inputs:])
 
 
 @differentiable
@@ -74,12 +70,9 @@ def _differentiable_backward(grads, xs, tensors, config, needs, create_graph) ->
     xs = [x.view_as(x) for x in xs]
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     inputs = [*xs, *parameters_of(tensors)]
-    wanted = [value for value, need in zip(inputs, needs) if need]
     x = xs[0] if len(xs) == 1 else tuple(xs)
     halves = reference.dual_path_stage(x, config.blocks(tensors), Activation(config.activation, config.slope))
-    outputs, grads = zip(*((half, grad) for half, grad in zip(halves, grads) if grad is not None))
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    return gradients(halves, grads, inputs, needs, create_graph)
 
 
 def dual_path_stage(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops import pooled_unit
-from resdense_ext.ops.by_reference import by_reference, differentiable
+from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.pooled_unit import PooledUnitConfig
 from resdense_ext.ops.ranks import check_one_process
@@ -56,10 +56,8 @@ def _differentiable_backward(grad, x, tensors, config, needs, create_graph) -> l
     x = x.view_as(x)
     tensors = [t if t is None else t.view_as(t) for t in tensors]
     inputs = [x, *parameters_of(tensors)]
-    wanted = [value for value, need in zip(inputs, needs) if need]
     y = reference.bn_act_pool(x, config.unit(*tensors), Activation(config.activation, config.slope))
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    return gradients([y], [grad], inputs, needs, create_graph)
 
 
 def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation, backend: ReferenceBackend) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops import residual_block as engine
-from resdense_ext.ops.by_reference import by_reference, differentiable
+from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.layout import as_convolved
 from resdense_ext.ops.ranks import check_one_process
@@ -27,7 +27,7 @@ from resdense_ext.ops.residual_maps import (
 )
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
-from resdense_ext.ops.units import GRADS, UNIT, flat_tensors, parameters_of
+from resdense_ext.ops.units import UNIT, beside_statistics, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, ResidualBlock
 
 __all__ = ["residual_stage"]
@@ -62,8 +62,9 @@ class ResidualStageFunction(torch.autograd.Function):
         for of_block in _split(ctx.needs_input_grad[4:], ctx.counts[0]):
             needs.append([wanted, *parameters_of(of_block)])
             wanted = any(needs[-1])
+        asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
         if by_reference(grad):
-            found = _differentiable_backward(grad, xs[0], tensors, ctx.configs, needs)
+            found = _differentiable_backward(grad, xs[0], tensors, ctx.configs, asked)
         else:
             with without_autocast(grad.device):
                 found = engine.run_backward.as_one(
@@ -72,13 +73,8 @@ class ResidualStageFunction(torch.autograd.Function):
                     [*tensors, *stats, *kept],
                     lambda: _backward(grad, out, xs, tensors, ctx.configs, stats, kept, needs),
                 )
-        asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
         of_x, *values = [value if need else None for value, need in zip(found, asked)]
-        result: list[Optional[Tensor]] = []
-        for at in range(0, len(values), len(GRADS)):
-            weight, bias, conv_weight, conv_bias = values[at : at + len(GRADS)]
-            result += [weight, bias, None, None, conv_weight, conv_bias]
-        return None, None, None, of_x, *result
+        return None, None, None, of_x, *beside_statistics(values)
 
 
 def _split(flat: Iterable, sizes: Sequence[int]) -> list[list]:
@@ -150,13 +146,10 @@ def _differentiable_backward(grad, x, tensors, configs, needs, create_graph) -> 
     x = x.view_as(x)
     tensors = [[t if t is None else t.view_as(t) for t in of_block] for of_block in tensors]
     inputs = [x, *chain(*map(parameters_of, tensors))]
-    asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
-    wanted = [value for value, need in zip(inputs, asked) if need]
     y = x
     for config, of_block in zip(configs, tensors):
         y = reference.residual_block(y, config.block(of_block), *config.activations)
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in asked]
+    return gradients([y], [grad], inputs, needs, create_graph)
 
 
 def residual_stage(

@@ -14,6 +14,7 @@ __all__ = [
     "GRADS",
     "UNIT",
     "Gradients",
+    "beside_statistics",
     "conv_of",
     "flat_tensors",
     "geometry_of",
@@ -47,6 +48,15 @@ def flat_tensors(units: Iterable[tuple[Optional[BatchNorm], Optional[Conv]]]) ->
 def parameters_of(tensors: Sequence) -> list:
     """`GRADS` of every unit, of its tensors or of what else there is one a tensor."""
     return [tensors[at + position] for at in range(0, len(tensors), UNIT) for position in GRADS]
+
+
+def beside_statistics(values: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
+    """What `parameters_of` takes `GRADS` from: a value a tensor of every unit, None for its running statistics."""
+    tensors: list[Optional[Tensor]] = []
+    for at in range(0, len(values), len(GRADS)):
+        weight, bias, conv_weight, conv_bias = values[at : at + len(GRADS)]
+        tensors += [weight, bias, None, None, conv_weight, conv_bias]
+    return tensors
 
 
 def geometry_of(conv: Conv) -> list[int]:
