@@ -103,6 +103,7 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
         for number, unit in enumerate(layer.units):
             where = f"layers[{index}].units[{number}]"
             check_norm(f"{where}.norm", unit.norm, width, x)
+            check_of_batch(**{f"{where}.norm": unit.norm})
             width = _check_conv(f"{where}.conv", unit.conv, width, x, dtype)
             _check_keeps_size(f"{where}.conv", unit.conv)
         if layer.mask is not None:
@@ -114,10 +115,13 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
 
 
 def check_one_group(where: str, norms: Sequence[Optional[BatchNorm]]) -> None:
-    """Raises ValueError for norms that take the batch's statistics over different ranks."""
-    groups = {norm.group for norm in norms if norm is not None and norm.batch_stats}
+    """Raises ValueError for norms that take the batch's statistics over different ranks, or some of them every sample's."""
+    taking = [norm for norm in norms if norm is not None and norm.batch_stats]
+    groups = {norm.group for norm in taking}
     if len(groups) > 1:
         raise ValueError(f"{where}: expected norms of one process group, got {sorted(groups)}")
+    if len({norm.instance for norm in taking}) > 1:
+        raise ValueError(f"{where}: expected norms that take the statistics of the batch, or all of every sample, got both")
 
 
 def check_policy(policy: str) -> None:
@@ -279,6 +283,7 @@ def check_dual_path_stage(x: Tensor | tuple[Tensor, Tensor], blocks: Sequence[Du
         shape = _check_dual_path_block(f"blocks[{i}]", block, shape, like)
         for k, unit in enumerate([*block.units, *([] if block.projection is None else [block.projection])]):
             check_alone(**{f"blocks[{i}].units[{k}].norm": unit.norm})
+            check_of_batch(**{f"blocks[{i}].units[{k}].norm": unit.norm})
 
 
 def _check_halves(residual: Tensor, dense: Tensor) -> None:
@@ -353,7 +358,9 @@ def check_conv1x1_bn_add_act(
         raise TypeError(f"identity: expected dtype {dtype or 'of floating numbers'}, got {identity.dtype}")
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, shape[1], x, shape)
-    check_alone(input_norm=input_norm, norm=norm, identity_norm=identity_norm)
+    norms = {"input_norm": input_norm, "norm": norm, "identity_norm": identity_norm}
+    check_alone(**norms)
+    check_of_batch(**norms)
 
 
 def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
@@ -378,6 +385,9 @@ def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
             shapes.append(_check_unit(f"{where}.", Unit(None, graph.convs[i]), shape, first, dtype))
     if len({conv.weight.dtype for conv in graph.convs}) > 1:
         raise TypeError("convs: expected weights of one dtype")
+    check_one_group("norms", graph.norms)
+    if any(norm.instance for norm in graph.norms) and len({len(x) for x in sources}) > 1:
+        raise ValueError(f"sources: expected maps of as many samples beside instance norms, got shapes {shapes[:len(sources)]}")
 
 
 def check_alone(**norms: Optional[BatchNorm]) -> None:
@@ -385,6 +395,13 @@ def check_alone(**norms: Optional[BatchNorm]) -> None:
     for name, norm in norms.items():
         if norm is not None and norm.batch_stats and norm.group:
             raise ValueError(f"{name}.group: expected none, of this process alone, got {norm.group!r}")
+
+
+def check_of_batch(**norms: Optional[BatchNorm]) -> None:
+    """Raises ValueError for an instance norm."""
+    for name, norm in norms.items():
+        if norm is not None and norm.instance:
+            raise ValueError(f"{name}.instance: expected False, got True: an instance norm has no place here")
 
 
 def check_bn_act_conv(x: Tensor, norm: BatchNorm, conv: Conv) -> None:
@@ -417,6 +434,8 @@ def check_norm(
     shape = x.shape if shape is None else shape
     if norm.eps < 0 or (norm.batch_stats and norm.eps == 0):
         raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
+    if norm.instance and (not norm.batch_stats or norm.group or (norm.running_mean, norm.running_var) != (None, None)):
+        raise ValueError(f"{where}: expected batch_stats, no running statistics and no group beside instance, got {norm[4:]}")
     for name, vector in zip(("weight", "bias", "running_mean", "running_var"), norm):
         if vector is None:
             continue
@@ -429,7 +448,8 @@ def check_norm(
     if norm.batch_stats:
         if norm.group and not math.prod(shape):
             raise ValueError(f"x: expected values on every rank that shares batch statistics, got input size {tuple(shape)}")
-        if not norm.group and math.prod(shape) == shape[1]:
+        values = math.prod(shape[2:]) * (1 if norm.instance else shape[0])
+        if not norm.group and values == 1:
             raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(shape)}")
         if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):
             raise ValueError(f"{where}: expected running_mean and running_var both or neither, got one of them")

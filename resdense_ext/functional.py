@@ -21,6 +21,7 @@ from resdense_ext.checks import (
     check_each,
     check_input,
     check_norm,
+    check_of_batch,
     check_one_group,
     check_policy,
     check_pooled_unit,
@@ -140,6 +141,7 @@ def dense_block(
         check_pooled_unit("behind.", behind, channels, x)
         if behind.pool.kind == "maximum":
             raise ValueError("behind.pool: expected average or global, got maximum")
+        check_of_batch(**{"behind.norm": behind.norm})
         check_one_group("behind.norm", [behind.norm, *(unit.norm for layer in layers for unit in layer.units)])
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
@@ -454,6 +456,8 @@ def transition(
 def _bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
     if x.numel() == 0:
         return reference.bn_act_pool(x, unit, activation)
+    if unit.norm.instance and len(x) > 1:
+        return torch.cat([_bn_act_pool(sample, unit, activation) for sample in x.split(1)])
     in_a_byte = unit.pool.kind != "maximum" or math.prod(unit.pool.kernel_size) <= 255
     backend = backends.choose(x, x.dtype) if in_a_byte else backends.get("reference")
     return _pooled_unit.bn_act_pool(x, unit, activation, backend)
@@ -555,6 +559,7 @@ def bn_add_act(
     if identity_norm is not None:
         check_norm("identity_norm", identity_norm, z.shape[1], z)
     check_alone(norm=norm, identity_norm=identity_norm)
+    check_of_batch(norm=norm, identity_norm=identity_norm)
     return _bn_add_act.bn_add_act(z, norm, identity, identity_norm, act)
 
 

@@ -10,6 +10,7 @@ Shapes: a *map* is ``[N, C, *spatial]`` with one, two or three spatial dimension
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
@@ -71,6 +72,9 @@ class BatchNorm(NamedTuple):
     ``num_batches_tracked`` counts one up. The functions of this module read running statistics and never write them.
     ``group`` names the process group over all of whose ranks the batch's statistics are taken, as SyncBatchNorm does it; empty
     for this process alone. The functions of this module never communicate.
+
+    An ``instance`` norm takes the statistics of every sample by itself (Ulyanov et al., Instance Normalization, 2016), also
+    outside of training: ``batch_stats`` is True, and there are no running ones.
     """
 
     weight: Optional[Tensor] = None
@@ -82,6 +86,7 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
     num_batches_tracked: Optional[Tensor] = None
     group: str = ""
+    instance: bool = False
 
 
 class Conv(NamedTuple):
@@ -252,8 +257,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector ``[C]`` shaped so that it broadcasts over the map ``x``."""
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
+    """A vector ``[C]``, or one a sample, ``[N, C]``, shaped so that it broadcasts over the map ``x``."""
+    return vector.view(*vector.shape, *[1] * (x.dim() - 2))
 
 
 def activate(y: Tensor, activation: Activation = Activation()) -> Tensor:
@@ -342,6 +347,9 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     if not norm.batch_stats:
         dtype = accumulation_dtype(x.dtype)
         return norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    if norm.instance:
+        mean, m2 = map(torch.stack, zip(*map(channel_stats, x.split(1))))
+        return mean, m2 / math.prod(x.shape[2:])
     mean, m2 = channel_stats(x)
     return mean, m2 / (x.numel() // x.shape[1])
 

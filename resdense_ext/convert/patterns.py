@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
-from resdense_ext.nn.leaves import is_frozen_norm, pool_kind
+from resdense_ext.nn.leaves import is_frozen_norm, is_norm, pool_kind
 
 __all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of"]
 
@@ -81,7 +81,6 @@ class Match(NamedTuple):
 
 
 _KINDS = {
-    "norm": nn.modules.batchnorm._BatchNorm,
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
     "dropout": nn.modules.dropout._DropoutNd,
@@ -114,7 +113,6 @@ _FRESH_LAYERS = (
     nn.Embedding,
     nn.LayerNorm,
     nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
     nn.modules.conv._ConvTransposeNd,
 )
 """Of torch's, these never return their input, nor a view of it."""
@@ -203,7 +201,7 @@ class _Reader:
             return "cat" if is_cat else "sum" if self._is_sum(node) else None
         if pool_kind(layer) is not None:
             return "pool"
-        if is_frozen_norm(layer):
+        if is_norm(layer):
             return "norm"
         return next((kind for kind, classes in _KINDS.items() if isinstance(layer, classes)), None)
 

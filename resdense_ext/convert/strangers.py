@@ -16,7 +16,7 @@ from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
 from resdense_ext.convert.trace import Facts, Untraceable, is_layer, is_own, modes_of, trace
 from resdense_ext.nn.dispatch import is_transformed, say
-from resdense_ext.nn.leaves import Unsupported, is_frozen_norm
+from resdense_ext.nn.leaves import Unsupported, is_norm
 from resdense_ext.nn.protocols import READ_FROM_MODULES
 
 __all__ = ["Record", "Stranger", "convert_strangers", "left_in", "named_parts", "put_back", "remember_left"]
@@ -238,8 +238,7 @@ def _within(match: Match) -> tuple[str, ...]:
 
 def _has_layers(module: nn.Module) -> bool:
     """Whether there is a norm or a convolution in it, without which the engines have nothing to do."""
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
-    return any(isinstance(m, kinds) or is_frozen_norm(m) for m in module.modules())
+    return any(is_norm(m) or isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
 
 
 _left: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()

@@ -20,7 +20,7 @@ from resdense_ext.nn.calls import (
 )
 from resdense_ext.nn.dispatch import Run, check_plain, is_watched, running, takes
 from resdense_ext.nn.engine import broadcasts, run_dense_block
-from resdense_ext.nn.leaves import Unsupported, check_untouched, is_frozen_norm, own_activation, pool_kind
+from resdense_ext.nn.leaves import Unsupported, check_untouched, is_norm, own_activation, pool_kind
 from resdense_ext.nn.protocols import (
     Block,
     DualPath,
@@ -264,7 +264,7 @@ def _block(link: _Link) -> Optional[Block]:
 def _pooled(links: Sequence[_Link], at: int) -> tuple[Optional[PooledModules], int]:
     """A norm, an activation and a pool in a row, and how many links these are: a norm may hold its activation."""
     norm = links[at]
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) and not is_frozen_norm(norm):
+    if not is_norm(norm):
         return None, 1
     held = own_activation(norm)
     behind = links[at + 1 : at + 3] if held is None else [held, *links[at + 1 : at + 2]]

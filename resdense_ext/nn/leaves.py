@@ -22,6 +22,7 @@ __all__ = [
     "check_untouched",
     "conv_of",
     "is_frozen_norm",
+    "is_norm",
     "is_wrapper",
     "layer_class",
     "norm_of",
@@ -37,7 +38,13 @@ __all__ = [
 
 NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 """The norm that belongs to the maps of a convolution."""
-_LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values()}
+_INSTANCE = {
+    nn.BatchNorm1d: nn.InstanceNorm1d,
+    nn.BatchNorm2d: nn.InstanceNorm2d,
+    nn.BatchNorm3d: nn.InstanceNorm3d,
+}
+"""The instance norm of the maps that such a batch norm takes."""
+_LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values(), *_INSTANCE.values()}
 _HARMLESS = {
     *("__init__", "reset_parameters", "extra_repr", "__module__", "__doc__", "__annotations__"),
     *("__firstlineno__", "__static_attributes__"),  # from Python 3.13 on
@@ -132,11 +139,13 @@ def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: 
 
 
 def norm_of(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.Module] = None) -> BatchNorm:
-    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise.
-    ``activation`` stands behind."""
+    """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise, and
+    instance norms. ``activation`` stands behind."""
     if expected is nn.BatchNorm2d and is_frozen_norm(norm):
         check_untouched(norm)
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
+    if layer_class(norm) is _INSTANCE.get(expected):
+        return _instance_norm_of(norm)
     held = own_activation(norm)
     holds_it = held is not None and (held is activation or type(held) is nn.Identity) and isinstance(norm, expected)
     if not holds_it and layer_class(norm) not in (expected, nn.SyncBatchNorm):
@@ -157,8 +166,16 @@ def norm_of(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.
     return BatchNorm(weight, bias, mean, var, batch_stats, momentum, norm.eps, count, group)
 
 
+def _instance_norm_of(norm: nn.Module) -> BatchNorm:
+    """As `torch.nn.modules.instancenorm._InstanceNorm.forward` calls `torch.nn.functional.instance_norm`."""
+    check_untouched(norm)
+    if norm.track_running_stats:
+        raise Unsupported("is an instance norm with running statistics", norm)
+    return BatchNorm(*_registered(norm, norm._parameters, _PARAMETERS), eps=norm.eps, instance=True)
+
+
 def own_norm_of(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.Module] = None) -> BatchNorm:
-    """`norm_of` of one that takes its statistics alone."""
+    """`norm_of` of one that takes its statistics in this process alone."""
     read = norm_of(norm, expected, activation)
     if read.batch_stats and read.group:
         raise Unsupported("takes statistics over several ranks", norm)
@@ -185,6 +202,12 @@ def layer_class(module: Optional[nn.Module]) -> type:
             return type(module) if overrides else base
         own |= vars(base).keys() - _HARMLESS
     return type(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is one of those that `norm_of` may read."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+    return isinstance(module, kinds) or is_frozen_norm(module)
 
 
 def is_frozen_norm(norm: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activ
             read_conv = conv_of(conv)
             check_keeps_size(conv, read_conv)
             _check_alone(norm, norms)
-            units.append(Unit(norm_of(norm, NORM_BESIDE[layer_class(conv)], activation), read_conv))
+            units.append(Unit(_of_batch(norm, norm_of(norm, NORM_BESIDE[layer_class(conv)], activation)), read_conv))
             activations.add(activation_of(activation))
         read.append(DenseLayer(tuple(units)))
     if len(activations) > 1:
@@ -150,7 +150,7 @@ def read_dual_path_block(modules: DualPathModules) -> tuple[DualPathBlock, Activ
         pair = conv if isinstance(conv, tuple) else ()
         read_conv = pair_of(*pair, modules.residual_channels) if pair else conv_of(conv)
         _check_alone(norm, seen)
-        read_norm = own_norm_of(norm, NORM_BESIDE[layer_class(pair[0] if pair else conv)], activation)
+        read_norm = _of_batch(norm, own_norm_of(norm, NORM_BESIDE[layer_class(pair[0] if pair else conv)], activation))
         units.append(Unit(read_norm, read_conv))
         activations.add(activation_of(activation))
     # The last of the units splits, and a projection does.
@@ -178,6 +178,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     activations = {activation: activation_of(activation) for _, activation in pairs if activation is not None}
     activations[None] = Activation("identity")
     norms = {norm: own_norm_of(norm, beside, activation) for norm, activation in pairs if norm is not None}
+    check_one_group(norms.values())
 
     def graph(widths: Sequence[int]) -> ConvGraph:
         widths = [*widths, *(conv.weight.shape[0] for conv in convs)]
@@ -272,7 +273,14 @@ def read_end(modules: EndModules) -> tuple[list[Optional[BatchNorm]], Activation
         raise Unsupported("global module hooks are set")
     norms = modules.norm, modules.identity_norm
     kind = next((layer_class(norm) for norm in norms if layer_class(norm) in NORM_BESIDE.values()), nn.BatchNorm2d)
-    return [None if norm is None else own_norm_of(norm, kind) for norm in norms], activation_of(modules.activation)
+    read = [None if norm is None else _of_batch(norm, own_norm_of(norm, kind)) for norm in norms]
+    return read, activation_of(modules.activation)
+
+
+def _of_batch(norm: nn.Module, read: BatchNorm) -> BatchNorm:
+    if read.instance:
+        raise Unsupported(f"is {type(norm).__name__}", norm)
+    return read
 
 
 def _check_alone(norm: nn.Module, seen: set[nn.Module]) -> None:
@@ -282,6 +290,9 @@ def _check_alone(norm: nn.Module, seen: set[nn.Module]) -> None:
 
 
 def check_one_group(norms: Iterable[Optional[BatchNorm]]) -> None:
-    """Raises Unsupported for norms that take the batch's statistics over different ranks."""
-    if len({norm.group for norm in norms if norm is not None and norm.batch_stats}) > 1:
+    """Raises Unsupported for norms that take the batch's statistics over different ranks, or some of them every sample's."""
+    taking = [norm for norm in norms if norm is not None and norm.batch_stats]
+    if len({norm.group for norm in taking}) > 1:
         raise Unsupported("not all of its norms take statistics over the same ranks")
+    if len({norm.instance for norm in taking}) > 1:
+        raise Unsupported("some of its norms take the statistics of the batch, and some every sample's")

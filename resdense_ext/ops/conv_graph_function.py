@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Optional
 
@@ -15,6 +16,7 @@ from resdense_ext.ops.by_reference import by_reference, differentiable, gradient
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward
 from resdense_ext.ops.conv_graph_plan import kept_maps, map_of_norm, positions_of
+from resdense_ext.ops.instances import are_instances, gathered_gradients, joined, parts_of
 from resdense_ext.ops.layout import as_convolved, walkable_map
 from resdense_ext.ops.operands import Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
@@ -34,56 +36,68 @@ class ConvGraphFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str, count: int, *tensors):
         sources, tensors = [walkable_map(x) for x in tensors[:count]], list(tensors[count:])
+        samples = len(sources[0]) if are_instances(graph.norms) else 0
         shape = _around(graph, [None] * len(tensors))
         kept = set() if policy == "none" else kept_maps(sources, graph, _needs(ctx, count), policy)
 
-        def call() -> tuple[list[Tensor], list[Optional[Tensor]], list[Tensor]]:
+        def of_part(*sources: Tensor) -> tuple[list[Tensor], list[Optional[Tensor]], list[Tensor]]:
             outputs, maps, stats = forward(sources, _around(shape, tensors), backend, kept)
             maps = [x if i < count or i in kept else None for i, x in enumerate(maps)]
             return outputs, maps, [vector for of_map in stats for vector in of_map]
 
+        outputs_of_parts, kept_of_parts = [], []
         with without_autocast(sources[0].device):
-            key = "conv_graph", shape, frozenset(kept), tuple(map(layout_of, sources))
-            outputs, maps, vectors = _run(backend, key, (sources, tensors), call)
+            for part in zip(*(parts_of(x, samples) for x in sources)):
+                key = "conv_graph", shape, frozenset(kept), tuple(map(layout_of, part))
+                outputs, maps, vectors = _run(backend, key, (part, tensors), partial(of_part, *part))
+                outputs_of_parts.append(outputs)
+                kept_of_parts += [*maps[count:], *vectors]
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        of, positions = map_of_norm(graph), positions_of(sources, graph)
-        reads = [of[norm] for norm in range(len(graph.norms))]
-        stats = list(map(Stats, vectors[::2], vectors[1::2]))
-        update_running_statistics(graph.norms, [stats[i] for i in reads], [positions[i] for i in reads])
+        if not samples:
+            of, positions = map_of_norm(graph), positions_of(sources, graph)
+            reads = [of[norm] for norm in range(len(graph.norms))]
+            stats = list(map(Stats, vectors[::2], vectors[1::2]))
+            update_running_statistics(graph.norms, [stats[i] for i in reads], [positions[i] for i in reads])
         ctx.set_materialize_grads(False)
-        ctx.graph, ctx.backend, ctx.count = shape, backend, count
-        ctx.save_for_backward(*tensors, *maps, *vectors)
-        return tuple(outputs)
+        ctx.graph, ctx.backend, ctx.count, ctx.samples, ctx.vectors = shape, backend, count, samples, len(vectors)
+        sources = [None if read is None else x for x, read in zip(sources, maps)]
+        ctx.save_for_backward(*tensors, *sources, *kept_of_parts)
+        return tuple(map(joined, zip(*outputs_of_parts)))
 
     @staticmethod
     def backward(ctx, *upstream: Optional[Tensor]):
         why = "what a convolution of it reads is computed again from its inputs"
         saved = iter(saved_tensors(ctx, "conv_graph", why))
-        convs, norms = len(ctx.graph.convs), len(ctx.graph.norms)
-        tensors = list(islice(saved, UNIT * (convs + norms)))
-        maps, vectors = list(islice(saved, ctx.count + convs)), list(saved)
-        needs, backend = _needs(ctx, ctx.count), ctx.backend
+        convs, norms, count = len(ctx.graph.convs), len(ctx.graph.norms), ctx.count
+        tensors, sources = list(islice(saved, UNIT * (convs + norms))), list(islice(saved, count))
+        needs, backend = _needs(ctx, count), ctx.backend
 
-        def call() -> list[Optional[Tensor]]:
-            stats = list(map(Stats, vectors[::2], vectors[1::2]))
-            return backward(upstream, list(maps), _around(ctx.graph, tensors), backend, stats, needs)
+        def of_part(*maps: Optional[Tensor]) -> list[Optional[Tensor]]:
+            upstream, maps = maps[:-count], [*maps[-count:], *islice(saved, convs)]
+            vectors = list(islice(saved, ctx.vectors))
+
+            def call() -> list[Optional[Tensor]]:
+                stats = list(map(Stats, vectors[::2], vectors[1::2]))
+                return backward(upstream, list(maps), _around(ctx.graph, tensors), backend, stats, needs)
+
+            layouts = tuple(map(layout_of, (*upstream, *maps[:count])))
+            key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, tuple(x is None for x in maps)
+            return _run(backend, key, (upstream, maps, tensors, vectors), call)
 
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
         elif by_reference(*upstream):
-            found = _differentiable_backward(upstream, maps[: ctx.count], tensors, ctx.graph, needs)
+            found = _differentiable_backward(upstream, sources, tensors, ctx.graph, needs)
         else:
             (device, *_) = (grad.device for grad in upstream if grad is not None)
             with without_autocast(device):
-                layouts = tuple(map(layout_of, (*upstream, *maps[: ctx.count])))
-                key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, tuple(x is None for x in maps)
-                found = _run(backend, key, (upstream, maps, tensors, vectors), call)
-        targets = _targets(maps[: ctx.count], tensors)
+                parts = map(of_part, *(parts_of(t, ctx.samples) for t in (*upstream, *sources)))
+                found = gathered_gradients(parts, count)
         wanted = [
             value.to(target.dtype) if need and value is not None else None
-            for need, value, target in zip(needs, found, targets)
+            for need, value, target in zip(needs, found, _targets(sources, tensors))
         ]
-        return None, None, None, None, *wanted[: ctx.count], *beside_statistics(wanted[ctx.count :])
+        return None, None, None, None, *wanted[:count], *beside_statistics(wanted[count:])
 
 
 def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[], Any]) -> Any:
@@ -135,7 +149,7 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast"
     Args:
         sources: maps ``[N, C, *spatial]``, not empty; whatever a convolution reads together has the same samples and sizes.
         graph: convolution weights of one dtype, in which all of them compute; statistics of this process alone. A map's norms
-            normalise it whole.
+            normalise it whole. Beside instance norms none takes the batch's statistics, and sources have the same samples.
         policy: "fast" keeps the maps that backward reads, "min" few of them, and computes the others again.
 
     Returns:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resdense_ext import reference
-from resdense_ext.ops import _library
+from resdense_ext.ops import _library, volumes
 from resdense_ext.ops.activation import number_of
 from resdense_ext.ops.backend import register
 from resdense_ext.ops.compiled import CompiledBackend
@@ -106,6 +105,15 @@ class CpuBackend(CompiledBackend):
         size = max(1, values // max(x[0].numel(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)]
 
+    def convolution(self, a: Tensor, conv: Conv) -> Tensor:
+        return volumes.convolution(a, conv) if volumes.are_for_onednn(a, conv) else super().convolution(a, conv)
+
+    def convolution_backward(
+        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        found = volumes.convolution_backward if volumes.are_for_onednn(a, conv) else super().convolution_backward
+        return found(grad, a, conv, need_weight)
+
     def bn_act_conv(
         self,
         x: Tensor,
@@ -133,7 +141,7 @@ class CpuBackend(CompiledBackend):
         if _operator(x, conv) is not None or len(self.chunks(x, conv)) > 1:
             return super().convolved(x, affine, conv, reader)
         # What the framework's convolution makes is new memory.
-        z = reference.convolution(x if affine is None else self.bn_act(x, affine), conv)
+        z = self.convolution(x if affine is None else self.bn_act(x, affine), conv)
         z = z.contiguous(memory_format=memory_format_of(x))
         wanted = reader is not None and reader.batch_stats
         return z, Stats(*self.channel_stats(z)) if wanted else Stats.room(z, None)

@@ -131,6 +131,29 @@ class ReferenceBackend:
         """`fold` of many norms."""
         return [self.fold(*of, activation) for of in zip(norms, stats, counts)]
 
+    def convolution(self, a: Tensor, conv: Conv) -> Tensor:
+        """The framework's."""
+        return reference.convolution(a, conv)
+
+    def convolution_backward(
+        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
+    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """The gradients of ``a``, of the weight and of the bias from that of ``conv(a)``; the latter two where they are needed."""
+        outputs, dimensions = conv.weight.shape[0], a.dim() - 2
+        return torch.ops.aten.convolution_backward(
+            grad,
+            a,
+            conv.weight,
+            None if conv.bias is None else [outputs],
+            conv.steps,
+            conv.padding,
+            conv.dilation,
+            False,
+            [0] * dimensions,
+            conv.groups,
+            [True, need_weight, need_weight and conv.bias is not None],
+        )
+
     def bn_act_conv(
         self,
         x: Tensor,
@@ -150,7 +173,7 @@ class ReferenceBackend:
         for part in self.chunks(x, conv):
             activated = x[part] if affine is None else self.bn_act(x[part], affine)
             activated = activated.to(conv.weight.dtype)
-            z = reference.convolution(activated, conv)
+            z = self.convolution(activated, conv)
             out[part].copy_(z if mask is None else z * mask[part] * mask_scale)
         if stats is not None:
             torch._foreach_copy_(list(stats), list(self.channel_stats(out)))
@@ -201,7 +224,7 @@ class ReferenceBackend:
             # What only the weight's gradient reads; the other's takes the shape alone.
             activated = self.bn_act(x[part], fold.affine) if fold is not None and need_weight else x[part]
             upstream = self.pending_grad(grad.part(part)) if isinstance(grad, Pending) else grad[part]
-            dx, weight, bias = _convolution_backward(upstream.to(dtype), activated.to(dtype), conv, need_weight)
+            dx, weight, bias = self.convolution_backward(upstream.to(dtype), activated.to(dtype), conv, need_weight)
             del activated, upstream
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
@@ -361,26 +384,6 @@ def empty_deviations(x: Tensor) -> Tensor:
     """Uninitialised memory for `ReferenceBackend.deviations`; rows of a multiple of 16 bytes suit the matrix units."""
     channels = x.shape[1]
     return x.new_empty((x.numel() // channels, -(-(channels + 2) // 8) * 8))
-
-
-def _convolution_backward(
-    grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
-) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """The gradients of ``a``, of the weight and of the bias from that of ``conv(a)``; the latter two where they are needed."""
-    outputs, dimensions = conv.weight.shape[0], a.dim() - 2
-    return torch.ops.aten.convolution_backward(
-        grad,
-        a,
-        conv.weight,
-        None if conv.bias is None else [outputs],
-        conv.steps,
-        conv.padding,
-        conv.dilation,
-        False,
-        [0] * dimensions,
-        conv.groups,
-        [True, need_weight, need_weight and conv.bias is not None],
-    )
 
 
 def _add_up(total: list[Optional[Tensor]], parts: Sequence[Optional[Tensor]]) -> None:

@@ -16,6 +16,7 @@ from resdense_ext import reference
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.conv1x1_bn_add_act import Pointwise, kept_for_backward
 from resdense_ext.ops.convolve import convolved
+from resdense_ext.ops.instances import are_instances, shape_of_part
 from resdense_ext.ops.operands import Fold, Pending, Stats
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of
@@ -185,7 +186,8 @@ def _trains(norm: Optional[BatchNorm]) -> bool:
 
 def cost_of(x: Tensor, block: ResidualBlock, last: Activation, dtype: torch.dtype) -> tuple[int, int]:
     """The bytes of the maps that "fast" keeps beside x and the output, and the FLOPs of those that "min" computes again."""
-    plans = [plan_of(x.shape, block, last, policy, dtype) for policy in ("fast", "min")]
+    shape = shape_of_part(x.shape, are_instances(norms_of(block)))
+    plans = [plan_of(shape, block, last, policy, dtype) for policy in ("fast", "min")]
     nbytes = flops = 0
     for conv, count, fast, least in zip(convs_of(block), counts_of(x.shape, block)[1:], *plans):
         if fast == "kept":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Optional
 
@@ -14,6 +15,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import residual_block as engine
 from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
+from resdense_ext.ops.instances import are_instances, gathered_gradients, joined, parts_of, shape_of_part
 from resdense_ext.ops.layout import as_convolved
 from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.residual_maps import (
@@ -42,37 +44,49 @@ class ResidualStageFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, configs: Sequence[ResidualBlockConfig], blocks: Sequence[ResidualBlock], keeps: bool, x: Tensor, *flat):
         tensors = _split(flat, [UNIT * len(config.eps) for config in configs])
+        samples = len(x) if are_instances(norms_of(blocks[0])) else 0
+        outs, kept_of_parts = [], []
         with without_autocast(x.device):
-            xs, out, *found = engine.run.as_one(configs, [x], tensors, lambda: _forward(x, tensors, configs, keeps), keeps)
-        stats, kept = found[::2], found[1::2]
+            for part in parts_of(x, samples):
+                call = partial(_forward, part, tensors, configs, keeps)
+                xs, out, *found = engine.run.as_one(configs, [part], tensors, call, keeps)
+                stats, kept = found[::2], found[1::2]
+                outs.append(out)
+                kept_of_parts.append([*xs, *chain(*stats, *kept)])
+        out = joined(outs)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        _update_running_statistics(x, blocks, configs, stats)
-        ctx.configs, ctx.counts = configs, [list(map(len, of_blocks)) for of_blocks in (tensors, stats, kept)]
+        if not samples:
+            _update_running_statistics(x, blocks, configs, stats)
+        ctx.configs, ctx.counts, ctx.samples = configs, [list(map(len, each)) for each in (tensors, stats, kept)], samples
         _, last = configs[-1].activations
-        ctx.save_for_backward(out if reads_out(last) else None, x, *xs, *flat, *chain(*stats, *kept))
+        ctx.save_for_backward(out if reads_out(last) else None, x, *flat, *chain(*kept_of_parts))
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         why = "a residual block's output tells the derivative of its activation, and its input is the block's input"
         saved = iter(saved_tensors(ctx, "residual_block", why))
-        out, *xs = islice(saved, 1 + len(ctx.configs))
-        tensors, stats, kept = (_split(saved, sizes) for sizes in ctx.counts)
+        out, x = islice(saved, 2)
+        tensors = _split(saved, ctx.counts[0])
         needs, wanted = [], ctx.needs_input_grad[3]
         for of_block in _split(ctx.needs_input_grad[4:], ctx.counts[0]):
             needs.append([wanted, *parameters_of(of_block)])
             wanted = any(needs[-1])
         asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
+        numbers = [(*config, need) for config, need in zip(ctx.configs, needs)]
+
+        def of_part(grad: Tensor, out: Optional[Tensor], x: Tensor) -> list[Tensor]:
+            xs = [x, *islice(saved, len(ctx.configs) - 1)]
+            stats, kept = (_split(saved, sizes) for sizes in ctx.counts[1:])
+            call = partial(_backward, grad, out, xs, tensors, ctx.configs, stats, kept, needs)
+            return engine.run_backward.as_one(numbers, [grad, out, *xs], [*tensors, *stats, *kept], call)
+
         if by_reference(grad):
-            found = _differentiable_backward(grad, xs[0], tensors, ctx.configs, asked)
+            found = _differentiable_backward(grad, x, tensors, ctx.configs, ctx.samples, asked)
         else:
             with without_autocast(grad.device):
-                found = engine.run_backward.as_one(
-                    [(*config, need) for config, need in zip(ctx.configs, needs)],
-                    [grad, out, *xs],
-                    [*tensors, *stats, *kept],
-                    lambda: _backward(grad, out, xs, tensors, ctx.configs, stats, kept, needs),
-                )
+                parts = map(of_part, *(parts_of(t, ctx.samples) for t in (grad, out, x)))
+                found = gathered_gradients(parts, 1)
         of_x, *values = [value if need else None for value, need in zip(found, asked)]
         return None, None, None, of_x, *beside_statistics(values)
 
@@ -139,17 +153,17 @@ def _update_running_statistics(
 
 
 @differentiable
-def _differentiable_backward(grad, x, tensors, configs, needs, create_graph) -> list[Optional[Tensor]]:
+def _differentiable_backward(grad, x, tensors, configs, samples, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     for config in configs:
         check_one_process(config.group)
     x = x.view_as(x)
     tensors = [[t if t is None else t.view_as(t) for t in of_block] for of_block in tensors]
     inputs = [x, *chain(*map(parameters_of, tensors))]
-    y = x
+    parts = list(parts_of(x, samples))
     for config, of_block in zip(configs, tensors):
-        y = reference.residual_block(y, config.block(of_block), *config.activations)
-    return gradients([y], [grad], inputs, needs, create_graph)
+        parts = [reference.residual_block(part, config.block(of_block), *config.activations) for part in parts]
+    return gradients([joined(parts)], [grad], inputs, needs, create_graph)
 
 
 def residual_stage(
@@ -161,17 +175,18 @@ def residual_stage(
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.residual_stage`. ``lasts`` are the activations behind the blocks' additions.
 
-    In one node are neighbours that compute in one dtype, of what their input is or of what is made of it, and those behind the
-    first of which something wants a gradient: the others keep nothing.
+    In one node are neighbours that compute in one dtype, of what their input is or of what is made of it, those whose norms
+    normalise the batch or every sample, and those behind the first of which something wants a gradient: the others keep nothing.
     """
     tensors = [flat_tensors(units_of(block)) for block in blocks]
     convs = [block.units[0].conv for block in blocks]
     wanted = [any(t is not None and t.requires_grad for t in of_block) for of_block in tensors]
     keeps = [torch.is_grad_enabled() and (x.requires_grad or any(wanted[: i + 1])) for i in range(len(blocks))]
-    kinds = [(conv.weight.dtype, block.units[0].norm is None, kept) for conv, block, kept in zip(convs, blocks, keeps)]
+    apart = [are_instances(norms_of(block)) for block in blocks]
+    kinds = [(conv.weight.dtype, block.units[0].norm is None, *rest) for conv, block, *rest in zip(convs, blocks, keeps, apart)]
     ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
     for begin, end in zip([0, *ends], [*ends, len(kinds)]):
-        dtype, raw, kept = kinds[begin]
+        dtype, raw, kept, _ = kinds[begin]
         part = slice(begin, end)
         plans = policies[part] if kept else ["min"] * (end - begin)
         x = _one_node(x.to(dtype) if raw else x, blocks[part], tensors[part], activation, lasts[part], plans, kept)
@@ -193,7 +208,8 @@ def _one_node(
         return x
     x = as_convolved(x, [unit.conv.weight for block in blocks for unit in block.units])
     dtype = blocks[0].units[0].conv.weight.dtype
-    backend, shape, configs = backends.choose(x, dtype).name, x.shape, []
+    backend, configs = backends.choose(x, dtype).name, []
+    shape = shape_of_part(x.shape, are_instances(norms_of(blocks[0])))
     for block, last, policy in zip(blocks, lasts, policies):
         configs.append(ResidualBlockConfig.of(block, activation, last, plan_of(shape, block, last, policy, dtype), backend))
         shape = shape_behind(shape, block)

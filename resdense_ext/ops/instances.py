@@ -1,0 +1,54 @@
+"""Instance norms: batch norms of every sample by itself.
+
+No sample has to do with another then, whatever stands between the norms. So the engines know nothing of them: they are given a
+sample at a time, as a batch of one, and what they find for the samples is put together here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resdense_ext.reference import BatchNorm, accumulation_dtype
+
+__all__ = ["are_instances", "gathered_gradients", "joined", "parts_of", "shape_of_part"]
+
+
+def are_instances(norms: Iterable[Optional[BatchNorm]]) -> bool:
+    """Whether statistics are taken of every sample by itself."""
+    return any(norm is not None and norm.instance for norm in norms)
+
+
+def parts_of(x: Optional[Tensor], samples: int) -> Sequence[Optional[Tensor]]:
+    """So many ``samples``, each as a batch of one; of the number 0 the batch as it is."""
+    if samples == 0:
+        return (x,)
+    return [None] * samples if x is None else x.split(1)
+
+
+def shape_of_part(shape: Sequence[int], apart: bool) -> tuple[int, ...]:
+    return (1 if apart else shape[0], *shape[1:])
+
+
+def joined(parts: Sequence[Optional[Tensor]]) -> Optional[Tensor]:
+    """The batch of these parts."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+
+
+def gathered_gradients(parts: Iterable[Sequence[Optional[Tensor]]], maps: int) -> list[Optional[Tensor]]:
+    """From the gradients of every part, first those of so many ``maps``, then those of what all parts read: the batch's."""
+    of_maps: list[list[Optional[Tensor]]] = [[] for _ in range(maps)]
+    first = sums = None
+    for grads in parts:
+        for of_map, grad in zip(of_maps, grads):
+            of_map.append(grad)
+        first = first or grads[maps:]
+        sums = first if sums is None else list(map(_added, sums, grads[maps:]))
+    return [*map(joined, of_maps), *(total if total is None else total.to(grad.dtype) for total, grad in zip(sums, first))]
+
+
+def _added(total: Optional[Tensor], more: Optional[Tensor]) -> Optional[Tensor]:
+    return total if total is None else total.to(accumulation_dtype(total.dtype)).add_(more)
