@@ -42,7 +42,8 @@ def call_dense_block(
         for of in modules:
             checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
         layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
-    return functional.dense_block(x, layers, **options_of(activation), policy=policy, behind=behind)
+    y = functional.dense_block(x, layers, **options_of(activation), policy=policy, behind=behind)
+    return y if behind is None else _pooled(y)
 
 
 def _with_mask(layer: DenseLayer, modules: LayerModules, x: Tensor) -> DenseLayer:
@@ -57,8 +58,13 @@ def call_pooled_unit(x: Tensor, unit: PooledUnit, activation: Activation) -> Ten
     """A transition, or a norm, an activation and a pool."""
     options = options_of(activation)
     if unit.conv is not None:
-        return functional.transition(x, functional.Unit(unit.norm, unit.conv), *unit.pool[1:3], **options)
-    return functional.bn_act_pool(x, unit.norm, unit.pool.kind, *unit.pool.windows, **options)
+        return _pooled(functional.transition(x, functional.Unit(unit.norm, unit.conv), *unit.pool[1:3], **options))
+    return _pooled(functional.bn_act_pool(x, unit.norm, unit.pool.kind, *unit.pool.windows, **options))
+
+
+def _pooled(y: Tensor) -> Tensor:
+    """In the dtype that stock has: a CPU's autocast pools volumes in float32."""
+    return y.float() if y.dim() == 5 and y.dtype.itemsize == 2 and y.device.type == "cpu" and checks.autocasts("cpu") else y
 
 
 def call_residual_stage(

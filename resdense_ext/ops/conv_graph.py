@@ -134,7 +134,8 @@ class _Maps:
 
 
 class _Backward(_Maps):
-    """``grads`` are those of the maps, pending; of a map with several readers it is added up."""
+    """``grads`` are those of the maps, pending; of a map with several readers it is added up. ``centered`` says of which the mean
+    makes no difference, see `convolve_backward`."""
 
     def __init__(self, graph, backend, maps, stats, needs: Sequence[bool]) -> None:
         super().__init__(graph, backend, maps, stats)
@@ -144,9 +145,10 @@ class _Backward(_Maps):
         self.widths = [None if x is None else x.shape[1] for x in maps[: self.sources]]
         self.widths += [conv.weight.shape[0] for conv in graph.convs]
         self.normed = set(map_of_norm(graph).values())
-        self.readers = [0] * len(maps)
+        self.readers, self.centered = [0] * len(maps), [True] * len(maps)
         for piece in pieces_of(graph):
             self.readers[piece.map] += 1
+            self.centered[piece.map] &= piece.norm is not None and graph.norms[piece.norm].batch_stats
         self.wanted = Wanted(graph, self.sources, self.found)
 
     def complete(self, wanted: Iterable[int]) -> None:
@@ -203,7 +205,8 @@ class _Backward(_Maps):
         x, fold = self.read(pieces, conv)
         sampled, one = sampling(conv) is not None, self.reads_one_map(pieces, conv)
         into = self._into(pieces[0].map, sampled) if one else Pending.of(torch.zeros_like(x), x) if sampled else None
-        found = convolve_backward(self.backend, x, fold, conv, pending, into, self.found.wants_weight(i))
+        need_weight, centered = self.found.wants_weight(i), self.centered[self.sources + i]
+        found = convolve_backward(self.backend, x, fold, conv, pending, into, need_weight, centered=centered)
         self.found.record(i, None, None, found.weight, found.bias)
         if one:
             self._record_norm(pieces[0], found.norm_weight, found.norm_bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from resdense_ext.ops.layout import dense_map
@@ -58,8 +59,17 @@ def convolve_backward(
     into: Optional[Pending],
     need_weight: bool,
     finish: bool = False,
+    centered: bool = False,
 ) -> ConvGrads:
-    """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted."""
+    """See `ReferenceBackend.bn_act_conv_backward`; of a sampled input, the gradient goes ``into`` one or is not wanted.
+
+    A ``centered`` gradient is that of a map which nothing reads but norms that subtract its mean: whatever is added to a channel
+    makes no difference, so the bias has no gradient but rounding.
+    """
+    if centered and conv.bias is not None:
+        bias, conv = torch.zeros_like(conv.bias), conv._replace(bias=None)
+        found = convolve_backward(backend, x, fold, conv, grad, into, need_weight, finish)
+        return found._replace(bias=bias if need_weight else None)
     at = sampling(conv)
     x, conv = sampled(x, conv)
     if at is None or into is None:

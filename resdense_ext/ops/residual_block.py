@@ -169,7 +169,8 @@ def _through(
         grads.record(k, *of_norm)
     elif isinstance(grad, Pending) or not walk.has_end(k):
         grad = walk.share_(k, grad) if isinstance(grad, Pending) else grad
-        found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit), finish)
+        centered = takes_stats(walk.norms[k]) and not walk.shares(k)
+        found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit), finish, centered)
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
         found, *of_norm = moments_backward(

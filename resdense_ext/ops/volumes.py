@@ -6,7 +6,6 @@ Convolution.cpp); of two it takes oneDNN's. Here these are asked for by their na
 
 from __future__ import annotations
 
-import math
 from typing import Optional
 
 import torch
@@ -17,23 +16,15 @@ from resdense_ext.reference import Conv
 
 __all__ = ["are_for_onednn", "convolution", "convolution_backward"]
 
-_FEW = 20480
-"""torch's bound, of the values of a plane through all channels."""
-
+_SLOW = torch._C._ConvBackend.Slow3d, torch._C._ConvBackend.SlowDilated3d
 
 def are_for_onednn(a: Tensor, conv: Conv) -> bool:
-    """Whether oneDNN has to be asked by its name for the convolution of ``a``."""
-    return (
-        a.dim() == 5
-        and a.shape[0] == 1
-        and a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and conv.groups == 1
-        and min(conv.weight.shape[3:]) <= 3
-        and 0 < math.prod(a.shape[1:4]) <= _FEW
-        and torch._C._get_mkldnn_enabled()
-        and torch.backends.mkldnn.is_available()
-    )
+    """Whether torch does not take oneDNN's kernels for the convolution of ``a``, and they are there."""
+    there = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    if a.dim() != 5 or a.shape[0] != 1 or a.dtype != torch.float32 or a.device.type != "cpu" or not there:
+        return False
+    numbers = conv.steps, conv.padding, conv.dilation, False, [0] * 3, conv.groups
+    return torch._C._select_conv_backend(a, conv.weight, None, *numbers) in _SLOW
 
 
 def convolution(a: Tensor, conv: Conv) -> Tensor:

@@ -1,0 +1,353 @@
+"""Instance norms: each sample by its own statistics, on the engines that take a sample at a time, against torch's modules."""
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_nets import engine, images, policy, torchvision_models  # noqa: F401
+from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
+from torch import nn
+from torch.autograd import gradgradcheck
+
+import resdense_ext as rd
+from resdense_ext import functional, reference
+from resdense_ext.functional import BatchNorm, Conv, DenseLayer, ResidualBlock, Shortcut, Unit
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+SIZES = {1: (17,), 2: (9, 7), 3: (5, 6, 7)}
+
+
+class Units(nn.Module):
+    """The layers of every network here: the names of convolutions and norms by their numbers."""
+
+    rank = 2
+
+    def __init__(self, rank=2, affine=True):
+        super().__init__()
+        self.rank, self.affine = rank, affine
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+
+    def conv(self, *args, **options):
+        self.convs.append(CONVS[self.rank](*args, **options))
+
+    def norm(self, channels):
+        self.norms.append(NORMS[self.rank](channels, affine=self.affine))
+
+
+class Chain(Units):
+    """As the stacks of nnU-Net: convolution, instance norm and leaky ReLU, again and again, with strides and biases."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for inputs, outputs, stride in ((4, 6, 1), (6, 8, 2), (8, 8, 1)):
+            self.conv(inputs, outputs, 3, stride, 1)
+            self.norm(outputs)
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms):
+            x = self.act(norm(conv(x)))
+        return x
+
+
+class Concatenation(Units):
+    """As a U-Net's decoder: a convolution reads two maps side by side, of which one has a norm and an activation."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for inputs in (4, 10, 6):
+            self.conv(inputs, 6, 3, padding=1, bias=False)
+            self.norm(6)
+
+    def forward(self, x):
+        skip = self.act(self.norms[0](self.convs[0](x)))
+        y = self.act(self.norms[1](self.convs[1](torch.cat([skip, x], 1))))
+        return self.act(self.norms[2](self.convs[2](y)))
+
+
+class Residual(Units):
+    """As the residual encoder of nnU-Net: with a projection behind a pool of averages, then without one."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for sizes in ((4, 8, 3, 2, 1), (8, 8, 3, 1, 1), (4, 8, 1), (8, 8, 3, 1, 1), (8, 8, 3, 1, 1)):
+            self.conv(*sizes, bias=False)
+            self.norm(8)
+        self.pool = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[self.rank](2, 2, ceil_mode=True)
+
+    def forward(self, x):
+        c, n = self.convs, self.norms
+        y = n[1](c[1](self.act(n[0](c[0](x)))))
+        x = self.act(y + n[2](c[2](self.pool(x))))
+        y = n[4](c[4](self.act(n[3](c[3](x)))))
+        return self.act(y + x)
+
+
+class PreActivation(Units):
+    """Norm and activation in front, and a pool of maxima behind such a pair at the end."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for _ in range(2):
+            self.norm(4)
+            self.conv(4, 4, 3, padding=1)
+        self.norm(4)
+        self.pool = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[self.rank](2)
+
+    def forward(self, x):
+        y = x
+        for norm, conv in zip(self.norms, self.convs):
+            y = conv(F.relu(norm(y)))
+        return self.pool(F.relu(self.norms[2](x + y)))
+
+
+NETS = Chain, Concatenation, Residual, PreActivation
+
+
+@pytest.fixture(params=NETS, ids=lambda kind: kind.__name__)
+def kind(request):
+    return request.param
+
+
+def network(kind, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    net = kind(**options).to(dtype)
+    for norm in net.norms:
+        if norm.affine:
+            nn.init.normal_(norm.weight, 1.0, 0.3), nn.init.normal_(norm.bias, 0.0, 0.3)
+    return net
+
+
+def converted(stock, *options, **more):
+    return rd.convert(copy.deepcopy(stock), *options, **more)
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    """Nothing runs its stock path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 3])
+class TestNumbers:
+    @pytest.mark.parametrize("affine", [False, True])
+    def test_in_float64(self, kind, rank, samples, affine, policy):
+        stock, x = network(kind, rank=rank, affine=affine), images(samples, 4, *SIZES[rank])
+        model, state = converted(stock, policy), stock.state_dict()
+        run = module_run(stock)
+        expected, noise = run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state)
+        for training in (True, False):  # the statistics are a sample's in evaluation, too
+            assert_within_noise(module_run(model.train(training))({"x": x.clone()}, state), expected, noise)
+            with torch.no_grad():
+                assert_within_noise({"output": model(x)}, {"output": expected["output"]}, noise)
+
+    @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+    def test_in_working_precision(self, kind, rank, samples, autocast, policy):
+        stock = network(kind, torch.float32, rank=rank)
+        x = images(samples, 4, *SIZES[rank]).to(autocast or torch.float32)
+        for conv in stock.convs:
+            conv.to(x.dtype)  # autocast would round away a change in its last place
+        inputs, params = {"x": x}, stock.state_dict()
+        run = module_run(stock, autocast)
+        truth, runs = true_run(run, inputs, params), torch_runs(run, inputs, params)
+        model = converted(stock, policy)
+        for memory_format in (torch.contiguous_format, {3: torch.channels_last_3d}.get(rank, torch.channels_last)):
+            if rank > 1:
+                x = x.to(memory_format=memory_format)
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                assert model(x).dtype == stock(x).dtype
+            ours = module_run(model, autocast)({"x": x.clone()}, copy.deepcopy(params))
+            assert_within_rule(ours, truth, runs, autocast or torch.float32)
+
+
+def test_again_and_again_by_its_programs(kind, policy):
+    """Samples of one size share what was recorded, and steps with other numbers of samples and other sizes come in between."""
+    stock = network(kind)
+    model, state, run = converted(stock, policy), stock.state_dict(), module_run(stock)
+    for step in range(4):
+        for samples, sizes in ((2, (9, 7)), (3, (9, 7)), (1, (6, 8))):
+            x = images(samples, 4, *sizes, seed=step)
+            ours = module_run(model)({"x": x.clone()}, state)
+            assert_within_noise(ours, run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state))
+
+
+KEPT = {
+    # In values of a sample of 9 x 7 positions, and the channels that have two statistics each.
+    "fast": {
+        Chain: (4 * 63 + 6 * 63 + 2 * 8 * 20, 22),
+        Concatenation: (4 * 63 + 3 * 6 * 63, 18),
+        Residual: (4 * 63 + 2 * 8 * 20 + 3 * 8 * 20 + 8 * 20, 40),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KEPT["fast"], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_keeps_every_map_once(kind, samples):
+    stock, x = network(kind), images(samples, 4, 9, 7).requires_grad_()
+    values, normed = KEPT["fast"][kind]
+    assert rd.memory.saved_bytes(lambda: converted(stock)(x)) == 8 * samples * (values + 2 * normed)
+
+
+def test_min_keeps_less(kind):
+    stock, x = network(kind), images(3, 4, 9, 7).requires_grad_()
+    kept = [rd.memory.saved_bytes(lambda: net(x)) for net in (stock, converted(stock), converted(stock, "min"))]
+    assert kept[2] < 0.75 * kept[0] and kept[2] <= kept[1] < kept[0]
+
+
+def test_a_budget_offers_what_it_costs(kind):
+    stock, x = network(kind), images(3, 4, 9, 7)
+    least, most = (rd.report(converted(stock, name), x).saved_bytes for name in ("min", "fast"))
+    for budget in {least, (least + most) // 2, most}:
+        report = rd.report(converted(stock, memory_budget=budget, example_input=x), x)
+        assert report.plan.predicted_bytes == report.saved_bytes <= budget
+
+
+@pytest.mark.parametrize("kind", [Chain, Residual], ids=lambda kind: kind.__name__)
+def test_second_derivative(kind):
+    stock, x = network(kind), images(2, 4, 5, 4).requires_grad_()
+    model = converted(stock)
+    parameters = dict(model.named_parameters())
+    wanted = {name: p for name, p in parameters.items() if name in ("convs.0.weight", "norms.1.weight", "norms.1.bias")}
+
+    def call(x, *values):
+        return torch.func.functional_call(model, parameters | dict(zip(wanted, values)), (x,))
+
+    gradgradcheck(call, (x, *wanted.values()), nondet_tol=0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile(kind, dynamic):
+    stock, x = network(kind), images(2, 4, 9, 7)
+    torch.compiler.reset()
+    compiled = torch.compile(converted(stock), backend="aot_eager", dynamic=dynamic)
+    state, run = stock.state_dict(), module_run(stock)
+    y = compiled(x.clone().requires_grad_())
+    assert_within_noise({"output": y.detach()}, {"output": stock(x)}, rounding_noise(run, {"x": x}, state))
+    y.sum().backward()
+
+
+def test_torchvisions_resnet_with_instance_norms(policy, engine):
+    stock = torchvision_models().resnet18(norm_layer=partial(nn.InstanceNorm2d, affine=True)).double()
+    x, state, run = images(2, 3, 64, 64), stock.state_dict(), module_run(stock)
+    model = converted(stock, policy)
+    noise = rounding_noise(run, {"x": x}, state)
+    assert_within_noise(module_run(model)({"x": x.clone()}, state), run({"x": x.clone()}, state), noise)
+    assert engine == [policy] * 8
+
+
+def block(instance=True, batch=None, channels=4):
+    """A residual block with a projection, as the functional calls take it; ``batch`` is its last norm."""
+
+    def normal(*shape):
+        return images(*shape, seed=sum(shape)).requires_grad_()
+
+    def norm():
+        return BatchNorm(normal(channels), normal(channels), instance=instance)
+
+    conv = partial(Conv, padding=(1, 1))
+    units = Unit(None, conv(normal(channels, channels, 3, 3))), Unit(norm(), conv(normal(channels, channels, 3, 3)))
+    return ResidualBlock(units, batch or norm(), Shortcut(Conv(normal(channels, channels, 1, 1)), norm()))
+
+
+class TestFunctional:
+    def test_the_reference_is_what_torch_computes(self):
+        x, norm = images(3, 4, 5, 6), BatchNorm(images(4), images(4, seed=1), eps=1e-3, instance=True)
+        ours = reference.bn_add_act(x, norm, torch.zeros_like(x), None, reference.Activation("identity"))
+        theirs = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=1e-3)
+        assert (ours - theirs).abs().max() <= 8 * torch.finfo(x.dtype).eps * theirs.abs().max()
+
+    def test_one_sample_is_a_batch(self, policy):
+        x = images(1, 4, 6, 5)
+        assert torch.equal(*(functional.residual_block(x, block(instance), policy=policy) for instance in (True, False)))
+
+    def test_samples_do_not_see_each_other(self):
+        x = images(3, 4, 6, 5)
+        together = functional.residual_block(x, block())
+        apart = [functional.residual_block(sample, block()) for sample in x.split(1)]
+        assert torch.equal(together, torch.cat(apart))
+
+    def test_beside_running_statistics(self):
+        """These are the same for all samples."""
+        frozen = BatchNorm(None, None, images(4), 1 + images(4) ** 2, batch_stats=False)
+        x = images(3, 4, 6, 5)
+        ours, truth = functional.residual_block(x, block(batch=frozen)), reference.residual_block(x, block(batch=frozen))
+        assert (ours - truth).norm() <= 1e-12 * truth.norm()
+
+    def test_no_samples(self):
+        x = images(0, 4, 6, 5).requires_grad_()
+        y = functional.residual_block(x, block())
+        y.sum().backward()
+        assert y.shape == x.shape == x.grad.shape
+
+    @pytest.mark.parametrize("pool", ["average", "maximum", "global"])
+    def test_a_pool(self, pool):
+        x, norm = images(3, 4, 6, 5), BatchNorm(images(4), images(4, seed=1), instance=True)
+        ours = functional.bn_act_pool(x, norm, pool)
+        unit = functional.PooledUnit(norm, functional.Pool(pool, *[] if pool == "global" else [(2, 2), (2, 2), (0, 0)]))
+        truth = reference.bn_act_pool(x, unit)
+        assert (ours - truth).norm() <= 1e-12 * truth.norm()
+
+    def test_errors(self):
+        x, ordinary = images(2, 4, 6, 5), BatchNorm(None, None)
+        instance, conv = ordinary._replace(instance=True), Conv(images(4, 4, 1, 1))
+        with pytest.raises(ValueError, match="^block: expected norms that take the statistics of the batch, or all of every sample"):
+            functional.residual_block(x, block(batch=ordinary))
+        with pytest.raises(ValueError, match="^x: expected more than 1 value per channel"):
+            functional.residual_block(images(3, 4, 1, 1), block())
+        with pytest.raises(ValueError, match="^norm: expected batch_stats, no running statistics and no group beside instance"):
+            functional.bn_act_conv(x, instance._replace(running_mean=images(4), running_var=images(4)), conv)
+        taken = "instance: expected False, got True"
+        with pytest.raises(ValueError, match=rf"^layers\[0\].units\[0\].norm.{taken}"):
+            functional.dense_block(x, [DenseLayer((Unit(instance, conv),))])
+        with pytest.raises(ValueError, match=f"^behind.norm.{taken}"):
+            layers = [DenseLayer((Unit(ordinary, conv),))]
+            functional.dense_block(x, layers, behind=functional.PooledUnit(instance, functional.Pool("global")))
+        with pytest.raises(ValueError, match=f"^norm.{taken}"):
+            functional.bn_add_act(x, instance, x)
+        with pytest.raises(ValueError, match=f"^norm.{taken}"):
+            functional.conv1x1_bn_add_act(x, conv, instance, x)
+        with pytest.raises(ValueError, match=rf"^blocks\[0\].units\[0\].norm.{taken}"):
+            units = (Unit(instance, Conv(images(4, 4, 1, 1))), Unit(ordinary, Conv(images(4, 4, 1, 1))))
+            functional.dual_path_stage((x[:, :2], x[:, 2:]), [functional.DualPathBlock(units, 2)])
+
+
+class Mixed(Chain):
+    """A batch norm among them."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.norms[1] = nn.BatchNorm2d(8)
+
+
+class Tracking(Chain):
+    """With running statistics, which are averages of the samples'."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.norms[0] = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (Mixed, "some of its norms take the statistics of the batch, and some every sample's"),
+        (Tracking, "norms.0 is an instance norm with running statistics"),
+    ],
+    ids=["mixed", "tracking"],
+)
+def test_what_stays_stock_is_named(kind, reason):
+    stock, x = network(kind), images(2, 4, 9, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = rd.convert(copy.deepcopy(stock))
+        assert any(reason in line for line in rd.report(model, x).left)
+        state = stock.state_dict()
+        assert torch.equal(module_run(model)({"x": x.clone()}, state)["output"], module_run(stock)({"x": x.clone()}, state)["output"])
