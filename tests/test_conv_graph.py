@@ -294,3 +294,40 @@ def test_a_source_that_is_changed_afterwards_is_noticed():
     a.add_(1)
     with pytest.raises(RuntimeError, match="conv_graph: .* was changed in place"):
         outputs[0].sum().backward()
+
+
+class Decoder(torch.nn.Module):
+    """A level of a U-Net on its way up; its convolutions are the framework's."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv1, self.norm1 = torch.nn.Conv2d(16, 8, 5, padding=2), norm(8)
+        self.conv2, self.norm2 = torch.nn.Conv2d(8, 8, 5, padding=2), norm(8)
+        self.act = torch.nn.LeakyReLU(inplace=True)
+
+    def forward(self, up, skip):
+        y = self.act(self.norm1(self.conv1(torch.cat([up, skip], 1))))
+        return self.act(self.norm2(self.conv2(y)))
+
+
+@pytest.mark.unpoisoned  # what is counted are the tensors of a step
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, partial(torch.nn.InstanceNorm2d, affine=True)], ids=["batch", "instance"])
+@pytest.mark.parametrize("name, maps", [("fast", 6), ("min", 5)])
+@built
+def test_peak(norm, name, maps):
+    """The most is when the gradients of both sources are there: these, that of the map which their convolution wrote, this map, the
+    output, and what else is kept. Finished gradients take no memory of their own, and nothing is gathered or taken apart."""
+    sources, grad = [map_of(seed) for seed in (0, 1)], map_of(2)
+    model = rd.convert(Decoder(norm), name)
+
+    def step():
+        for t in (*sources, *model.parameters()):
+            t.grad = None
+        model(*sources).backward(grad)
+
+    assert rd.memory.peak_bytes(step) <= (maps + 0.3) * grad.nbytes
+
+
+def map_of(seed):
+    x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return x.to(memory_format=torch.channels_last).requires_grad_(seed < 2)

@@ -61,7 +61,7 @@ def test_numbers(conv, channels_last, need_weight):
         return y, *torch.ops.aten.convolution_backward(grad, x, conv.weight, sizes, *numbers, mask)
 
     def ours(x, conv, grad):
-        return volumes.convolution(x, conv), *volumes.convolution_backward(grad, x, conv, need_weight)
+        return volumes.convolution(x, conv), *volumes.convolution_backward(grad, x, conv, True, need_weight)
 
     inputs = {"x": x}
     params = {"weight": conv.weight, **({} if conv.bias is None else {"bias": conv.bias})}
@@ -83,7 +83,7 @@ def test_opcheck(conv):
     x = map_of(True, 1, 4, 6, 7, 8)
     y = F.conv3d(x, conv.weight, conv.bias, conv.steps, conv.padding, conv.dilation)
     for need_weight in (False, True):
-        arguments = y, x, conv.weight, conv.steps, conv.padding, conv.dilation, need_weight
+        arguments = y, x, conv.weight, conv.steps, conv.padding, conv.dilation, True, need_weight
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.resdense.volume_backward.default, arguments, test_utils=utilities)
 
@@ -111,7 +111,7 @@ def test_what_is_converted_takes_it(policy):
     model, run, state = rd.convert(copy.deepcopy(stock), policy), module_run(stock), stock.state_dict()
     with Called() as called:
         model(x).sum().backward()
-    assert called.names.count("resdense::volume_backward") == 3
+    assert called.names.count("resdense::volume_backward") == 6
     assert called.names.count("aten::mkldnn_convolution") == (3 if policy == "fast" else 5)
     truth, runs = true_run(run, {"x": x}, state), torch_runs(run, {"x": x}, state)
     for _ in range(4):

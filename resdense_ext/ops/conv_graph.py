@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops.conv_graph_plan import Wanted, is_plain, made_for, map_of_norm, pieces_of
-from resdense_ext.ops.convolve import convolve_backward, convolved, sampling
+from resdense_ext.ops.convolve import convolve_backward, convolved, finished, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
-from resdense_ext.ops.operands import Fold, Pending, Stats
+from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.units import Gradients
 from resdense_ext.reference import Conv, ConvGraph, Piece
@@ -123,12 +123,12 @@ class _Maps:
                 part.copy_(self.backend.bn_act(x, fold.affine))
         return out
 
-    def reads_one_map(self, pieces: Sequence[Piece], conv: Conv) -> bool:
-        """Whether the convolution can apply the norm and the activation itself."""
-        return len(pieces) == 1 and self.maps[pieces[0].map].dtype == conv.weight.dtype
+    def reads_maps(self, pieces: Sequence[Piece], conv: Conv) -> bool:
+        """Whether the convolution can read the maps themselves, and apply norms and activations to them."""
+        return all(self.maps[piece.map].dtype == conv.weight.dtype for piece in pieces)
 
     def read(self, pieces: Sequence[Piece], conv: Conv) -> tuple[Tensor, Optional[Fold]]:
-        if self.reads_one_map(pieces, conv):
+        if len(pieces) == 1 and self.reads_maps(pieces, conv):
             return self.maps[pieces[0].map], self.fold(pieces[0])
         return self.gather(pieces, conv.weight.dtype), None
 
@@ -172,7 +172,8 @@ class _Backward(_Maps):
         fold, into = self.fold(piece), self._into(piece.map)
         x = grad if self.maps[piece.map] is None else self.maps[piece.map]
         if into is None:
-            grad = torch.empty_like(x).copy_(grad)
+            # What is handed on as it is need not be a map of its own.
+            grad = grad if fold is None and piece.map < self.sources else torch.empty_like(x).copy_(grad)
             into = Pending.of(grad, x) if fold is None else self._through(piece, grad, x, fold, None)
         elif fold is None:
             into.dy.add_(grad)
@@ -202,20 +203,44 @@ class _Backward(_Maps):
         if pending is None or not self.wanted.maps[self.sources + i]:
             return
         self.complete(piece.map for piece in pieces)
-        x, fold = self.read(pieces, conv)
-        sampled, one = sampling(conv) is not None, self.reads_one_map(pieces, conv)
-        into = self._into(pieces[0].map, sampled) if one else Pending.of(torch.zeros_like(x), x) if sampled else None
         need_weight, centered = self.found.wants_weight(i), self.centered[self.sources + i]
-        found = convolve_backward(self.backend, x, fold, conv, pending, into, need_weight, centered=centered)
-        self.found.record(i, None, None, found.weight, found.bias)
-        if one:
-            self._record_norm(pieces[0], found.norm_weight, found.norm_bias)
-            self.grads[pieces[0].map] = found.input
+        x = self.maps[pieces[0].map]
+        grad = finished(self.backend, x, conv, pending, need_weight)
+        convs = self._side_by_side(pieces, conv) if isinstance(grad, Tensor) else [conv]
+        if len(convs) == len(pieces) and self.reads_maps(pieces, conv):
+            found = [self._through_map(*each, grad, need_weight, centered) for each in zip(pieces, convs)]
+            weights = [of_map.weight for of_map in found]
+            weight = torch.cat(weights, 1) if need_weight and len(weights) > 1 else weights[0]
+            self.found.record(i, None, None, weight, found[0].bias)
         else:
-            grad = found.input.dy
+            x = self.gather(pieces, conv.weight.dtype)
+            into = Pending.of(torch.zeros_like(x), x) if sampling(conv) is not None else None
+            found = convolve_backward(self.backend, x, None, conv, grad, into, need_weight, centered=centered)
+            self.found.record(i, None, None, found.weight, found.bias)
+            of_gathered = found.input.dy
             del x, into, found  # what was gathered is not beside the maps' gradients
-            self.spread(pieces, grad)
+            self.spread(pieces, of_gathered)
         self.maps[self.sources + i] = None  # the gradient went past it
+
+    def _side_by_side(self, pieces: Sequence[Piece], conv: Conv) -> list[Conv]:
+        """The convolutions whose sum is that of two pieces side by side: nothing is gathered then, and no gradient taken apart. Of
+        more pieces the products would be small."""
+        if len(pieces) != 2 or conv.groups != 1:
+            return [conv]
+        weights = conv.weight.split([self.widths[piece.map] for piece in pieces], 1)
+        first, second = (conv._replace(weight=weight.clone()) for weight in weights)
+        return [first, second._replace(bias=None)]
+
+    def _through_map(
+        self, piece: Piece, conv: Conv, grad: Tensor | Pending, need_weight: bool, centered: bool
+    ) -> ConvGrads:
+        """Through a convolution that reads one piece."""
+        into = self._into(piece.map, sampling(conv) is not None)
+        x, fold = self.maps[piece.map], self.fold(piece)
+        found = convolve_backward(self.backend, x, fold, conv, grad, into, need_weight, centered=centered)
+        self._record_norm(piece, found.norm_weight, found.norm_bias)
+        self.grads[piece.map] = found.input
+        return found
 
     def _taken(self, of: int) -> Pending | Tensor | None:
         """The gradient of a map, which nobody adds to any more; finished already where no norm reads the map."""

@@ -52,6 +52,7 @@ class ConvGraphFunction(torch.autograd.Function):
                 outputs, maps, vectors = _run(backend, key, (part, tensors), partial(of_part, *part))
                 outputs_of_parts.append(outputs)
                 kept_of_parts += [*maps[count:], *vectors]
+                del outputs
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         if not samples:
             of, positions = map_of_norm(graph), positions_of(sources, graph)
@@ -62,7 +63,7 @@ class ConvGraphFunction(torch.autograd.Function):
         ctx.graph, ctx.backend, ctx.count, ctx.samples, ctx.vectors = shape, backend, count, samples, len(vectors)
         sources = [None if read is None else x for x, read in zip(sources, maps)]
         ctx.save_for_backward(*tensors, *sources, *kept_of_parts)
-        return tuple(map(joined, zip(*outputs_of_parts)))
+        return tuple(joined(outputs_of_parts))
 
     @staticmethod
     def backward(ctx, *upstream: Optional[Tensor]):

@@ -12,7 +12,7 @@ from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import BatchNorm, Conv
 
-__all__ = ["convolve", "convolve_backward", "convolved", "is_matrix_product", "sampled", "sampling"]
+__all__ = ["convolve", "convolve_backward", "convolved", "finished", "is_matrix_product", "sampled", "sampling"]
 
 
 def is_matrix_product(conv: Conv) -> bool:
@@ -48,6 +48,17 @@ def convolved(
     """See `ReferenceBackend.convolved`."""
     x, conv = sampled(x, conv)
     return backend.convolved(x, None if fold is None else fold.affine, conv, reader)
+
+
+def finished(
+    backend: ReferenceBackend, x: Tensor, conv: Conv, grad: Tensor | Pending, need_weight: bool
+) -> Tensor | Pending:
+    """A gradient that nobody but the convolution's backward reads, as that wants it: what it would finish in a pass and in memory of
+    its own is finished in place."""
+    if sampling(conv) is not None:
+        conv = conv._replace(stride=())
+    pends = isinstance(grad, Pending) and not backend.takes_pending(x, conv, need_weight)
+    return backend.pending_grad_(grad) if pends else grad
 
 
 def convolve_backward(

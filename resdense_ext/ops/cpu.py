@@ -109,10 +109,14 @@ class CpuBackend(CompiledBackend):
         return volumes.convolution(a, conv) if volumes.are_for_onednn(a, conv) else super().convolution(a, conv)
 
     def convolution_backward(
-        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        self, grad: Tensor, a: Tensor, conv: Conv, need_input: bool, need_weight: bool
+    ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         found = volumes.convolution_backward if volumes.are_for_onednn(a, conv) else super().convolution_backward
-        return found(grad, a, conv, need_weight)
+        return found(grad, a, conv, need_input, need_weight)
+
+    def takes_pending(self, x: Tensor, conv: Conv, need_weight: bool) -> bool:
+        """A bias's gradient needs the finished gradient's sum, which only the general path has in memory."""
+        return conv.bias is None and (is_matrix_product(conv) or _suits_winograd(x, conv))
 
     def bn_act_conv(
         self,
@@ -156,25 +160,22 @@ class CpuBackend(CompiledBackend):
         need_weight: bool,
         finish: bool = False,
     ) -> ConvGrads:
-        # A bias's gradient needs the finished gradient's sum, which only the general path has in memory.
+        if not isinstance(grad, Pending) or not self.takes_pending(x, conv, need_weight):
+            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)
         prologue = fold or Fold.linear(x)
-        fused = isinstance(grad, Pending) and conv.bias is None
         scale, shift, activation = prologue.affine
         vectors = scale, shift, prologue.mean, number_of(activation)
-        if fused and is_matrix_product(conv):
-            dy = torch.empty_like(x) if into is None else into.dy
+        dy = torch.empty_like(x) if into is None else into.dy
+        if is_matrix_product(conv):
             weight, *sums = torch.ops.resdense.bn_act_conv1x1_backward(
                 x, *vectors, conv.weight.flatten(1), *grad, dy, into is not None, need_weight
             )
             weight = weight.view_as(conv.weight) if need_weight else None
-        elif fused and _suits_winograd(x, conv):
-            dy = torch.empty_like(x) if into is None else into.dy
+        else:
             weight, *sums = torch.ops.resdense.bn_act_winograd_backward(
                 x, *vectors, conv.weight, *grad, dy, into is not None, need_weight
             )
             weight = weight.permute(0, 3, 1, 2) if need_weight else None
-        else:
-            return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)
         increment_version(dy)
         return self._grads(x, fold, weight, None, dy, into, *sums)
 

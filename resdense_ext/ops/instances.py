@@ -33,21 +33,28 @@ def shape_of_part(shape: Sequence[int], apart: bool) -> tuple[int, ...]:
     return (1 if apart else shape[0], *shape[1:])
 
 
-def joined(parts: Sequence[Optional[Tensor]]) -> Optional[Tensor]:
-    """The batch of these parts."""
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+def joined(parts: list[Sequence[Optional[Tensor]]]) -> list[Optional[Tensor]]:
+    """The batch's maps, from those of all parts, whose list is emptied: they are let go one by one."""
+    if len(parts) == 1:
+        return list(parts[0])
+    of_maps, whole = list(zip(*parts)), []
+    parts.clear()
+    while of_maps:
+        of_map = of_maps.pop(0)
+        whole.append(None if of_map[0] is None else torch.cat(of_map))
+        del of_map
+    return whole
 
 
 def gathered_gradients(parts: Iterable[Sequence[Optional[Tensor]]], maps: int) -> list[Optional[Tensor]]:
     """From the gradients of every part, first those of so many ``maps``, then those of what all parts read: the batch's."""
-    of_maps: list[list[Optional[Tensor]]] = [[] for _ in range(maps)]
-    first = sums = None
+    of_maps, first, sums = [], None, None
     for grads in parts:
-        for of_map, grad in zip(of_maps, grads):
-            of_map.append(grad)
+        of_maps.append(grads[:maps])
         first = first or grads[maps:]
         sums = first if sums is None else list(map(_added, sums, grads[maps:]))
-    return [*map(joined, of_maps), *(total if total is None else total.to(grad.dtype) for total, grad in zip(sums, first))]
+        del grads
+    return [*joined(of_maps), *(total if total is None else total.to(grad.dtype) for total, grad in zip(sums, first))]
 
 
 def _added(total: Optional[Tensor], more: Optional[Tensor]) -> Optional[Tensor]:

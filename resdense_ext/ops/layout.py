@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-__all__ = ["as_convolved", "dense_map", "empty_map", "is_map", "map_beside", "memory_format_of", "walkable_map"]
+__all__ = ["as_convolved", "dense_map", "empty_map", "is_dense", "is_map", "map_beside", "memory_format_of", "walkable_map"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -45,6 +45,11 @@ def is_map(x: Tensor) -> bool:
     nested = all(stride == size * inner for (_, stride), (size, inner) in zip(outer, outer[1:]))
     adjacent = x.shape[1] == 1 or memory_format_of(x) != torch.contiguous_format or not outer or outer[-1][1] == 1
     return nested and adjacent
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether nothing lies between its values, in its memory format."""
+    return x.is_contiguous(memory_format=memory_format_of(x))
 
 
 def dense_map(x: Tensor) -> Tensor:

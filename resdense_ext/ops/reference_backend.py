@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.activation import activation_backward, number_of
-from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
+from resdense_ext.ops.layout import dense_map, empty_map, is_dense, memory_format_of
 from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
@@ -136,9 +136,10 @@ class ReferenceBackend:
         return reference.convolution(a, conv)
 
     def convolution_backward(
-        self, grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
-    ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-        """The gradients of ``a``, of the weight and of the bias from that of ``conv(a)``; the latter two where they are needed."""
+        self, grad: Tensor, a: Tensor, conv: Conv, need_input: bool, need_weight: bool
+    ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """From the gradient of ``conv(a)`` that of ``a``, for which its values do not matter, and those of the weight and the bias;
+        of these what is needed."""
         outputs, dimensions = conv.weight.shape[0], a.dim() - 2
         return torch.ops.aten.convolution_backward(
             grad,
@@ -151,8 +152,12 @@ class ReferenceBackend:
             False,
             [0] * dimensions,
             conv.groups,
-            [True, need_weight, need_weight and conv.bias is not None],
+            [need_input, need_weight, need_weight and conv.bias is not None],
         )
+
+    def takes_pending(self, x: Tensor, conv: Conv, need_weight: bool) -> bool:
+        """Whether `bn_act_conv_backward` finishes a pending gradient as it multiplies, and not in a pass of its own."""
+        return False
 
     def bn_act_conv(
         self,
@@ -221,11 +226,16 @@ class ReferenceBackend:
         parts = self.chunks(x, conv)
         dy = torch.empty_like(x) if into is None and len(parts) > 1 else None
         for part in parts:
-            # What only the weight's gradient reads; the other's takes the shape alone.
-            activated = self.bn_act(x[part], fold.affine) if fold is not None and need_weight else x[part]
-            upstream = self.pending_grad(grad.part(part)) if isinstance(grad, Pending) else grad[part]
-            dx, weight, bias = self.convolution_backward(upstream.to(dtype), activated.to(dtype), conv, need_weight)
-            del activated, upstream
+            upstream = (self.pending_grad(grad.part(part)) if isinstance(grad, Pending) else grad[part]).to(dtype)
+            like, weight, bias = x[part], None, None
+            if need_weight:
+                # It is not beside the other gradient, unless what that would take in its place had to be copied.
+                activated = (like if fold is None else self.bn_act(like, fold.affine)).to(dtype)
+                _, weight, bias = self.convolution_backward(upstream, activated, conv, False, True)
+                like = like if like.dtype == dtype and is_dense(like) else activated
+                del activated
+            dx, *_ = self.convolution_backward(upstream, like.to(dtype), conv, True, False)
+            del like, upstream
             # The framework picks the layout of its gradient by its own rules.
             dx = dx.to(x.dtype).contiguous(memory_format=memory_format_of(x))
             sums: tuple[Optional[Tensor], ...] = (None, None)

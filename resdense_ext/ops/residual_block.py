@@ -28,7 +28,7 @@ from resdense_ext import reference
 from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
-from resdense_ext.ops.convolve import convolve_backward, sampling
+from resdense_ext.ops.convolve import convolve_backward, finished, sampling
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
 from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
@@ -169,6 +169,8 @@ def _through(
         grads.record(k, *of_norm)
     elif isinstance(grad, Pending) or not walk.has_end(k):
         grad = walk.share_(k, grad) if isinstance(grad, Pending) else grad
+        if k < walk.units:  # else the other side of the addition reads it, too
+            grad = finished(source.backend, source.x, source.conv, grad, grads.wants_weight(unit))
         centered = takes_stats(walk.norms[k]) and not walk.shares(k)
         found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit), finish, centered)
     else:

@@ -51,15 +51,16 @@ class ResidualStageFunction(torch.autograd.Function):
                 call = partial(_forward, part, tensors, configs, keeps)
                 xs, out, *found = engine.run.as_one(configs, [part], tensors, call, keeps)
                 stats, kept = found[::2], found[1::2]
-                outs.append(out)
-                kept_of_parts.append([*xs, *chain(*stats, *kept)])
-        out = joined(outs)
+                outs.append([out])
+                kept_of_parts += [*xs, *chain(*stats, *kept)]
+                del out
+        (out,) = joined(outs)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         if not samples:
             _update_running_statistics(x, blocks, configs, stats)
         ctx.configs, ctx.counts, ctx.samples = configs, [list(map(len, each)) for each in (tensors, stats, kept)], samples
         _, last = configs[-1].activations
-        ctx.save_for_backward(out if reads_out(last) else None, x, *flat, *chain(*kept_of_parts))
+        ctx.save_for_backward(out if reads_out(last) else None, x, *flat, *kept_of_parts)
         return out
 
     @staticmethod
@@ -163,7 +164,7 @@ def _differentiable_backward(grad, x, tensors, configs, samples, needs, create_g
     parts = list(parts_of(x, samples))
     for config, of_block in zip(configs, tensors):
         parts = [reference.residual_block(part, config.block(of_block), *config.activations) for part in parts]
-    return gradients([joined(parts)], [grad], inputs, needs, create_graph)
+    return gradients([torch.cat(parts)], [grad], inputs, needs, create_graph)
 
 
 def residual_stage(

@@ -240,6 +240,9 @@ class TritonBackend(MomentsBackend):
             return self._folded(folded, reader.running_mean.to(torch.float32), None, affine.activation)
         return self._folded(folded, stats.mean, out.numel() // out.shape[1], affine.activation)
 
+    def takes_pending(self, x: Tensor, conv: Conv, need_weight: bool) -> bool:
+        return _serves(x, conv) and not (need_weight and conv.bias is not None)
+
     def bn_act_conv_backward(
         self,
         x: Tensor,
@@ -250,7 +253,7 @@ class TritonBackend(MomentsBackend):
         need_weight: bool,
         finish: bool = False,
     ) -> ConvGrads:
-        if not _serves(x, conv) or (need_weight and conv.bias is not None):
+        if not self.takes_pending(x, conv, need_weight):
             return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)
         from resdense_ext.kernels.bn_act_conv_backward import bn_act_conv_data_backward, bn_act_conv_weight_backward
 

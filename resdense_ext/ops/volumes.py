@@ -33,33 +33,32 @@ def convolution(a: Tensor, conv: Conv) -> Tensor:
 
 
 def convolution_backward(
-    grad: Tensor, a: Tensor, conv: Conv, need_weight: bool
-) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """The gradients of ``a``, of the weight and of the bias; the latter two where they are needed."""
-    dx, weight = torch.ops.resdense.volume_backward(
-        grad, a, conv.weight, conv.steps, conv.padding, conv.dilation, need_weight
-    )
+    grad: Tensor, a: Tensor, conv: Conv, need_input: bool, need_weight: bool
+) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """`resdense_ext.ops.reference_backend.ReferenceBackend.convolution_backward`."""
+    numbers = conv.steps, conv.padding, conv.dilation
+    dx, weight = torch.ops.resdense.volume_backward(grad, a, conv.weight, *numbers, need_input, need_weight)
     bias = grad.sum((0, 2, 3, 4)) if need_weight and conv.bias is not None else None
-    return dx, weight if need_weight else None, bias
+    return dx if need_input else None, weight if need_weight else None, bias
 
 
-def _volume_backward(grad, a, weight, stride, padding, dilation, need_weight):
+def _volume_backward(grad, a, weight, stride, padding, dilation, need_input, need_weight):
     """Of tensors in oneDNN's own layouts, for which torch asks it whatever their sizes are."""
-    wanted = [True, need_weight, False]
+    wanted = [need_input, need_weight, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         grad.to_mkldnn(), a.to_mkldnn(), weight, None, stride, padding, dilation, False, [0] * 3, 1, wanted
     )
-    return dx.to_dense(), dweight if need_weight else weight.new_empty(0)
+    return dx.to_dense() if need_input else a.new_empty(0), dweight if need_weight else weight.new_empty(0)
 
 
-def _fake_volume_backward(grad, a, weight, stride, padding, dilation, need_weight):
-    dx = torch.empty_like(a, memory_format=torch.contiguous_format)
+def _fake_volume_backward(grad, a, weight, stride, padding, dilation, need_input, need_weight):
+    dx = torch.empty_like(a, memory_format=torch.contiguous_format) if need_input else a.new_empty(0)
     return dx, torch.empty_like(weight) if need_weight else weight.new_empty(0)
 
 
 LIBRARY.define(
-    "volume_backward(Tensor grad, Tensor a, Tensor weight, int[] stride, int[] padding, int[] dilation, bool need_weight) "
-    "-> (Tensor, Tensor)"
+    "volume_backward(Tensor grad, Tensor a, Tensor weight, int[] stride, int[] padding, int[] dilation, bool need_input, "
+    "bool need_weight) -> (Tensor, Tensor)"
 )
 LIBRARY.impl("volume_backward", _volume_backward, "CPU")
 torch.library.register_fake("resdense::volume_backward", _fake_volume_backward, lib=LIBRARY)
