@@ -7,6 +7,7 @@ import sys
 import re
 import warnings
 import weakref
+from collections import OrderedDict, namedtuple
 
 import pytest
 import strangers as S
@@ -16,6 +17,7 @@ from small_nets import CONSTRUCTED, assert_same, engine, images, library, policy
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 import resdense_ext as rd
@@ -1096,3 +1098,69 @@ class TestTransformations:
         traced = make_fx(rd.convert(copy.deepcopy(stock)))(x)
         assert_same({"output": traced(x.flip(0))}, {"output": stock(x.flip(0))})
         assert "resdense" not in traced.code and not engine
+
+
+Both = namedtuple("Both", "first second")
+RETURNED = {
+    "a list": lambda a, b: [a, b],
+    "a tuple": lambda a, b: (a, b, 3),
+    "a dict": lambda a, b: {"out": a, "more": [b, None]},
+    "an OrderedDict": lambda a, b: OrderedDict(out=a, aux=b),
+    "a namedtuple": lambda a, b: Both(a, {"b": b}),
+    "itself": lambda a, b: a,
+}
+
+
+class Returns(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.make = make
+
+    def forward(self, x):
+        a = F.elu(self.norm2(self.conv2(F.elu(self.norm(self.conv(x))))))
+        return self.make(a, a + 1)
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_what_a_forward_returns_is_of_stocks_kinds(what):
+    stock, x = Returns(RETURNED[what]).double(), images(2, 4, 6, 5)
+    model = rd.convert(copy.deepcopy(stock))
+    assert isinstance(model, Stranger)
+    (ours, spec), (theirs, expected) = (tree_flatten(net(x)) for net in (model, stock))
+    assert spec == expected
+    ours, theirs = ({str(i): t for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)} for leaves in (ours, theirs))
+    assert_same(ours, theirs)
+    if what == "a list":
+        first, second = model(x), model(x)
+        first.append(0)  # the caller's own
+        assert len(second) == len(model(x)) == 2
+
+
+class TakesAList(nn.Module):
+    """Of which it takes the last away."""
+
+    def forward(self, maps):
+        return maps.pop() + maps[0]
+
+
+class Hands(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), TakesAList()
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(F.elu(self.norm(self.conv(x)))))
+        return self.last([x, F.elu(y)])
+
+
+def test_a_module_that_carries_hooks_gets_lists_that_it_may_change():
+    stock, x = Hands().double(), images(2, 4, 6, 5)
+    model = rd.convert(copy.deepcopy(stock))
+    assert isinstance(model, Stranger)
+    seen = []
+    model.last.register_forward_hook(lambda module, args, out: seen.append(type(args[0])))
+    assert_same({"output": model(x)}, {"output": stock(x)})
+    assert seen == [list]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_unflatten
 
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
@@ -187,7 +188,7 @@ class TracedConvGraph(Part):
         return run_conv_graph(self, sources)
 
     def stock_forward(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return _run_steps(self._steps, dict(zip(self._sources, sources)), self._outputs)
+        return tuple(_run_steps(self._steps, dict(zip(self._sources, sources)), self._outputs))
 
 
 class _GraphCall(NamedTuple):
@@ -243,9 +244,9 @@ class Program:
         self.parts = [part for _, part in found if reasons[part] is None]
         self.left = [(part, reason) for part, reason in reasons.items() if reason is not None]
         self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        self._output = next(node for node in reversed(traced.graph.nodes) if node.op == "output").args[0]
+        self._returned, self._spec = traced.returned, traced.spec
         parts = {match.last: part for match, part in zip(self.matches, self.parts)}
-        self._steps = _with_ends(_steps(owner, traced, self.matches, parts), self._output)
+        self._steps = _with_ends(_steps(owner, traced, self.matches, parts), self._returned)
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...] | None:
         """The arguments of a call as the graph's inputs; None where it has others, or not only tensors."""
@@ -258,15 +259,15 @@ class Program:
     def run(self, args: tuple) -> Any:
         values: dict[Node, Any] = dict(zip(self._inputs, args))
         del args
-        return _run_steps(self._steps, values, self._output)
+        return tree_unflatten(_run_steps(self._steps, values, self._returned), self._spec)
 
 
-def _run_steps(steps: list[tuple[_Step, list[Node]]], values: dict[Node, Any], output: Any) -> Any:
+def _run_steps(steps: list[tuple[_Step, list[Node]]], values: dict[Node, Any], outputs: Sequence[Any]) -> list[Any]:
     for step, ends in steps:
         step.run(values)
         for node in ends:
             values.pop(node, None)
-    return map_arg(output, values.__getitem__)
+    return [values[output] if isinstance(output, Node) else output for output in outputs]
 
 
 def _why_left(match: Match, part: Part, modules: dict[str, nn.Module]) -> str | None:
@@ -309,10 +310,17 @@ def _only_reader(match: Match, behind: dict[Node, Match]) -> Match | None:
     return pooled if pooled is not None and set(output.users) - match.nodes == {pooled.parts.norm} else None
 
 
-def _with_ends(steps: Iterable[_Step], output: Any) -> list[tuple[_Step, list[Node]]]:
+def _own(value: Any) -> Any:
+    """With lists and dicts that a module may change, which a graph's are not."""
+    if isinstance(value, (list, tuple)):
+        own = [_own(v) for v in value]
+        return own if isinstance(value, list) else type(value)(*own) if hasattr(value, "_fields") else tuple(own)
+    return {name: _own(v) for name, v in value.items()} if isinstance(value, dict) else value
+
+
+def _with_ends(steps: Iterable[_Step], outputs: Iterable[Any]) -> list[tuple[_Step, list[Node]]]:
     """Every step with the values that nothing reads behind it."""
-    steps, needed, result = list(steps), set(), []
-    map_arg(output, needed.add)
+    steps, needed, result = list(steps), {output for output in outputs if isinstance(output, Node)}, []
     for step in reversed(steps):
         result.append((step, list({*step.reads, *step.outputs} - needed)))
         needed |= set(step.reads)
@@ -326,7 +334,9 @@ def _function(owner: weakref.ref, modules: dict[str, nn.Module], node: Node) -> 
     if pool_kind(layer) in ("average", "maximum"):
         return lambda x, *options, **more: run_pool(layer, x)
     if node.op == "call_module":
-        return modules[node.target]
+        module = modules[node.target]
+        plain = not any(isinstance(value, (list, tuple, dict)) for value in (*node.args, *node.kwargs.values()))
+        return module if plain else lambda *args, **kwargs: module(*_own(args), **_own(kwargs))
     if node.op == "call_method":
         return lambda x, *args, **kwargs: getattr(x, node.target)(*args, **kwargs)
     if node.op == "get_attr":

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.leaves import is_frozen_norm, layer_class, own_activation
@@ -40,7 +41,8 @@ class Untraceable(Exception):
 
 
 class Traced(NamedTuple):
-    """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie.
+    """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie. What the
+    forward returns is a tree of ``returned``, the graph's nodes and what is no tensor, by its ``spec``.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
     are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs, or a list of
@@ -48,6 +50,8 @@ class Traced(NamedTuple):
     """
 
     graph: fx.Graph
+    returned: list[Any]
+    spec: TreeSpec
     modules: dict[str, nn.Module]
     left: dict[str, str]
     facts: Facts
@@ -155,7 +159,9 @@ def _attempt(tracer: _Tracer) -> Traced | None:
         return None
     graph.lint()
     facts = Facts(module, tracer.leaves)
-    return Traced(graph, dict(module.named_modules()), left, facts, tracer.called_otherwise, tracer.passed_over())
+    leaves, spec = tree_flatten(tracer.returned)
+    returned = [leaf.node if isinstance(leaf, fx.Proxy) else leaf for leaf in leaves]
+    return Traced(graph, returned, spec, dict(module.named_modules()), left, facts, tracer.called_otherwise, tracer.passed_over())
 
 
 _TENSOR_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.ReLU, nn.modules.dropout._DropoutNd)
@@ -239,6 +245,7 @@ class _Tracer(fx.Tracer):
         self._shadow(root)
         self._before = [(module, (_attributes(shadow), shadow.training)) for module, shadow in self.shadows.items()]
         self._broke: str | None = None
+        self._argument: Any = None
 
     def _shadow(self, module: nn.Module) -> nn.Module:
         """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
@@ -357,12 +364,17 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any):
         if isinstance(a, fx.Proxy):
-            return a.node
-        if isinstance(a, nn.Module):
+            found = a.node
+        elif isinstance(a, nn.Module):
             raise Untraceable("its forward passes a module on")
-        return super().create_arg(a)
+        else:
+            found = super().create_arg(a)
+        self._argument = a  # in the end the outermost
+        return found
 
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
+        if kind == "output":
+            self.returned = self._argument  # a graph's lists and dicts are of its own kinds
         if _ambient() != self.ambient:
             raise Untraceable("its forward changes a mode of autograd, autocast or saved tensors")
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
