@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import engine, images, policy, torchvision_models  # noqa: F401
+from small_nets import engine, images, library, policy, torchvision_models  # noqa: F401
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
 from torch.autograd import gradgradcheck
@@ -351,3 +351,18 @@ def test_what_stays_stock_is_named(kind, reason):
         assert any(reason in line for line in rd.report(model, x).left)
         state = stock.state_dict()
         assert torch.equal(module_run(model)({"x": x.clone()}, state)["output"], module_run(stock)({"x": x.clone()}, state)["output"])
+
+
+@pytest.mark.parametrize("res_block", [False, True], ids=["chains", "residual"])
+def test_monais_u_net(res_block, policy):
+    """As nnU-Net's: of instance norms, leaky ReLUs and strides, in three dimensions."""
+    monai = library("monai.networks.nets")
+    torch.manual_seed(0)
+    sizes = dict(kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8])
+    stock = monai.DynUNet(3, 1, 2, **sizes, res_block=res_block).double()
+    model, x = converted(stock, policy), images(2, 1, 8, 12, 8)
+    state, run = stock.state_dict(), module_run(stock)
+    ours, noise = module_run(model)({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state)
+    assert_within_noise(ours, run({"x": x.clone()}, state), noise)
+    report = rd.report(model, x)
+    assert not report.left and report.saved_bytes <= {"fast": 0.75, "min": 0.5}[policy] * report.stock_saved_bytes
