@@ -93,8 +93,8 @@ def _poisoned(allocate):
     @functools.wraps(allocate)
     def poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        # Not while tracing, where the fill would become part of the graph.
-        real = type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+        # Not while tracing, where the fill would become part of the graph, nor in layouts of oneDNN's own, which have none.
+        real = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not torch.compiler.is_compiling()
         if real and (tensor.is_floating_point() or tensor.is_complex()):
             tensor.detach().fill_(float("nan"))
         return tensor

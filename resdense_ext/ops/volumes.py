@@ -43,12 +43,11 @@ def convolution_backward(
 
 
 def _volume_backward(grad, a, weight, stride, padding, dilation, need_input, need_weight):
-    """Of tensors in oneDNN's own layouts, for which torch asks it whatever their sizes are."""
-    wanted = [need_input, need_weight, False]
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        grad.to_mkldnn(), a.to_mkldnn(), weight, None, stride, padding, dilation, False, [0] * 3, 1, wanted
-    )
-    return dx.to_dense() if need_input else a.new_empty(0), dweight if need_weight else weight.new_empty(0)
+    """Of an input that is a tensor of oneDNN's torch asks it whatever its sizes are; only the weight's gradient reads its values."""
+    like = a.to_mkldnn() if need_weight else torch.empty(a.shape, layout=torch._mkldnn)
+    numbers = stride, padding, dilation, False, [0] * 3, 1
+    dx, dweight, _ = torch.ops.aten.convolution_backward(grad, like, weight, None, *numbers, [need_input, need_weight, False])
+    return dx if need_input else a.new_empty(0), dweight if need_weight else weight.new_empty(0)
 
 
 def _fake_volume_backward(grad, a, weight, stride, padding, dilation, need_input, need_weight):
