@@ -125,7 +125,8 @@ def dense_block(
         reads: changing it in place, or a view of it, makes the backward raise. With ``behind``, that unit's output.
 
     Raises:
-        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; an
+            instance norm.
         TypeError: dtypes that do not fit; ``layers`` that are no sequence of `DenseLayer`.
         Nothing is changed before an error is raised.
 
@@ -179,7 +180,8 @@ def residual_block(
 
     Args:
         x: ``[N, C, *spatial]`` with one to three spatial dimensions; float32, float64, bfloat16 or float16.
-        block: its units, the norm at its end and its shortcut, with parameters and buffers. Convolutions may have strides,
+        block: its units, the norm at its end and its shortcut, with parameters and buffers. All norms take the batch's statistics,
+            or all of them every sample's, or the running ones, which go with either. Convolutions may have strides,
             dilation, groups and biases; their weights have the dtype of ``x`` (under autocast they are cast); norm vectors may
             be float32 beside a lower precision. The shapes of both sides of the addition are the same.
         activation: relu, relu6, leaky_relu, elu, silu or identity, between norms and convolutions.
@@ -310,7 +312,8 @@ def dual_path_stage(
         The dense half is the buffer that backward reads: changing it in place, or a view of it, makes the backward raise.
 
     Raises:
-        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; an
+            instance norm.
         TypeError: dtypes that do not fit; an ``x`` that is no such tensor or tuple; ``blocks`` that are no sequence of
             `DualPathBlock`.
         Nothing is changed before an error is raised.
@@ -608,7 +611,8 @@ def conv1x1_bn_add_act(
         slope), whose input is kept instead: changing it in place makes the backward raise.
 
     Raises:
-        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for.
+        ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; an
+            instance norm.
         TypeError: dtypes that do not fit.
         Nothing is changed before an error is raised.
 

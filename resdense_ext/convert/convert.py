@@ -42,7 +42,7 @@ def convert(
         model: a model with dense, residual or dual path blocks, or such a block, of this library's classes, of torchvision's,
             timm's, MONAI's or pytorchcv's, of one given to `register_adapter`, or of classes of which it knows nothing: their
             forwards are traced (torch.fx), and what provably is a dense block, a residual block, a pool behind batch norm and
-            activation, convolutions of other concatenations, or a chain of convolutions and batch norms runs on the engines.
+            activation, convolutions of other concatenations, or a chain of convolutions and norms runs on the engines.
         policy: "fast" keeps the feature maps and the bottlenecks' pre-activations for backward, and of a residual or dual path
             block and of a chain the raw outputs of its convolutions; "min" keeps the feature maps and the residual halves or the
             outputs of residual blocks only, of a chain few outputs, and computes the rest again; "auto" keeps what there is free
