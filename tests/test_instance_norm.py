@@ -105,7 +105,22 @@ class PreActivation(Units):
         return self.pool(F.relu(self.norms[2](x + y)))
 
 
-NETS = Chain, Concatenation, Residual, PreActivation
+class Dense(Units):
+    """Layers that read all before them: no dense block, of which the norms would be batch norms."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for inputs in (4, 7, 10):
+            self.norm(inputs)
+            self.conv(inputs, 3, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        for norm, conv in zip(self.norms, self.convs):
+            x = torch.cat([x, conv(F.relu(norm(x)))], 1)
+        return x
+
+
+NETS = Chain, Concatenation, Residual, PreActivation, Dense
 
 
 @pytest.fixture(params=NETS, ids=lambda kind: kind.__name__)

@@ -306,6 +306,8 @@ class _Reader:
                 first = self.unit(source)
                 if first is not None:
                     units, source = (first, unit), first.norm.args[0]
+            if any(isinstance(self._layers[each.norm], nn.modules.instancenorm._InstanceNorm) for each in units):
+                continue  # a dense block has batch norms
             users = list(conv.users)
             dropout = users[0] if len(users) == 1 and self.is_a(users[0], "dropout") else None
             layer = Layer(source, units, dropout)
