@@ -94,7 +94,7 @@ def _poisoned(allocate):
     def poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
         # Not while tracing, where the fill would become part of the graph, nor in layouts of oneDNN's own, which have none.
-        real = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not torch.compiler.is_compiling()
+        real = type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and tensor.layout == torch.strided
         if real and (tensor.is_floating_point() or tensor.is_complex()):
             tensor.detach().fill_(float("nan"))
         return tensor

@@ -17,11 +17,17 @@ from resdense_ext.reference import Conv
 __all__ = ["are_for_onednn", "convolution", "convolution_backward"]
 
 _SLOW = torch._C._ConvBackend.Slow3d, torch._C._ConvBackend.SlowDilated3d
+_LARGE = 8
+"""A weight of more values than so many times the map's is left to torch: oneDNN's copies of it would take more than the maps do."""
+
 
 def are_for_onednn(a: Tensor, conv: Conv) -> bool:
-    """Whether torch does not take oneDNN's kernels for the convolution of ``a``, and they are there."""
+    """Whether torch does not take oneDNN's kernels for the convolution of ``a``, they are there, and what they make of the weight is
+    small beside the maps."""
     there = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
     if a.dim() != 5 or a.shape[0] != 1 or a.dtype != torch.float32 or a.device.type != "cpu" or not there:
+        return False
+    if conv.weight.numel() > _LARGE * a.numel():
         return False
     numbers = conv.steps, conv.padding, conv.dilation, False, [0] * 3, conv.groups
     return torch._C._select_conv_backend(a, conv.weight, None, *numbers) in _SLOW
