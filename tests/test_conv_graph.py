@@ -331,3 +331,16 @@ def test_peak(norm, name, maps):
 def map_of(seed):
     x = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(seed))
     return x.to(memory_format=torch.channels_last).requires_grad_(seed < 2)
+
+
+def test_a_source_that_is_handed_on_twice_is_added_up_in_memory_of_its_own():
+    """Nothing reads it in backward, so it is not kept; the gradients that come are only read."""
+    a, b = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    conv = Conv(torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True), padding=(1, 1))
+    graph = ConvGraph((conv,), ((Piece(0),),), (), ((Piece(1), Piece(2)), (Piece(1),), (Piece(1),)))
+    outputs = conv_graph([a, b], graph)
+    grads = [torch.randn_like(y) for y in outputs]
+    before = [grad.clone() for grad in grads]
+    torch.autograd.backward(outputs, grads)
+    assert all(map(torch.equal, grads, before))
+    assert torch.equal(b.grad, (grads[0][:, :3] + grads[1]) + grads[2])

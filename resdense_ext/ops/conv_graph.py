@@ -172,8 +172,9 @@ class _Backward(_Maps):
         fold, into = self.fold(piece), self._into(piece.map)
         x = grad if self.maps[piece.map] is None else self.maps[piece.map]
         if into is None:
-            # What is handed on as it is need not be a map of its own.
-            grad = grad if fold is None and piece.map < self.sources else torch.empty_like(x).copy_(grad)
+            # What a source that nothing else reads is given is handed on as it is.
+            alone = piece.map < self.sources and self.readers[piece.map] == 1
+            grad = grad if fold is None and alone else torch.empty_like(x).copy_(grad)
             into = Pending.of(grad, x) if fold is None else self._through(piece, grad, x, fold, None)
         elif fold is None:
             into.dy.add_(grad)
