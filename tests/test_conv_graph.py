@@ -334,7 +334,7 @@ def map_of(seed):
 
 
 def test_a_source_that_is_handed_on_twice_is_added_up_in_memory_of_its_own():
-    """Nothing reads it in backward, so it is not kept; the gradients that come are only read."""
+    """The gradients that come are only read."""
     a, b = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     conv = Conv(torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True), padding=(1, 1))
     graph = ConvGraph((conv,), ((Piece(0),),), (), ((Piece(1), Piece(2)), (Piece(1),), (Piece(1),)))

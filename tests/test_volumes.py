@@ -7,17 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_nets import images, policy  # noqa: F401
+from test_dense_block import built
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resdense_ext as rd
 from resdense_ext.ops import cpu, volumes
-from resdense_ext.ops._library import CPU_LIBRARY
 from resdense_ext.reference import Conv
 
 pytestmark = [
-    pytest.mark.skipif(CPU_LIBRARY is not None, reason=f"the CPU library is {CPU_LIBRARY}"),
+    built,
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"),
 ]
 
@@ -79,8 +79,11 @@ def test_where_torch_takes_onednn_itself_it_is_left_to_it(conv, monkeypatch):
     assert not volumes.are_for_onednn(x, conv)
 
 
-def test_opcheck(conv):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(conv, channels_last):
     x = map_of(True, 1, 4, 6, 7, 8)
+    if channels_last:
+        conv = conv._replace(weight=conv.weight.to(memory_format=torch.channels_last_3d))
     y = F.conv3d(x, conv.weight, conv.bias, conv.steps, conv.padding, conv.dilation)
     for need_weight in (False, True):
         arguments = y, x, conv.weight, conv.steps, conv.padding, conv.dilation, True, need_weight

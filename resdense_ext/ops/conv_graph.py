@@ -5,7 +5,7 @@ A convolution reads *pieces* side by side, ``piece = act(norm(map))`` of any map
     map_i = conv_i([piece, piece, ...])         output = [piece, piece, ...]
 
 Stock PyTorch keeps every concatenation, and of every normalised and activated map its input and its output. Here the pieces are
-gathered into a passing tensor when a convolution reads them, forward and again in backward; the statistics of a map are taken once,
+gathered into a passing tensor when a convolution reads them, forward and, unless they are two, again in backward; the statistics of a map are taken once,
 by the convolution that writes it. Backward goes through the convolutions from the last to the first; what a piece's reader asks of
 it is added to the one gradient of its map, with the norm's correction deferred as in a dense block. A chain of convolutions, norms
 and activations is a graph in which each convolution reads one piece.
@@ -29,6 +29,7 @@ from resdense_ext.ops.convolve import convolve_backward, convolved, finished, sa
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
 from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
+from resdense_ext.ops.split_unit import split_conv
 from resdense_ext.ops.units import Gradients
 from resdense_ext.reference import Conv, ConvGraph, Piece
 
@@ -205,11 +206,10 @@ class _Backward(_Maps):
             return
         self.complete(piece.map for piece in pieces)
         need_weight, centered = self.found.wants_weight(i), self.centered[self.sources + i]
-        x = self.maps[pieces[0].map]
-        grad = finished(self.backend, x, conv, pending, need_weight)
-        convs = self._side_by_side(pieces, conv) if isinstance(grad, Tensor) else [conv]
-        if len(convs) == len(pieces) and self.reads_maps(pieces, conv):
-            found = [self._through_map(*each, grad, need_weight, centered) for each in zip(pieces, convs)]
+        grad = finished(self.backend, self.maps[pieces[0].map], conv, pending, need_weight)
+        parts = self._parts(pieces, conv, grad)
+        if parts:
+            found = [self._through_map(*each, grad, need_weight, centered) for each in zip(pieces, parts)]
             weights = [of_map.weight for of_map in found]
             weight = torch.cat(weights, 1) if need_weight and len(weights) > 1 else weights[0]
             self.found.record(i, None, None, weight, found[0].bias)
@@ -223,14 +223,15 @@ class _Backward(_Maps):
             self.spread(pieces, of_gathered)
         self.maps[self.sources + i] = None  # the gradient went past it
 
-    def _side_by_side(self, pieces: Sequence[Piece], conv: Conv) -> list[Conv]:
-        """The convolutions whose sum is that of two pieces side by side: nothing is gathered then, and no gradient taken apart. Of
-        more pieces the products would be small."""
-        if len(pieces) != 2 or conv.groups != 1:
+    def _parts(self, pieces: Sequence[Piece], conv: Conv, grad: Tensor | Pending) -> list[Conv]:
+        """A convolution of every piece, of two whose sum is ``conv``: nothing is gathered then, and no gradient taken apart. None
+        where kernels finish the gradient, or of more pieces, of which the products would be small."""
+        if not self.reads_maps(pieces, conv):
+            return []
+        if len(pieces) == 1:
             return [conv]
-        weights = conv.weight.split([self.widths[piece.map] for piece in pieces], 1)
-        first, second = (conv._replace(weight=weight.clone()) for weight in weights)
-        return [first, second._replace(bias=None)]
+        two = len(pieces) == 2 and conv.groups == 1 and isinstance(grad, Tensor)
+        return split_conv(conv, [self.widths[piece.map] for piece in pieces]) if two else []
 
     def _through_map(
         self, piece: Piece, conv: Conv, grad: Tensor | Pending, need_weight: bool, centered: bool
@@ -240,7 +241,8 @@ class _Backward(_Maps):
         x, fold = self.maps[piece.map], self.fold(piece)
         found = convolve_backward(self.backend, x, fold, conv, grad, into, need_weight, centered=centered)
         self._record_norm(piece, found.norm_weight, found.norm_bias)
-        self.grads[piece.map] = found.input
+        if self.wanted.piece(piece):
+            self.grads[piece.map] = found.input
         return found
 
     def _taken(self, of: int) -> Pending | Tensor | None:

@@ -22,7 +22,7 @@ from resdense_ext.ops.operands import Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv, Unit
 
-__all__ = ["Source", "SplitUnit", "split_norm"]
+__all__ = ["Source", "SplitUnit", "split_conv", "split_norm"]
 
 
 class Source(NamedTuple):
@@ -89,13 +89,14 @@ class SplitUnit:
         if len(inputs) == len(outputs) == 1:
             return [[conv]]
         biases = [None] * len(outputs) if conv.bias is None else conv.bias.split_with_sizes(list(outputs))
-        return [
-            [
-                conv._replace(weight=_dense(part), bias=None if j else bias)
-                for j, part in enumerate(rows.split_with_sizes(inputs, 1))
-            ]
-            for rows, bias in zip(conv.weight.split_with_sizes(list(outputs)), biases)
-        ]
+        rows = conv.weight.split_with_sizes(list(outputs))
+        return [split_conv(conv._replace(weight=weight, bias=bias), inputs) for weight, bias in zip(rows, biases)]
+
+
+def split_conv(conv: Conv, widths: Sequence[int]) -> list[Conv]:
+    """The convolutions, of one group, whose sum is that of maps of these widths side by side; the first one has the bias."""
+    parts = conv.weight.split_with_sizes(list(widths), 1)
+    return [conv._replace(weight=_dense(part), bias=None if j else conv.bias) for j, part in enumerate(parts)]
 
 
 def split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:

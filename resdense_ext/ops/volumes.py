@@ -1,6 +1,6 @@
 """Convolutions of a single volume on a CPU, by oneDNN.
 
-Of one volume with few channels torch takes kernels of its own, which need ten times as long (`ConvParams::use_mkldnn` in ATen's
+Of one volume with few channels torch takes kernels of its own, which need several times as long (`ConvParams::use_mkldnn` in ATen's
 Convolution.cpp); of two it takes oneDNN's. Here these are asked for by their name.
 """
 
@@ -58,7 +58,8 @@ def _volume_backward(grad, a, weight, stride, padding, dilation, need_input, nee
 
 def _fake_volume_backward(grad, a, weight, stride, padding, dilation, need_input, need_weight):
     dx = torch.empty_like(a, memory_format=torch.contiguous_format) if need_input else a.new_empty(0)
-    return dx, torch.empty_like(weight) if need_weight else weight.new_empty(0)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    return dx, dweight
 
 
 LIBRARY.define(
