@@ -436,6 +436,10 @@ def check_norm(
         raise ValueError(f"{where}.eps: expected a positive number, got {norm.eps}")
     if norm.instance and (not norm.batch_stats or norm.group or (norm.running_mean, norm.running_var) != (None, None)):
         raise ValueError(f"{where}: expected batch_stats, no running statistics and no group beside instance, got {norm[4:]}")
+    if norm.groups and (not norm.instance or norm.groups < 0 or channels % norm.groups):
+        raise ValueError(
+            f"{where}.groups: expected 0, or of an instance norm a divisor of {channels}, the channels, got {norm.groups}"
+        )
     for name, vector in zip(("weight", "bias", "running_mean", "running_var"), norm):
         if vector is None:
             continue
@@ -448,7 +452,8 @@ def check_norm(
     if norm.batch_stats:
         if norm.group and not math.prod(shape):
             raise ValueError(f"x: expected values on every rank that shares batch statistics, got input size {tuple(shape)}")
-        values = math.prod(shape[2:]) * (1 if norm.instance else shape[0])
+        shared = channels // norm.groups if norm.groups else 1
+        values = shared * math.prod(shape[2:]) * (1 if norm.instance and not norm.groups else shape[0])
         if not norm.group and values == 1:
             raise ValueError(f"x: expected more than 1 value per channel when training, got input size {tuple(shape)}")
         if norm.momentum is not None and (norm.running_mean is None) != (norm.running_var is None):

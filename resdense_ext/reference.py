@@ -74,7 +74,8 @@ class BatchNorm(NamedTuple):
     for this process alone. The functions of this module never communicate.
 
     An ``instance`` norm takes the statistics of every sample by itself (Ulyanov et al., Instance Normalization, 2016), also
-    outside of training: ``batch_stats`` is True, and there are no running ones.
+    outside of training: ``batch_stats`` is True, and there are no running ones. In one of so many ``groups`` the neighbouring
+    channels of each share them (Wu and He, Group Normalization, 2018); 0 leaves every channel by itself.
     """
 
     weight: Optional[Tensor] = None
@@ -87,6 +88,12 @@ class BatchNorm(NamedTuple):
     num_batches_tracked: Optional[Tensor] = None
     group: str = ""
     instance: bool = False
+    groups: int = 0
+
+    @property
+    def centers(self) -> bool:
+        """Whether it takes from every channel its own mean, so that what is added to the channel makes no difference."""
+        return self.batch_stats and not self.groups
 
 
 class Conv(NamedTuple):
@@ -318,6 +325,17 @@ def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - per_channel(mean, x)).square().sum(reduced)
 
 
+def group_stats(mean: Tensor, m2: Tensor, count: int, groups: int) -> tuple[Tensor, Tensor, int]:
+    """From every channel's mean and sum of squared deviations over ``count`` positions, ``[..., C]``, those of its group, in the
+    place of its own; and over how many values. They merge as in `channel_stats`."""
+    of_groups = *mean.shape[:-1], groups, -1
+    own_mean, own_m2 = mean.view(of_groups), m2.view(of_groups)
+    mean = own_mean.mean(-1, keepdim=True)
+    m2 = (own_m2 + count * (own_mean - mean).square()).sum(-1, keepdim=True)
+    mean, m2 = (v.expand_as(own_mean).flatten(-2) for v in (mean, m2))
+    return mean, m2, count * own_mean.shape[-1]
+
+
 def fold_batch_norm(norm: BatchNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``scale = weight * rstd``, ``shift = bias - mean * scale``, and ``rstd = (var + eps)^-1/2``; all ``[C]``."""
     rstd = (var + norm.eps).rsqrt()
@@ -347,11 +365,15 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     if not norm.batch_stats:
         dtype = accumulation_dtype(x.dtype)
         return norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    count = x.numel() // x.shape[1]
     if norm.instance:
+        count = math.prod(x.shape[2:])
         mean, m2 = map(torch.stack, zip(*map(channel_stats, x.split(1))))
-        return mean, m2 / math.prod(x.shape[2:])
-    mean, m2 = channel_stats(x)
-    return mean, m2 / (x.numel() // x.shape[1])
+    else:
+        mean, m2 = channel_stats(x)
+    if norm.groups:
+        mean, m2, count = group_stats(mean, m2, count, norm.groups)
+    return mean, m2 / count
 
 
 def bn_act_conv(x: Tensor, unit: Unit, activation: Activation = Activation()) -> Tensor:

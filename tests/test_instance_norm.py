@@ -1,4 +1,4 @@
-"""Instance norms: each sample by its own statistics, on the engines that take a sample at a time, against torch's modules."""
+"""Instance and group norms: each sample by its own statistics, on the engines that take a sample at a time, against torch's modules."""
 
 import copy
 import warnings
@@ -17,16 +17,17 @@ from resdense_ext import functional, reference
 from resdense_ext.functional import BatchNorm, Conv, DenseLayer, ResidualBlock, Shortcut, Unit
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 SIZES = {1: (17,), 2: (9, 7), 3: (5, 6, 7)}
 
 
 class Units(nn.Module):
-    """The layers of every network here: the names of convolutions and norms by their numbers."""
+    """The layers of every network here: the names of convolutions and norms by their numbers. Norms of groups have as many channels
+    in each; else they are instance norms."""
 
-    def __init__(self, rank=2, affine=True):
+    def __init__(self, rank=2, affine=True, group=0):
         super().__init__()
-        self.rank, self.affine = rank, affine
+        self.rank, self.affine, self.group = rank, affine, group
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         self.act = nn.LeakyReLU(0.1, inplace=True)
 
@@ -34,7 +35,10 @@ class Units(nn.Module):
         self.convs.append(CONVS[self.rank](*args, **options))
 
     def norm(self, channels):
-        self.norms.append(NORMS[self.rank](channels, affine=self.affine))
+        if self.group:
+            self.norms.append(nn.GroupNorm(channels // self.group, channels, affine=self.affine))
+        else:
+            self.norms.append(INSTANCE[self.rank](channels, affine=self.affine))
 
 
 class Chain(Units):
@@ -108,9 +112,9 @@ class Dense(Units):
 
     def __init__(self, **options):
         super().__init__(**options)
-        for inputs in (4, 7, 10):
+        for inputs in (4, 8, 12):
             self.norm(inputs)
-            self.conv(inputs, 3, 3, padding=1, bias=False)
+            self.conv(inputs, 4, 3, padding=1, bias=False)
 
     def forward(self, x):
         for norm, conv in zip(self.norms, self.convs):
@@ -139,6 +143,11 @@ def converted(stock, *options, **more):
     return rd.convert(copy.deepcopy(stock), *options, **more)
 
 
+@pytest.fixture(params=[0, 2], ids=["instance", "groups"])
+def group(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def silent():
     """Nothing runs its stock path."""
@@ -147,11 +156,10 @@ def silent():
         yield
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
 class TestNumbers:
-    @pytest.mark.parametrize("samples, affine", [(1, True), (3, True), (3, False)])
-    def test_in_float64(self, kind, rank, samples, affine, policy):
-        stock, x = network(kind, rank=rank, affine=affine), images(samples, 4, *SIZES[rank])
+    @pytest.mark.parametrize("rank, samples, affine", [(1, 3, False), (2, 1, True), (2, 3, True), (2, 3, False), (3, 3, True)])
+    def test_in_float64(self, kind, rank, samples, affine, group, policy):
+        stock, x = network(kind, rank=rank, affine=affine, group=group), images(samples, 4, *SIZES[rank])
         model, state = converted(stock, policy), stock.state_dict()
         run = module_run(stock)
         expected, noise = run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state)
@@ -160,9 +168,10 @@ class TestNumbers:
             with torch.no_grad():
                 assert_within_noise({"output": model(x)}, {"output": expected["output"]}, noise)
 
+    @pytest.mark.parametrize("rank, group", [(1, 0), (2, 0), (3, 0), (2, 2), (3, 2)])
     @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-    def test_in_working_precision(self, kind, rank, autocast, policy):
-        stock = network(kind, torch.float32, rank=rank)
+    def test_in_working_precision(self, kind, rank, autocast, group, policy):
+        stock = network(kind, torch.float32, rank=rank, group=group)
         x = images(3, 4, *SIZES[rank]).to(autocast or torch.float32)
         for conv in stock.convs:
             conv.to(x.dtype)  # autocast would round away a change in its last place
@@ -179,9 +188,9 @@ class TestNumbers:
             assert_within_rule(ours, truth, runs, autocast or torch.float32)
 
 
-def test_again_and_again_by_its_programs(kind, policy):
+def test_again_and_again_by_its_programs(kind, group, policy):
     """Samples of one size share what was recorded, and steps with other numbers of samples and other sizes come in between."""
-    stock = network(kind)
+    stock = network(kind, group=group)
     model, state, run = converted(stock, policy), stock.state_dict(), module_run(stock)
     for step in range(4):
         for samples, sizes in ((2, (9, 7)), (3, (9, 7)), (1, (6, 8))):
@@ -191,29 +200,31 @@ def test_again_and_again_by_its_programs(kind, policy):
 
 
 KEPT = {
-    # In values of a sample of 9 x 7 positions, and the channels that have two statistics each.
-    Chain: (4 * 63 + 6 * 63 + 2 * 8 * 20, 22),
-    Concatenation: (4 * 63 + 3 * 6 * 63, 18),
-    Residual: (4 * 63 + 2 * 8 * 20 + 3 * 8 * 20 + 8 * 20, 40),
+    # In values of a sample of 9 x 7 positions; the channels that have two statistics each; and values that are kept where norms
+    # are of groups: there are no moments for them, so that the map of a convolution of kernel size 1 is kept.
+    Chain: (4 * 63 + 6 * 63 + 2 * 8 * 20, 22, 0),
+    Concatenation: (4 * 63 + 3 * 6 * 63, 18, 0),
+    Residual: (4 * 63 + 2 * 8 * 20 + 3 * 8 * 20 + 8 * 20, 40, 8 * 20),
 }
 
 
 @pytest.mark.parametrize("kind", KEPT, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_keeps_every_map_once(kind, samples):
-    stock, x = network(kind), images(samples, 4, 9, 7).requires_grad_()
-    values, normed = KEPT[kind]
+def test_keeps_every_map_once(kind, group, samples):
+    stock, x = network(kind, group=group), images(samples, 4, 9, 7).requires_grad_()
+    values, normed, of_groups = KEPT[kind]
+    values += of_groups if group else 0
     assert rd.memory.saved_bytes(lambda: converted(stock)(x)) == 8 * samples * (values + 2 * normed)
 
 
-def test_min_keeps_less(kind):
-    stock, x = network(kind), images(3, 4, 9, 7).requires_grad_()
+def test_min_keeps_less(kind, group):
+    stock, x = network(kind, group=group), images(3, 4, 9, 7).requires_grad_()
     kept = [rd.memory.saved_bytes(lambda: net(x)) for net in (stock, converted(stock), converted(stock, "min"))]
     assert kept[2] < 0.75 * kept[0] and kept[2] <= kept[1] < kept[0]
 
 
-def test_a_budget_offers_what_it_costs(kind):
-    stock, x = network(kind), images(3, 4, 9, 7)
+def test_a_budget_offers_what_it_costs(kind, group):
+    stock, x = network(kind, group=group), images(3, 4, 9, 7)
     least, most = (rd.report(converted(stock, name), x).saved_bytes for name in ("min", "fast"))
     for budget in {least, (least + most) // 2, most}:
         report = rd.report(converted(stock, memory_budget=budget, example_input=x), x)
@@ -221,8 +232,8 @@ def test_a_budget_offers_what_it_costs(kind):
 
 
 @pytest.mark.parametrize("kind", [Chain, Residual], ids=lambda kind: kind.__name__)
-def test_second_derivative(kind):
-    stock, x = network(kind), images(2, 4, 5, 4).requires_grad_()
+def test_second_derivative(kind, group):
+    stock, x = network(kind, group=group), images(2, 4, 5, 4).requires_grad_()
     model = converted(stock)
     parameters = dict(model.named_parameters())
     wanted = {name: p for name, p in parameters.items() if name in ("convs.0.weight", "norms.1.weight", "norms.1.bias")}
@@ -234,8 +245,8 @@ def test_second_derivative(kind):
 
 
 @pytest.mark.parametrize("kind, dynamic", [(Chain, False), (Residual, False), (Residual, True)])
-def test_torch_compile(kind, dynamic):
-    stock, x = network(kind), images(2, 4, 9, 7)
+def test_torch_compile(kind, dynamic, group):
+    stock, x = network(kind, group=group), images(2, 4, 9, 7)
     torch.compiler.reset()
     compiled = torch.compile(converted(stock), backend="aot_eager", dynamic=dynamic)
     state, run = stock.state_dict(), module_run(stock)
@@ -274,6 +285,12 @@ class TestFunctional:
         theirs = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=1e-3)
         assert_same({"output": ours}, {"output": theirs})
 
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_the_reference_of_groups_is_what_torch_computes(self, groups):
+        x, norm = images(3, 4, 5, 6), BatchNorm(images(4), images(4, seed=1), eps=1e-3, instance=True, groups=groups)
+        ours = reference.bn_add_act(x, norm, torch.zeros_like(x), None, reference.Activation("identity"))
+        assert_same({"output": ours}, {"output": F.group_norm(x, groups, norm.weight, norm.bias, norm.eps)})
+
     def test_one_sample_is_a_batch(self, policy):
         x = images(1, 4, 6, 5)
         assert torch.equal(*(functional.residual_block(x, block(instance), policy=policy) for instance in (True, False)))
@@ -297,9 +314,10 @@ class TestFunctional:
         y.sum().backward()
         assert y.shape == x.shape == x.grad.shape
 
+    @pytest.mark.parametrize("groups", [0, 2])
     @pytest.mark.parametrize("pool", ["average", "maximum", "global"])
-    def test_a_pool(self, pool):
-        x, norm = images(3, 4, 6, 5), BatchNorm(images(4), images(4, seed=1), instance=True)
+    def test_a_pool(self, pool, groups):
+        x, norm = images(3, 4, 6, 5), BatchNorm(images(4), images(4, seed=1), instance=True, groups=groups)
         ours = functional.bn_act_pool(x, norm, pool)
         unit = functional.PooledUnit(norm, functional.Pool(pool, *[] if pool == "global" else [(2, 2), (2, 2), (0, 0)]))
         truth = reference.bn_act_pool(x, unit)
@@ -314,6 +332,10 @@ class TestFunctional:
             functional.residual_block(images(3, 4, 1, 1), block())
         with pytest.raises(ValueError, match="^norm: expected batch_stats, no running statistics and no group beside instance"):
             functional.bn_act_conv(x, instance._replace(running_mean=images(4), running_var=images(4)), conv)
+        with pytest.raises(ValueError, match="^norm.groups: expected 0, or of an instance norm a divisor of 4, the channels, got 3"):
+            functional.bn_act_conv(x, instance._replace(groups=3), conv)
+        with pytest.raises(ValueError, match="^norm.groups: expected 0, or of an instance norm a divisor"):
+            functional.bn_act_conv(x, ordinary._replace(groups=2), conv)
         taken = "instance: expected False, got True"
         with pytest.raises(ValueError, match=rf"^layers\[0\].units\[0\].norm.{taken}"):
             functional.dense_block(x, [DenseLayer((Unit(instance, conv),))])

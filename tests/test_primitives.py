@@ -368,6 +368,33 @@ class TestWinograd:
             torch.ops.resdense.bn_act_winograd(x, ones, ones, 0.0, torch.randn(6, 6, 3, 3).double(), None, x.clone(), None, None)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_behind_a_group_norm(backend, dtype, kernel, accumulate):
+    """Forward and, its gradient finished, backward; no channel's correction is its own."""
+    torch.manual_seed(0)
+    norm, conv = BatchNorm(eps=1e-3, groups=3), Conv(torch.randn(8, 12, kernel, kernel) / (3 * kernel), padding=(kernel // 2,) * 2)
+    tensors = {"x": 1 + torch.randn(1, 12, 7, 6), "weight": conv.weight, "dy": torch.randn(1, 8, 7, 6), "d": torch.randn(1, 12, 7, 6)}
+    tensors = {name: t.to(dtype) for name, t in tensors.items()} | {"gamma": torch.randn(12), "beta": torch.randn(12)}
+    x, conv = last_format(tensors["x"]), conv._replace(weight=tensors["weight"])
+    fold = backend.fold(norm._replace(weight=tensors["gamma"], bias=tensors["beta"]), Stats(*backend.channel_stats(x)), 42, Activation())
+    y = last_format(x.new_empty(1, 8, 7, 6))
+    backend.bn_act_conv(x, fold.affine, conv, y, None, 1.0, None)
+    into = Pending.of(last_format(tensors["d"].clone()), x) if accumulate else None
+    found = backend.bn_act_conv_backward(x, fold, conv, last_format(tensors["dy"]), into, True, finish=not accumulate)
+    dx = backend.pending_grad_(found.input) if isinstance(found.input, Pending) else found.input
+
+    def formula(t):
+        leaves = [t[name].detach().requires_grad_() for name in ("x", "weight", "gamma", "beta")]
+        unit = reference.Unit(norm._replace(weight=leaves[2], bias=leaves[3]), conv._replace(weight=leaves[1]))
+        y = reference.bn_act_conv(leaves[0], unit)
+        dx, *rest = torch.autograd.grad(y, leaves, t["dy"])
+        return y, dx + t["d"] if accumulate else dx, *rest
+
+    close([y, dx, found.weight, found.norm_weight, found.norm_bias], formula, tensors, dtype)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_statistics_survive_a_mean_of_a_thousand_deviations(backend, channels_last):
     x = torch.randn(4, 9, 40, 37) + 1000 * torch.arange(9.0).view(1, 9, 1, 1)

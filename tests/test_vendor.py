@@ -90,6 +90,13 @@ def test_convolutions(case, channels_last, way):
             suite.test_backward(CudaBackend(), case, dtype, channels_last, flag, pending)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_group_norms(accumulate, way):
+    for dtype in (torch.float32, torch.bfloat16):
+        for kernel in (1, 3):
+            test_primitives.test_a_convolution_behind_a_group_norm(CudaBackend(), dtype, kernel, accumulate)
+
+
 def test_a_pointwise_convolution_copies_nothing():
     """It is one product, which reads a slice of a buffer and writes one."""
     backend, conv = CudaBackend(), Conv(torch.randn(8, 16, 1, 1))

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
-from resdense_ext.nn.leaves import is_frozen_norm, is_norm, pool_kind
+from resdense_ext.nn.leaves import is_frozen_norm, is_instance_norm, is_norm, pool_kind
 
 __all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of"]
 
@@ -306,7 +306,7 @@ class _Reader:
                 first = self.unit(source)
                 if first is not None:
                     units, source = (first, unit), first.norm.args[0]
-            if any(isinstance(self._layers[each.norm], nn.modules.instancenorm._InstanceNorm) for each in units):
+            if any(is_instance_norm(self._layers[each.norm]) for each in units):
                 continue  # a dense block has batch norms
             users = list(conv.users)
             dropout = users[0] if len(users) == 1 and self.is_a(users[0], "dropout") else None

@@ -22,6 +22,7 @@ __all__ = [
     "check_untouched",
     "conv_of",
     "is_frozen_norm",
+    "is_instance_norm",
     "is_norm",
     "is_wrapper",
     "layer_class",
@@ -44,7 +45,7 @@ _INSTANCE = {
     nn.BatchNorm3d: nn.InstanceNorm3d,
 }
 """The instance norm of the maps that such a batch norm takes."""
-_LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values(), *_INSTANCE.values()}
+_LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values(), *_INSTANCE.values(), nn.GroupNorm}
 _HARMLESS = {
     *("__init__", "reset_parameters", "extra_repr", "__module__", "__doc__", "__annotations__"),
     *("__firstlineno__", "__static_attributes__"),  # from Python 3.13 on
@@ -140,12 +141,14 @@ def _registered(module: nn.Module, tensors: dict[str, Optional[Tensor]], names: 
 
 def norm_of(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.Module] = None) -> BatchNorm:
     """As `torch.nn.modules.batchnorm._BatchNorm.forward` calls `torch.nn.functional.batch_norm`; SyncBatchNorm likewise, and
-    instance norms. ``activation`` stands behind."""
+    instance and group norms. ``activation`` stands behind."""
     if expected is nn.BatchNorm2d and is_frozen_norm(norm):
         check_untouched(norm)
         return BatchNorm(*_registered(norm, norm._buffers, _FROZEN), batch_stats=False, eps=norm.eps)
     if layer_class(norm) is _INSTANCE.get(expected):
         return _instance_norm_of(norm)
+    if layer_class(norm) is nn.GroupNorm:
+        return _group_norm_of(norm)
     held = own_activation(norm)
     holds_it = held is not None and (held is activation or type(held) is nn.Identity) and isinstance(norm, expected)
     if not holds_it and layer_class(norm) not in (expected, nn.SyncBatchNorm):
@@ -172,6 +175,13 @@ def _instance_norm_of(norm: nn.Module) -> BatchNorm:
     if norm.track_running_stats:
         raise Unsupported("is an instance norm with running statistics", norm)
     return BatchNorm(*_registered(norm, norm._parameters, _PARAMETERS), eps=norm.eps, instance=True)
+
+
+def _group_norm_of(norm: nn.GroupNorm) -> BatchNorm:
+    """As `torch.nn.GroupNorm.forward` calls `torch.nn.functional.group_norm`; of one channel a group it is an instance norm."""
+    check_untouched(norm)
+    groups = 0 if norm.num_groups == norm.num_channels else norm.num_groups
+    return BatchNorm(*_registered(norm, norm._parameters, _PARAMETERS), eps=norm.eps, instance=True, groups=groups)
 
 
 def own_norm_of(norm: nn.Module, expected: type[nn.Module], activation: Optional[nn.Module] = None) -> BatchNorm:
@@ -206,8 +216,12 @@ def layer_class(module: Optional[nn.Module]) -> type:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is one of those that `norm_of` may read."""
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-    return isinstance(module, kinds) or is_frozen_norm(module)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_instance_norm(module) or is_frozen_norm(module)
+
+
+def is_instance_norm(module: nn.Module) -> bool:
+    """Whether it is one that takes the statistics of every sample by itself, of channels or of groups of them."""
+    return isinstance(module, (nn.modules.instancenorm._InstanceNorm, nn.GroupNorm))
 
 
 def is_frozen_norm(norm: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Batch norm, and instance norm, in plain PyTorch, as their modules call it."""
+"""Batch norm, and instance and group norm, in plain PyTorch, as their modules call it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ __all__ = ["batch_norm"]
 
 def batch_norm(x: Tensor, norm: BatchNorm) -> Tensor:
     """Running statistics are updated where batch statistics are used."""
+    if norm.groups:
+        return F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
     if norm.instance:
         return F.instance_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
     mean, var = norm.running_mean, norm.running_var

@@ -36,7 +36,7 @@ class CompiledBackend(ReferenceBackend):
             return f"the input is {x.dtype} and the convolutions compute in {compute_dtype}"
         return None
 
-    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
+    def _fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         dtype, batch_stats = stats.mean.dtype, norm.batch_stats
         mean, m2 = stats if batch_stats else (norm.running_mean, norm.running_var)
         mean, m2, weight, bias = in_dtype(dtype, mean, m2, norm.weight, norm.bias)
@@ -48,7 +48,7 @@ class CompiledBackend(ReferenceBackend):
     ) -> list[Fold]:
         dtype = stats[0].mean.dtype
         vectors = [(*of, norm.weight, norm.bias) for norm, of in zip(norms, stats)]
-        alike = all(norm.batch_stats for norm in norms) and all(v is not None and v.dtype is dtype for of in vectors for v in of)
+        alike = all(norm.batch_stats and not norm.groups for norm in norms) and all(v is not None and v.dtype is dtype for of in vectors for v in of)
         if not alike:
             return super().folds(norms, stats, counts, activation)
         mean, m2, weight, bias = zip(*vectors)

@@ -149,7 +149,7 @@ class _Backward(_Maps):
         self.readers, self.centered = [0] * len(maps), [True] * len(maps)
         for piece in pieces_of(graph):
             self.readers[piece.map] += 1
-            self.centered[piece.map] &= piece.norm is not None and graph.norms[piece.norm].batch_stats
+            self.centered[piece.map] &= piece.norm is not None and graph.norms[piece.norm].centers
         self.wanted = Wanted(graph, self.sources, self.found)
 
     def complete(self, wanted: Iterable[int]) -> None:

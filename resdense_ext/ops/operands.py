@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
-__all__ = ["Affine", "ConvGrads", "Fold", "Pending", "Stats", "in_dtype"]
+__all__ = ["Affine", "ConvGrads", "Fold", "Groups", "Pending", "Stats", "in_dtype"]
 
 
 class Affine(NamedTuple):
@@ -33,16 +33,25 @@ class Stats(NamedTuple):
         return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
 
 
+class Groups(NamedTuple):
+    """How many groups of channels share statistics, and the number of values in each."""
+
+    number: int
+    count: int
+
+
 class Fold(NamedTuple):
     """A batch norm ready for use: the affine it amounts to, and what its backward needs.
 
-    ``count`` is the number of positions whose statistics normalise; None where the running statistics do.
+    ``count`` is the number of positions whose statistics normalise; None where the running statistics do, or those of
+    `Groups`, whose correction is no channel's own.
     """
 
     affine: Affine
     mean: Tensor
     rstd: Tensor
     count: Optional[int]
+    groups: Optional[Groups] = None
 
     @staticmethod
     def linear(x: Tensor) -> Fold:
@@ -56,6 +65,13 @@ class Fold(NamedTuple):
         shared = self.affine.scale / self.count
         beta = -shared * self.rstd * dgamma
         return beta, -(shared * dbeta + beta * self.mean)
+
+    def correction_of_groups(self, dbeta: Tensor, dgamma: Tensor) -> tuple[Tensor, Tensor]:
+        """`correction`, to which all channels of a group add."""
+        number, count = self.groups
+        own = (v.view(number, -1) for v in self._replace(count=count).correction(dbeta, dgamma))
+        beta, delta = (v.sum(1, keepdim=True).expand_as(v).flatten() for v in own)
+        return beta, delta
 
 
 class Pending(NamedTuple):

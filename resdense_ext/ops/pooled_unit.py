@@ -30,7 +30,7 @@ from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit
 __all__ = ["SCHEMA", "PooledUnitConfig", "backward", "forward", "output_like"]
 
 SCHEMA = (
-    "Tensor?[] unit, float unit_eps, bool unit_batch_stats, str pool, int[] windows, int groups, "
+    "Tensor?[] unit, float unit_eps, bool unit_batch_stats, int unit_norm_groups, str pool, int[] windows, int groups, "
     "str unit_activation, float unit_slope, str unit_backend, str unit_group"
 )
 
@@ -42,6 +42,7 @@ class PooledUnitConfig(NamedTuple):
 
     eps: float
     batch_stats: bool
+    norm_groups: int
     pool: str
     windows: list[int]
     groups: int
@@ -55,7 +56,7 @@ class PooledUnitConfig(NamedTuple):
         kind, windows = unit.pool.kind, unit.pool.windows
         norm, groups = unit.norm, 1 if unit.conv is None else unit.conv.groups
         sizes = [n for sizes in windows for n in sizes]
-        return PooledUnitConfig(norm.eps, norm.batch_stats, kind, sizes, groups, *activation, backend, group_of([norm]))
+        return PooledUnitConfig(norm.eps, norm.batch_stats, norm.groups, kind, sizes, groups, *activation, backend, group_of([norm]))
 
     def unit(self, weight, bias, mean, var, conv_weight, conv_bias) -> PooledUnit:
         """The unit as it was given, around other tensors."""
@@ -65,7 +66,8 @@ class PooledUnitConfig(NamedTuple):
         if conv_weight is not None:
             ones = (1,) * (conv_weight.dim() - 2)
             conv = Conv(conv_weight, conv_bias, (0,) * len(ones), ones, self.groups)
-        return PooledUnit(BatchNorm(weight, bias, mean, var, self.batch_stats, None, self.eps), pool, conv)
+        norm = BatchNorm(weight, bias, mean, var, self.batch_stats, None, self.eps, groups=self.norm_groups)
+        return PooledUnit(norm, pool, conv)
 
     def fold(self, unit: PooledUnit, stats: Stats, x: Tensor) -> Fold:
         activation = Activation(self.activation, self.slope)

@@ -14,7 +14,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.activation import activation_backward, number_of
 from resdense_ext.ops.layout import dense_map, empty_map, is_dense, memory_format_of
-from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Groups, Pending, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
 
 __all__ = ["ReferenceBackend", "empty_deviations", "unpool"]
@@ -118,6 +118,13 @@ class ReferenceBackend:
 
     def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         """A batch norm over ``count`` positions with these statistics, or over its running ones."""
+        if not norm.groups:
+            return self._fold(norm, stats, count, activation)
+        *of_groups, values = reference.group_stats(*stats, count, norm.groups)
+        fold = self._fold(norm, Stats(*of_groups), values, activation)
+        return fold._replace(count=None, groups=Groups(norm.groups, values))
+
+    def _fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         if norm.batch_stats:
             mean, var = stats.mean, stats.m2 / count
         else:
@@ -363,7 +370,16 @@ class ReferenceBackend:
         if into is None:
             # Of a layer's own: alpha is that of its norm.
             into = Pending(dy, x, fold.affine.scale, beta, delta)
-        return ConvGrads(into, weight, bias, dgamma, sum_dy)
+        return self._of_groups(fold, ConvGrads(into, weight, bias, dgamma, sum_dy))
+
+    @staticmethod
+    def _of_groups(fold: Optional[Fold], grads: ConvGrads) -> ConvGrads:
+        """With the correction that the norm of groups owes the gradient of its input, where the norm is one."""
+        if fold is not None and fold.groups is not None:
+            into = grads.input
+            for to, more in zip((into.beta, into.delta), fold.correction_of_groups(grads.norm_bias, grads.norm_weight)):
+                to.add_(more)
+        return grads
 
     def _correct(
         self, fold: Fold, sum_dy: Tensor, sum_dy_xc: Tensor, into: Optional[Pending]

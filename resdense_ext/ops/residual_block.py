@@ -171,7 +171,8 @@ def _through(
         grad = walk.share_(k, grad) if isinstance(grad, Pending) else grad
         if k < walk.units:  # else the other side of the addition reads it, too
             grad = finished(source.backend, source.x, source.conv, grad, grads.wants_weight(unit))
-        centered = takes_stats(walk.norms[k]) and not walk.shares(k)
+        norm = walk.norms[k]
+        centered = norm is not None and norm.centers and not walk.shares(k)
         found = convolve_backward(walk.backend, *source[:3], grad, into, grads.wants_weight(unit), finish, centered)
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 SCHEMA = (
-    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] geometry, bool activated, int[] pool, "
+    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] norm_groups, int[] geometry, bool activated, int[] pool, "
     "str activation, float slope, str last, float last_slope, str[] plan, str backend, str group"
 )
 
@@ -54,6 +54,7 @@ class ResidualBlockConfig(NamedTuple):
     normed: list[bool]
     eps: list[float]
     batch_stats: list[bool]
+    norm_groups: list[int]
     geometry: list[int]
     activated: bool
     pool: list[int]
@@ -74,6 +75,7 @@ class ResidualBlockConfig(NamedTuple):
             [norm is not None for norm in norms],
             [0.0 if norm is None else norm.eps for norm in norms],
             [takes_stats(norm) for norm in norms],
+            [0 if norm is None else norm.groups for norm in norms],
             [n for _, conv in units_of(block) if conv is not None for n in geometry_of(conv)],
             block.shortcut is not None and block.shortcut.activated,
             [] if pool is None else [*(n for sizes in pool.windows for n in sizes), int(pool.ceil_mode)],
@@ -100,7 +102,7 @@ class ResidualBlockConfig(NamedTuple):
     def _unit(self, i: int, tensors: Sequence[Optional[Tensor]]) -> Unit:
         norm, conv = None, None
         if self.normed[i]:
-            norm = BatchNorm(*tensors[:4], self.batch_stats[i], None, self.eps[i])
+            norm = BatchNorm(*tensors[:4], self.batch_stats[i], None, self.eps[i], groups=self.norm_groups[i])
         if tensors[4] is not None:
             numbers = 3 * (tensors[4].dim() - 2) + 1
             # The end has no convolution: the shortcut's comes right behind the units'.
@@ -177,7 +179,7 @@ def _has_moments(conv: Conv, norm: BatchNorm, count: int, dtype: torch.dtype) ->
     """Whether the moments are worth their arithmetic, and smaller than the map. They are of this rank's positions alone."""
     outputs, inputs, *kernel = conv.weight.shape
     size = (count, inputs * conv.groups, outputs, conv.groups, dtype.itemsize)
-    return norm.batch_stats and not norm.group and all(n == 1 for n in kernel) and kept_for_backward(*size) == "gram"
+    return norm.centers and not norm.group and all(n == 1 for n in kernel) and kept_for_backward(*size) == "gram"
 
 
 def _trains(norm: Optional[BatchNorm]) -> bool:

@@ -100,9 +100,19 @@ def split_conv(conv: Conv, widths: Sequence[int]) -> list[Conv]:
 
 
 def split_norm(norm: BatchNorm, widths: Sequence[int]) -> list[BatchNorm]:
-    """The norms of maps of these widths, which ``norm`` reads side by side; the first one counts the batches."""
+    """The norms of maps of these widths, which ``norm`` reads side by side; the first one counts the batches.
+
+    Raises:
+        ValueError: a group of channels lies in two of them.
+    """
+    channels = sum(widths) // norm.groups if norm.groups else 1
+    if any(width % channels for width in widths):
+        raise ValueError(f"norm.groups: expected none of {channels} channels across maps of {list(widths)}, got {norm.groups}")
     vectors = [[None] * len(widths) if v is None else v.split_with_sizes(list(widths)) for v in norm[:4]]
-    norms = [norm._replace(weight=w, bias=b, running_mean=m, running_var=v) for w, b, m, v in zip(*vectors)]
+    groups = [width // channels if norm.groups else 0 for width in widths]
+    norms = [
+        norm._replace(weight=w, bias=b, running_mean=m, running_var=v, groups=g) for w, b, m, v, g in zip(*vectors, groups)
+    ]
     return [norms[0], *(other._replace(num_batches_tracked=None) for other in norms[1:])]
 
 

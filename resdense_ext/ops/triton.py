@@ -186,9 +186,9 @@ class TritonBackend(MomentsBackend):
         pending_grad(*pending)
         return pending.dy
 
-    def fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
+    def _fold(self, norm: BatchNorm, stats: Stats, count: int, activation: Activation) -> Fold:
         if missing() or stats.mean.dtype == torch.float64:
-            return super().fold(norm, stats, count, activation)
+            return super()._fold(norm, stats, count, activation)
         from resdense_ext.kernels.fold import fold
 
         if norm.batch_stats:
@@ -274,7 +274,7 @@ class TritonBackend(MomentsBackend):
             norm_weight = norm_bias = None
         if into is None:
             into = Pending(out, x, scale, beta, delta)
-        return ConvGrads(into, weight, None, norm_weight, norm_bias)
+        return self._of_groups(fold, ConvGrads(into, weight, None, norm_weight, norm_bias))
 
     def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
         from resdense_ext.kernels import bn_act_pool

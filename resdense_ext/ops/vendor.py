@@ -88,7 +88,8 @@ class VendorBackend(ReferenceBackend):
         need_weight: bool,
         finish: bool = False,
     ) -> ConvGrads:
-        (scale, shift, activation), center, rstd, count = fold or _NO_NORM
+        (scale, shift, activation), center, rstd, count, groups = fold or _NO_NORM
+        finish = finish and groups is None  # their correction is still to come
         out, beta, delta = (None, None, None) if into is None else (into.dy, into.beta, into.delta)
         if into is not None:
             increment_version((out, beta, delta))
@@ -104,4 +105,4 @@ class VendorBackend(ReferenceBackend):
             return ConvGrads(dy, dweight, dbias, dgamma, dbeta)
         if into is None:
             into = Pending.of(dy, x) if fold is None else Pending(dy, x, scale, *correction)
-        return ConvGrads(into, dweight, dbias, dgamma, dbeta)
+        return self._of_groups(fold, ConvGrads(into, dweight, dbias, dgamma, dbeta))
