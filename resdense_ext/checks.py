@@ -398,7 +398,7 @@ def check_alone(**norms: Optional[BatchNorm]) -> None:
 
 
 def check_of_batch(**norms: Optional[BatchNorm]) -> None:
-    """Raises ValueError for an instance norm."""
+    """Raises ValueError for an instance norm, of groups or not."""
     for name, norm in norms.items():
         if norm is not None and norm.instance:
             raise ValueError(f"{name}.instance: expected False, got True: an instance norm has no place here")

@@ -126,7 +126,7 @@ def dense_block(
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; an
-            instance norm.
+            instance or group norm.
         TypeError: dtypes that do not fit; ``layers`` that are no sequence of `DenseLayer`.
         Nothing is changed before an error is raised.
 
@@ -313,7 +313,7 @@ def dual_path_stage(
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; an
-            instance norm.
+            instance or group norm.
         TypeError: dtypes that do not fit; an ``x`` that is no such tensor or tuple; ``blocks`` that are no sequence of
             `DualPathBlock`.
         Nothing is changed before an error is raised.
@@ -612,7 +612,7 @@ def conv1x1_bn_add_act(
 
     Raises:
         ValueError: a shape, an option or a state that does not fit; one value a channel where batch statistics are asked for; an
-            instance norm.
+            instance or group norm.
         TypeError: dtypes that do not fit.
         Nothing is changed before an error is raised.
 

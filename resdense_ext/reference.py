@@ -330,10 +330,10 @@ def group_stats(mean: Tensor, m2: Tensor, count: int, groups: int) -> tuple[Tens
     place of its own; and over how many values. They merge as in `channel_stats`."""
     of_groups = *mean.shape[:-1], groups, -1
     own_mean, own_m2 = mean.view(of_groups), m2.view(of_groups)
-    mean = own_mean.mean(-1, keepdim=True)
-    m2 = (own_m2 + count * (own_mean - mean).square()).sum(-1, keepdim=True)
-    mean, m2 = (v.expand_as(own_mean).flatten(-2) for v in (mean, m2))
-    return mean, m2, count * own_mean.shape[-1]
+    size = own_mean.shape[-1]
+    mean = own_mean.mean(-1)
+    m2 = (own_m2 + count * (own_mean - mean[..., None]).square()).sum(-1)
+    return mean.repeat_interleave(size, -1), m2.repeat_interleave(size, -1), count * size
 
 
 def fold_batch_norm(norm: BatchNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:

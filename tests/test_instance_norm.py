@@ -314,7 +314,7 @@ class TestFunctional:
         y.sum().backward()
         assert y.shape == x.shape == x.grad.shape
 
-    @pytest.mark.parametrize("groups", [0, 2])
+    @pytest.mark.parametrize("groups", [0, 1, 2])
     @pytest.mark.parametrize("pool", ["average", "maximum", "global"])
     def test_a_pool(self, pool, groups):
         x, norm = images(3, 4, 6, 5), BatchNorm(images(4), images(4, seed=1), instance=True, groups=groups)
@@ -383,6 +383,50 @@ def test_what_stays_stock_is_named(kind, reason):
         assert any(reason in line for line in rd.report(model, x).left)
         state = stock.state_dict()
         assert torch.equal(module_run(model)({"x": x.clone()}, state)["output"], module_run(stock)({"x": x.clone()}, state)["output"])
+
+
+@pytest.mark.parametrize("channels, groups, stock_runs", [(4, 4, False), (6, 2, True)])
+def test_a_group_norm_over_a_concatenation(channels, groups, stock_runs):
+    """Split between the maps, unless a group is of both: then stock runs."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(4, channels, 3, padding=1), nn.GroupNorm(groups, channels + 4)
+            self.second = nn.Conv2d(channels + 4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.second(F.relu(self.norm(torch.cat([self.first(x), x], 1))))
+
+    torch.manual_seed(0)
+    stock, x = Net().double(), images(2, 4, 9, 7)
+    model, state, run = converted(stock), stock.state_dict(), module_run(stock)
+    assert_within_noise(module_run(model)({"x": x.clone()}, state), run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state))
+    kept = [rd.memory.saved_bytes(lambda: net(x.clone().requires_grad_())) for net in (stock, model)]
+    assert (kept[0] == kept[1]) == stock_runs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [0, 2])
+def test_dtypes_under_autocast_on_a_gpu(kind, groups):
+    """There torch normalises groups in float32."""
+    stock, x = network(kind, torch.float32, group=groups).cuda(), images(2, 4, 9, 7).float().cuda()
+    model = converted(stock)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert model(x).dtype == stock(x).dtype
+
+
+def test_monais_segmentation_network(policy):
+    """Of residual blocks with group norms."""
+    monai = library("monai.networks.nets")
+    torch.manual_seed(0)
+    stock = monai.SegResNet(init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 2), blocks_up=(1,)).double()
+    model, x = converted(stock, policy), images(2, 1, 8, 12, 8)
+    state, run = stock.state_dict(), module_run(stock)
+    ours, noise = module_run(model)({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state)
+    assert_within_noise(ours, run({"x": x.clone()}, state), noise)
+    report = rd.report(model, x)
+    assert not report.left and report.saved_bytes <= {"fast": 0.6, "min": 0.45}[policy] * report.stock_saved_bytes
 
 
 @pytest.mark.parametrize("res_block", [False, True], ids=["chains", "residual"])

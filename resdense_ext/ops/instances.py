@@ -1,4 +1,4 @@
-"""Instance norms: batch norms of every sample by itself.
+"""Instance and group norms: batch norms of every sample by itself.
 
 No sample has to do with another then, whatever stands between the norms. So the engines know nothing of them: they are given a
 sample at a time, as a batch of one, and what they find for the samples is put together here.

@@ -70,7 +70,7 @@ class Fold(NamedTuple):
         """`correction`, to which all channels of a group add."""
         number, count = self.groups
         own = (v.view(number, -1) for v in self._replace(count=count).correction(dbeta, dgamma))
-        beta, delta = (v.sum(1, keepdim=True).expand_as(v).flatten() for v in own)
+        beta, delta = (v.sum(1).repeat_interleave(v.shape[1]) for v in own)
         return beta, delta
 
 
