@@ -380,6 +380,8 @@ def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
         for piece in pieces:
             if piece.norm is not None:
                 check_norm(f"norms[{piece.norm}]", graph.norms[piece.norm], shapes[piece.map][1], first, shapes[piece.map])
+            if piece.activation.name == "prelu":
+                _check_slope(f"slopes[{piece.activation.slope}]", graph.activation(piece).slope, shapes[piece.map][1], first)
         if i < len(graph.convs):
             shape = (like[0], like[1] + sum(other[1] for other in others), *like[2:])
             shapes.append(_check_unit(f"{where}.", Unit(None, graph.convs[i]), shape, first, dtype))
@@ -388,6 +390,12 @@ def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
     check_one_group("norms", graph.norms)
     if any(norm.instance for norm in graph.norms) and len({len(x) for x in sources}) > 1:
         raise ValueError(f"sources: expected maps of as many samples beside instance norms, got shapes {shapes[:len(sources)]}")
+
+
+def _check_slope(where: str, slope: Tensor, channels: int, x: Tensor) -> None:
+    if slope.shape not in ((1,), (channels,)):
+        raise ValueError(f"{where}: expected shape (1,) or ({channels},), one value a channel, got {tuple(slope.shape)}")
+    _check_device(where, slope, x)
 
 
 def check_alone(**norms: Optional[BatchNorm]) -> None:

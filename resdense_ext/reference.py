@@ -58,10 +58,14 @@ __all__ = [
 
 
 class Activation(NamedTuple):
-    """``name`` is one of relu, relu6, leaky_relu, elu, silu, identity; ``slope`` is the leaky_relu's negative slope."""
+    """``name`` is one of relu, relu6, leaky_relu, elu, silu, identity; ``slope`` is the leaky_relu's negative slope.
+
+    In graphs of convolutions it may also be hardswish, mish, gelu, gelu_tanh (the gelu's approximation) or prelu, whose ``slope``
+    is the number of its weight in the graph; for `activate` it is the weight itself.
+    """
 
     name: str = "relu"
-    slope: float = 0.0
+    slope: float | Tensor = 0.0
 
 
 class BatchNorm(NamedTuple):
@@ -204,13 +208,19 @@ class ConvGraph(NamedTuple):
 
     Its maps are its sources, and behind these what the convolutions make, in their order. Every convolution reads the pieces that
     ``reads`` has for it side by side, all of maps before its own; every output is a concatenation of such pieces. A norm
-    normalises one map, for whoever reads it so.
+    normalises one map, for whoever reads it so. ``slopes`` are the weights of PReLUs, a value for all channels or one for each.
     """
 
     convs: tuple[Conv, ...]
     reads: tuple[tuple[Piece, ...], ...]
     norms: tuple[BatchNorm, ...]
     outputs: tuple[tuple[Piece, ...], ...]
+    slopes: tuple[Tensor, ...] = ()
+
+    def activation(self, piece: Piece) -> Activation:
+        """With the weight itself, where the piece's is a PReLU."""
+        name, slope = piece.activation
+        return Activation(name, self.slopes[slope]) if name == "prelu" else piece.activation
 
 
 class Pool(NamedTuple):
@@ -282,6 +292,14 @@ def activate(y: Tensor, activation: Activation = Activation()) -> Tensor:
         return F.silu(y)
     if name == "identity":
         return y
+    if name == "hardswish":
+        return F.hardswish(y)
+    if name == "mish":
+        return F.mish(y)
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(y, approximate="none" if name == "gelu" else "tanh")
+    if name == "prelu":
+        return F.prelu(y, slope.to(y.dtype))
     raise ValueError(f"activation: expected relu, relu6, leaky_relu, elu, silu or identity, got {name!r}")
 
 
@@ -311,7 +329,8 @@ def marked_slope(mark: Tensor, activation: Activation = Activation()) -> Tensor:
 
 def determined(activation: Activation) -> bool:
     """Whether the activation's output determines its derivative."""
-    return activation.name != "silu" and not (activation.name == "leaky_relu" and activation.slope < 0)
+    name, slope = activation
+    return name in ("relu", "relu6", "elu", "identity") or (name == "leaky_relu" and slope >= 0)
 
 
 def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,19 +446,20 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...
     maps = list(sources)
 
     def gather(pieces: Sequence[Piece]) -> Tensor:
-        return torch.cat([_piece(maps[piece.map], piece, graph.norms) for piece in pieces], 1)
+        return torch.cat([_piece(maps[piece.map], piece, graph) for piece in pieces], 1)
 
     for conv, pieces in zip(graph.convs, graph.reads):
         maps.append(convolution(gather(pieces).to(conv.weight.dtype), conv))
     return tuple(gather(pieces) for pieces in graph.outputs)
 
 
-def _piece(x: Tensor, piece: Piece, norms: Sequence[BatchNorm]) -> Tensor:
+def _piece(x: Tensor, piece: Piece, graph: ConvGraph) -> Tensor:
+    activation = graph.activation(piece)
     if piece.norm is None:
-        return activate(x, piece.activation)
-    norm = norms[piece.norm]
+        return activate(x, activation)
+    norm = graph.norms[piece.norm]
     scale, shift, _ = fold_batch_norm(norm, *_statistics(x, norm))
-    return apply_pending(x, scale, shift, piece.activation)
+    return apply_pending(x, scale, shift, activation)
 
 
 def add_act(x: Tensor, identity: Tensor, activation: Activation = Activation()) -> Tensor:

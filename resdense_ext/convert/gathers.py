@@ -172,7 +172,7 @@ class _Finder:
     def piece(self, node: Node, convs: Container[Node]) -> PieceMatch:
         """A value by what one of these convolutions makes; itself where it is none."""
         before, norm, activation = node, None, None
-        if self.is_a(before, "activation"):
+        if self.is_a(before, "activation") or self.is_a(before, "activation apart"):
             before, activation = before.args[0], before
         if self.is_a(before, "norm"):
             before, norm = before.args[0], before
@@ -196,7 +196,7 @@ class _Finder:
         """Where what a convolution reads begins, and the norm and the activation behind that which it alone reads; those behind
         a single convolution are of that one's piece, and such pieces have no other norm or activation behind them."""
         before, norm, activation = conv.args[0], None, None
-        if self._alone(before, "activation", conv):
+        if self._alone(before, "activation", conv) or self._alone(before, "activation apart", conv):
             before, activation = before.args[0], before
         if self._alone(before, "norm", activation or conv):
             before, norm = before.args[0], before

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
-from resdense_ext.nn.leaves import is_frozen_norm, is_instance_norm, is_norm, pool_kind
+from resdense_ext.nn.leaves import APART, is_frozen_norm, is_instance_norm, is_norm, pool_kind
 
 __all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of"]
 
@@ -83,11 +83,13 @@ class Match(NamedTuple):
 _KINDS = {
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
+    "activation apart": APART,
     "dropout": nn.modules.dropout._DropoutNd,
 }
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
     **{F.relu6: nn.ReLU6, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.silu: nn.SiLU},
+    **{F.hardswish: nn.Hardswish, F.mish: nn.Mish, F.gelu: nn.GELU},
     **{F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d},
     **{F.avg_pool1d: nn.AvgPool1d, F.avg_pool2d: nn.AvgPool2d, F.avg_pool3d: nn.AvgPool3d},
     **{F.max_pool1d: nn.MaxPool1d, F.max_pool2d: nn.MaxPool2d, F.max_pool3d: nn.MaxPool3d},
@@ -106,7 +108,7 @@ _NEW = (
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.bernoulli),
 )
 """These make memory that has nothing of their operands'."""
-_FRESH_KINDS = ("norm", "activation", "conv", "pool")
+_FRESH_KINDS = ("norm", "activation", "activation apart", "conv", "pool")
 _FRESH_LAYERS = (
     nn.Linear,
     nn.Bilinear,
@@ -283,8 +285,8 @@ class _Reader:
         layer = self._layers[node]
         if self._kinds[node] == "norm":
             return not is_frozen_norm(layer)
-        # SiLU in place keeps a copy.
-        return isinstance(layer, nn.SiLU) or not (isinstance(layer, nn.ReLU) or self.changes_in_place(node))
+        # In place these keep a copy.
+        return isinstance(layer, (nn.SiLU, *APART)) or not (isinstance(layer, nn.ReLU) or self.changes_in_place(node))
 
     def unit(self, conv: Node, *readers: Node) -> Optional[Unit]:
         """Norm, activation, convolution, where the activation has other ``readers`` than the convolution, or none."""

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
 
 __all__ = [
+    "APART",
     "NORM_BESIDE",
     "Unsupported",
     "activation_of",
+    "apart_of",
     "check_forward",
     "check_keeps_size",
     "check_untouched",
@@ -35,6 +37,7 @@ __all__ = [
     "pool_rank",
     "read_children",
     "read_projection",
+    "slope_of",
 ]
 
 NORM_BESIDE = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
@@ -51,6 +54,8 @@ _HARMLESS = {
     *("__firstlineno__", "__static_attributes__"),  # from Python 3.13 on
 }
 """What a subclass of a layer may have of its own, and still computes the same."""
+APART = nn.Hardswish, nn.Mish, nn.GELU, nn.PReLU
+"""Activations that only graphs of convolutions take."""
 _POOLS = {
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     "maximum": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -322,3 +327,22 @@ def activation_of(activation: nn.Module) -> Activation:
     if kind not in names:
         raise Unsupported(f"is {activation}", activation)
     return Activation(names[kind])
+
+
+def apart_of(activation: nn.Module) -> Activation:
+    """`activation_of`, but also of those that only graphs of convolutions take; a PReLU's slope is left open."""
+    if not isinstance(activation, APART):
+        return activation_of(activation)
+    check_untouched(activation)
+    kind = type(activation)
+    if kind is nn.GELU:
+        return Activation({"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate])
+    names = {nn.Hardswish: "hardswish", nn.Mish: "mish", nn.PReLU: "prelu"}
+    if kind not in names:
+        raise Unsupported(f"is {activation}", activation)
+    return Activation(names[kind])
+
+
+def slope_of(prelu: nn.PReLU) -> Tensor:
+    (weight,) = _registered(prelu, prelu._parameters, ("weight",))
+    return weight

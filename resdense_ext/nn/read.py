@@ -13,6 +13,7 @@ from resdense_ext.nn.leaves import (
     NORM_BESIDE,
     Unsupported,
     activation_of,
+    apart_of,
     check_keeps_size,
     check_untouched,
     conv_of,
@@ -22,6 +23,7 @@ from resdense_ext.nn.leaves import (
     pair_of,
     pool_kind,
     pool_of,
+    slope_of,
 )
 from resdense_ext.nn.parts import NORMS
 from resdense_ext.nn.protocols import (
@@ -175,8 +177,12 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     beside = NORM_BESIDE[layer_class(modules.convs[0][0])]
     reads = [*(read for _, read in modules.convs), *modules.outputs]
     pairs = [(of.norm, of.activation) for read in reads for of in (read, *read.pieces)]
-    activations = {activation: activation_of(activation) for _, activation in pairs if activation is not None}
-    activations[None] = Activation("identity")
+    activations, slopes = {None: Activation("identity")}, []
+    for activation in {activation: None for _, activation in pairs if activation is not None}:
+        activations[activation] = read = apart_of(activation)
+        if read.name == "prelu":
+            activations[activation] = Activation("prelu", len(slopes))
+            slopes.append(slope_of(activation))
     norms = {norm: own_norm_of(norm, beside, activation) for norm, activation in pairs if norm is not None}
     check_one_group(norms.values())
 
@@ -201,7 +207,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
             return shared.get(norm)
 
         found = tuple(map(pieces, reads))
-        return ConvGraph(convs, found[: len(convs)], tuple(split), found[len(convs) :])
+        return ConvGraph(convs, found[: len(convs)], tuple(split), found[len(convs) :], tuple(slopes))
 
     return graph
 

@@ -1,4 +1,4 @@
-"""Activations as the compiled operators know them, and their backward by the framework's kernels."""
+"""Activations as the compiled operators know them, and their backward by the framework's kernels; and those that stand apart."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext.reference import Activation
+from resdense_ext.reference import Activation, accumulation_dtype, per_channel
 
-__all__ = ["LINEAR", "activation_backward", "activation_numbered", "number_of"]
+__all__ = [
+    "LINEAR",
+    "activation_backward",
+    "activation_numbered",
+    "apart_backward",
+    "is_apart",
+    "number_of",
+]
 
 LINEAR = Activation("identity")
 
@@ -20,7 +27,7 @@ _NAMES = {number: name for name, number in _NUMBERS.items()}
 
 def number_of(activation: Activation) -> float:
     """By which the operators know an activation: the slope of what is negative, or what no slope is."""
-    return _NUMBERS.get(activation.name, activation.slope)
+    return activation.slope if activation.name == "leaky_relu" else _NUMBERS[activation.name]
 
 
 def activation_numbered(number: float) -> Activation:
@@ -42,3 +49,23 @@ def activation_backward(grad: Tensor, mark: Optional[Tensor], activation: Activa
     if name == "elu":
         return aten.elu_backward(grad, 1, 1, 1, True, mark)
     return aten.silu_backward(grad, mark)
+
+
+def is_apart(activation: Activation) -> bool:
+    """Whether none of our kernels has it: the framework's have, in passes of their own."""
+    return activation.name in ("hardswish", "mish", "gelu", "gelu_tanh", "prelu")
+
+
+def apart_backward(grad: Tensor, y: Tensor, activation: Activation) -> tuple[Tensor, Optional[Tensor]]:
+    """From the gradient of ``act(y)`` that of ``y``, in new memory, and of a PReLU's weight."""
+    aten, (name, slope) = torch.ops.aten, activation
+    if name == "hardswish":
+        return aten.hardswish_backward(grad, y), None
+    if name == "mish":
+        return aten.mish_backward(grad, y), None
+    if name != "prelu":
+        return aten.gelu_backward(grad, y, approximate="none" if name == "gelu" else "tanh"), None
+    of_channels = per_channel(slope.to(y.dtype), y)
+    dy, of_values = aten._prelu_kernel_backward(grad, y, of_channels)
+    dimensions = [d for d in range(y.dim()) if d != 1 or len(slope) == 1]
+    return dy, of_values.sum(dimensions, dtype=accumulation_dtype(y.dtype)).view(len(slope))

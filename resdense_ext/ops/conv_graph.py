@@ -24,6 +24,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from resdense_ext import reference
+from resdense_ext.ops.activation import LINEAR, apart_backward, is_apart
 from resdense_ext.ops.conv_graph_plan import Wanted, is_plain, made_for, map_of_norm, pieces_of
 from resdense_ext.ops.convolve import convolve_backward, convolved, finished, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
@@ -90,10 +92,21 @@ class _Maps:
         self._folds: dict[Piece, Optional[Fold]] = {}
 
     def fold(self, piece: Piece) -> Optional[Fold]:
-        """What makes the piece of its map; None where it is the map."""
+        """What makes the piece of its map, but for an activation that stands apart; None where that is the map."""
+        if is_apart(piece.activation):
+            piece = piece._replace(activation=LINEAR)
         if piece not in self._folds:
             self._folds[piece] = None if is_plain(piece) else self._fold(piece)
         return self._folds[piece]
+
+    def _folded(self, piece: Piece) -> Tensor:
+        fold = self.fold(piece)
+        return self.maps[piece.map] if fold is None else self.backend.bn_act(self.maps[piece.map], fold.affine)
+
+    def _made(self, piece: Piece) -> Tensor:
+        """In memory of its own, unless it is the map."""
+        y = self._folded(piece)
+        return reference.activate(y, self.graph.activation(piece)) if is_apart(piece.activation) else y
 
     def _fold(self, piece: Piece) -> Fold:
         x = self.maps[piece.map]
@@ -107,8 +120,7 @@ class _Maps:
         """The pieces side by side: a tensor of its own, or the map itself where it is one map as it is."""
         maps = [self.maps[piece.map] for piece in pieces]
         if len(pieces) == 1 and dtype in (None, maps[0].dtype):
-            fold = self.fold(pieces[0])
-            return maps[0] if fold is None else self.backend.bn_act(maps[0], fold.affine)
+            return self._made(pieces[0])
         if dtype is None:
             dtype = _widest([x.dtype for x in maps])
         # As a concatenation's: channels-last where all of them are.
@@ -116,17 +128,15 @@ class _Maps:
         out = empty_map(like, sum(x.shape[1] for x in maps), dtype)
         for piece, x, part in zip(pieces, maps, out.split([x.shape[1] for x in maps], 1)):
             fold = self.fold(piece)
-            if fold is None:
-                part.copy_(x)
-            elif x.dtype == dtype:
-                self.backend.bn_act(map_beside(part, x), fold.affine, part)
+            if fold is None or x.dtype != dtype or is_apart(piece.activation):
+                part.copy_(self._made(piece))
             else:
-                part.copy_(self.backend.bn_act(x, fold.affine))
+                self.backend.bn_act(map_beside(part, x), fold.affine, part)
         return out
 
     def reads_maps(self, pieces: Sequence[Piece], conv: Conv) -> bool:
         """Whether the convolution can read the maps themselves, and apply norms and activations to them."""
-        return all(self.maps[piece.map].dtype == conv.weight.dtype for piece in pieces)
+        return all(self.maps[piece.map].dtype == conv.weight.dtype and not is_apart(piece.activation) for piece in pieces)
 
     def read(self, pieces: Sequence[Piece], conv: Conv) -> tuple[Tensor, Optional[Fold]]:
         if len(pieces) == 1 and self.reads_maps(pieces, conv):
@@ -172,16 +182,26 @@ class _Backward(_Maps):
     def _add(self, piece: Piece, grad: Tensor) -> None:
         fold, into = self.fold(piece), self._into(piece.map)
         x = grad if self.maps[piece.map] is None else self.maps[piece.map]
+        # What a source that nothing else reads is given is handed on as it is.
+        ours = fold is None and piece.map < self.sources and self.readers[piece.map] == 1
+        if is_apart(piece.activation):
+            grad, ours = map_beside(x, self._through_apart(piece, grad)), True
         if into is None:
-            # What a source that nothing else reads is given is handed on as it is.
-            alone = piece.map < self.sources and self.readers[piece.map] == 1
-            grad = grad if fold is None and alone else torch.empty_like(x).copy_(grad)
+            grad = grad if ours else torch.empty_like(x).copy_(grad)
             into = Pending.of(grad, x) if fold is None else self._through(piece, grad, x, fold, None)
         elif fold is None:
             into.dy.add_(grad)
         else:
             self._through(piece, map_beside(x, grad.to(x.dtype)), x, fold, into)
         self.grads[piece.map] = into
+
+    def _through_apart(self, piece: Piece, grad: Tensor) -> Tensor:
+        """Through an activation that stands apart; the result has the dtype of the map."""
+        y = self._folded(piece)
+        dy, of_slope = apart_backward(grad.to(y.dtype), y, self.graph.activation(piece))
+        if of_slope is not None:
+            self.found.record(len(self.graph.convs) + len(self.graph.norms) + piece.activation.slope, of_slope)
+        return dy
 
     def _through(self, piece: Piece, grad: Tensor, x: Tensor, fold: Fold, into: Optional[Pending]) -> Pending:
         found = self.backend.norm_act_backward(grad, x, fold, into)

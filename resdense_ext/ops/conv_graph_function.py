@@ -24,7 +24,7 @@ from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import UNIT, beside_statistics, flat_tensors, parameters_of
-from resdense_ext.reference import ConvGraph
+from resdense_ext.reference import BatchNorm, ConvGraph
 
 __all__ = ["conv_graph"]
 
@@ -69,8 +69,9 @@ class ConvGraphFunction(torch.autograd.Function):
     def backward(ctx, *upstream: Optional[Tensor]):
         why = "what a convolution of it reads is computed again from its inputs"
         saved = iter(saved_tensors(ctx, "conv_graph", why))
-        convs, norms, count = len(ctx.graph.convs), len(ctx.graph.norms), ctx.count
-        tensors, sources = list(islice(saved, UNIT * (convs + norms))), list(islice(saved, count))
+        convs, count = len(ctx.graph.convs), ctx.count
+        units = convs + len(ctx.graph.norms) + len(ctx.graph.slopes)
+        tensors, sources = list(islice(saved, UNIT * units)), list(islice(saved, count))
         needs, backend = _needs(ctx, count), ctx.backend
 
         def of_part(*maps: Optional[Tensor]) -> list[Optional[Tensor]]:
@@ -121,11 +122,12 @@ def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
         norm._replace(**dict(zip(vectors, unit)), num_batches_tracked=None, momentum=None)
         for norm, unit in zip(graph.norms, units[len(convs) :])
     ]
-    return graph._replace(convs=tuple(convs), norms=tuple(norms))
+    slopes = tuple(slope for slope, *_ in units[len(convs) + len(norms) :])
+    return graph._replace(convs=tuple(convs), norms=tuple(norms), slopes=slopes)
 
 
 def _targets(sources: Sequence[Tensor], tensors: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
-    """What gradients are of: the sources, and `GRADS` of every convolution and norm."""
+    """What gradients are of: the sources, and `GRADS` of every convolution, norm and slope."""
     return [*sources, *parameters_of(tensors)]
 
 
@@ -159,7 +161,8 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast"
     """
     dtype = graph.convs[0].weight.dtype
     backend = backends.choose(sources[0].new_empty(sources[0].dim() * (1,), dtype=dtype), dtype)
-    tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in graph.norms)])
+    norms = *graph.norms, *map(BatchNorm, graph.slopes)  # as a norm's weight a slope is the only tensor of its unit
+    tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in norms)])
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
     sources = [as_convolved(x, [conv.weight for conv in graph.convs]) for x in sources]
     return ConvGraphFunction.apply(graph, backend, policy if keeps else "none", len(sources), *sources, *tensors)

@@ -52,6 +52,7 @@ class Wanted:
 
     def __init__(self, graph: ConvGraph, sources: int, asked: Gradients) -> None:
         self._needs, self._norms = asked.needs, sources + len(GRADS) * len(graph.convs)
+        self._slopes = self._norms + len(GRADS) * len(graph.norms)
         self.maps = list(asked.needs[:sources])
         for i, pieces in enumerate(graph.reads):
             self.maps.append(asked.wants_weight(i) or any(map(self.piece, pieces)))
@@ -60,7 +61,12 @@ class Wanted:
         self.read.update(piece.map for i, pieces in enumerate(graph.reads) for piece in pieces if self.maps[sources + i])
 
     def piece(self, piece: Piece) -> bool:
-        return self.maps[piece.map] or (piece.norm is not None and self._norm(piece.norm))
+        name, slope = piece.activation
+        learns = (piece.norm is not None and self._norm(piece.norm)) or (name == "prelu" and self._slope(slope))
+        return self.maps[piece.map] or learns
+
+    def _slope(self, slope: int) -> bool:
+        return self._needs[self._slopes + len(GRADS) * slope]
 
     def _norm(self, norm: int) -> bool:
         first = self._norms + len(GRADS) * norm
@@ -94,6 +100,7 @@ def cost_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> 
     """The bytes that "fast" keeps and "min" does not, of maps of this dtype, and the FLOPs of what "min" computes again."""
     parameters = [t for conv in graph.convs for t in (None, None, conv.weight, conv.bias)]
     parameters += [t for norm in graph.norms for t in (norm.weight, norm.bias, None, None)]
+    parameters += [t for slope in graph.slopes for t in (slope, None, None, None)]
     needs = [t is not None and t.requires_grad for t in (*sources, *parameters)]
     fast, least = (kept_maps(sources, graph, needs, policy) for policy in ("fast", "min"))
     made = made_for(graph.reads, len(sources), fast, least)
