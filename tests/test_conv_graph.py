@@ -62,11 +62,21 @@ def graph_of(params, activation=RELU):
         BatchNorm(params.get(f"gamma {i}"), params.get(f"beta {i}"), params[f"mean {i}"], params[f"var {i}"], i != 4, 0.1)
         for i in range(len(NORMED))
     ]
-    reads, outputs = (
-        tuple(tuple(p._replace(activation=activation) if p.activation == RELU else p for p in pieces) for pieces in of)
-        for of in (READS, OUTPUTS)
-    )
-    return ConvGraph(tuple(convs), reads, tuple(norms), outputs)
+
+    def put(piece):
+        if piece.activation != RELU:
+            return piece
+        own = Activation("prelu", int(piece.norm == 3)) if activation.name == "prelu" else activation
+        return piece._replace(activation=own)
+
+    reads, outputs = (tuple(tuple(map(put, pieces)) for pieces in of) for of in (READS, OUTPUTS))
+    slopes = tuple(params[f"slope {i}"] for i in range(2)) if activation.name == "prelu" else ()
+    return ConvGraph(tuple(convs), reads, tuple(norms), outputs, slopes)
+
+
+def with_slopes(inputs, params):
+    """Two weights of PReLUs, one for all channels, one for those of map 2."""
+    return inputs, {**params, "slope 0": torch.tensor([0.3]).double(), "slope 1": torch.tensor([0.1, -0.2, 0.4, 0.0]).double()}
 
 
 def run_of(call, activation=RELU, used=range(len(OUTPUTS)), without=()):
@@ -138,6 +148,20 @@ def layout_of(channels_last):
 def test_activations(activation, policy):
     stock, call = run_of(reference.conv_graph, activation), partial(conv_graph, policy=policy)
     assert_within_noise(run_of(call, activation)(*state()), stock(*state()), rounding_noise(stock, *state()))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["hardswish", "mish", "gelu", "gelu_tanh", "prelu"])
+def test_activations_apart(name, backend, channels_last, policy):
+    """Those that our kernels do not have."""
+    activation, (inputs, params) = Activation(name), with_slopes(*state())
+    stock, call = run_of(reference.conv_graph, activation), partial(conv_graph, policy=policy)
+    expected, noise = stock(*with_slopes(*state())), rounding_noise(stock, *with_slopes(*state()))
+    with rd.use_backend(backend):
+        ours = run_of(call, activation)(layout(inputs, channels_last), params)
+    assert_within_noise(ours, expected, noise)
+    assert ("grad slope 1" in ours) == (name == "prelu")
 
 
 def test_running_statistics_are_those_of_a_batch_norm_and_change_once():

@@ -831,7 +831,7 @@ class Chained:
         return self.b.conv(y) + self.c.conv(y).mean() + z.sigmoid()
 
     def another_activation_behind(self, x):
-        return F.hardswish(self.c.norm(self.c.conv(self.b(self.a(x)))), inplace=True)
+        return F.selu(self.c.norm(self.c.conv(self.b(self.a(x)))), inplace=True)
 
     def a_map_changed_in_place(self, x):
         return self.b.conv(self.a(x)).mul_(2)
