@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
 
 from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.patterns import Match, find
@@ -27,7 +28,8 @@ class Stranger(Converted):
 
     def forward(self, *args, **kwargs):
         # A replica of torch.nn.DataParallel has no parameters of its own.
-        if torch.compiler.is_compiling() or any(map(is_transformed, (*args, None))) or hasattr(self, "_is_replica"):
+        transformed = not torch.compiler.is_compiling() and any(map(is_transformed, (*tree_leaves((args, kwargs)), None)))
+        if torch.compiler.is_compiling() or transformed or hasattr(self, "_is_replica"):
             return self.stock_forward(*args, **kwargs)
         program = _program_of(self)
         inputs = program.bind(args, kwargs) if isinstance(program, Program) else None

@@ -31,7 +31,7 @@ from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.leaves import is_frozen_norm, layer_class, own_activation
 from resdense_ext.nn.protocols import OnEngine
 
-__all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_layer", "is_own", "modes_of", "trace"]
+__all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_indexed", "is_layer", "is_own", "modes_of", "trace"]
 
 
 class Untraceable(Exception):
@@ -41,7 +41,7 @@ class Untraceable(Exception):
 
 
 class Traced(NamedTuple):
-    """``graph`` has the module's required inputs, all of them tensors; its nodes say ``within`` which containers they lie. What the
+    """``graph`` has the module's required inputs, all of them tensors, or lists or dicts of them, see `is_indexed`; its nodes say ``within`` which containers they lie. What the
     forward returns is a tree of ``returned``, the graph's nodes and what is no tensor, by its ``spec``.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
@@ -99,6 +99,12 @@ def _drops_nothing(module: nn.Module) -> bool:
 def is_held(node: fx.Node) -> bool:
     """Whether it stands for the activation that the norm in front of it applies by itself."""
     return node.meta.get("held", False)
+
+
+def is_indexed(node: fx.Node) -> bool:
+    """Whether nothing is done with an input but to index it, so that it may be a list or a dict of tensors as well as one."""
+    indexes = all(user.target is operator.getitem and not isinstance(user.args[1], fx.Node) for user in node.users)
+    return bool(node.users) and indexes and not node.meta.get("asked", False)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -210,6 +216,7 @@ class _Value(fx.Proxy):
         asks = sys._getframe(1)
         if not self.node.meta["is_tensor"] or asks.f_lasti not in _isinstance_calls(asks.f_code):
             raise Untraceable(f"its forward asks for the type of {self.node}")
+        self.node.meta["asked"] = True
         return Tensor
 
 
