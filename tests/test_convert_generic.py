@@ -238,10 +238,120 @@ def test_several_inputs_and_one_that_is_left_out(engine):
     stock.eval()
     assert_same({"output": model(x, y)}, {"output": stock(x, y)})
     assert_same({"output": model(y=y, x=x)}, {"output": stock(x, y)})
-    assert engine == ["fast"] * 2
-    with pytest.warns(UserWarning, match="a Scaled runs its stock path: is called with other inputs"):
-        assert torch.equal(model(x, y, torch.tensor(2.0)), stock(x, y, torch.tensor(2.0)))
-    assert len(engine) == 2
+    for scale in (torch.tensor(2.0), 0.5, None):
+        assert_same({"output": model(x, y, scale=scale)}, {"output": stock(x, y, scale)})
+    assert engine == ["fast"] * 5
+
+
+class Inputs(nn.Module):
+    """A level of a decoder; what a case gives to it, it says itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = S.ConvNorm(8, 8), S.ConvNorm(16, 8), S.ConvNorm(8, 8)
+
+    def level(self, x, skip):
+        return self.b(torch.cat([F.interpolate(self.a(x), skip.shape[2:]), skip], 1))
+
+
+class Given:
+    """Forwards, and the inputs of their calls; those that are in no list run on the engine."""
+
+    def a_list(self, features):
+        skip, features = features[0], features[1:][::-1]
+        return self.level(features[0], skip)
+
+    def a_dict(self, features):
+        return self.level(features["x"], features["skip"])
+
+    def lists_in_a_tuple(self, features):
+        return self.level(features[1][0], features[0])
+
+    def an_optional_map(self, x, skip=None):
+        x = self.c(self.a(x))
+        return x if skip is None else self.b(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1))
+
+    def sizes(self, x, height, width):
+        return self.b.conv(torch.cat([F.interpolate(self.a(x), (height, width))] * 2, 1))
+
+    def a_flag(self, x, twice=False):
+        x = self.c(self.a(x))
+        return self.b(torch.cat([x, x], 1)) if twice else x
+
+    def a_mode(self, x, mode="nearest"):
+        return F.interpolate(self.c(self.a(x)), scale_factor=2, mode=mode)
+
+
+def _calls(x, skip):
+    return {
+        "a_list": [([skip, x],), ((skip, x, x),)],
+        "a_dict": [({"x": x, "skip": skip},)],
+        "lists_in_a_tuple": [((skip, [x]),)],
+        "an_optional_map": [(x, skip), (x,), (x, None), (x, skip)],
+        "sizes": [(x, 6, 8), (x, 3, 2)],
+        "a_flag": [(x, True), (x, False), (x,)],
+        "a_mode": [(x,), (x, "bilinear"), (x, "nearest")],
+    }
+
+
+class TestGiven:
+    def made(self, name, *options):
+        torch.manual_seed(0)
+        cls = type("Own", (Inputs,), {"forward": getattr(Given, name)})
+        stock = S.randomise(cls()).double()
+        return stock, rd.convert(copy.deepcopy(stock), *options)
+
+    @pytest.mark.usefixtures("silent")
+    @pytest.mark.parametrize("name", [name for name in vars(Given) if name[0] != "_"])
+    def test_runs_on_the_engine(self, name, policy):
+        stock, model = self.made(name, policy)
+        x, skip = images(2, 8, 4, 3), images(2, 8, 8, 6, seed=1)
+        for i, inputs in enumerate(_calls(x, skip)[name] * 2):
+            for mode in (True, False):
+                ours, theirs = model.train(mode)(*inputs), stock.train(mode)(*inputs)
+                assert_same({"output": ours}, {"output": theirs})
+                weights = [dict(net.named_parameters()) for net in (model, stock)]
+                grads = [torch.autograd.grad(y.square().sum(), [*of.values()], allow_unused=True) for y, of in zip((ours, theirs), weights)]
+                named = [{k: g for k, g in zip(weights[0], of) if g is not None} for of in grads]
+                assert_same(*named)
+            kept = [rd.memory.saved_bytes(lambda: net.train()(*inputs)) for net in (model, stock)]
+            assert kept[0] < kept[1]
+
+    def test_a_report_knows_what_was_given(self):
+        stock, model = self.made("an_optional_map")
+        x, skip = images(2, 8, 4, 3), images(2, 8, 8, 6, seed=1)
+        for inputs in ((x,), (x, skip), (x,)):
+            report = rd.report(model, inputs)
+            assert report.saved_bytes == rd.memory.saved_bytes(lambda: model(*inputs)) and not any(row.note for row in report.rows)
+            assert report.stock_saved_bytes == rd.memory.saved_bytes(lambda: stock(*inputs))
+
+    @pytest.mark.parametrize("name, beside", [("a_list", lambda x: [x, None, x]), ("a_dict", lambda x: {"skip": x, "x": x, "more": "no"})])
+    def test_what_else_is_in_a_list_is_left_to_stock(self, name, beside):
+        """A forward may ask whether it is None."""
+        stock, model = self.made(name)
+        inputs = beside(images(2, 8, 4, 3))
+        with pytest.warns(UserWarning, match="an? Own runs its stock path: is called with other inputs"):
+            assert torch.equal(model(inputs), stock(inputs))
+
+    def test_a_forward_that_asks_for_a_list(self):
+        class Either(Inputs):
+            def forward(self, x):
+                x = x if isinstance(x, torch.Tensor) else x[0] + x[1]
+                return self.c(self.a(x))
+
+        torch.manual_seed(0)
+        stock, x = S.randomise(Either()).double(), images(2, 8, 4, 3)
+        model = rd.convert(copy.deepcopy(stock))
+        assert_same({"output": model(x)}, {"output": stock(x)})
+        with pytest.warns(UserWarning, match="an? Either runs its stock path: is called with other inputs"):
+            assert torch.equal(model([x, x]), stock([x, x]))
+
+    @pytest.mark.parametrize("args, options", [((), {}), ((1, 2, 3), {}), ((1,), {"x": 1}), ((1,), {"nothing": 1})])
+    def test_calls_that_stock_refuses(self, args, options):
+        stock, model = self.made("an_optional_map")
+        for net in (stock, model):
+            with pytest.raises(TypeError, match="argument"):
+                net(*args, **options)
 
 
 class Wrapped(nn.Module):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
 from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, changes_in_place, layer_of
-from resdense_ext.convert.trace import Traced, is_held, is_hooked, is_indexed
+from resdense_ext.convert.trace import Traced, is_held, is_hooked, is_indexed, was_asked
 from resdense_ext.nn.chain import run_chain
 from resdense_ext.nn.engine import run_conv_graph, run_dense_block, run_pool, run_residual_block, run_transition, why_stock
 from resdense_ext.nn.leaves import Unsupported, own_activation, pool_kind
@@ -248,14 +248,10 @@ class Program:
         parts = {match.last: part for match, part in zip(self.matches, self.parts)}
         self._steps = _with_ends(_steps(owner, traced, self.matches, parts), self._returned)
 
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """The arguments of a call as the graph's inputs; None where it has others, or not only tensors, and lists or dicts of them."""
-        names = [node.target for node in self._inputs[len(args) :]]
-        if len(args) > len(self._inputs) or set(names) != set(kwargs):
-            return None
-        inputs = (*args, *(kwargs[name] for name in names))
-        fit = all(isinstance(x, Tensor) or (is_indexed(node) and _holds_tensors(x)) for node, x in zip(self._inputs, inputs))
-        return inputs if fit else None
+    def bind(self, inputs: dict[str, Any]) -> tuple | None:
+        """The inputs of a call in the order of the graph's; None where one is of a kind for which it does not stand."""
+        bound = tuple(inputs[node.target] for node in self._inputs)
+        return bound if all(map(_stands_for, self._inputs, bound)) else None
 
     def run(self, args: tuple) -> Any:
         values: dict[Node, Any] = dict(zip(self._inputs, args))
@@ -263,9 +259,15 @@ class Program:
         return tree_unflatten(_run_steps(self._steps, values, self._returned), self._spec)
 
 
-def _holds_tensors(x: Any) -> bool:
+def _stands_for(node: Node, x: Any) -> bool:
+    """Whether an input may be this. The trace took it for a tensor where the forward asked; where it is but indexed, it may hold
+    tensors, and where it decided nothing, be a number."""
+    if isinstance(x, Tensor):
+        return True
+    if was_asked(node):
+        return False
     leaves = tree_leaves(x)
-    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+    return isinstance(x, (int, float)) or (is_indexed(node) and bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves))
 
 
 def _run_steps(steps: list[tuple[_Step, list[Node]]], values: dict[Node, Any], outputs: Sequence[Any]) -> list[Any]:

@@ -101,6 +101,8 @@ def report(model: nn.Module, example_input: Any) -> MemoryReport:
     arguments = positional(example_input)
     blocks = dict(_blocks(model))
     ours = _measure(model, arguments, blocks, nullcontext())
+    if blocks != (seen := dict(_blocks(model))):  # a module was given optional inputs for the first time
+        blocks, ours = seen, _measure(model, arguments, seen, nullcontext())
     stock = _measure(model, arguments, blocks, stock_path())
     rows = []
     for path, block in blocks.items():

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from resdense_ext.convert.classes import Converted, converted_class
 from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
-from resdense_ext.convert.trace import Facts, Untraceable, is_layer, is_own, modes_of, trace
+from resdense_ext.convert.trace import Facts, Given, Untraceable, inputs_of, is_layer, is_own, modes_of, trace
 from resdense_ext.nn.dispatch import is_transformed, say
 from resdense_ext.nn.leaves import Unsupported, is_norm
 from resdense_ext.nn.protocols import READ_FROM_MODULES
@@ -31,12 +31,16 @@ class Stranger(Converted):
         transformed = not torch.compiler.is_compiling() and any(map(is_transformed, (*tree_leaves((args, kwargs)), None)))
         if torch.compiler.is_compiling() or transformed or hasattr(self, "_is_replica"):
             return self.stock_forward(*args, **kwargs)
-        program = _program_of(self)
-        inputs = program.bind(args, kwargs) if isinstance(program, Program) else None
-        if inputs is not None and not _has_any_global_hook():
-            return program.run(inputs)
+        found = inputs_of(self, args, kwargs)
+        if found is None:
+            return self.stock_forward(*args, **kwargs)  # which says why
+        given, values = found
+        program = "global module hooks are set" if _has_any_global_hook() else _program_of(self, given=given)
         if isinstance(program, Program):
-            program = "is called with other inputs" if inputs is None else "global module hooks are set"
+            inputs = program.bind(values)
+            if inputs is not None:
+                return program.run(inputs)
+            program = "is called with other inputs"
         say(self, Unsupported(program))
         return self.stock_forward(*args, **kwargs)
 
@@ -44,35 +48,42 @@ class Stranger(Converted):
         return self.stock_class.forward(self, *args, **kwargs)
 
 
-_programs: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], tuple[Facts, Program | str]]] = WeakKeyDictionary()
-"""By their owners and the modes of these; or why there is none. Not on the owner: it would be copied, pickled and left behind
-by `revert`."""
+_programs: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Facts, Program | str]]] = WeakKeyDictionary()
+"""By their owners, the inputs that these are given and their modes; or why there is none. Not on the owner: it would be copied,
+pickled and left behind by `revert`."""
+
+_given: WeakKeyDictionary[nn.Module, Given] = WeakKeyDictionary()
+"""What an owner was given last."""
 
 _tracing = threading.RLock()
 
 
-def _program_of(owner: nn.Module, opaque: Container[nn.Module] = ()) -> Program | str:
-    """The owner's program; made anew where the owner is a copy, or something that a trace takes for constant has changed."""
-    programs, modes = _programs.setdefault(owner, {}), modes_of(owner)
-    known = programs.get(modes)
+def _program_of(owner: nn.Module, opaque: Container[nn.Module] = (), given: Given | None = None) -> Program | str:
+    """The owner's program for what it is given, or was given last; made anew where the owner is a copy, or something that a
+    trace takes for constant has changed."""
+    if given is not None:
+        _given[owner] = given
+    given = _given.get(owner) or Given.required(owner.stock_class.forward)
+    programs, key = _programs.setdefault(owner, {}), (given, modes_of(owner))
+    known = programs.get(key)
     if known is not None and known[0].hold(owner):
         return known[1]
     with _tracing:
-        facts, program, left = _make_program(owner, opaque)
-    programs[modes] = facts, program
+        facts, program, left = _make_program(owner, opaque, given)
+    programs[key] = facts, program
     if known is not None:
         for reason in left:
             say(owner, Unsupported(reason))
     return program
 
 
-def _make_program(owner: nn.Module, opaque: Container[nn.Module]) -> tuple[Facts, Program | str, list[str]]:
+def _make_program(owner: nn.Module, opaque: Container[nn.Module], given: Given) -> tuple[Facts, Program | str, list[str]]:
     try:
         with torch.enable_grad():
-            traced = trace(owner, opaque)
+            traced = trace(owner, opaque, given)
         for mode in (torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
             with mode:
-                if str(trace(owner, opaque).graph) != str(traced.graph):
+                if str(trace(owner, opaque, given).graph) != str(traced.graph):
                     raise Untraceable("its forward asks for a mode of autograd or autocast")
     except Untraceable as untraceable:
         return Facts(owner, ()), str(untraceable), []
@@ -221,6 +232,7 @@ def put_back(owner: nn.Module) -> None:
     owner.__class__ = owner.stock_class
     owner.__dict__.pop("resdense_policy", None)
     _programs.pop(owner, None)
+    _given.pop(owner, None)
 
 
 def _joined(path: str, inner: str) -> str:

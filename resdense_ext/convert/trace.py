@@ -31,7 +31,21 @@ from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.leaves import is_frozen_norm, layer_class, own_activation
 from resdense_ext.nn.protocols import OnEngine
 
-__all__ = ["Facts", "Traced", "Untraceable", "is_held", "is_hooked", "is_indexed", "is_layer", "is_own", "modes_of", "trace"]
+__all__ = [
+    "Facts",
+    "Given",
+    "Traced",
+    "Untraceable",
+    "inputs_of",
+    "is_held",
+    "is_hooked",
+    "is_indexed",
+    "is_layer",
+    "is_own",
+    "modes_of",
+    "trace",
+    "was_asked",
+]
 
 
 class Untraceable(Exception):
@@ -104,7 +118,12 @@ def is_held(node: fx.Node) -> bool:
 def is_indexed(node: fx.Node) -> bool:
     """Whether nothing is done with an input but to index it, so that it may be a list or a dict of tensors as well as one."""
     indexes = all(user.target is operator.getitem and not isinstance(user.args[1], fx.Node) for user in node.users)
-    return bool(node.users) and indexes and not node.meta.get("asked", False)
+    return bool(node.users) and indexes
+
+
+def was_asked(node: fx.Node) -> bool:
+    """Whether a forward asked for the type of an input."""
+    return node.meta.get("asked", False)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -113,13 +132,14 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
+def trace(module: nn.Module, opaque: Container[nn.Module] = (), given: Given | None = None) -> Traced:
     """The graph of the module's (stock) forward; a norm that holds an activation is two nodes in it, see `is_held`.
 
     Args:
         module: whose forward is traced; the modules inside are, too, but for layers, what is on the engine, what carries
             hooks or a forward of its own, and what cannot be traced.
         opaque: modules that are not to be looked into.
+        given: the inputs; by default those that have to be given.
 
     Raises:
         Untraceable: no graph stands for its forward.
@@ -127,7 +147,7 @@ def trace(module: nn.Module, opaque: Container[nn.Module] = ()) -> Traced:
     left: dict[str, str] = {}
     while True:
         try:
-            tracer = _Tracer(module, opaque, left)
+            tracer = _Tracer(module, opaque, left, given)
         except Exception as error:
             raise Untraceable(f"it has modules that cannot be copied: {type(error).__name__}: {error}") from None
         try:
@@ -239,9 +259,9 @@ def _isinstance_calls(code: CodeType) -> set[int]:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, opaque: Container[nn.Module], left: dict[str, str]) -> None:
+    def __init__(self, root: nn.Module, opaque: Container[nn.Module], left: dict[str, str], given: Given | None) -> None:
         super().__init__()
-        self.root_module, self.opaque, self.left = root, opaque, left
+        self.root_module, self.opaque, self.left, self.given = root, opaque, left, given
         self.thread, self.ambient = threading.get_ident(), _ambient()
         self.leaves: set[nn.Module] = set()
         self.called_otherwise: set[str] = set()
@@ -305,13 +325,19 @@ class _Tracer(fx.Tracer):
         return None
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        forward = getattr(self.root_module, "stock_class", type(self.root_module)).forward
+        forward = _stock_forward(self.root_module)
         if not isinstance(forward, FunctionType):
             raise Untraceable("its forward is no plain function")
-        required = _required(forward)
-        if any(p.kind is p.KEYWORD_ONLY for p in required):
+        if any(p.kind is p.KEYWORD_ONLY for p in _required(forward)):
             raise Untraceable("its forward takes an input by its name only")
-        return forward, [self.root, *(self.create_proxy("placeholder", p.name, (), {}) for p in required)]
+        given = self.given or Given.required(forward)
+        constants, inputs = dict(given.constants), []
+        for parameter in _parameters(forward):
+            if parameter.name in given.inputs:
+                inputs.append(self.create_proxy("placeholder", parameter.name, (), {}))
+            elif parameter.kind is not parameter.KEYWORD_ONLY:
+                inputs.append(constants.get(parameter.name, parameter.default))
+        return forward, [self.root, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         of = self.root_module.get_submodule(module_qualified_name)
@@ -400,10 +426,54 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
 
+@functools.lru_cache
+def _parameters(forward: Callable) -> tuple[inspect.Parameter, ...]:
+    """Those of a method that take one value each."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+
 def _required(forward: Callable) -> list[inspect.Parameter]:
     """The parameters without a default, of a method."""
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p for p in _parameters(forward) if p.default is p.empty]
+
+
+class Given(NamedTuple):
+    """Which inputs a call gives to a forward: those that a trace leaves open, and those on which a forward may decide, with their
+    values; neither what is as it would be anyhow."""
+
+    inputs: frozenset[str]
+    constants: frozenset[tuple[str, Any]] = frozenset()
+
+    @staticmethod
+    def required(forward: Callable) -> Given:
+        return Given(frozenset(p.name for p in _required(forward)))
+
+
+def inputs_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Given, dict[str, Any]] | None:
+    """What a call of the module gives, and its inputs by their names; None for a call that its forward does not take."""
+    parameters = [p for p in _parameters(_stock_forward(module)) if p.kind is not p.KEYWORD_ONLY]
+    values = dict(zip((p.name for p in parameters), args))
+    if len(args) > len(parameters) or not values.keys().isdisjoint(kwargs):
+        return None
+    values |= kwargs
+    constants, inputs = [], {}
+    for parameter in parameters:
+        name, default = parameter.name, parameter.default
+        if name not in values and default is parameter.empty:
+            return None
+        value = values.pop(name, default)
+        if default is not parameter.empty and _same(value, default):
+            continue
+        if type(value) in (bool, str, type(None)):
+            constants.append((name, value))
+        else:
+            inputs[name] = value
+    return None if values else (Given(frozenset(inputs), frozenset(constants)), inputs)
+
+
+def _stock_forward(module: nn.Module) -> Callable:
+    return getattr(module, "stock_class", type(module)).forward
 
 
 def _ambient() -> tuple:
