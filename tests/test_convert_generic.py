@@ -216,7 +216,7 @@ def test_a_shortcut_of_zeros_is_named_and_the_rest_converted(policy, engine):
     model = rd.convert(copy.deepcopy(stock), policy, example_input=x)
     assert [isinstance(block, Stranger) for block in model] == [True] * 3  # of the second, the convolutions
     (reason,) = rd.report(model, x).left
-    assert reason.startswith("1: add") and "adds what is not made by convolutions, batch norms and activations" in reason
+    assert reason.startswith("1: iadd") and "adds what is not made by convolutions, batch norms and activations" in reason
     engine.clear()
     assert_same(steps(model, x), steps(stock, x))
     assert engine == [policy] * 2
@@ -963,6 +963,69 @@ def test_chains_of_every_kind(name, policy):
         assert_same(ours, steps(stock.train(training), x, 2, seeded))
     kept = [rd.memory.saved_bytes(lambda: m.train()(x.requires_grad_())) for m in (model, stock)]
     assert kept[0] < kept[1]
+
+
+class Augmented:
+    """Assignments by `+=` and its like change a value for everybody who has it."""
+
+    def its_own(self, x):
+        y = self.b.norm(self.b.conv(self.a(x)))
+        y += x
+        y *= 2
+        return self.c(y)
+
+    def behind_a_converted_module(self, x):
+        y = self.inner(x)
+        y -= x
+        return self.c.norm(self.c.conv(F.relu(y)))
+
+    def sizes(self, x):
+        height, width = x.shape[2:]
+        height += 1
+        width -= width // 3
+        return F.interpolate(self.b(self.a(x)), (height, width))
+
+    def in_a_list(self, x):
+        y, maps = self.b.norm(self.b.conv(self.a(x))), []
+        maps.append(y)
+        y += x
+        return maps[0] * self.a.conv(x)
+
+    def behind_a_view(self, x):
+        y = self.b.norm(self.b.conv(self.a(x)))
+        flat = y.flatten(1)
+        y /= 2
+        return flat + y.flatten(1)
+
+    def a_buffer(self, x):
+        mean = self.mean
+        mean *= 0.9
+        mean += 0.1 * x.detach().mean((0, 2, 3))
+        return self.b(self.a(x)) - mean.view(-1, 1, 1)
+
+    def an_input(self, x):
+        y = x.detach().clone()
+        y += 1
+        x = x * 1
+        x += y
+        return self.b(self.a(x))
+
+
+@pytest.mark.filterwarnings("ignore:resdense_ext.convert recognised")
+@pytest.mark.parametrize("name", [name for name in vars(Augmented) if name[0] != "_"])
+def test_augmented_assignments(name, policy):
+    torch.manual_seed(0)
+    own = type("Own", (Chains,), {"forward": getattr(Augmented, name)})()
+    own.inner = nn.Sequential(S.ConvNorm(8, 8), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+    own.register_buffer("mean", torch.ones(8))
+    stock, x = S.randomise(own).double(), images(2, 8, 6, 5)
+    model = rd.convert(copy.deepcopy(stock), policy)
+    for training in (True, False):
+        assert_same(steps(model.train(training), x, 2), steps(stock.train(training), x, 2))
+    assert torch.equal(model.mean, stock.mean)
+    if name in ("its_own", "behind_a_converted_module", "sizes", "an_input"):
+        kept = [rd.memory.saved_bytes(lambda: m.train()(x.requires_grad_())) for m in (model, stock)]
+        assert kept[0] < kept[1]
 
 
 @pytest.mark.usefixtures("silent")

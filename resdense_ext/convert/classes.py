@@ -38,6 +38,8 @@ class Converted:
 
     stock_class: type[nn.Module]
     resdense_policy: Policy = "fast"
+    makes_new_memory = False
+    """Whether what it returns shares its memory with nothing else."""
 
     @property
     def engine_policy(self) -> Policy:
@@ -57,6 +59,7 @@ class Converted:
 class ConvertedDenseBlock(Converted):
     """A dense block."""
 
+    makes_new_memory = True
     front: Optional[nn.Module] = None
 
     def layer_modules(self) -> list[LayerModules]:
@@ -69,6 +72,8 @@ class ConvertedDenseBlock(Converted):
 
 class ConvertedResidualBlock(Converted):
     """A residual block."""
+
+    makes_new_memory = True
 
     def residual_modules(self) -> ResidualModules:
         """What `resdense_ext.nn.protocols.Residual` asks for."""
@@ -91,6 +96,8 @@ class ConvertedDualPathBlock(Converted):
 
 class ConvertedTransition(Converted):
     """A transition."""
+
+    makes_new_memory = True
 
     def pooled_modules(self) -> PooledModules:
         """What `resdense_ext.nn.protocols.Transition` asks for."""

@@ -22,7 +22,7 @@ from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
 from resdense_ext.nn.leaves import APART, is_frozen_norm, is_instance_norm, is_norm, pool_kind
 
-__all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of"]
+__all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of", "makes_new_memory"]
 
 
 class Unit(NamedTuple):
@@ -101,7 +101,10 @@ _FUNCTIONS = {
 
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_FRESH = (*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, "add", "mul", "sub", "mean")
+_FRESH = (
+    *(*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, torch.clone),
+    *("add", "mul", "sub", "mean", "clone"),
+)
 _NEW = (
     *(f"new_{name}" for name in ("empty", "zeros", "ones", "full")),
     *(torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn),
@@ -179,6 +182,12 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
     return matches, {node: reason for node, reason in reader.reasons.items() if node not in taken}
 
 
+def makes_new_memory(traced: Traced) -> bool:
+    """Whether no other value shares the memory of anything that a traced forward returns."""
+    reader = _Reader(traced)
+    return all(reader.is_fresh(node) and not reader.changed_later(node) for node in traced.returned if isinstance(node, Node))
+
+
 def _calls_one_of(node: Node, functions: tuple) -> bool:
     return node.op in ("call_function", "call_method") and node.target in functions
 
@@ -233,12 +242,21 @@ class _Reader:
         return self._pieces[node]
 
     def changes_in_place(self, node: Node) -> bool:
-        return changes_in_place(node, self.modules)
+        return changes_in_place(node, self.modules) and not self._is_number(node)
+
+    def _is_number(self, node: object) -> bool:
+        """Whether it is a size, or reckoned from sizes: to change such a number is to make another."""
+        if not isinstance(node, Node) or node.op == "call_method":
+            return not isinstance(node, Node) or node.target in ("size", "dim", "numel")
+        if node.target is getattr:
+            return node.args[1] in ("shape", "ndim")
+        reckons = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+        return reckons and all(map(self._is_number, node.args[:1] if node.target is operator.getitem else node.args))
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""
         if not self.changes_in_place(node) and not self._passes_on(node):
-            made = self._kinds[node] in _FRESH_KINDS or self._runs_one_of(node, _FRESH_LAYERS)
+            made = self._kinds[node] in _FRESH_KINDS or self._runs_one_of(node, _FRESH_LAYERS) or self._runs_converted(node)
             return made or _calls_one_of(node, (*_FRESH, *_NEW))
         operand = self._first(node)
         if operand is None:
@@ -276,6 +294,9 @@ class _Reader:
         """Whether it may return its first operand, or a view of that, and of nothing else."""
         same = self._kinds[node] == "dropout" or self._runs_one_of(node, (nn.Flatten,))
         return same or _calls_one_of(node, _VIEWS)
+
+    def _runs_converted(self, node: Node) -> bool:
+        return node.op == "call_module" and getattr(self.modules[node.target], "makes_new_memory", False)
 
     def _runs_one_of(self, node: Node, layers: tuple) -> bool:
         return node.op == "call_module" and type(self.modules[node.target]) in layers

@@ -237,6 +237,8 @@ class Program:
     ``matches`` and their ``parts`` are those that the engines take; ``left`` are the others, with reasons.
     """
 
+    makes_new_memory = False
+
     def __init__(self, owner: nn.Module, traced: Traced, matches: list[Match]) -> None:
         found = [(match, _part(owner, traced.modules, match)) for match in matches]
         reasons = {part: _why_left(match, part, traced.modules) for match, part in found}

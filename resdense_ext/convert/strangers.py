@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 
 from resdense_ext.convert.classes import Converted, converted_class
-from resdense_ext.convert.patterns import Match, find
+from resdense_ext.convert.patterns import Match, find, makes_new_memory
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
 from resdense_ext.convert.trace import Facts, Given, Untraceable, inputs_of, is_layer, is_own, modes_of, trace
 from resdense_ext.nn.dispatch import is_transformed, say
@@ -43,6 +43,11 @@ class Stranger(Converted):
             program = "is called with other inputs"
         say(self, Unsupported(program))
         return self.stock_forward(*args, **kwargs)
+
+    @property
+    def makes_new_memory(self) -> bool:
+        program = _program_of(self)
+        return isinstance(program, Program) and program.makes_new_memory
 
     def stock_forward(self, *args, **kwargs):
         return self.stock_class.forward(self, *args, **kwargs)
@@ -89,6 +94,7 @@ def _make_program(owner: nn.Module, opaque: Container[nn.Module], given: Given) 
         return Facts(owner, ()), str(untraceable), []
     matches, _ = find(traced)
     program = Program(owner, traced, matches)
+    program.makes_new_memory = makes_new_memory(traced)
     left = [] if not program.parts else [f"{part.name}: {reason}" for part, reason in program.left]
     return traced.facts, program if program.parts else "holds nothing that the engine knows", left
 

@@ -55,8 +55,9 @@ class Untraceable(Exception):
 
 
 class Traced(NamedTuple):
-    """``graph`` has the module's required inputs, all of them tensors, or lists or dicts of them, see `is_indexed`; its nodes say ``within`` which containers they lie. What the
-    forward returns is a tree of ``returned``, the graph's nodes and what is no tensor, by its ``spec``.
+    """``graph`` has the inputs that the module was given, see `was_asked` and `is_indexed` for what they may be; its nodes say
+    ``within`` which containers they lie. What the forward returns is a tree of ``returned``, the graph's nodes and what is no
+    tensor, by its ``spec``.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
     are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs, or a list of
@@ -122,7 +123,7 @@ def is_indexed(node: fx.Node) -> bool:
 
 
 def was_asked(node: fx.Node) -> bool:
-    """Whether a forward asked for the type of an input."""
+    """Whether a forward asked for the type of an input, or of a sum of it, and heard that it is a tensor."""
     return node.meta.get("asked", False)
 
 
@@ -236,8 +237,21 @@ class _Value(fx.Proxy):
         asks = sys._getframe(1)
         if not self.node.meta["is_tensor"] or asks.f_lasti not in _isinstance_calls(asks.f_code):
             raise Untraceable(f"its forward asks for the type of {self.node}")
-        self.node.meta["asked"] = True
+        asked = [self.node]
+        for node in asked:
+            node.meta["asked"] = True
+            asked += node.all_input_nodes if node.target in _SUMS else []
         return Tensor
+
+
+def _in_place(name: str) -> Callable[[_Value, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+# Without these Python would take `x += y` for `x = x + y`, and nobody else who has x would see it change.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"):
+    setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
 @functools.lru_cache
