@@ -121,6 +121,11 @@ _FRESH_LAYERS = (
     nn.modules.conv._ConvTransposeNd,
 )
 """Of torch's, these never return their input, nor a view of it."""
+_DROPS_OF_PATHS = (
+    *(("torchvision.ops.stochastic_depth", name) for name in ("StochasticDepth", "stochastic_depth")),
+    ("timm.layers.drop", "DropPath"),
+)
+"""They give samples of their input as they are, or zeros for them."""
 _VIEWS = (torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "reshape", "squeeze", "unsqueeze", "view")
 
 
@@ -288,12 +293,16 @@ class _Reader:
 
     def _may_share(self, user: Node) -> bool:
         method = user.op == "call_method" and not _calls_one_of(user, (*_FRESH, *_NEW))
-        return method or user.target is operator.getitem or self._passes_on(user)
+        return method or self._passes_on(user)
 
     def _passes_on(self, node: Node) -> bool:
         """Whether it may return its first operand, or a view of that, and of nothing else."""
-        same = self._kinds[node] == "dropout" or self._runs_one_of(node, (nn.Flatten,))
-        return same or _calls_one_of(node, _VIEWS)
+        same = self._kinds[node] == "dropout" or self._runs_one_of(node, (nn.Flatten,)) or self._drops_paths(node)
+        return same or _calls_one_of(node, _VIEWS) or node.target is operator.getitem
+
+    def _drops_paths(self, node: Node) -> bool:
+        called = type(self.modules[node.target]) if node.op == "call_module" else node.target
+        return (getattr(called, "__module__", None), getattr(called, "__name__", None)) in _DROPS_OF_PATHS
 
     def _runs_converted(self, node: Node) -> bool:
         return node.op == "call_module" and getattr(self.modules[node.target], "makes_new_memory", False)
@@ -474,7 +483,8 @@ class _Reader:
         at = self.order[match.last]
         if any(self.order[user] < at for node in match.outputs for user in set(node.users) - match.nodes):
             return "what it makes is read before it has ended"
-        if isinstance(match.parts, (DenseMatch, ResidualMatch)) and any(map(self.changed_later, match.outputs)):
+        kept = isinstance(match.parts, DenseMatch) or (isinstance(match.parts, ResidualMatch) and match.parts.activation is not None)
+        if kept and any(map(self.changed_later, match.outputs)):
             return "its output is changed in place"
         if any(self._kinds[node] == "dropout" for node in match.nodes):
             first = min(self.order[node] for node in match.nodes)
