@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from typing import NamedTuple, Optional, Protocol
 
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
@@ -103,13 +104,19 @@ class _Group:
 
     def saves(self, outputs: Container[Node]) -> bool:
         """Whether less is kept than in stock, whatever else is read: a concatenation, or what is made of a map that stock keeps
-        besides, by a norm or an activation; and no map that an output is made of, where stock keeps that output alone."""
-        if any(len(gather.pieces) > 1 for gather in self.convs.values()):
-            return True
+        besides, by a norm or an activation; and no map that an output is made of, where stock keeps that output alone, nor a value
+        that in stock ends in a concatenation, unless these are smaller than the concatenations."""
+        given = [(node, piece) for node in outputs for piece in self.gather(node).pieces if piece != PieceMatch(piece.map)]
+        alone = [(node, piece.map) for node, piece in given if not self.finder.keeps_map(piece)]
+        gathered = {conv: gather for conv, gather in self.convs.items() if len(gather.pieces) > 1}
+        if gathered:
+            inside = {node for gather in gathered.values() for node in gather.nodes}
+            ends = {source for source in self.sources if set(source.users) <= inside and not self.finder.keeps_output(source)}
+            more = {of for node, of in alone if not all(map(self.finder.keeps_nothing, node.users))}
+            spared = sum(self.finder.reader.modules[conv.target].in_channels for conv in gathered)
+            return spared > sum(map(self.finder.width, more | ends))
         read = [of for gather in self.convs.values() for of in (*gather.pieces, gather)]
-        given = [piece for node in outputs for piece in self.gather(node).pieces if piece != PieceMatch(piece.map)]
-        spared = any(self.finder.keeps_map(of) and (of.activation or of.norm) not in outputs for of in read)
-        return spared and all(map(self.finder.keeps_map, given))
+        return not alone and any(self.finder.keeps_map(of) and (of.activation or of.norm) not in outputs for of in read)
 
     def nodes(self) -> set[Node]:
         nodes = {node for gather in self.convs.values() for node in gather.nodes} | set(self.convs)
@@ -168,6 +175,31 @@ class _Finder:
         """Whether stock keeps, for a norm or an activation, what these read."""
         first = of.norm or of.activation
         return first is not None and self.reader.keeps_input(first)
+
+    def keeps_output(self, node: Node) -> bool:
+        """Whether it is an activation that stock keeps by its output."""
+        return self.reader.is_a(node, "activation") and not self.reader.keeps_input(node)
+
+    def keeps_nothing(self, node: Node) -> bool:
+        """Whether it needs no more than the sizes of what it reads for its backward."""
+        kinds = ("cat", "sum", "pool")
+        return any(self.reader.is_a(node, kind) for kind in kinds) or self._resizes(node)
+
+    def _resizes(self, node: Node) -> bool:
+        layer = self.reader.modules.get(node.target) if node.op == "call_module" else None
+        return node.target is F.interpolate or isinstance(layer, nn.Upsample)
+
+    def width(self, node: object) -> int:
+        """The channels of a value, as layers tell them; 0 where they do not."""
+        if not isinstance(node, Node):
+            return 0
+        if self.reader.is_a(node, "cat"):
+            return sum(map(self.width, self.reader.operands(node)))
+        layer = self.reader.modules.get(node.target) if node.op == "call_module" else None
+        known = (getattr(layer, name, 0) for name in ("out_channels", "num_features", "num_channels"))
+        channels = next((n for n in known if isinstance(n, int) and n), 0)
+        same = any(self.reader.is_a(node, kind) for kind in ("activation", "activation apart", "pool", "dropout"))
+        return channels or (self.width(node.args[0]) if same or self._resizes(node) else 0)
 
     def piece(self, node: Node, convs: Container[Node]) -> PieceMatch:
         """A value by what one of these convolutions makes; itself where it is none."""
