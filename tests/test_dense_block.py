@@ -632,7 +632,7 @@ class TestErrors:
         """One layer whose first norm or convolution is changed."""
         layer = functional_layers()[0]
         norm, conv = layer.units[0]
-        norm = norm._replace(**{k: v for k, v in change.items() if k in norm._fields and k not in ("weight", "bias")})
+        norm = norm._replace(**{k: v for k, v in change.items() if k in norm._fields and k not in ("weight", "bias", "groups")})
         conv = conv._replace(**{k: v for k, v in change.items() if k in conv._fields})
         return [DenseLayer((Unit(norm, conv), *layer.units[1:]))]
 
