@@ -1032,6 +1032,16 @@ class Augmented:
         mean += 0.1 * x.detach().mean((0, 2, 3))
         return self.b(self.a(x)) - mean.view(-1, 1, 1)
 
+    def its_data(self, x):
+        y = self.b.norm(self.b.conv(self.a(x)))
+        y.data += 1
+        return y
+
+    def an_attribute(self, x):
+        y = self.b.norm(self.b.conv(self.a(x)))
+        y.scale = 2
+        return y * y.scale
+
     def an_input(self, x):
         y = x.detach().clone()
         y += 1

@@ -232,6 +232,13 @@ class _Value(fx.Proxy):
 
     _is_param = False
 
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_own(name, ("tracer", "node"))
+        super().__setattr__(name, value)
+
     @property
     def __class__(self):
         asks = sys._getframe(1)
@@ -244,14 +251,31 @@ class _Value(fx.Proxy):
         return Tensor
 
 
-def _in_place(name: str) -> Callable[[_Value, Any], fx.Proxy]:
+class _Attribute(fx.proxy.Attribute):
+    """What a forward asks a value for."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_own(name, ("root", "attr", "tracer", "_node"))
+        super().__setattr__(name, value)
+
+
+def _check_own(name: str, own: tuple[str, ...]) -> None:
+    if name not in own:
+        raise Untraceable(f"its forward sets {name} of a value")
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     function = getattr(operator, name)
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 # Without these Python would take `x += y` for `x = x + y`, and nobody else who has x would see it change.
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"):
-    setattr(_Value, f"__{_name}__", _in_place(_name))
+    for _kind in (_Value, _Attribute):
+        setattr(_kind, f"__{_name}__", _in_place(_name))
 
 
 @functools.lru_cache
