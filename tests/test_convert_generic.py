@@ -346,6 +346,21 @@ class TestGiven:
         with pytest.warns(UserWarning, match="an? Either runs its stock path: is called with other inputs"):
             assert torch.equal(model([x, x]), stock([x, x]))
 
+    def test_any_number_of_inputs(self):
+        class Any(Inputs):
+            def forward(self, x, *skips, **more):
+                x = self.c(self.a(x))
+                return x if not skips else self.b(torch.cat([x, *skips], 1))
+
+        torch.manual_seed(0)
+        stock, x = S.randomise(Any()).double(), images(2, 8, 4, 3)
+        model = rd.convert(copy.deepcopy(stock))
+        assert_same({"output": model(x)}, {"output": stock(x)})
+        for args, more in (((x, x), {}), ((x,), {"y": x})):
+            model = rd.convert(copy.deepcopy(stock))
+            with pytest.warns(UserWarning, match="an? Any runs its stock path: is called with other inputs"):
+                assert torch.equal(model(*args, **more), stock(*args, **more))
+
     @pytest.mark.parametrize("args, options", [((), {}), ((1, 2, 3), {}), ((1,), {"x": 1}), ((1,), {"nothing": 1})])
     def test_calls_that_stock_refuses(self, args, options):
         stock, model = self.made("an_optional_map")

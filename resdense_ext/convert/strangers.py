@@ -33,7 +33,9 @@ class Stranger(Converted):
             return self.stock_forward(*args, **kwargs)
         found = inputs_of(self, args, kwargs)
         if found is None:
-            return self.stock_forward(*args, **kwargs)  # which says why
+            y = self.stock_forward(*args, **kwargs)  # which may refuse them
+            say(self, Unsupported("is called with other inputs"))
+            return y
         given, values = found
         program = "global module hooks are set" if _has_any_global_hook() else _program_of(self, given=given)
         if isinstance(program, Program):
