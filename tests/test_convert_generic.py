@@ -333,6 +333,22 @@ class TestGiven:
         with pytest.warns(UserWarning, match="an? Own runs its stock path: is called with other inputs"):
             assert torch.equal(model(inputs), stock(inputs))
 
+    @pytest.mark.usefixtures("silent")
+    def test_a_forward_that_tries_an_attribute(self):
+        """Which tensors do not have."""
+
+        class Nested(Inputs):
+            def forward(self, x):
+                x = x.tensors if hasattr(x, "tensors") else x
+                return self.c(self.a(getattr(x, "mask", x)))
+
+        torch.manual_seed(0)
+        stock, x = S.randomise(Nested()).double(), images(2, 8, 4, 3)
+        model = rd.convert(copy.deepcopy(stock))
+        assert_same(steps(model, x), steps(stock, x))
+        kept = [rd.memory.saved_bytes(lambda: net(x)) for net in (model, stock)]
+        assert kept[0] < kept[1]
+
     def test_a_forward_that_asks_for_a_list(self):
         class Either(Inputs):
             def forward(self, x):

@@ -233,21 +233,27 @@ class _Value(fx.Proxy):
     _is_param = False
 
     def __getattr__(self, name: str) -> _Attribute:
+        if self.node.meta["is_tensor"] and not hasattr(Tensor, name):
+            self._is_asked()
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")  # which a forward may try
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_own(name, ("tracer", "node"))
         super().__setattr__(name, value)
 
+    def _is_asked(self) -> None:
+        asked = [self.node]
+        for node in asked:
+            node.meta["asked"] = True
+            asked += node.all_input_nodes if node.target in _SUMS else []
+
     @property
     def __class__(self):
         asks = sys._getframe(1)
         if not self.node.meta["is_tensor"] or asks.f_lasti not in _isinstance_calls(asks.f_code):
             raise Untraceable(f"its forward asks for the type of {self.node}")
-        asked = [self.node]
-        for node in asked:
-            node.meta["asked"] = True
-            asked += node.all_input_nodes if node.target in _SUMS else []
+        self._is_asked()
         return Tensor
 
 
