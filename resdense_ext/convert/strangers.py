@@ -68,9 +68,10 @@ _tracing = threading.RLock()
 def _program_of(owner: nn.Module, opaque: Container[nn.Module] = (), given: Given | None = None) -> Program | str:
     """The owner's program for what it is given, or was given last; made anew where the owner is a copy, or something that a
     trace takes for constant has changed."""
-    if given is not None:
+    if given is None:
+        given = _given.get(owner) or Given.required(owner.stock_class.forward)
+    else:
         _given[owner] = given
-    given = _given.get(owner) or Given.required(owner.stock_class.forward)
     programs, key = _programs.setdefault(owner, {}), (given, modes_of(owner))
     known = programs.get(key)
     if known is not None and known[0].hold(owner):
