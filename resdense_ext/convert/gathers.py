@@ -55,7 +55,7 @@ class Reader(Protocol):
     nodes: list[Node]
     modules: dict[str, nn.Module]
 
-    def is_a(self, node: object, kind: str) -> bool: ...
+    def is_a(self, node: object, *kinds: str) -> bool: ...
 
     def operands(self, cat: Node) -> tuple[Node, ...]: ...
 
@@ -127,6 +127,8 @@ class _Group:
         return nodes
 
 
+_ACTIVATIONS = "activation", "activation apart"
+
 _Within = tuple[str, ...]
 
 _Home = _Within | Node
@@ -145,8 +147,8 @@ class _Finder:
             gather = self.before(conv, self.candidates)
             self.read_by |= dict.fromkeys({gather.norm, gather.activation, *gather.cats} - {None}, conv)
 
-    def is_a(self, node: object, kind: str) -> bool:
-        return self.reader.is_a(node, kind) and node not in self.taken
+    def is_a(self, node: object, *kinds: str) -> bool:
+        return self.reader.is_a(node, *kinds) and node not in self.taken
 
     def _is_candidate(self, node: Node) -> bool:
         return self.is_a(node, "conv") and self.reader.modules[node.target].padding_mode == "zeros"
@@ -181,13 +183,14 @@ class _Finder:
         return self.reader.is_a(node, "activation") and not self.reader.keeps_input(node)
 
     def keeps_nothing(self, node: Node) -> bool:
-        """Whether it needs no more than the sizes of what it reads for its backward."""
-        kinds = ("cat", "sum", "pool")
-        return any(self.reader.is_a(node, kind) for kind in kinds) or self._resizes(node)
+        """Whether it needs no values of what it reads for its backward."""
+        return self.reader.is_a(node, "cat", "sum", "pool") or self._resizes(node)
 
     def _resizes(self, node: Node) -> bool:
-        layer = self.reader.modules.get(node.target) if node.op == "call_module" else None
-        return node.target is F.interpolate or isinstance(layer, nn.Upsample)
+        return node.target is F.interpolate or isinstance(self._layer(node), nn.Upsample)
+
+    def _layer(self, node: Node) -> Optional[nn.Module]:
+        return self.reader.modules[node.target] if node.op == "call_module" else None
 
     def width(self, node: object) -> int:
         """The channels of a value, as layers tell them; 0 where they do not."""
@@ -195,16 +198,15 @@ class _Finder:
             return 0
         if self.reader.is_a(node, "cat"):
             return sum(map(self.width, self.reader.operands(node)))
-        layer = self.reader.modules.get(node.target) if node.op == "call_module" else None
-        known = (getattr(layer, name, 0) for name in ("out_channels", "num_features", "num_channels"))
+        known = (getattr(self._layer(node), name, 0) for name in ("out_channels", "num_features", "num_channels"))
         channels = next((n for n in known if isinstance(n, int) and n), 0)
-        same = any(self.reader.is_a(node, kind) for kind in ("activation", "activation apart", "pool", "dropout"))
+        same = self.reader.is_a(node, *_ACTIVATIONS, "pool", "dropout")
         return channels or (self.width(node.args[0]) if same or self._resizes(node) else 0)
 
     def piece(self, node: Node, convs: Container[Node]) -> PieceMatch:
         """A value by what one of these convolutions makes; itself where it is none."""
         before, norm, activation = node, None, None
-        if self.is_a(before, "activation") or self.is_a(before, "activation apart"):
+        if self.is_a(before, *_ACTIVATIONS):
             before, activation = before.args[0], before
         if self.is_a(before, "norm"):
             before, norm = before.args[0], before
@@ -228,16 +230,16 @@ class _Finder:
         """Where what a convolution reads begins, and the norm and the activation behind that which it alone reads; those behind
         a single convolution are of that one's piece, and such pieces have no other norm or activation behind them."""
         before, norm, activation = conv.args[0], None, None
-        if self._alone(before, "activation", conv) or self._alone(before, "activation apart", conv):
+        if self._alone(before, conv, *_ACTIVATIONS):
             before, activation = before.args[0], before
-        if self._alone(before, "norm", activation or conv):
+        if self._alone(before, activation or conv, "norm"):
             before, norm = before.args[0], before
         pieces, _ = self.pieces(before, self.candidates)
         plain = before not in self.candidates and all(piece.norm is piece.activation is None for piece in pieces)
         return (before, norm, activation) if plain else (conv.args[0], None, None)
 
-    def _alone(self, node: object, kind: str, reader: Node) -> bool:
-        return self.is_a(node, kind) and set(node.users) == {reader}
+    def _alone(self, node: object, reader: Node, *kinds: str) -> bool:
+        return self.is_a(node, *kinds) and set(node.users) == {reader}
 
     def groups(self) -> Iterator[_Group]:
         opened: dict[_Home, _Group] = {}

@@ -22,7 +22,19 @@ from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
 from resdense_ext.convert.trace import Traced
 from resdense_ext.nn.leaves import APART, is_frozen_norm, is_instance_norm, is_norm, pool_kind
 
-__all__ = ["DenseMatch", "GraphMatch", "Layer", "Match", "PooledMatch", "ResidualMatch", "Unit", "changes_in_place", "find", "layer_of", "makes_new_memory"]
+__all__ = [
+    "DenseMatch",
+    "GraphMatch",
+    "Layer",
+    "Match",
+    "PooledMatch",
+    "ResidualMatch",
+    "Unit",
+    "changes_in_place",
+    "find",
+    "layer_of",
+    "makes_new_memory",
+]
 
 
 class Unit(NamedTuple):
@@ -102,7 +114,8 @@ _FUNCTIONS = {
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FRESH = (
-    *(*_CATS, operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, torch.clone),
+    *_CATS,
+    *(operator.add, operator.sub, operator.mul, torch.add, torch.mul, torch.sub, torch.clone),
     *("add", "mul", "sub", "mean", "clone"),
 )
 _NEW = (
@@ -233,8 +246,8 @@ class _Reader:
             return ()
         return tuple(operands) if all(isinstance(operand, Node) for operand in operands) else ()
 
-    def is_a(self, node: object, kind: str) -> bool:
-        return isinstance(node, Node) and self._kinds[node] == kind
+    def is_a(self, node: object, *kinds: str) -> bool:
+        return isinstance(node, Node) and self._kinds[node] in kinds
 
     def inner(self, node: object, kind: str, *users: Node) -> bool:
         """Whether it is one of this kind that nothing but these reads."""
@@ -251,8 +264,10 @@ class _Reader:
 
     def _is_number(self, node: object) -> bool:
         """Whether it is a size, or reckoned from sizes: to change such a number is to make another."""
-        if not isinstance(node, Node) or node.op == "call_method":
-            return not isinstance(node, Node) or node.target in ("size", "dim", "numel")
+        if not isinstance(node, Node):
+            return True
+        if node.op == "call_method":
+            return node.target in ("size", "dim", "numel")
         if node.target is getattr:
             return node.args[1] in ("shape", "ndim")
         reckons = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"

@@ -14,7 +14,16 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from resdense_ext.checks import autocasts
 from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
-from resdense_ext.convert.patterns import DenseMatch, Layer, Match, PooledMatch, ResidualMatch, changes_in_place, layer_of
+from resdense_ext.convert.patterns import (
+    DenseMatch,
+    Layer,
+    Match,
+    PooledMatch,
+    ResidualMatch,
+    changes_in_place,
+    layer_of,
+    makes_new_memory,
+)
 from resdense_ext.convert.trace import Traced, is_held, is_hooked, is_indexed, was_asked
 from resdense_ext.nn.chain import run_chain
 from resdense_ext.nn.engine import run_conv_graph, run_dense_block, run_pool, run_residual_block, run_transition, why_stock
@@ -235,9 +244,8 @@ class Program:
     """Runs a traced forward. It holds the modules inside, but not their owner, so that it may be kept beside that.
 
     ``matches`` and their ``parts`` are those that the engines take; ``left`` are the others, with reasons.
+    ``makes_new_memory`` says of what it returns what it says of a `Converted` module's.
     """
-
-    makes_new_memory = False
 
     def __init__(self, owner: nn.Module, traced: Traced, matches: list[Match]) -> None:
         found = [(match, _part(owner, traced.modules, match)) for match in matches]
@@ -247,6 +255,7 @@ class Program:
         self.left = [(part, reason) for part, reason in reasons.items() if reason is not None]
         self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
         self._returned, self._spec = traced.returned, traced.spec
+        self.makes_new_memory = makes_new_memory(traced)
         parts = {match.last: part for match, part in zip(self.matches, self.parts)}
         self._steps = _with_ends(_steps(owner, traced, self.matches, parts), self._returned)
 

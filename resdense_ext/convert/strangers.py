@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 
 from resdense_ext.convert.classes import Converted, converted_class
-from resdense_ext.convert.patterns import Match, find, makes_new_memory
+from resdense_ext.convert.patterns import Match, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
 from resdense_ext.convert.trace import Facts, Given, Untraceable, inputs_of, is_layer, is_own, modes_of, trace
 from resdense_ext.nn.dispatch import is_transformed, say
@@ -28,8 +28,9 @@ class Stranger(Converted):
 
     def forward(self, *args, **kwargs):
         # A replica of torch.nn.DataParallel has no parameters of its own.
-        transformed = not torch.compiler.is_compiling() and any(map(is_transformed, (*tree_leaves((args, kwargs)), None)))
-        if torch.compiler.is_compiling() or transformed or hasattr(self, "_is_replica"):
+        if torch.compiler.is_compiling() or hasattr(self, "_is_replica"):
+            return self.stock_forward(*args, **kwargs)
+        if any(map(is_transformed, (*tree_leaves((args, kwargs)), None))):
             return self.stock_forward(*args, **kwargs)
         found = inputs_of(self, args, kwargs)
         if found is None:
@@ -97,7 +98,6 @@ def _make_program(owner: nn.Module, opaque: Container[nn.Module], given: Given) 
         return Facts(owner, ()), str(untraceable), []
     matches, _ = find(traced)
     program = Program(owner, traced, matches)
-    program.makes_new_memory = makes_new_memory(traced)
     left = [] if not program.parts else [f"{part.name}: {reason}" for part, reason in program.left]
     return traced.facts, program if program.parts else "holds nothing that the engine knows", left
 

@@ -234,7 +234,7 @@ class _Value(fx.Proxy):
 
     def __getattr__(self, name: str) -> _Attribute:
         if self.node.meta["is_tensor"] and not hasattr(Tensor, name):
-            self._is_asked()
+            self._note_asked()
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")  # which a forward may try
         return _Attribute(self, name)
 
@@ -242,7 +242,8 @@ class _Value(fx.Proxy):
         _check_own(name, ("tracer", "node"))
         super().__setattr__(name, value)
 
-    def _is_asked(self) -> None:
+    def _note_asked(self) -> None:
+        """See `was_asked`."""
         asked = [self.node]
         for node in asked:
             node.meta["asked"] = True
@@ -253,7 +254,7 @@ class _Value(fx.Proxy):
         asks = sys._getframe(1)
         if not self.node.meta["is_tensor"] or asks.f_lasti not in _isinstance_calls(asks.f_code):
             raise Untraceable(f"its forward asks for the type of {self.node}")
-        self._is_asked()
+        self._note_asked()
         return Tensor
 
 

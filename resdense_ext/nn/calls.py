@@ -110,7 +110,7 @@ def widened(y: Tensor, *norms: Optional[nn.Module]) -> Tensor:
     """In the dtype that stock has: torchvision's frozen norm is plain arithmetic, which widens what autocast has narrowed,
     and CUDA's autocast takes group norms in float32."""
     for norm in norms:
-        if norm is not None and is_frozen_norm(norm):
+        if is_frozen_norm(norm):
             y = y.to(torch.promote_types(y.dtype, norm.weight.dtype))
         elif isinstance(norm, nn.GroupNorm) and y.is_cuda and y.dtype.itemsize == 2 and checks.autocasts("cuda"):
             y = y.float()

@@ -54,7 +54,9 @@ _HARMLESS = {
     *("__firstlineno__", "__static_attributes__"),  # from Python 3.13 on
 }
 """What a subclass of a layer may have of its own, and still computes the same."""
-APART = nn.Hardswish, nn.Mish, nn.GELU, nn.PReLU
+_APART = {nn.Hardswish: "hardswish", nn.Mish: "mish", nn.PReLU: "prelu"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+APART = *_APART, nn.GELU
 """Activations that only graphs of convolutions take."""
 _POOLS = {
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -331,16 +333,12 @@ def activation_of(activation: nn.Module) -> Activation:
 
 def apart_of(activation: nn.Module) -> Activation:
     """`activation_of`, but also of those that only graphs of convolutions take; a PReLU's slope is left open."""
-    if not isinstance(activation, APART):
+    kind = type(activation)
+    name = _GELUS.get(activation.approximate) if kind is nn.GELU else _APART.get(kind)
+    if name is None:
         return activation_of(activation)
     check_untouched(activation)
-    kind = type(activation)
-    if kind is nn.GELU:
-        return Activation({"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate])
-    names = {nn.Hardswish: "hardswish", nn.Mish: "mish", nn.PReLU: "prelu"}
-    if kind not in names:
-        raise Unsupported(f"is {activation}", activation)
-    return Activation(names[kind])
+    return Activation(name)
 
 
 def slope_of(prelu: nn.PReLU) -> Tensor:

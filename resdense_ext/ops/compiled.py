@@ -48,7 +48,8 @@ class CompiledBackend(ReferenceBackend):
     ) -> list[Fold]:
         dtype = stats[0].mean.dtype
         vectors = [(*of, norm.weight, norm.bias) for norm, of in zip(norms, stats)]
-        alike = all(norm.batch_stats and not norm.groups for norm in norms) and all(v is not None and v.dtype is dtype for of in vectors for v in of)
+        alike = all(norm.batch_stats and not norm.groups for norm in norms)
+        alike = alike and all(v is not None and v.dtype is dtype for of in vectors for v in of)
         if not alike:
             return super().folds(norms, stats, counts, activation)
         mean, m2, weight, bias = zip(*vectors)
