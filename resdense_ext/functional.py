@@ -459,8 +459,6 @@ def transition(
 def _bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation) -> Tensor:
     if x.numel() == 0:
         return reference.bn_act_pool(x, unit, activation)
-    if unit.norm.instance and len(x) > 1:
-        return torch.cat([_bn_act_pool(sample, unit, activation) for sample in x.split(1)])
     in_a_byte = unit.pool.kind != "maximum" or math.prod(unit.pool.kernel_size) <= 255
     backend = backends.choose(x, x.dtype) if in_a_byte else backends.get("reference")
     return _pooled_unit.bn_act_pool(x, unit, activation, backend)

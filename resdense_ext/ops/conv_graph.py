@@ -112,9 +112,9 @@ class _Maps:
     def _fold(self, piece: Piece) -> Fold:
         x = self.maps[piece.map]
         if piece.norm is None:
-            linear = Fold.linear(x)
+            linear = self.backend.linear(x)
             return linear._replace(affine=linear.affine._replace(activation=piece.activation))
-        count = x.numel() // x.shape[1]
+        count = self.backend.positions(x)
         return self.backend.fold(self.graph.norms[piece.norm], self.stats[piece.map], count, piece.activation)
 
     def gather(self, pieces: Sequence[Piece], dtype: Optional[torch.dtype] = None) -> Tensor:
@@ -189,7 +189,7 @@ class _Backward(_Maps):
             grad, ours = map_beside(x, self._through_apart(piece, grad)), True
         if into is None:
             grad = grad if ours else torch.empty_like(x).copy_(grad)
-            into = Pending.of(grad, x) if fold is None else self._through(piece, grad, x, fold, None)
+            into = self.backend.pending(grad, x) if fold is None else self._through(piece, grad, x, fold, None)
         elif fold is None:
             into.dy.add_(grad)
         else:
@@ -217,7 +217,7 @@ class _Backward(_Maps):
         """What a map's readers add to; None for one that has a single reader, unless ``always``."""
         x = self.maps[of]
         if self.grads[of] is None and x is not None and (always or self.readers[of] > 1):
-            self.grads[of] = Pending.of(torch.zeros_like(x), x)
+            self.grads[of] = self.backend.pending(torch.zeros_like(x), x)
         return self.grads[of]
 
     def through(self, i: int) -> None:
@@ -236,7 +236,7 @@ class _Backward(_Maps):
             self.found.record(i, None, None, weight, found[0].bias)
         else:
             x = self.gather(pieces, conv.weight.dtype)
-            into = Pending.of(torch.zeros_like(x), x) if sampling(conv) is not None else None
+            into = self.backend.pending(torch.zeros_like(x), x) if sampling(conv) is not None else None
             found = convolve_backward(self.backend, x, None, conv, grad, into, need_weight, centered=centered)
             self.found.record(i, None, None, found.weight, found.bias)
             of_gathered = found.input.dy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -16,7 +17,7 @@ from resdense_ext.ops.by_reference import by_reference, differentiable, gradient
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward
 from resdense_ext.ops.conv_graph_plan import kept_maps, map_of_norm, positions_of
-from resdense_ext.ops.instances import are_instances, gathered_gradients, joined, parts_of
+from resdense_ext.ops.instances import are_instances, backend_of, gathered_gradients, joined, parts_of, sizes_of_parts
 from resdense_ext.ops.layout import as_convolved, walkable_map
 from resdense_ext.ops.operands import Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
@@ -36,31 +37,33 @@ class ConvGraphFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str, count: int, *tensors):
         sources, tensors = [walkable_map(x) for x in tensors[:count]], list(tensors[count:])
-        samples = len(sources[0]) if are_instances(graph.norms) else 0
+        apart = are_instances(graph.norms)
+        parts = sizes_of_parts(sources[0], _largest(sources, graph), apart)
         shape = _around(graph, [None] * len(tensors))
         kept = set() if policy == "none" else kept_maps(sources, graph, _needs(ctx, count), policy)
 
         def of_part(*sources: Tensor) -> tuple[list[Tensor], list[Optional[Tensor]], list[Tensor]]:
-            outputs, maps, stats = forward(sources, _around(shape, tensors), backend, kept)
+            of_samples = backend_of(backend.name, len(sources[0]), apart)
+            outputs, maps, stats = forward(sources, _around(shape, tensors), of_samples, kept)
             maps = [x if i < count or i in kept else None for i, x in enumerate(maps)]
             return outputs, maps, [vector for of_map in stats for vector in of_map]
 
         outputs_of_parts, kept_of_parts = [], []
         with without_autocast(sources[0].device):
-            for part in zip(*(parts_of(x, samples) for x in sources)):
+            for part in zip(*(parts_of(x, parts) for x in sources)):
                 key = "conv_graph", shape, frozenset(kept), tuple(map(layout_of, part))
                 outputs, maps, vectors = _run(backend, key, (part, tensors), partial(of_part, *part))
                 outputs_of_parts.append(outputs)
                 kept_of_parts += [*maps[count:], *vectors]
                 del outputs
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        if not samples:
+        if not apart:
             of, positions = map_of_norm(graph), positions_of(sources, graph)
             reads = [of[norm] for norm in range(len(graph.norms))]
             stats = list(map(Stats, vectors[::2], vectors[1::2]))
             update_running_statistics(graph.norms, [stats[i] for i in reads], [positions[i] for i in reads])
         ctx.set_materialize_grads(False)
-        ctx.graph, ctx.backend, ctx.count, ctx.samples, ctx.vectors = shape, backend, count, samples, len(vectors)
+        ctx.graph, ctx.backend, ctx.count, ctx.parts, ctx.vectors = shape, backend, count, parts, len(vectors)
         sources = [None if read is None else x for x, read in zip(sources, maps)]
         ctx.save_for_backward(*tensors, *sources, *kept_of_parts)
         return tuple(joined(outputs_of_parts))
@@ -80,7 +83,9 @@ class ConvGraphFunction(torch.autograd.Function):
 
             def call() -> list[Optional[Tensor]]:
                 stats = list(map(Stats, vectors[::2], vectors[1::2]))
-                return backward(upstream, list(maps), _around(ctx.graph, tensors), backend, stats, needs)
+                samples = next(len(t) for t in (*upstream, *maps) if t is not None)
+                of_samples = backend_of(backend.name, samples, are_instances(ctx.graph.norms))
+                return backward(upstream, list(maps), _around(ctx.graph, tensors), of_samples, stats, needs)
 
             layouts = tuple(map(layout_of, (*upstream, *maps[:count])))
             key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, tuple(x is None for x in maps)
@@ -93,7 +98,7 @@ class ConvGraphFunction(torch.autograd.Function):
         else:
             (device, *_) = (grad.device for grad in upstream if grad is not None)
             with without_autocast(device):
-                parts = map(of_part, *(parts_of(t, ctx.samples) for t in (*upstream, *sources)))
+                parts = map(of_part, *(parts_of(t, ctx.parts) for t in (*upstream, *sources)))
                 found = gathered_gradients(parts, count)
         wanted = [
             value.to(target.dtype) if need and value is not None else None
@@ -105,6 +110,13 @@ class ConvGraphFunction(torch.autograd.Function):
 def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[], Any]) -> Any:
     """`replayed` where the backend's calls may be."""
     return replayed((*key, backend.name), given, call) if may_replay([backend.name]) else call()
+
+
+def _largest(sources: Sequence[Tensor], graph: ConvGraph) -> int:
+    """The bytes of a sample's largest map."""
+    widths = *(x.shape[1] for x in sources), *(conv.weight.shape[0] for conv in graph.convs)
+    values = map(operator.mul, widths, positions_of([x[:1] for x in sources], graph))
+    return graph.convs[0].weight.itemsize * max(values)
 
 
 def _needs(ctx, count: int) -> list[bool]:

@@ -27,9 +27,9 @@ class Stats(NamedTuple):
     m2: Tensor
 
     @staticmethod
-    def room(z: Tensor, reader: Optional[BatchNorm]) -> Stats:
-        """For those of ``z``; none where its reader has its own."""
-        size = z.shape[1] if reader is not None and reader.batch_stats else 0
+    def room(z: Tensor, reader: Optional[BatchNorm], samples: int = 1) -> Stats:
+        """For those of ``z``, or of every one of so many samples; none where its reader has its own."""
+        size = samples * z.shape[1] if reader is not None and reader.batch_stats else 0
         return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
 
 
@@ -54,10 +54,10 @@ class Fold(NamedTuple):
     groups: Optional[Groups] = None
 
     @staticmethod
-    def linear(x: Tensor) -> Fold:
-        """That of no norm and no activation, for a kernel that wants one."""
-        dtype = accumulation_dtype(x.dtype)
-        one, zero = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+    def linear(x: Tensor, samples: int = 1) -> Fold:
+        """That of no norm and no activation, for a kernel that wants one, or of every one of so many samples."""
+        dtype, size = accumulation_dtype(x.dtype), samples * x.shape[1]
+        one, zero = x.new_ones(size, dtype=dtype), x.new_zeros(size, dtype=dtype)
         return Fold(Affine(one, zero, Activation("identity")), zero, one, None)
 
     def correction(self, dbeta: Tensor, dgamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +84,10 @@ class Pending(NamedTuple):
     delta: Tensor
 
     @staticmethod
-    def of(dy: Tensor, x: Tensor) -> Pending:
-        """``dy`` itself, a gradient of ``x``, to which norms may add their corrections."""
-        dtype = accumulation_dtype(dy.dtype)
-        return Pending(dy, x, dy.new_ones(dy.shape[1], dtype=dtype), *dy.new_zeros((2, dy.shape[1]), dtype=dtype))
+    def of(dy: Tensor, x: Tensor, samples: int = 1) -> Pending:
+        """``dy`` itself, a gradient of ``x``, to which norms may add their corrections, or those of every one of so many samples."""
+        dtype, size = accumulation_dtype(dy.dtype), samples * dy.shape[1]
+        return Pending(dy, x, dy.new_ones(size, dtype=dtype), *dy.new_zeros((2, size), dtype=dtype))
 
     def part(self, samples: slice) -> Pending:
         """That of some samples."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops import backend as backends
+from resdense_ext.ops.instances import backend_of
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of
 from resdense_ext.ops.operands import Fold, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
@@ -30,7 +30,7 @@ from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, PooledUnit
 __all__ = ["SCHEMA", "PooledUnitConfig", "backward", "forward", "output_like"]
 
 SCHEMA = (
-    "Tensor?[] unit, float unit_eps, bool unit_batch_stats, int unit_norm_groups, str pool, int[] windows, int groups, "
+    "Tensor?[] unit, float unit_eps, bool unit_batch_stats, int unit_norm_groups, bool unit_instance, str pool, int[] windows, int groups, "
     "str unit_activation, float unit_slope, str unit_backend, str unit_group"
 )
 
@@ -43,6 +43,7 @@ class PooledUnitConfig(NamedTuple):
     eps: float
     batch_stats: bool
     norm_groups: int
+    instance: bool
     pool: str
     windows: list[int]
     groups: int
@@ -56,7 +57,8 @@ class PooledUnitConfig(NamedTuple):
         kind, windows = unit.pool.kind, unit.pool.windows
         norm, groups = unit.norm, 1 if unit.conv is None else unit.conv.groups
         sizes = [n for sizes in windows for n in sizes]
-        return PooledUnitConfig(norm.eps, norm.batch_stats, norm.groups, kind, sizes, groups, *activation, backend, group_of([norm]))
+        of_norm = norm.eps, norm.batch_stats, norm.groups, norm.instance
+        return PooledUnitConfig(*of_norm, kind, sizes, groups, *activation, backend, group_of([norm]))
 
     def unit(self, weight, bias, mean, var, conv_weight, conv_bias) -> PooledUnit:
         """The unit as it was given, around other tensors."""
@@ -66,12 +68,17 @@ class PooledUnitConfig(NamedTuple):
         if conv_weight is not None:
             ones = (1,) * (conv_weight.dim() - 2)
             conv = Conv(conv_weight, conv_bias, (0,) * len(ones), ones, self.groups)
-        norm = BatchNorm(weight, bias, mean, var, self.batch_stats, None, self.eps, groups=self.norm_groups)
+        norm = BatchNorm(
+            weight, bias, mean, var, self.batch_stats, None, self.eps, instance=self.instance, groups=self.norm_groups
+        )
         return PooledUnit(norm, pool, conv)
 
     def fold(self, unit: PooledUnit, stats: Stats, x: Tensor) -> Fold:
-        activation = Activation(self.activation, self.slope)
-        return backends.get(self.backend).fold(unit.norm, stats, x.numel() // x.shape[1], activation)
+        backend = self.backend_for(x)
+        return backend.fold(unit.norm, stats, backend.positions(x), Activation(self.activation, self.slope))
+
+    def backend_for(self, x: Tensor) -> ReferenceBackend:
+        return backend_of(self.backend, len(x), self.instance)
 
 
 def forward(x: Tensor, unit: PooledUnit, fold: Fold, backend: ReferenceBackend) -> tuple[Tensor, Optional[Tensor]]:
@@ -126,7 +133,7 @@ def backward(
 
 def _bn_act_pool(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, list[Tensor]]:
     config = PooledUnitConfig(*numbers)
-    unit, backend = config.unit(*tensors), backends.get(config.backend)
+    unit, backend = config.unit(*tensors), config.backend_for(x)
     x = dense_map(x)
     none = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     stats = Stats(*backend.channel_stats(x)) if config.batch_stats else Stats(none, none.clone())
@@ -140,7 +147,7 @@ def _bn_act_pool(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, list[Ten
 def _bn_act_pool_backward(grad: Tensor, x: Tensor, tensors, *rest) -> list[Tensor]:
     *numbers, taps, (mean, m2, *total), needs = rest
     config = PooledUnitConfig(*numbers)
-    unit, backend = config.unit(*tensors), backends.get(config.backend)
+    unit, backend = config.unit(*tensors), config.backend_for(x)
     x = dense_map(x)
     fold = config.fold(unit, Stats(mean, m2), x)
     pending, values = backward(grad, x, taps if taps.numel() else None, unit, fold, backend, None, needs)
@@ -163,8 +170,7 @@ def _bn_act_pool_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, Tensor, lis
     out = output_like(x, tensors, config)
     taken = config.pool == "maximum" and config.backend != "reference"
     taps = empty_map(x, x.shape[1], torch.uint8, out.shape[2:]) if taken else x.new_empty(0, dtype=torch.uint8)
-    size = x.shape[1] if config.batch_stats else 0
-    stats = [x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for _ in range(2)]
+    stats = [*Stats.room(x, config.unit(*tensors).norm, len(x) if config.instance else 1)]
     return out, taps, [*stats, x.new_empty(1, dtype=torch.float64)] if config.group else stats
 
 

@@ -40,6 +40,18 @@ class ReferenceBackend:
         """The ranges of samples whose activations may be in memory at once, where there is one for a convolution to read."""
         return [slice(0, x.shape[0])]
 
+    def positions(self, x: Tensor) -> int:
+        """Over how many a channel's statistics are taken."""
+        return x.numel() // x.shape[1]
+
+    def linear(self, x: Tensor) -> Fold:
+        """The fold of no norm and no activation."""
+        return Fold.linear(x)
+
+    def pending(self, dy: Tensor, x: Tensor) -> Pending:
+        """``dy`` itself, a gradient of ``x``, to which norms may add their corrections."""
+        return Pending.of(dy, x)
+
     def fuses_moments(self, x: Tensor, conv: Conv, activation: Activation) -> bool:
         """Whether there are `moments`, `terms_of_moments` and `moments_backward`, see `resdense_ext.ops.conv1x1_bn_add_act`, for a
         1x1 convolution of stride 1 and no padding, behind this activation."""
@@ -365,7 +377,7 @@ class ReferenceBackend:
     ) -> ConvGrads:
         """Makes of the sums the norm's gradients and its correction of the gradient of ``x``."""
         if fold is None:
-            return ConvGrads(into or Pending.of(dy, x), weight, bias, None, None)
+            return ConvGrads(into or self.pending(dy, x), weight, bias, None, None)
         dgamma, beta, delta = self._correct(fold, sum_dy, sum_dy_xc, into)
         if into is None:
             # Of a layer's own: alpha is that of its norm.

@@ -27,8 +27,8 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.activation import LINEAR
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
-from resdense_ext.ops.conv1x1_bn_add_act import backward as moments_backward
 from resdense_ext.ops.convolve import convolve_backward, finished, sampling
+from resdense_ext.ops.instances import moments_backward
 from resdense_ext.ops.layout import dense_map, empty_map, memory_format_of, walkable_map
 from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.operator import EngineOperator
@@ -87,9 +87,9 @@ def _backward(
     if needs[0] and shortcut is None:
         # A single convolution still reads g while it adds to the gradient of x.
         ours = g is not grad and units > 1
-        into = Pending.of(g.to(x.dtype) if ours else g.to(x.dtype, copy=True), x)
+        into = backend.pending(g.to(x.dtype) if ours else g.to(x.dtype, copy=True), x)
     elif needs[0] and (first.norm is not None or sampling(first.conv) is not None):
-        into = Pending.of(torch.zeros_like(x), x)
+        into = backend.pending(torch.zeros_like(x), x)
     for k in reversed(range(units)):
         last = k == units - 1
         if not grads.wants_up_to(units if last else k):
@@ -102,7 +102,7 @@ def _backward(
             into = pending
     if shortcut is not None:
         source, pool = walk.projected(walk.fold(0)), shortcut.pool
-        target = into if pool is None else Pending.of(torch.zeros_like(source.x), source.x)
+        target = into if pool is None else backend.pending(torch.zeros_like(source.x), source.x)
         found = _through(
             source, walk, units + 1, upstream.pop(units + 1), target if needs[0] else None, grads, units + 1
         )
@@ -150,7 +150,7 @@ def _end(
         g = walk.backend.activation_backward(grad, mark, walk.last)
     for k in added:
         if k not in upstream:
-            upstream[k] = g if walk.has_end(k) else Pending.of(g, g)
+            upstream[k] = g if walk.has_end(k) else walk.backend.pending(g, g)
     return g, upstream
 
 
@@ -177,7 +177,7 @@ def _through(
     else:
         wants_input = grads.wants_up_to(unit - 1) or any(grads.needs[1 + 4 * unit : 3 + 4 * unit]) if inside else grads.needs[0]
         found, *of_norm = moments_backward(
-            Branch(source, walk.fold(k)), None, grad, into, wants_input, grads.wants_weight(unit)
+            Branch(source, walk.fold(k)), grad, into, wants_input, grads.wants_weight(unit)
         )
         grads.record(k, *of_norm)
     if inside:
@@ -198,7 +198,7 @@ def _behind_running_statistics(
     weight, bias, scale = source.conv.weight, source.conv.bias, fold.affine.scale
     of_rows = scale.view(-1, *[1] * (weight.dim() - 1))
     conv = source.conv._replace(weight=(weight * of_rows).to(weight.dtype), bias=None)
-    found = convolve_backward(source.backend, source.x, source.fold, conv, Pending.of(grad.g, grad.g), into, need_weight, finish)
+    found = convolve_backward(source.backend, source.x, source.fold, conv, source.backend.pending(grad.g, grad.g), into, need_weight, finish)
     of_norm = None
     if need_weight:
         G = found.weight.to(scale.dtype)
@@ -231,7 +231,8 @@ def _residual_block_fake(x: Tensor, tensors, *numbers) -> tuple[Tensor, list[Ten
     identity = x if block.shortcut is None else torch.empty_like(maps[-1])
     dtype = torch.promote_types(maps[-1].dtype, identity.dtype) if block.norm is None else maps[-1].dtype
     out = torch.empty_like(maps[-1], dtype=dtype)
-    stats = [t for z, norm in zip([*maps, identity], norms_of(block)) for t in Stats.room(z, norm)]
+    read = zip([*maps, identity], norms_of(block))
+    stats = [t for z, norm in read for t in Stats.room(z, norm, len(z) if config.instance else 1)]
     if config.group:
         stats.append(x.new_empty(len(maps) + 1, dtype=torch.float64))
     kept = [z for z, how in zip([*maps[1:], identity], config.plan) if how == "kept"]

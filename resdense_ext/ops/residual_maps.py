@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from resdense_ext import reference
-from resdense_ext.ops import backend as backends
 from resdense_ext.ops.conv1x1_bn_add_act import Pointwise, kept_for_backward
 from resdense_ext.ops.convolve import convolved
-from resdense_ext.ops.instances import are_instances, shape_of_part
+from resdense_ext.ops.instances import are_instances, backend_of, shape_of_statistics
 from resdense_ext.ops.operands import Fold, Pending, Stats
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import UNIT, conv_of, geometry_of, group_of
@@ -38,7 +37,7 @@ __all__ = [
 ]
 
 SCHEMA = (
-    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] norm_groups, int[] geometry, bool activated, int[] pool, "
+    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] norm_groups, bool instance, int[] geometry, bool activated, int[] pool, "
     "str activation, float slope, str last, float last_slope, str[] plan, str backend, str group"
 )
 
@@ -46,8 +45,8 @@ SCHEMA = (
 class ResidualBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
-    The norms' lists have a value for every unit, for the end and for the shortcut; ``geometry`` has the numbers of every
-    convolution. ``activated`` and ``pool`` are the shortcut's, the latter its windows and its ``ceil_mode`` or nothing. ``plan``
+    The norms' lists have a value for every unit, for the end and for the shortcut; ``instance`` says whether those take statistics of
+    every sample by itself; ``geometry`` has the numbers of every convolution. ``activated`` and ``pool`` are the shortcut's, the latter its windows and its ``ceil_mode`` or nothing. ``plan``
     says how backward comes by the maps 1 to n + 1, see `plan_of`, and ``group`` which ranks share the batch's statistics.
     """
 
@@ -55,6 +54,7 @@ class ResidualBlockConfig(NamedTuple):
     eps: list[float]
     batch_stats: list[bool]
     norm_groups: list[int]
+    instance: bool
     geometry: list[int]
     activated: bool
     pool: list[int]
@@ -76,6 +76,7 @@ class ResidualBlockConfig(NamedTuple):
             [0.0 if norm is None else norm.eps for norm in norms],
             [takes_stats(norm) for norm in norms],
             [0 if norm is None else norm.groups for norm in norms],
+            are_instances(norms),
             [n for _, conv in units_of(block) if conv is not None for n in geometry_of(conv)],
             block.shortcut is not None and block.shortcut.activated,
             [] if pool is None else [*(n for sizes in pool.windows for n in sizes), int(pool.ceil_mode)],
@@ -168,7 +169,7 @@ def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy
             plan.append("none")
         elif not inside and _has_moments(conv, norms[i], counts_of(shape, block)[i], dtype):
             plan.append("moments")
-        elif not inside and not norms[i].batch_stats and conv.weight.requires_grad:
+        elif not inside and not norms[i].batch_stats and conv.weight.requires_grad and not are_instances(norms):
             plan.append("weight")
         else:
             plan.append("kept" if policy == "fast" else "again")
@@ -188,7 +189,7 @@ def _trains(norm: Optional[BatchNorm]) -> bool:
 
 def cost_of(x: Tensor, block: ResidualBlock, last: Activation, dtype: torch.dtype) -> tuple[int, int]:
     """The bytes of the maps that "fast" keeps beside x and the output, and the FLOPs of those that "min" computes again."""
-    shape = shape_of_part(x.shape, are_instances(norms_of(block)))
+    shape = shape_of_statistics(x.shape, are_instances(norms_of(block)))
     plans = [plan_of(shape, block, last, policy, dtype) for policy in ("fast", "min")]
     nbytes = flops = 0
     for conv, count, fast, least in zip(convs_of(block), counts_of(x.shape, block)[1:], *plans):
@@ -215,9 +216,9 @@ class Maps:
     """The maps of a block, computed forward or again, and their statistics, taken or known."""
 
     def __init__(self, x: Tensor, block: ResidualBlock, config: ResidualBlockConfig, stats: Sequence[Tensor] = ()):
-        self.block, self.backend, self.norms = block, backends.get(config.backend), norms_of(block)
+        self.block, self.backend, self.norms = block, backend_of(config.backend, len(x), config.instance), norms_of(block)
         self.activation, self.last = config.activations
-        self.counts = counts_of(x.shape, block)
+        self.counts = counts_of(shape_of_statistics(x.shape, config.instance), block)
         self.units = len(block.units)
         self.maps: list[Optional[Tensor]] = [x] + [None] * (self.units + 1)
         self.known = bool(stats)

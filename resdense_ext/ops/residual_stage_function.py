@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -15,7 +16,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops import residual_block as engine
 from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
-from resdense_ext.ops.instances import are_instances, gathered_gradients, joined, parts_of, shape_of_part
+from resdense_ext.ops.instances import are_instances, gathered_gradients, joined, parts_of, shape_of_statistics, sizes_of_parts
 from resdense_ext.ops.layout import as_convolved
 from resdense_ext.ops.ranks import check_one_process
 from resdense_ext.ops.residual_maps import (
@@ -44,10 +45,11 @@ class ResidualStageFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, configs: Sequence[ResidualBlockConfig], blocks: Sequence[ResidualBlock], keeps: bool, x: Tensor, *flat):
         tensors = _split(flat, [UNIT * len(config.eps) for config in configs])
-        samples = len(x) if are_instances(norms_of(blocks[0])) else 0
+        apart = configs[0].instance
+        parts = sizes_of_parts(x, _largest(x.shape, blocks), apart)
         outs, kept_of_parts = [], []
         with without_autocast(x.device):
-            for part in parts_of(x, samples):
+            for part in parts_of(x, parts):
                 call = partial(_forward, part, tensors, configs, keeps)
                 xs, out, *found = engine.run.as_one(configs, [part], tensors, call, keeps)
                 stats, kept = found[::2], found[1::2]
@@ -56,9 +58,9 @@ class ResidualStageFunction(torch.autograd.Function):
                 del out
         (out,) = joined(outs)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
-        if not samples:
+        if not apart:
             _update_running_statistics(x, blocks, configs, stats)
-        ctx.configs, ctx.counts, ctx.samples = configs, [list(map(len, each)) for each in (tensors, stats, kept)], samples
+        ctx.configs, ctx.counts, ctx.parts = configs, [list(map(len, each)) for each in (tensors, stats, kept)], parts
         _, last = configs[-1].activations
         ctx.save_for_backward(out if reads_out(last) else None, x, *flat, *kept_of_parts)
         return out
@@ -83,13 +85,23 @@ class ResidualStageFunction(torch.autograd.Function):
             return engine.run_backward.as_one(numbers, [grad, out, *xs], [*tensors, *stats, *kept], call)
 
         if by_reference(grad):
-            found = _differentiable_backward(grad, x, tensors, ctx.configs, ctx.samples, asked)
+            found = _differentiable_backward(grad, x, tensors, ctx.configs, asked)
         else:
             with without_autocast(grad.device):
-                parts = map(of_part, *(parts_of(t, ctx.samples) for t in (grad, out, x)))
+                parts = map(of_part, *(parts_of(t, ctx.parts) for t in (grad, out, x)))
                 found = gathered_gradients(parts, 1)
         of_x, *values = [value if need else None for value, need in zip(found, asked)]
         return None, None, None, of_x, *beside_statistics(values)
+
+
+def _largest(shape: Sequence[int], blocks: Sequence[ResidualBlock]) -> int:
+    """The bytes of a sample's largest map."""
+    values, shape = math.prod(shape[1:]), (1, *shape[1:])
+    for block in blocks:
+        widths = (conv.weight.shape[0] for _, conv in units_of(block) if conv is not None)
+        values = max(values, max(widths) * max(counts_of(shape, block)))
+        shape = shape_behind(shape, block)
+    return blocks[0].units[0].conv.weight.itemsize * values
 
 
 def _split(flat: Iterable, sizes: Sequence[int]) -> list[list]:
@@ -154,14 +166,14 @@ def _update_running_statistics(
 
 
 @differentiable
-def _differentiable_backward(grad, x, tensors, configs, samples, needs, create_graph) -> list[Optional[Tensor]]:
+def _differentiable_backward(grad, x, tensors, configs, needs, create_graph) -> list[Optional[Tensor]]:
     """The gradients as functions that can be differentiated again, through the reference, of aliases as in a dense block's."""
     for config in configs:
         check_one_process(config.group)
     x = x.view_as(x)
     tensors = [[t if t is None else t.view_as(t) for t in of_block] for of_block in tensors]
     inputs = [x, *chain(*map(parameters_of, tensors))]
-    parts = list(parts_of(x, samples))
+    parts = x.split(1) if configs[0].instance else [x]
     for config, of_block in zip(configs, tensors):
         parts = [reference.residual_block(part, config.block(of_block), *config.activations) for part in parts]
     return gradients([torch.cat(parts)], [grad], inputs, needs, create_graph)
@@ -210,7 +222,7 @@ def _one_node(
     x = as_convolved(x, [unit.conv.weight for block in blocks for unit in block.units])
     dtype = blocks[0].units[0].conv.weight.dtype
     backend, configs = backends.choose(x, dtype).name, []
-    shape = shape_of_part(x.shape, are_instances(norms_of(blocks[0])))
+    shape = shape_of_statistics(x.shape, are_instances(norms_of(blocks[0])))
     for block, last, policy in zip(blocks, lasts, policies):
         configs.append(ResidualBlockConfig.of(block, activation, last, plan_of(shape, block, last, policy, dtype), backend))
         shape = shape_behind(shape, block)
