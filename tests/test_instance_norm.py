@@ -1,4 +1,4 @@
-"""Instance and group norms: each sample by its own statistics, on the engines that take a sample at a time, against torch's modules."""
+"""Instance and group norms: each sample by its own statistics, some samples at a time, against torch's modules."""
 
 import copy
 import warnings
@@ -15,6 +15,8 @@ from torch.autograd import gradgradcheck
 import resdense_ext as rd
 from resdense_ext import functional, reference
 from resdense_ext.functional import BatchNorm, Conv, DenseLayer, ResidualBlock, Shortcut, Unit
+from resdense_ext.ops import conv_graph_function, instances, residual_stage_function
+from resdense_ext.ops.cpu import CpuBackend
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -156,9 +158,26 @@ def silent():
         yield
 
 
+@pytest.fixture(params=["", "parts", "samples"], ids=["at once", "in parts", "one by one"])
+def share(request, monkeypatch):
+    """How many samples an engine is given, and of these a convolution: all; two and one; all, of which a convolution reads one."""
+    if request.param == "parts":
+        for module in (conv_graph_function, residual_stage_function):
+            monkeypatch.setattr(module, "sizes_of_parts", lambda x, largest, apart: [2, 1] if len(x) == 3 else [len(x)])
+    elif request.param == "samples":
+        monkeypatch.setattr(CpuBackend, "chunks", lambda self, x, conv=None: [slice(n, n + 1) for n in range(len(x))])
+
+
+@pytest.mark.parametrize("samples, largest, sizes", [(7, 6, [4, 3]), (6, 30, [1] * 6), (4, 5, [4]), (4, 0, [4]), (0, 5, [0])])
+def test_sizes_of_parts(monkeypatch, samples, largest, sizes):
+    monkeypatch.setitem(instances._TOGETHER, "cpu", 24)
+    x = torch.empty(samples, 1)
+    assert instances.sizes_of_parts(x, largest, True) == sizes and instances.sizes_of_parts(x, largest, False) == [samples]
+
+
 class TestNumbers:
     @pytest.mark.parametrize("rank, samples, affine", [(1, 3, False), (2, 1, True), (2, 3, True), (2, 3, False), (3, 3, True)])
-    def test_in_float64(self, kind, rank, samples, affine, group, policy):
+    def test_in_float64(self, kind, rank, samples, affine, group, policy, share):
         stock, x = network(kind, rank=rank, affine=affine, group=group), images(samples, 4, *SIZES[rank])
         model, state = converted(stock, policy), stock.state_dict()
         run = module_run(stock)
@@ -167,6 +186,17 @@ class TestNumbers:
             assert_within_noise(module_run(model.train(training))({"x": x.clone()}, state), expected, noise)
             with torch.no_grad():
                 assert_within_noise({"output": model(x)}, {"output": expected["output"]}, noise)
+
+    @pytest.mark.parametrize("name", ["reference", "cpu"])
+    def test_channels_last(self, kind, name, group, policy, share):
+        """No map has its samples' channels one behind another then."""
+        stock, x = network(kind, group=group), images(3, 4, 9, 7).to(memory_format=torch.channels_last)
+        model, state, run = converted(stock, policy), stock.state_dict(), module_run(stock)
+        if name == "cpu" and instances.backends.get("cpu").refusal(x, x.dtype):
+            pytest.skip("the CPU library is not built")
+        with rd.use_backend(name):
+            ours = module_run(model)({"x": x.clone()}, state)
+        assert_within_noise(ours, run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state))
 
     @pytest.mark.parametrize("rank, group", [(1, 0), (2, 0), (3, 0), (2, 2), (3, 2)])
     @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

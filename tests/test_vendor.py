@@ -8,6 +8,7 @@ import pytest
 import test_primitives
 import torch
 from test_dense_block import POLICIES, maps, random_block, state, stock_of
+from test_instance_norm import NETS, network
 from test_residual_block import BLOCKS, Block, input_of
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 
@@ -240,3 +241,12 @@ def test_what_a_dense_layer_takes():
     vendors = "aten::mm", "aten::bmm", "aten::convolution", "aten::convolution_backward"
     assert not any(e.name in vendors for e in (*forward, *backward))
     assert max(e.self_cpu_memory_usage for e in (*forward, *backward)) <= x.numel() * 2 // 2
+
+
+@pytest.mark.parametrize("group", [0, 2], ids=["instance", "groups"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
+def test_instance_and_group_norms(kind, channels_last, policy, group, way):
+    stock = network(kind, group=group)
+    agrees(rd.convert(copy.deepcopy(stock), policy), stock, maps((3, 4, 9, 7), channels_last).double(), torch.float64)

@@ -45,8 +45,8 @@ def are_instances(norms: Iterable[Optional[BatchNorm]]) -> bool:
 def sizes_of_parts(x: Tensor, largest: int, apart: bool) -> list[int]:
     """How many samples an engine is given at a time, where the largest map of a sample has so many bytes; unless they are to be
     normalised ``apart``, all."""
-    most = max(1, _TOGETHER.get(x.device.type, _TOGETHER["cuda"]) // max(largest, 1)) if apart else len(x)
-    parts = -(-len(x) // most)
+    most = max(1, _TOGETHER.get(x.device.type, _TOGETHER["cuda"]) // max(largest, 1))
+    parts = max(1, -(-len(x) // most)) if apart else 1
     return [len(x) // parts + (i < len(x) % parts) for i in range(parts)]
 
 
