@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import test_primitives
 import torch
 from test_dense_block import POLICIES, maps, random_block, state, stock_of
-from test_instance_norm import NETS, network
+from test_instance_norm import NETS, Chain, Concatenation, group, network  # noqa: F401
 from test_residual_block import BLOCKS, Block, input_of
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resdense_ext as rd
 from resdense_ext.ops import out_of_memory, vendor
@@ -243,10 +245,36 @@ def test_what_a_dense_layer_takes():
     assert max(e.self_cpu_memory_usage for e in (*forward, *backward)) <= x.numel() * 2 // 2
 
 
-@pytest.mark.parametrize("group", [0, 2], ids=["instance", "groups"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", NETS, ids=lambda kind: kind.__name__)
 def test_instance_and_group_norms(kind, channels_last, policy, group, way):
     stock = network(kind, group=group)
     agrees(rd.convert(copy.deepcopy(stock), policy), stock, maps((3, 4, 9, 7), channels_last).double(), torch.float64)
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is called, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            self.names[str(func)] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [Chain, Concatenation], ids=lambda kind: kind.__name__)
+def test_more_samples_take_no_more_calls(kind, group):
+    """Where the channels of one lie behind those of the one before. Each call is a launch or some."""
+    calls = Calls(), Calls()
+    for counted, samples in zip(calls, (2, 5)):
+        net, x = rd.convert(network(kind, group=group)), maps((samples, 4, 9, 7), False).double()
+        with counted:
+            net(x).sum().backward()
+    few, many = (counted.names for counted in calls)
+    # Of a piece of a concatenation samples do not lie so, when it is written there.
+    pieces = {"resdense.bn_act.default": 3} if kind is Concatenation else {}
+    assert many - few == pieces and not few - many
