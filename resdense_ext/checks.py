@@ -19,6 +19,7 @@ from resdense_ext.reference import (
     Pool,
     PooledUnit,
     ResidualBlock,
+    TransposedConv,
     Unit,
 )
 
@@ -484,16 +485,15 @@ def _check_writable(where: str, buffer: Tensor) -> None:
         raise ValueError(f"{where}: expected a buffer that training can update, got an expanded one (stride 0)")
 
 
-def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optional[torch.dtype]) -> int:
+def _check_conv(where: str, conv: Conv | TransposedConv, channels: int, x: Tensor, dtype: Optional[torch.dtype]) -> int:
     weight, rank = conv.weight, x.dim() - 2
     _check_is_tensor(f"{where}.weight", weight)
     if weight.dim() != x.dim():
         raise ValueError(f"{where}.weight: expected {x.dim()} dimensions as x has, got {weight.dim()}: {tuple(weight.shape)}")
-    if weight.shape[1] * conv.groups != channels or weight.shape[0] % conv.groups:
-        raise ValueError(
-            f"{where}.weight: expected [K, {channels} / groups, *kernel] with K a multiple of groups = {conv.groups}, "
-            f"got {tuple(weight.shape)}"
-        )
+    transposed = isinstance(conv, TransposedConv)
+    if (weight.shape[0] if transposed else weight.shape[1] * conv.groups) != channels or weight.shape[0] % conv.groups:
+        expected = f"[{channels}, K / groups, *kernel]" if transposed else f"[K, {channels} / groups, *kernel] with K"
+        raise ValueError(f"{where}.weight: expected {expected} a multiple of groups = {conv.groups}, got {tuple(weight.shape)}")
     if len(conv.padding) != rank or len(conv.dilation) != rank or len(conv.steps) != rank:
         raise ValueError(
             f"{where}: expected padding and dilation of {rank} numbers each, and as many of the stride or none, "
@@ -504,14 +504,14 @@ def _check_conv(where: str, conv: Conv, channels: int, x: Tensor, dtype: Optiona
             f"{where}: expected padding of 0 or more, dilation and stride of 1 or more, "
             f"got {conv.padding}, {conv.dilation} and {conv.steps}"
         )
-    if conv.bias is not None and conv.bias.shape != weight.shape[:1]:
-        raise ValueError(f"{where}.bias: expected shape ({weight.shape[0]},), got {tuple(conv.bias.shape)}")
+    if conv.bias is not None and conv.bias.shape != (conv.channels,):
+        raise ValueError(f"{where}.bias: expected shape ({conv.channels},), got {tuple(conv.bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", conv.bias)):
         if tensor is not None:
             _check_device(f"{where}.{name}", tensor, x)
             if dtype is not None and tensor.dtype != dtype:
                 raise TypeError(f"{where}.{name}: expected dtype {dtype}, got {tensor.dtype}")
-    return weight.shape[0]
+    return conv.channels
 
 
 def _check_keeps_size(where: str, conv: Conv) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "PooledUnit",
     "ResidualBlock",
     "Shortcut",
+    "TransposedConv",
     "Unit",
     "accumulation_dtype",
     "activate",
@@ -116,6 +117,11 @@ class Conv(NamedTuple):
         return self.stride or (1,) * (self.weight.dim() - 2)
 
     @property
+    def channels(self) -> int:
+        """Of the new map."""
+        return self.weight.shape[0]
+
+    @property
     def keeps_size(self) -> bool:
         """Whether every position stays in its place."""
         for kernel, padding, dilation, step in zip(self.weight.shape[2:], self.padding, self.dilation, self.steps):
@@ -129,6 +135,36 @@ class Conv(NamedTuple):
         return tuple(
             (size + 2 * padding - dilation * (kernel - 1) - 1) // step + 1
             for size, kernel, step, padding, dilation in windows
+        )
+
+
+class TransposedConv(NamedTuple):
+    """As `Conv`, the gradient of one: ``weight`` is ``[C, K / groups, *kernel]``. Only graphs of convolutions have such ones."""
+
+    weight: Tensor
+    bias: Optional[Tensor] = None
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    stride: tuple[int, ...] = (1, 1)
+    output_padding: tuple[int, ...] = (0, 0)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The stride."""
+        return self.stride
+
+    @property
+    def channels(self) -> int:
+        """Of the new map."""
+        return self.groups * self.weight.shape[1]
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the new map."""
+        windows = zip(sizes, self.weight.shape[2:], self.steps, self.padding, self.dilation, self.output_padding)
+        return tuple(
+            (size - 1) * step - 2 * padding + dilation * (kernel - 1) + more + 1
+            for size, kernel, step, padding, dilation, more in windows
         )
 
 
@@ -211,7 +247,7 @@ class ConvGraph(NamedTuple):
     normalises one map, for whoever reads it so. ``slopes`` are the weights of PReLUs, a value for all channels or one for each.
     """
 
-    convs: tuple[Conv, ...]
+    convs: tuple[Conv | TransposedConv, ...]
     reads: tuple[tuple[Piece, ...], ...]
     norms: tuple[BatchNorm, ...]
     outputs: tuple[tuple[Piece, ...], ...]
@@ -375,7 +411,10 @@ def pending_grad(dy: Tensor, z: Tensor, alpha: Tensor, beta: Tensor, delta: Tens
     return (wide + per_channel(delta, dy)).to(dy.dtype)
 
 
-def convolution(x: Tensor, conv: Conv) -> Tensor:
+def convolution(x: Tensor, conv: Conv | TransposedConv) -> Tensor:
+    if isinstance(conv, TransposedConv):
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.dim() - 3]
+        return function(x, conv.weight, conv.bias, conv.steps, conv.padding, conv.output_padding, conv.groups, conv.dilation)
     function = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
     return function(x, conv.weight, conv.bias, conv.steps, conv.padding, conv.dilation, conv.groups)
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import test_primitives
+import test_transposed
 import torch
 from test_dense_block import POLICIES, maps, random_block, state, stock_of
 from test_instance_norm import NETS, Chain, Concatenation, group, network  # noqa: F401
@@ -251,6 +252,14 @@ def test_what_a_dense_layer_takes():
 def test_instance_and_group_norms(kind, channels_last, policy, group, way):
     stock = network(kind, group=group)
     agrees(rd.convert(copy.deepcopy(stock), policy), stock, maps((3, 4, 9, 7), channels_last).double(), torch.float64)
+
+
+@pytest.mark.parametrize("norm", test_transposed.NORMS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_transposed_convolutions(channels_last, policy, norm, way):
+    stock = test_transposed.network(norm=norm)
+    agrees(rd.convert(copy.deepcopy(stock), policy), stock, maps((3, 4, 10, 8), channels_last).double(), torch.float64)
 
 
 class Calls(TorchDispatchMode):

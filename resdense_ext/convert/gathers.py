@@ -151,7 +151,7 @@ class _Finder:
         return self.reader.is_a(node, *kinds) and node not in self.taken
 
     def _is_candidate(self, node: Node) -> bool:
-        return self.is_a(node, "conv") and self.reader.modules[node.target].padding_mode == "zeros"
+        return self.is_a(node, "conv", "transposed conv") and self.reader.modules[node.target].padding_mode == "zeros"
 
     def _homes(self) -> dict[Node, _Home]:
         homes: dict[Node, _Home] = {}

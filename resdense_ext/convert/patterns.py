@@ -94,6 +94,7 @@ class Match(NamedTuple):
 
 _KINDS = {
     "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "transposed conv": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
     "activation apart": APART,
     "dropout": nn.modules.dropout._DropoutNd,
@@ -124,14 +125,13 @@ _NEW = (
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.bernoulli),
 )
 """These make memory that has nothing of their operands'."""
-_FRESH_KINDS = ("norm", "activation", "activation apart", "conv", "pool")
+_FRESH_KINDS = ("norm", "activation", "activation apart", "conv", "transposed conv", "pool")
 _FRESH_LAYERS = (
     nn.Linear,
     nn.Bilinear,
     nn.Embedding,
     nn.LayerNorm,
     nn.GroupNorm,
-    nn.modules.conv._ConvTransposeNd,
 )
 """Of torch's, these never return their input, nor a view of it."""
 _DROPS_OF_PATHS = (

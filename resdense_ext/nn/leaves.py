@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, TransposedConv
 
 __all__ = [
     "APART",
@@ -23,6 +23,7 @@ __all__ = [
     "check_keeps_size",
     "check_untouched",
     "conv_of",
+    "graphs_conv_of",
     "is_frozen_norm",
     "is_instance_norm",
     "is_norm",
@@ -48,6 +49,7 @@ _INSTANCE = {
     nn.BatchNorm3d: nn.InstanceNorm3d,
 }
 """The instance norm of the maps that such a batch norm takes."""
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = {*NORM_BESIDE, *NORM_BESIDE.values(), *_INSTANCE.values(), nn.GroupNorm}
 _HARMLESS = {
     *("__init__", "reset_parameters", "extra_repr", "__module__", "__doc__", "__annotations__"),
@@ -262,6 +264,18 @@ def conv_of(conv: nn.Module) -> Conv:
     if any(padding) and conv.padding_mode != "zeros":
         raise Unsupported(f"pads with {conv.padding_mode!r}", conv)
     return Conv(weight, bias, padding, dilation, conv.groups, stride)
+
+
+def graphs_conv_of(conv: nn.Module) -> Conv | TransposedConv:
+    """`conv_of`, but also of the transposed ones that only graphs of convolutions take."""
+    if type(conv) not in _TRANSPOSED:
+        return conv_of(conv)
+    check_untouched(conv)
+    weight, bias = _registered(conv, conv._parameters, _PARAMETERS)
+    padding, dilation, stride, more = (
+        _sizes(value, weight.dim() - 2) for value in (conv.padding, conv.dilation, conv.stride, conv.output_padding)
+    )
+    return TransposedConv(weight, bias, padding, dilation, conv.groups, stride, more)
 
 
 def pair_of(first: nn.Module, second: nn.Module, channels: int) -> Conv:

@@ -17,6 +17,7 @@ from resdense_ext.nn.leaves import (
     check_keeps_size,
     check_untouched,
     conv_of,
+    graphs_conv_of,
     layer_class,
     norm_of,
     own_norm_of,
@@ -173,8 +174,8 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     """
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
-    convs = tuple(conv_of(conv) for conv, _ in modules.convs)
-    beside = NORM_BESIDE[layer_class(modules.convs[0][0])]
+    convs = tuple(graphs_conv_of(conv) for conv, _ in modules.convs)
+    beside = NORMS[convs[0].weight.dim() - 2]
     reads = [*(read for _, read in modules.convs), *modules.outputs]
     pairs = [(of.norm, of.activation) for read in reads for of in (read, *read.pieces)]
     activations, slopes = {None: Activation("identity")}, []
@@ -187,7 +188,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     check_one_group(norms.values())
 
     def graph(widths: Sequence[int]) -> ConvGraph:
-        widths = [*widths, *(conv.weight.shape[0] for conv in convs)]
+        widths = [*widths, *(conv.channels for conv in convs)]
         split: list[BatchNorm] = []
         shared: dict[nn.Module, int] = {}
 

@@ -34,7 +34,7 @@ from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.split_unit import split_conv
 from resdense_ext.ops.units import Gradients
-from resdense_ext.reference import Conv, ConvGraph, Piece
+from resdense_ext.reference import Conv, ConvGraph, Piece, TransposedConv
 
 __all__ = ["backward", "forward"]
 
@@ -135,11 +135,11 @@ class _Maps:
                 self.backend.bn_act(map_beside(part, x), fold.affine, part)
         return out
 
-    def reads_maps(self, pieces: Sequence[Piece], conv: Conv) -> bool:
+    def reads_maps(self, pieces: Sequence[Piece], conv: Conv | TransposedConv) -> bool:
         """Whether the convolution can read the maps themselves, and apply norms and activations to them."""
         return all(self.maps[piece.map].dtype == conv.weight.dtype and not is_apart(piece.activation) for piece in pieces)
 
-    def read(self, pieces: Sequence[Piece], conv: Conv) -> tuple[Tensor, Optional[Fold]]:
+    def read(self, pieces: Sequence[Piece], conv: Conv | TransposedConv) -> tuple[Tensor, Optional[Fold]]:
         if len(pieces) == 1 and self.reads_maps(pieces, conv):
             return self.maps[pieces[0].map], self.fold(pieces[0])
         return self.gather(pieces, conv.weight.dtype), None
@@ -155,7 +155,7 @@ class _Backward(_Maps):
         self.found = Gradients(needs, self.sources)
         self.grads: list[Optional[Pending]] = [None] * len(maps)
         self.widths = [None if x is None else x.shape[1] for x in maps[: self.sources]]
-        self.widths += [conv.weight.shape[0] for conv in graph.convs]
+        self.widths += [conv.channels for conv in graph.convs]
         self.normed = set(map_of_norm(graph).values())
         self.readers, self.centered = [0] * len(maps), [True] * len(maps)
         for piece in pieces_of(graph):
@@ -244,18 +244,20 @@ class _Backward(_Maps):
             self.spread(pieces, of_gathered)
         self.maps[self.sources + i] = None  # the gradient went past it
 
-    def _parts(self, pieces: Sequence[Piece], conv: Conv, grad: Tensor | Pending) -> list[Conv]:
+    def _parts(
+        self, pieces: Sequence[Piece], conv: Conv | TransposedConv, grad: Tensor | Pending
+    ) -> list[Conv | TransposedConv]:
         """A convolution of every piece, of two whose sum is ``conv``: nothing is gathered then, and no gradient taken apart. None
         where kernels finish the gradient, or of more pieces, of which the products would be small."""
         if not self.reads_maps(pieces, conv):
             return []
         if len(pieces) == 1:
             return [conv]
-        two = len(pieces) == 2 and conv.groups == 1 and isinstance(grad, Tensor)
+        two = len(pieces) == 2 and isinstance(conv, Conv) and conv.groups == 1 and isinstance(grad, Tensor)
         return split_conv(conv, [self.widths[piece.map] for piece in pieces]) if two else []
 
     def _through_map(
-        self, piece: Piece, conv: Conv, grad: Tensor | Pending, need_weight: bool, centered: bool
+        self, piece: Piece, conv: Conv | TransposedConv, grad: Tensor | Pending, need_weight: bool, centered: bool
     ) -> ConvGrads:
         """Through a convolution that reads one piece."""
         into = self._into(piece.map, sampling(conv) is not None)

@@ -114,7 +114,7 @@ def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[]
 
 def _largest(sources: Sequence[Tensor], graph: ConvGraph) -> int:
     """The bytes of a sample's largest map."""
-    widths = *(x.shape[1] for x in sources), *(conv.weight.shape[0] for conv in graph.convs)
+    widths = *(x.shape[1] for x in sources), *(conv.channels for conv in graph.convs)
     values = map(operator.mul, widths, positions_of([x[:1] for x in sources], graph))
     return graph.convs[0].weight.itemsize * max(values)
 

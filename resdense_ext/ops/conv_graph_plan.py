@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops.units import GRADS, Gradients
-from resdense_ext.reference import ConvGraph, Piece
+from resdense_ext.reference import ConvGraph, Piece, TransposedConv
 
 __all__ = ["Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of"]
 
@@ -91,7 +91,7 @@ def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool]
         return read
     # What comes out of a frozen front is kept: it takes no more than what it is made of.
     given = frozenset(of for of in read if of < count or not wanted.maps[of])
-    values = tuple(n * conv.weight.shape[0] for n, conv in zip(positions_of(sources, graph)[count:], graph.convs))
+    values = tuple(n * conv.channels for n, conv in zip(positions_of(sources, graph)[count:], graph.convs))
     kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
     return kept | {of for of in made_for(graph.reads, count, read, kept) if of < count}
 
@@ -104,10 +104,12 @@ def cost_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> 
     needs = [t is not None and t.requires_grad for t in (*sources, *parameters)]
     fast, least = (kept_maps(sources, graph, needs, policy) for policy in ("fast", "min"))
     made = made_for(graph.reads, len(sources), fast, least)
+    positions = positions_of(sources, graph)
     nbytes = flops = 0
-    for of, (conv, positions) in enumerate(zip(graph.convs, positions_of(sources, graph)[len(sources) :]), len(sources)):
-        nbytes += (of in fast - least) * positions * conv.weight.shape[0] * dtype.itemsize
-        flops += (of in made) * 2 * positions * conv.weight.numel()
+    for of, (conv, pieces) in enumerate(zip(graph.convs, graph.reads), len(sources)):
+        nbytes += (of in fast - least) * positions[of] * conv.channels * dtype.itemsize
+        multiplied = positions[pieces[0].map if isinstance(conv, TransposedConv) else of]
+        flops += (of in made) * 2 * multiplied * conv.weight.numel()
     return nbytes, flops
 
 

@@ -1,18 +1,29 @@
-"""A convolution by a backend's primitives, on those positions of its input alone that it reads."""
+"""A convolution by a backend's primitives, on those positions of its input alone that it reads; a transposed one by the framework's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from resdense_ext.ops.layout import dense_map
+from resdense_ext import reference
+from resdense_ext.ops.layout import dense_map, memory_format_of
 from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
-from resdense_ext.reference import BatchNorm, Conv
+from resdense_ext.reference import BatchNorm, Conv, TransposedConv
 
-__all__ = ["convolve", "convolve_backward", "convolved", "finished", "is_matrix_product", "sampled", "sampling"]
+__all__ = [
+    "convolve",
+    "convolve_backward",
+    "convolved",
+    "finished",
+    "is_matrix_product",
+    "sampled",
+    "sampling",
+    "through_memory",
+]
 
 
 def is_matrix_product(conv: Conv) -> bool:
@@ -21,9 +32,9 @@ def is_matrix_product(conv: Conv) -> bool:
     return conv.groups == 1 and conv.weight.numel() == outputs * inputs and conv.keeps_size
 
 
-def sampling(conv: Conv) -> Optional[tuple[slice, ...]]:
+def sampling(conv: Conv | TransposedConv) -> Optional[tuple[slice, ...]]:
     """The positions that a strided convolution of kernel size 1 reads: of these alone it has stride 1. None for any other."""
-    if any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
+    if isinstance(conv, TransposedConv) or any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
         return None
     return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
 
@@ -43,29 +54,77 @@ def convolve(
 
 
 def convolved(
-    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv, reader: Optional[BatchNorm]
+    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], conv: Conv | TransposedConv, reader: Optional[BatchNorm]
 ) -> tuple[Tensor, Stats]:
     """See `ReferenceBackend.convolved`."""
+    if isinstance(conv, TransposedConv):
+        a = x if fold is None else backend.bn_act(x, fold.affine)
+        z = reference.convolution(a.to(conv.weight.dtype), conv).contiguous(memory_format=memory_format_of(x))
+        wanted = reader is not None and reader.batch_stats
+        return z, Stats(*backend.channel_stats(z)) if wanted else Stats.room(z, None)
     x, conv = sampled(x, conv)
     return backend.convolved(x, None if fold is None else fold.affine, conv, reader)
 
 
 def finished(
-    backend: ReferenceBackend, x: Tensor, conv: Conv, grad: Tensor | Pending, need_weight: bool
+    backend: ReferenceBackend, x: Tensor, conv: Conv | TransposedConv, grad: Tensor | Pending, need_weight: bool
 ) -> Tensor | Pending:
     """A gradient that nobody but the convolution's backward reads, as that wants it: what it would finish in a pass and in memory of
     its own is finished in place."""
     if sampling(conv) is not None:
         conv = conv._replace(stride=())
-    pends = isinstance(grad, Pending) and not backend.takes_pending(x, conv, need_weight)
-    return backend.pending_grad_(grad) if pends else grad
+    if not isinstance(grad, Pending) or (isinstance(conv, Conv) and backend.takes_pending(x, conv, need_weight)):
+        return grad
+    return backend.pending_grad_(grad)
+
+
+def through_memory(
+    backend: ReferenceBackend,
+    x: Tensor,
+    fold: Optional[Fold],
+    grad: Tensor | Pending,
+    into: Optional[Pending],
+    through: Callable[[Tensor, Tensor], tuple[Tensor, Optional[Tensor], Optional[Tensor]]],
+) -> ConvGrads:
+    """As `ReferenceBackend.bn_act_conv_backward`, of what is activated in memory: ``through(a, grad)`` takes the finished gradient
+    to that, in its layout, and to the weight and the bias."""
+    a = x if fold is None else backend.bn_act(x, fold.affine)
+    dx, weight, bias = through(a, backend.pending_grad(grad) if isinstance(grad, Pending) else grad)
+    del a, grad
+    if fold is not None:
+        return backend.norm_act_backward(dx, x, fold, into)._replace(weight=weight, bias=bias)
+    if into is None:
+        into = backend.pending(dx, x)
+    else:
+        into.dy.add_(dx)
+    return ConvGrads(into, weight, bias, None, None)
+
+
+def _transposed_backward(
+    x: Tensor, conv: TransposedConv, grad: Tensor, need_weight: bool
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    dtype, need_bias = conv.weight.dtype, need_weight and conv.bias is not None
+    dx, weight, bias = torch.ops.aten.convolution_backward(
+        grad.to(dtype),
+        x.to(dtype),
+        conv.weight,
+        [conv.channels] if need_bias else None,
+        conv.steps,
+        conv.padding,
+        conv.dilation,
+        True,
+        conv.output_padding,
+        conv.groups,
+        [True, need_weight, need_bias],
+    )
+    return dx.to(x.dtype).contiguous(memory_format=memory_format_of(x)), weight, bias
 
 
 def convolve_backward(
     backend: ReferenceBackend,
     x: Tensor,
     fold: Optional[Fold],
-    conv: Conv,
+    conv: Conv | TransposedConv,
     grad: Tensor | Pending,
     into: Optional[Pending],
     need_weight: bool,
@@ -81,6 +140,8 @@ def convolve_backward(
         bias, conv = torch.zeros_like(conv.bias), conv._replace(bias=None)
         found = convolve_backward(backend, x, fold, conv, grad, into, need_weight, finish)
         return found._replace(bias=bias if need_weight else None)
+    if isinstance(conv, TransposedConv):
+        return through_memory(backend, x, fold, grad, into, lambda a, dz: _transposed_backward(a, conv, dz, need_weight))
     at = sampling(conv)
     x, conv = sampled(x, conv)
     if at is None or into is None:

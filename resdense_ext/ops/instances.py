@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resdense_ext.ops import backend as backends, conv1x1_bn_add_act
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
+from resdense_ext.ops.convolve import through_memory
 from resdense_ext.ops.layout import empty_map
 from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
@@ -245,19 +246,13 @@ class _Instances(ReferenceBackend):
         self, x: Tensor, fold: Optional[Fold], conv: Conv, grad: Tensor | Pending, into: Optional[Pending], need_weight: bool
     ) -> ConvGrads:
         """`bn_act_conv_backward` by the other backend's of what the convolution reads, which is in memory."""
-        a = x if fold is None else self.bn_act(x, fold.affine)
-        upstream = self.pending_grad(grad) if isinstance(grad, Pending) else grad
-        if self._one.takes_pending(a, conv, need_weight):
-            upstream = Pending.of(upstream, upstream)
-        (dy, *_), weight, bias, *_ = self._one.bn_act_conv_backward(a, None, conv, upstream, None, need_weight)
-        del a, upstream
-        if fold is not None:
-            return self.norm_act_backward(dy, x, fold, into)._replace(weight=weight, bias=bias)
-        if into is None:
-            into = self.pending(dy, x)
-        else:
-            into.dy.add_(dy)
-        return ConvGrads(into, weight, bias, None, None)
+
+        def through(a: Tensor, dz: Tensor) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+            upstream = Pending.of(dz, dz) if self._one.takes_pending(a, conv, need_weight) else dz
+            (dx, *_), weight, bias, *_ = self._one.bn_act_conv_backward(a, None, conv, upstream, None, need_weight)
+            return dx, weight, bias
+
+        return through_memory(self, x, fold, grad, into, through)
 
     def moments_backward(
         self, branch: Branch, g: Tensor, into: Optional[Pending], need_input: bool, need_weight: bool
