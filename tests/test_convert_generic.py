@@ -995,6 +995,9 @@ class Chained:
     def an_activation_alone_in_between(self, x):
         return self.second(self.c.conv(self.first(self.b.conv(self.a(x)))))
 
+    def an_activation_that_is_added(self, x):
+        return self.relu(self.a.norm(self.a.conv(x))) + x * self.relu(self.b.norm(self.b.conv(x)))
+
     def several_read_a_map(self, x):
         z = self.a.conv(x)
         y = self.relu(self.a.norm(z))

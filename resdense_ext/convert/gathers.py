@@ -116,7 +116,10 @@ class _Group:
             spared = sum(self.finder.reader.modules[conv.target].in_channels for conv in gathered)
             return spared > sum(map(self.finder.width, more | ends))
         read = [of for gather in self.convs.values() for of in (*gather.pieces, gather)]
-        return not alone and any(self.finder.keeps_map(of) and (of.activation or of.norm) not in outputs for of in read)
+        spares = [of for of in read if (of.activation or of.norm) not in outputs]
+        # What an activation keeps besides, where nothing that reads it keeps it anyhow.
+        spares += [of for node, of in given if of.norm and of.activation and all(map(self.finder.keeps_nothing, node.users))]
+        return not alone and any(map(self.finder.keeps_map, spares))
 
     def nodes(self) -> set[Node]:
         nodes = {node for gather in self.convs.values() for node in gather.nodes} | set(self.convs)
