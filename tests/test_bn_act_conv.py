@@ -41,6 +41,14 @@ def test_numbers(backend, kind, channels_last, training):
     agree_in_float64(unit_of(kind).train(training), maps((3, 6, 8, 7), channels_last))
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["1x1", "3x3"])
+def test_channels_around_samples(backend, kind, rank):
+    """No kernel walks such a map: a gradient that lay as it does would seem to overlap itself."""
+    x = maps((6, 3, 7, 5, 6)[: rank + 2]).transpose(0, 1)
+    agree_in_float64(unit_of(kind, rank), x)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("kind", UNITS)
 def test_numbers_in_one_and_three_dimensions(backend, kind, rank):

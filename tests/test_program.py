@@ -27,6 +27,7 @@ from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.cuda import CudaBackend
 from resdense_ext.ops.program import Recorder, Unrecordable
 from resdense_ext.ops.reference_backend import ReferenceBackend
+from resdense_ext.reference import Activation, ConvGraph, Piece
 
 pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
 
@@ -152,7 +153,27 @@ def graph(policy):
     return Graph(), images(2, 5, 6, 4).float(), {"conv_graph", "conv_graph_backward"}
 
 
-SUBJECTS = {"dense": dense, "dense block": lonely_block, "dual path": dual_path, "end": end, "graph": graph} | {
+class Added(torch.nn.Module):
+    """A graph of which two outputs are added, so that they have one gradient."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.norm, self.policy = torch.nn.BatchNorm2d(4), policy
+
+    def forward(self, x):
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+        convs = tuple(functional.Conv(conv.weight.to(dtype), conv.bias.to(dtype), (1, 1)) for conv in self.convs)
+        reads = (Piece(0),), (Piece(1, 0, Activation()),), (Piece(0),)
+        norm = functional.BatchNorm(self.norm.weight, self.norm.bias)
+        return torch.add(*conv_graph_function.conv_graph([x], ConvGraph(convs, reads, (norm,), ((Piece(2),), (Piece(3),))), self.policy))
+
+
+def added(policy):
+    return Added(policy), images(2, 4, 6, 5).float(), {"conv_graph", "conv_graph_backward"}
+
+
+SUBJECTS = {"dense": dense, "dense block": lonely_block, "dual path": dual_path, "end": end, "graph": graph, "added": added} | {
     kind: residual(kind) for kind in ("basic down", "bottleneck", "bottleneck down", "grouped", "pre bottleneck")
 }
 

@@ -88,8 +88,11 @@ class ConvGraphFunction(torch.autograd.Function):
                 return backward(upstream, list(maps), _around(ctx.graph, tensors), of_samples, stats, needs)
 
             layouts = tuple(map(layout_of, (*upstream, *maps[:count])))
-            key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, tuple(x is None for x in maps)
-            return _run(backend, key, (upstream, maps, tensors, vectors), call)
+            # Of an addition, say, the gradients of both operands are one.
+            grads = list({id(grad): grad for grad in upstream}.values())
+            given = tuple(next(i for i, grad in enumerate(grads) if grad is of) for of in upstream)
+            key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, given, tuple(x is None for x in maps)
+            return _run(backend, key, (grads, maps, tensors, vectors), call)
 
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)

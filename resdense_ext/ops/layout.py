@@ -40,11 +40,13 @@ def _is_channels_last_weight(weight: Tensor) -> bool:
 
 def is_map(x: Tensor) -> bool:
     """Whether the compiled kernels can walk ``x``: positions of one stride, and these or the channels adjacent, as in a dense
-    map or a slice of its channels."""
+    map or a slice of its channels, and samples one behind another."""
     outer = [(size, stride) for size, stride in zip(x.shape[2:], x.stride()[2:]) if size != 1]
     nested = all(stride == size * inner for (_, stride), (size, inner) in zip(outer, outer[1:]))
     adjacent = x.shape[1] == 1 or memory_format_of(x) != torch.contiguous_format or not outer or outer[-1][1] == 1
-    return nested and adjacent
+    samples, channels = x.stride()[:2]
+    apart = samples == 0 or samples >= channels or 1 in x.shape[:2]
+    return nested and adjacent and apart
 
 
 def is_dense(x: Tensor) -> bool:
