@@ -34,7 +34,8 @@ def is_matrix_product(conv: Conv) -> bool:
 
 def sampling(conv: Conv | TransposedConv) -> Optional[tuple[slice, ...]]:
     """The positions that a strided convolution of kernel size 1 reads: of these alone it has stride 1. None for any other."""
-    if isinstance(conv, TransposedConv) or any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps):
+    whole = any(size != 1 for size in conv.weight.shape[2:]) or any(conv.padding) or all(step == 1 for step in conv.steps)
+    if whole or isinstance(conv, TransposedConv):
         return None
     return (slice(None), slice(None), *(slice(None, None, step) for step in conv.steps))
 
