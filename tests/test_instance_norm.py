@@ -163,7 +163,7 @@ def share(request, monkeypatch):
     """How many samples an engine is given, and of these a convolution: all; two and one; all, of which a convolution reads one."""
     if request.param == "parts":
         for module in (conv_graph_function, residual_stage_function):
-            monkeypatch.setattr(module, "sizes_of_parts", lambda x, largest, apart: [2, 1] if len(x) == 3 else [len(x)])
+            monkeypatch.setattr(module, "sizes_of_parts", lambda x, largest: [2, 1] if len(x) == 3 else [len(x)])
     elif request.param == "samples":
         monkeypatch.setattr(CpuBackend, "chunks", lambda self, x, conv=None: [slice(n, n + 1) for n in range(len(x))])
 
@@ -171,8 +171,7 @@ def share(request, monkeypatch):
 @pytest.mark.parametrize("samples, largest, sizes", [(7, 6, [4, 3]), (6, 30, [1] * 6), (4, 5, [4]), (4, 0, [4]), (0, 5, [0])])
 def test_sizes_of_parts(monkeypatch, samples, largest, sizes):
     monkeypatch.setitem(instances._TOGETHER, "cpu", 24)
-    x = torch.empty(samples, 1)
-    assert instances.sizes_of_parts(x, largest, True) == sizes and instances.sizes_of_parts(x, largest, False) == [samples]
+    assert instances.sizes_of_parts(torch.empty(samples, 1), largest) == sizes
 
 
 class TestNumbers:

@@ -166,7 +166,8 @@ class Added(torch.nn.Module):
         convs = tuple(functional.Conv(conv.weight.to(dtype), conv.bias.to(dtype), (1, 1)) for conv in self.convs)
         reads = (Piece(0),), (Piece(1, 0, Activation()),), (Piece(0),)
         norm = functional.BatchNorm(self.norm.weight, self.norm.bias)
-        return torch.add(*conv_graph_function.conv_graph([x], ConvGraph(convs, reads, (norm,), ((Piece(2),), (Piece(3),))), self.policy))
+        graph = ConvGraph(convs, reads, (norm,), ((Piece(2),), (Piece(3),)))
+        return torch.add(*conv_graph_function.conv_graph([x], graph, self.policy))
 
 
 def added(policy):

@@ -38,7 +38,7 @@ class ConvGraphFunction(torch.autograd.Function):
     def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str, count: int, *tensors):
         sources, tensors = [walkable_map(x) for x in tensors[:count]], list(tensors[count:])
         apart = are_instances(graph.norms)
-        parts = sizes_of_parts(sources[0], _largest(sources, graph), apart)
+        parts = sizes_of_parts(sources[0], _largest(sources, graph)) if apart else [len(sources[0])]
         shape = _around(graph, [None] * len(tensors))
         kept = set() if policy == "none" else kept_maps(sources, graph, _needs(ctx, count), policy)
 

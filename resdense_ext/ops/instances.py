@@ -8,13 +8,15 @@ is activated, of as many samples as the backend has in memory at once. What is f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from resdense_ext.ops import backend as backends, conv1x1_bn_add_act
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops import conv1x1_bn_add_act
 from resdense_ext.ops.conv1x1_bn_add_act import Branch, Pointwise
 from resdense_ext.ops.convolve import through_memory
 from resdense_ext.ops.layout import empty_map
@@ -34,8 +36,8 @@ __all__ = [
 ]
 
 _TOGETHER = {"cpu": 2**24, "cuda": 2**28}
-"""Bytes of the largest map of the samples that an engine is given at once. Of more, what stands beside the maps that are kept would
-be more than a sample's; of fewer, the small maps of a network's end would be too small for a processor."""
+"""Bytes of the largest map of the samples that an engine is given at once: the more they are, the more stands beside the maps that
+are kept, and the fewer, the less work is in the small maps of a network's end."""
 
 
 def are_instances(norms: Iterable[Optional[BatchNorm]]) -> bool:
@@ -43,11 +45,10 @@ def are_instances(norms: Iterable[Optional[BatchNorm]]) -> bool:
     return any(norm is not None and norm.instance for norm in norms)
 
 
-def sizes_of_parts(x: Tensor, largest: int, apart: bool) -> list[int]:
-    """How many samples an engine is given at a time, where the largest map of a sample has so many bytes; unless they are to be
-    normalised ``apart``, all."""
+def sizes_of_parts(x: Tensor, largest: int) -> list[int]:
+    """How many samples an engine is given at a time, where the largest map of a sample has so many bytes."""
     most = max(1, _TOGETHER.get(x.device.type, _TOGETHER["cuda"]) // max(largest, 1))
-    parts = max(1, -(-len(x) // most)) if apart else 1
+    parts = max(1, -(-len(x) // most))
     return [len(x) // parts + (i < len(x) % parts) for i in range(parts)]
 
 
@@ -109,7 +110,7 @@ class _Instances(ReferenceBackend):
         self.avg_pool, self.avg_pool_backward_accumulate = backend.avg_pool, backend.avg_pool_backward_accumulate
 
     def positions(self, x: Tensor) -> int:
-        return x[0, 0].numel()
+        return math.prod(x.shape[2:])
 
     def linear(self, x: Tensor) -> Fold:
         return Fold.linear(x, self._samples)

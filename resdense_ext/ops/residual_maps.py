@@ -37,17 +37,18 @@ __all__ = [
 ]
 
 SCHEMA = (
-    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] norm_groups, bool instance, int[] geometry, bool activated, int[] pool, "
-    "str activation, float slope, str last, float last_slope, str[] plan, str backend, str group"
+    "Tensor?[] tensors, bool[] normed, float[] eps, bool[] batch_stats, int[] norm_groups, bool instance, int[] geometry, "
+    "bool activated, int[] pool, str activation, float slope, str last, float last_slope, str[] plan, str backend, str group"
 )
 
 
 class ResidualBlockConfig(NamedTuple):
     """All of a block that is no tensor, in the operators' types.
 
-    The norms' lists have a value for every unit, for the end and for the shortcut; ``instance`` says whether those take statistics of
-    every sample by itself; ``geometry`` has the numbers of every convolution. ``activated`` and ``pool`` are the shortcut's, the latter its windows and its ``ceil_mode`` or nothing. ``plan``
-    says how backward comes by the maps 1 to n + 1, see `plan_of`, and ``group`` which ranks share the batch's statistics.
+    The norms' lists have a value for every unit, for the end and for the shortcut; ``instance`` says whether they take statistics of
+    every sample by itself; ``geometry`` has the numbers of every convolution. ``activated`` and ``pool`` are the shortcut's, the
+    latter its windows and its ``ceil_mode`` or nothing. ``plan`` says how backward comes by the maps 1 to n + 1, see `plan_of`, and
+    ``group`` which ranks share the batch's statistics.
     """
 
     normed: list[bool]

@@ -46,7 +46,7 @@ class ResidualStageFunction(torch.autograd.Function):
     def forward(ctx, configs: Sequence[ResidualBlockConfig], blocks: Sequence[ResidualBlock], keeps: bool, x: Tensor, *flat):
         tensors = _split(flat, [UNIT * len(config.eps) for config in configs])
         apart = configs[0].instance
-        parts = sizes_of_parts(x, _largest(x.shape, blocks), apart)
+        parts = sizes_of_parts(x, _largest(x.shape, blocks)) if apart else [len(x)]
         outs, kept_of_parts = [], []
         with without_autocast(x.device):
             for part in parts_of(x, parts):
