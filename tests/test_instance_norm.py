@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from torch.autograd import gradgradcheck
 import resdense_ext as rd
 from resdense_ext import functional, reference
 from resdense_ext.functional import BatchNorm, Conv, DenseLayer, ResidualBlock, Shortcut, Unit
+from resdense_ext.ops import backend as backends
 from resdense_ext.ops import conv_graph_function, instances, residual_stage_function
 from resdense_ext.ops.cpu import CpuBackend
 
@@ -158,14 +160,19 @@ def silent():
         yield
 
 
-@pytest.fixture(params=["", "parts", "samples"], ids=["at once", "in parts", "one by one"])
-def share(request, monkeypatch):
-    """How many samples an engine is given, and of these a convolution: all; two and one; all, of which a convolution reads one."""
-    if request.param == "parts":
+@pytest.fixture(params=["reference", "cpu", "in parts", "one by one"])
+def way(request, monkeypatch):
+    """The backend, and how many samples an engine is given, and of these a convolution: all; two and one; all, of which a
+    convolution reads one."""
+    if request.param == "in parts":
         for module in (conv_graph_function, residual_stage_function):
-            monkeypatch.setattr(module, "sizes_of_parts", lambda x, largest: [2, 1] if len(x) == 3 else [len(x)])
-    elif request.param == "samples":
+            monkeypatch.setattr(module, "sizes_of_parts", lambda x, largest: [2, 1])
+    elif request.param == "one by one":
         monkeypatch.setattr(CpuBackend, "chunks", lambda self, x, conv=None: [slice(n, n + 1) for n in range(len(x))])
+    elif request.param == "cpu" and backends.get("cpu").refusal(torch.empty(0), torch.float32):
+        pytest.skip("the CPU library is not built")
+    with rd.use_backend(request.param) if request.param in ("reference", "cpu") else nullcontext():
+        yield
 
 
 @pytest.mark.parametrize("samples, largest, sizes", [(7, 6, [4, 3]), (6, 30, [1] * 6), (4, 5, [4]), (4, 0, [4]), (0, 5, [0])])
@@ -176,7 +183,7 @@ def test_sizes_of_parts(monkeypatch, samples, largest, sizes):
 
 class TestNumbers:
     @pytest.mark.parametrize("rank, samples, affine", [(1, 3, False), (2, 1, True), (2, 3, True), (2, 3, False), (3, 3, True)])
-    def test_in_float64(self, kind, rank, samples, affine, group, policy, share):
+    def test_in_float64(self, kind, rank, samples, affine, group, policy):
         stock, x = network(kind, rank=rank, affine=affine, group=group), images(samples, 4, *SIZES[rank])
         model, state = converted(stock, policy), stock.state_dict()
         run = module_run(stock)
@@ -186,15 +193,12 @@ class TestNumbers:
             with torch.no_grad():
                 assert_within_noise({"output": model(x)}, {"output": expected["output"]}, noise)
 
-    @pytest.mark.parametrize("name", ["reference", "cpu"])
-    def test_channels_last(self, kind, name, group, policy, share):
-        """No map has its samples' channels one behind another then."""
-        stock, x = network(kind, group=group), images(3, 4, 9, 7).to(memory_format=torch.channels_last)
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_every_way(self, kind, memory_format, group, policy, way):
+        """In channels-last layout no sample's channels lie behind those of another."""
+        stock, x = network(kind, group=group), images(3, 4, 9, 7).to(memory_format=memory_format)
         model, state, run = converted(stock, policy), stock.state_dict(), module_run(stock)
-        if name == "cpu" and instances.backends.get("cpu").refusal(x, x.dtype):
-            pytest.skip("the CPU library is not built")
-        with rd.use_backend(name):
-            ours = module_run(model)({"x": x.clone()}, state)
+        ours = module_run(model)({"x": x.clone()}, state)
         assert_within_noise(ours, run({"x": x.clone()}, state), rounding_noise(run, {"x": x}, state))
 
     @pytest.mark.parametrize("rank, group", [(1, 0), (2, 0), (3, 0), (2, 2), (3, 2)])
