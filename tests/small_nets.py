@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from stock import import_torchvision
+from tolerance import assert_within_rule, module_run, torch_runs, true_run
 from torch import nn
 
+import resdense_ext as rd
 from resdense_ext import functional
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -121,6 +123,41 @@ def ten_losses(net, x, target, rate):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def assert_in_working_precision(stock, convert, x, autocast=None, channels_last=False, strides=True):
+    """By the rule, of float32 or under autocast, whose network gets convolutions in its dtype; the output's dtype, and if asked for
+    its ``strides``, are stock's. ``convert`` gives another network from a copy of stock."""
+    dtype = autocast or torch.float32
+    x = x.to(dtype)
+    for conv in stock.convs:
+        conv.to(dtype)  # autocast would round away a change in its last place
+    inputs, params, run = {"x": x}, stock.state_dict(), module_run(stock, autocast)
+    truth, runs = true_run(run, inputs, params), torch_runs(run, inputs, params)
+    model = convert(copy.deepcopy(stock))
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        ours, theirs = copy.deepcopy(model)(x), copy.deepcopy(stock)(x)
+    assert ours.dtype == theirs.dtype and (ours.stride() == theirs.stride() or not strides)
+    assert_within_rule(module_run(model, autocast)({"x": x.clone()}, copy.deepcopy(params)), truth, runs, dtype)
+
+
+def assert_budget_offers_what_it_costs(stock, x):
+    least, most = (rd.report(rd.convert(copy.deepcopy(stock), name), x).saved_bytes for name in ("min", "fast"))
+    report = rd.report(rd.convert(copy.deepcopy(stock), memory_budget=least, example_input=x), x)
+    assert report.plan.predicted_bytes == report.saved_bytes == least < most
+
+
+def peak_of_training(net, x):
+    """Of the second step."""
+
+    def step():
+        net.zero_grad(set_to_none=True)
+        net(x).square().mean().backward()
+
+    step()
+    return rd.memory.peak_bytes(step)
 
 
 def assert_same(ours, stock, tolerance=1e-12):

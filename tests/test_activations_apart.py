@@ -6,8 +6,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import assert_same, images, library, policy, steps, torchvision_models  # noqa: F401
-from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
+from small_nets import (
+    assert_budget_offers_what_it_costs,
+    assert_in_working_precision,
+    assert_same,
+    images,
+    library,
+    peak_of_training,
+    policy,  # noqa: F401
+    steps,
+    torchvision_models,
+)
+from tolerance import assert_within_noise, module_run, rounding_noise
 from torch import nn
 from torch.autograd import gradgradcheck
 
@@ -73,18 +83,8 @@ def test_in_float64(activation, norm, policy):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_in_working_precision(activation, autocast, channels_last, policy):
-    stock, x = network(activation, dtype=torch.float32), images(3, 4, 9, 7).to(autocast or torch.float32)
-    for conv in stock.convs:
-        conv.to(x.dtype)  # autocast would round away a change in its last place
-    inputs, params, run = {"x": x}, stock.state_dict(), module_run(stock, autocast)
-    truth, runs = true_run(run, inputs, params), torch_runs(run, inputs, params)
-    model = converted(stock, policy)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        ours, theirs = copy.deepcopy(model)(x), copy.deepcopy(stock)(x)
-    assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
-    assert_within_rule(module_run(model, autocast)({"x": x.clone()}, copy.deepcopy(params)), truth, runs, autocast or torch.float32)
+    stock, x = network(activation, dtype=torch.float32), images(3, 4, 9, 7)
+    assert_in_working_precision(stock, partial(rd.convert, policy=policy), x, autocast, channels_last)
 
 
 def test_keeps_every_map_once(activation):
@@ -95,27 +95,14 @@ def test_keeps_every_map_once(activation):
 
 
 def test_a_budget_offers_what_it_costs(activation):
-    stock, x = network(activation), images(2, 4, 9, 7)
-    least, most = (rd.report(converted(stock, name), x).saved_bytes for name in ("min", "fast"))
-    report = rd.report(converted(stock, memory_budget=least, example_input=x), x)
-    assert report.plan.predicted_bytes == report.saved_bytes == least < most
+    assert_budget_offers_what_it_costs(network(activation), images(2, 4, 9, 7))
 
 
 @pytest.mark.unpoisoned  # what is counted are the tensors of a step
 def test_peak(activation, policy):
     """No higher than stock's, though activations are made again."""
-    stock = network(activation, dtype=torch.float32)
-    x = torch.randn(4, 4, 48, 48)
-
-    def peak(net):
-        def step():
-            net.zero_grad(set_to_none=True)
-            net(x).square().mean().backward()
-
-        step()
-        return rd.memory.peak_bytes(step)
-
-    assert peak(converted(stock, policy)) < peak(stock)
+    stock, x = network(activation, dtype=torch.float32), torch.randn(4, 4, 48, 48)
+    assert peak_of_training(converted(stock, policy), x) < peak_of_training(stock, x)
 
 
 class TestSlopes:

@@ -5,10 +5,11 @@ A convolution reads *pieces* side by side, ``piece = act(norm(map))`` of any map
     map_i = conv_i([piece, piece, ...])         output = [piece, piece, ...]
 
 Stock PyTorch keeps every concatenation, and of every normalised and activated map its input and its output. Here the pieces are
-gathered into a passing tensor when a convolution reads them, forward and, unless they are two, again in backward; so is a single one
-whose activation none of our kernels has. The statistics of a map are taken once, by the convolution that writes it. Backward goes
-through the convolutions from the last to the first; what a piece's reader asks of it is added to the one gradient of its map, with
-the norm's correction deferred as in a dense block. A chain of convolutions, norms and activations is a graph in which each
+gathered into a passing tensor when a convolution reads them, forward and, unless they are two, again in backward; so is a
+single one whose activation none of our kernels has, that a transposed convolution reads, or that is of several samples with
+instance norms. The statistics of a map are taken once, by the convolution that writes it. Backward goes through the
+convolutions from the last to the first; what a piece's reader asks of it is added to the one gradient of its map, with the
+norm's correction deferred as in a dense block. A chain of convolutions, norms and activations is a graph in which each
 convolution reads one piece.
 
 Maps that were not kept backward computes again, with the statistics that are known: see `resdense_ext.ops.conv_graph_plan`.

@@ -8,7 +8,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resdense_ext import reference
 from resdense_ext.ops.layout import dense_map, memory_format_of
 from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
@@ -60,9 +59,8 @@ def convolved(
     """See `ReferenceBackend.convolved`."""
     if isinstance(conv, TransposedConv):
         a = x if fold is None else backend.bn_act(x, fold.affine)
-        z = reference.convolution(a.to(conv.weight.dtype), conv).contiguous(memory_format=memory_format_of(x))
-        wanted = reader is not None and reader.batch_stats
-        return z, Stats(*backend.channel_stats(z)) if wanted else Stats.room(z, None)
+        z = backend.convolution(a.to(conv.weight.dtype), conv).contiguous(memory_format=memory_format_of(x))
+        return z, backend.stats_for(reader, z)
     x, conv = sampled(x, conv)
     return backend.convolved(x, None if fold is None else fold.affine, conv, reader)
 
@@ -101,26 +99,6 @@ def through_memory(
     return ConvGrads(into, weight, bias, None, None)
 
 
-def _transposed_backward(
-    x: Tensor, conv: TransposedConv, grad: Tensor, need_weight: bool
-) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    dtype, need_bias = conv.weight.dtype, need_weight and conv.bias is not None
-    dx, weight, bias = torch.ops.aten.convolution_backward(
-        grad.to(dtype),
-        x.to(dtype),
-        conv.weight,
-        [conv.channels] if need_bias else None,
-        conv.steps,
-        conv.padding,
-        conv.dilation,
-        True,
-        conv.output_padding,
-        conv.groups,
-        [True, need_weight, need_bias],
-    )
-    return dx.to(x.dtype).contiguous(memory_format=memory_format_of(x)), weight, bias
-
-
 def convolve_backward(
     backend: ReferenceBackend,
     x: Tensor,
@@ -142,7 +120,13 @@ def convolve_backward(
         found = convolve_backward(backend, x, fold, conv, grad, into, need_weight, finish)
         return found._replace(bias=bias if need_weight else None)
     if isinstance(conv, TransposedConv):
-        return through_memory(backend, x, fold, grad, into, lambda a, dz: _transposed_backward(a, conv, dz, need_weight))
+
+        def through(a: Tensor, dz: Tensor) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+            dtype = conv.weight.dtype
+            dx, weight, bias = backend.convolution_backward(dz.to(dtype), a.to(dtype), conv, True, need_weight)
+            return dx.to(a.dtype).contiguous(memory_format=memory_format_of(a)), weight, bias
+
+        return through_memory(backend, x, fold, grad, into, through)
     at = sampling(conv)
     x, conv = sampled(x, conv)
     if at is None or into is None:

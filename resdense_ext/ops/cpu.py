@@ -20,7 +20,7 @@ from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import map_beside, memory_format_of
 from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
-from resdense_ext.reference import Activation, BatchNorm, Conv, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Conv, TransposedConv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
 
@@ -105,11 +105,11 @@ class CpuBackend(CompiledBackend):
         size = max(1, values // max(x[0].numel(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)]
 
-    def convolution(self, a: Tensor, conv: Conv) -> Tensor:
+    def convolution(self, a: Tensor, conv: Conv | TransposedConv) -> Tensor:
         return volumes.convolution(a, conv) if volumes.are_for_onednn(a, conv) else super().convolution(a, conv)
 
     def convolution_backward(
-        self, grad: Tensor, a: Tensor, conv: Conv, need_input: bool, need_weight: bool
+        self, grad: Tensor, a: Tensor, conv: Conv | TransposedConv, need_input: bool, need_weight: bool
     ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         found = volumes.convolution_backward if volumes.are_for_onednn(a, conv) else super().convolution_backward
         return found(grad, a, conv, need_input, need_weight)
@@ -147,8 +147,7 @@ class CpuBackend(CompiledBackend):
         # What the framework's convolution makes is new memory.
         z = self.convolution(x if affine is None else self.bn_act(x, affine), conv)
         z = z.contiguous(memory_format=memory_format_of(x))
-        wanted = reader is not None and reader.batch_stats
-        return z, Stats(*self.channel_stats(z)) if wanted else Stats.room(z, None)
+        return z, self.stats_for(reader, z)
 
     def bn_act_conv_backward(
         self,

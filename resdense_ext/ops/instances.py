@@ -1,7 +1,7 @@
 """Instance and group norms: batch norms of every sample by itself.
 
-No sample has to do with another then, whatever stands between the norms. So the engines know nothing of them. They are given some
-samples at a time and, of more than one, a backend whose vectors have a value for every channel of every sample: a map whose samples
+No sample has to do with another then, whatever stands between the norms. So the engines are given some samples at a time and, of
+more than one, a backend whose vectors have a value for every channel of every sample: a map whose samples
 lie one behind another in memory is to the kernels of norms one sample with the channels of all, and convolutions read what
 is activated, of as many samples as the backend has in memory at once. What is found for the parts is put together here.
 """
@@ -200,8 +200,7 @@ class _Instances(ReferenceBackend):
             if len(a) > 1:
                 a, of_part = self.bn_act(a, of_part), None
             self._one.bn_act_conv(a, of_part, conv, z[part], None, 1.0, None)
-        wanted = reader is not None and reader.batch_stats
-        return z, Stats(*self.channel_stats(z)) if wanted else Stats.room(z, None)
+        return z, self.stats_for(reader, z)
 
     def bn_act_pool(self, x: Tensor, affine: Affine, pool: Pool) -> tuple[Tensor, Optional[Tensor]]:
         found, taps = zip(*[self._one.bn_act_pool(part, _affine(affine, at), pool) for at, part in _walk(x)])

@@ -15,7 +15,7 @@ from resdense_ext import reference
 from resdense_ext.ops.activation import activation_backward, number_of
 from resdense_ext.ops.layout import dense_map, empty_map, is_dense, memory_format_of
 from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Groups, Pending, Stats
-from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, accumulation_dtype
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, TransposedConv, accumulation_dtype
 
 __all__ = ["ReferenceBackend", "empty_deviations", "unpool"]
 
@@ -99,6 +99,11 @@ class ReferenceBackend:
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return reference.channel_stats(x)
 
+    def stats_for(self, reader: Optional[BatchNorm], z: Tensor) -> Stats:
+        """Those of a map that its reader normalises by; none where it has its own."""
+        wanted = reader is not None and reader.batch_stats
+        return Stats(*self.channel_stats(z)) if wanted else Stats.room(z, None)
+
     def bn_act(self, x: Tensor, affine: Affine, out: Optional[Tensor] = None) -> Tensor:
         """``act(scale * x + shift)``, a new dense tensor in the layout of ``x``, or written into ``out``, which has that layout."""
         y = reference.apply_pending(x, *affine)
@@ -150,26 +155,26 @@ class ReferenceBackend:
         """`fold` of many norms."""
         return [self.fold(*of, activation) for of in zip(norms, stats, counts)]
 
-    def convolution(self, a: Tensor, conv: Conv) -> Tensor:
+    def convolution(self, a: Tensor, conv: Conv | TransposedConv) -> Tensor:
         """The framework's."""
         return reference.convolution(a, conv)
 
     def convolution_backward(
-        self, grad: Tensor, a: Tensor, conv: Conv, need_input: bool, need_weight: bool
+        self, grad: Tensor, a: Tensor, conv: Conv | TransposedConv, need_input: bool, need_weight: bool
     ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
         """From the gradient of ``conv(a)`` that of ``a``, for which its values do not matter, and those of the weight and the bias;
         of these what is needed."""
-        outputs, dimensions = conv.weight.shape[0], a.dim() - 2
+        transposed = isinstance(conv, TransposedConv)
         return torch.ops.aten.convolution_backward(
             grad,
             a,
             conv.weight,
-            None if conv.bias is None else [outputs],
+            None if conv.bias is None else [conv.channels],
             conv.steps,
             conv.padding,
             conv.dilation,
-            False,
-            [0] * dimensions,
+            transposed,
+            conv.output_padding if transposed else [0] * (a.dim() - 2),
             conv.groups,
             [need_input, need_weight, need_weight and conv.bias is not None],
         )

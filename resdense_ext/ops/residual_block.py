@@ -198,7 +198,8 @@ def _behind_running_statistics(
     weight, bias, scale = source.conv.weight, source.conv.bias, fold.affine.scale
     of_rows = scale.view(-1, *[1] * (weight.dim() - 1))
     conv = source.conv._replace(weight=(weight * of_rows).to(weight.dtype), bias=None)
-    found = convolve_backward(source.backend, source.x, source.fold, conv, source.backend.pending(grad.g, grad.g), into, need_weight, finish)
+    pending = source.backend.pending(grad.g, grad.g)
+    found = convolve_backward(source.backend, source.x, source.fold, conv, pending, into, need_weight, finish)
     of_norm = None
     if need_weight:
         G = found.weight.to(scale.dtype)

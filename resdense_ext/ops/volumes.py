@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resdense_ext.ops._library import LIBRARY
-from resdense_ext.reference import Conv
+from resdense_ext.reference import Conv, TransposedConv
 
 __all__ = ["are_for_onednn", "convolution", "convolution_backward"]
 
@@ -21,9 +21,11 @@ _LARGE = 8
 """A weight of more values than so many times the map's is left to torch: oneDNN's copies of it would take more than the maps do."""
 
 
-def are_for_onednn(a: Tensor, conv: Conv) -> bool:
+def are_for_onednn(a: Tensor, conv: Conv | TransposedConv) -> bool:
     """Whether torch does not take oneDNN's kernels for the convolution of ``a``, they are there, and what they make of the weight is
-    small beside the maps."""
+    small beside the maps. A transposed one is left to torch."""
+    if isinstance(conv, TransposedConv):
+        return False
     there = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
     if a.dim() != 5 or a.shape[0] != 1 or a.dtype != torch.float32 or a.device.type != "cpu" or not there:
         return False
