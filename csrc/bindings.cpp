@@ -27,9 +27,11 @@
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // bn_act_conv1x1_data_backward and that of the 3x3 get the gradient of what the convolution has put out: its product with the
 // weight is what dy is of; the norm's correction of its input's gradient, beta * x + delta, is written or added to likewise. The
-// weight gradients are in the dtype of x, that of the 3x3 (outputs, 3, 3, channels).
+// weight gradients finish a gradient that is pending on z, and leave `parts`, (splits, outputs, channels) or, of the 3x3, (splits,
+// outputs, 3, 3, channels), in float32: the data gradient, with the finished gradient, adds them up to dweight in the dtype of x.
 // To a convolution `eps` says that a norm reads what it writes, with these statistics: it is folded, as by bn_fold.
 // Only copy_map takes maps of different dtypes.
+// What an operator returns is of one type: torch_call_dispatcher takes other returns by each other's types (torch 2.13).
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
 STABLE_TORCH_LIBRARY(resdense, m) {
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
@@ -115,19 +117,19 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "bool finish, bool need_weight, bool need_bias) "
       "-> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)");
   m.def(
-      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
-      "-> Tensor dweight");
+      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
+      "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");
   m.def(
       "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
-      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate) "
-      "-> (Tensor dgamma, Tensor dbeta)");
+      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
+      "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)");
   m.def(
-      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation) "
-      "-> Tensor dweight");
+      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
+      "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");
   m.def(
       "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
-      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate) "
-      "-> (Tensor dgamma, Tensor dbeta)");
+      "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
+      "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)");
   m.def("add_act(Tensor x, Tensor y, float activation) -> Tensor");
   m.def("add_act_backward(Tensor grad, Tensor out, float activation) -> Tensor");
   m.def(

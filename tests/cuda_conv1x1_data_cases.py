@@ -73,8 +73,9 @@ def gradient_by(operator, inputs: Tensors, slope: float, accumulate: bool, count
     given = {"rstd": one, "beta": one.clone(), "delta": one.clone(), **inputs}
     read, vectors, into = ("grad", "x"), ("scale", "shift", "center", "rstd"), ("weight", "out", "beta", "delta")
     read, vectors, into = ((given[name] for name in names) for names in (read, vectors, into))
-    dgamma, dbeta = operator(*read, *vectors, count, slope, *into, accumulate)
-    return {"out": inputs["out"], "sum_dy": dbeta, "sum_dy_xc": dgamma}
+    dgamma, dbeta, dweight = operator(*read, *vectors, count, slope, *into, accumulate, inputs.get("parts"))
+    found = {"out": inputs["out"], "sum_dy": dbeta, "sum_dy_xc": dgamma}
+    return found if dweight is None else {**found, "dweight": dweight}
 
 
 def expected(maps: Tensors, params: Tensors, activation: Activation, accumulate: bool) -> Tensors:
@@ -135,6 +136,32 @@ def assert_corrects(ops, operator, inputs: Tensors, accumulate: bool) -> None:
         assert bool(around[:, [0, -1]].isnan().all())
 
 
+def assert_adds_up(operator, inputs: Tensors, accumulate: bool) -> None:
+    """What a weight gradient has left, rounded once, beside all else."""
+    expected = gradient_by(operator, {**inputs, "out": inputs["out"].clone()}, 0.0, accumulate)
+    weight, x = inputs["weight"].movedim(1, -1), inputs["x"]
+    for splits in (0, 1, 9, 40):
+        # Whole numbers, more than x's dtype has digits for.
+        parts = torch.randint(-1000, 1000, (splits, *weight.shape), generator=torch.Generator().manual_seed(6)).to(x.device, torch.float32)
+        ours = gradient_by(operator, {**inputs, "out": inputs["out"].clone(), "parts": parts}, 0.0, accumulate)
+        dweight = ours.pop("dweight")
+        assert torch.equal(dweight, parts.sum(0).to(x.dtype)) and dweight.dtype == x.dtype and dweight.is_contiguous()
+        assert all(torch.equal(t, expected[name]) for name, t in ours.items())
+
+
+def assert_parts_errors(operator, inputs: Tensors) -> None:
+    sizes = (2, *inputs["weight"].movedim(1, -1).shape)
+    parts = torch.zeros(sizes, device=inputs["x"].device)
+    for message, wrong in (
+        (r"parts: expected what this convolution's weight gradient has left, got shape", parts[0]),
+        (r"parts: expected what this convolution's weight gradient has left, got shape", parts[..., :8]),
+        (r"parts: expected what this convolution's weight gradient has left, got .* strides", parts.repeat(2, *[1] * (parts.dim() - 1))[::2]),
+        (r"parts: expected dtype float32, got float64", parts.double()),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            gradient_by(operator, {**inputs, "parts": wrong}, 0.0, False)
+
+
 def check_bn_act_conv1x1_data_backward_corrects(ops, device: str) -> None:
     for case in (CASES[0], CASES[1], CASES[3], CASES[5]):  # of one chunk, of few, and of many
         configure(ops, case.multiprocessors)
@@ -159,6 +186,12 @@ def check_bn_act_conv1x1_data_backward(ops, device: str) -> None:
         ours = gradient(ops, inputs, SLOPES[activation.name], case.accumulate)
         assert_nan_around(inputs["out"], case)
         assert_gradient(ours, run, maps, params)
+
+
+def check_bn_act_conv1x1_data_backward_adds_up(ops, device: str) -> None:
+    for order in (0, 3):
+        configure(ops, CASES[1].multiprocessors, order)
+        assert_adds_up(ops.bn_act_conv1x1_data_backward, tensors(CASES[1], torch.float16, device), CASES[1].accumulate)
 
 
 def check_bn_act_conv1x1_data_backward_repeats(ops, device: str) -> None:
@@ -200,6 +233,7 @@ def check_bn_act_conv1x1_data_backward_empty(ops, device: str) -> None:
         assert all(torch.equal(results[name], torch.zeros(16, device=device)) for name in ("sum_dy", "sum_dy_xc"))
         for accumulate in (True, False):
             assert_corrects(ops, ops.bn_act_conv1x1_data_backward, inputs, accumulate)
+            assert_adds_up(ops.bn_act_conv1x1_data_backward, inputs, accumulate)
 
 
 def check_bn_act_conv1x1_data_backward_errors(ops, device: str) -> None:
@@ -242,11 +276,13 @@ def check_bn_act_conv1x1_data_backward_errors(ops, device: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             gradient(ops, given, given["activation"], False)
         assert torch.equal(given["out"], before)
+    assert_parts_errors(ops.bn_act_conv1x1_data_backward, {**right, "scale": vector, "shift": vector, "center": vector})
 
 
 CHECKS = (
     check_bn_act_conv1x1_data_backward,
     check_bn_act_conv1x1_data_backward_corrects,
+    check_bn_act_conv1x1_data_backward_adds_up,
     check_bn_act_conv1x1_data_backward_repeats,
     check_bn_act_conv1x1_data_backward_special_values,
     check_bn_act_conv1x1_data_backward_empty,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import pytest
 import torch
@@ -70,7 +70,45 @@ def whole_numbers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gradient(ops, inputs: dict[str, Tensor], activation: Activation) -> Tensor:
-    return ops.bn_act_conv1x1_weight_backward(*inputs.values(), SLOPES[activation.name])
+    return sum_of_parts(ops.bn_act_conv1x1_weight_backward(*inputs.values(), SLOPES[activation.name]), inputs["grad"])
+
+
+def sum_of_parts(found: tuple[Tensor, Optional[Tensor]], grad: Tensor) -> Tensor:
+    """Of what the splits have left, of a gradient that was finished already."""
+    parts, finished = found
+    assert parts.dtype == torch.float32 and parts.is_contiguous() and finished is None
+    return parts.sum(0).to(grad.dtype)
+
+
+def assert_finishes(ops, operator, inputs: dict[str, Tensor]) -> None:
+    """Of a pending gradient it leaves what it does of one that a pass has finished before, bitwise, and that gradient."""
+    grad = inputs["grad"]
+    before, z = grad.clone(), make(tuple(grad.shape), grad.dtype, "channels_last_slice", grad.device, seed=3)
+    around = torch.randn(3, grad.shape[1] + 1, generator=torch.Generator().manual_seed(5)).to(grad.device)
+    vectors = around[:, 1:]  # not aligned
+    in_a_pass = ops.finished_grad(grad, z, *vectors)
+    expected, _ = operator(*{**inputs, "grad": in_a_pass}.values(), 0.0)
+    parts, finished = operator(*inputs.values(), 0.0, z, *vectors)
+    assert torch.equal(finished, in_a_pass) and torch.equal(parts, expected) and torch.equal(grad, before)
+    assert not torch.equal(finished, before) or grad.numel() == 0
+
+
+def assert_pending_errors(operator, right: dict[str, Tensor]) -> None:
+    grad = right["grad"]
+    vector = torch.zeros(grad.shape[1], device=grad.device)
+    pending = {"z": torch.zeros_like(grad), "alpha": vector, "beta": vector, "delta": vector}
+    all_or_none = "alpha, beta, delta: expected all of them with z, and none without it"
+    for message, change in (
+        (all_or_none, {"z": None}),
+        (all_or_none, {"beta": None}),
+        (r"z: expected shape \(2, 8, 5, 6\) \(that of grad\), got \(1, 8, 5, 6\)", {"z": pending["z"][:1]}),
+        (r"z: expected dtype bfloat16, got float16", {"z": pending["z"].half()}),
+        (r"z: expected channels_last", {"z": pending["z"].contiguous()}),
+        (r"alpha: expected shape \(8,\), one value a channel of grad, got \(4\)", {"alpha": vector[:4]}),
+        (r"delta: expected dtype float32, got float64", {"delta": vector.double()}),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*right.values(), 0.0, *{**pending, **change}.values())
 
 
 def product(grad: Tensor, activated: Tensor) -> Tensor:
@@ -89,8 +127,13 @@ def check_bn_act_conv1x1_weight_backward(ops, device: str) -> None:
         dtype = (torch.bfloat16, torch.float16)[i % 2]
         inputs = whole_numbers(tensors(case, dtype, device))
         dweight = gradient(ops, inputs, case.activation)
-        assert dweight.dtype == dtype and dweight.is_contiguous()
         assert torch.equal(dweight, truth(inputs, case.activation).to(dtype)), case
+
+
+def check_bn_act_conv1x1_weight_backward_finishes(ops, device: str) -> None:
+    for i, case in enumerate(CASES + (GPU_CASES if device == "cuda" else ())):
+        configure(ops, case.multiprocessors, i % 4)
+        assert_finishes(ops, ops.bn_act_conv1x1_weight_backward, tensors(case, (torch.bfloat16, torch.float16)[i % 2], device))
 
 
 def check_bn_act_conv1x1_weight_backward_tolerance(ops, device: str) -> None:
@@ -152,8 +195,9 @@ def check_bn_act_conv1x1_weight_backward_repeats(ops, device: str) -> None:
 
 def check_bn_act_conv1x1_weight_backward_empty(ops, device: str) -> None:
     for shape in ((0, 16, 4, 4), (2, 16, 0, 4)):
-        dweight = gradient(ops, tensors(Case(shape, 8, 1), torch.bfloat16, device), RELU)
-        assert torch.equal(dweight, torch.zeros(8, 16, dtype=torch.bfloat16, device=device))
+        inputs = tensors(Case(shape, 8, 1), torch.bfloat16, device)
+        assert torch.equal(gradient(ops, inputs, RELU), torch.zeros(8, 16, dtype=torch.bfloat16, device=device))
+        assert_finishes(ops, ops.bn_act_conv1x1_weight_backward, inputs)
 
 
 def check_bn_act_conv1x1_weight_backward_errors(ops, device: str) -> None:
@@ -181,10 +225,12 @@ def check_bn_act_conv1x1_weight_backward_errors(ops, device: str) -> None:
             gradient(ops, {**right, **change}, RELU)
     with pytest.raises(RuntimeError, match="activation: expected the slope of what is negative, got"):
         ops.bn_act_conv1x1_weight_backward(*right.values(), SILU)
+    assert_pending_errors(ops.bn_act_conv1x1_weight_backward, right)
 
 
 CHECKS = (
     check_bn_act_conv1x1_weight_backward,
+    check_bn_act_conv1x1_weight_backward_finishes,
     check_bn_act_conv1x1_weight_backward_tolerance,
     check_bn_act_conv1x1_weight_backward_rounds,
     check_bn_act_conv1x1_weight_backward_special_values,

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_cases import SILU, assert_nan_around, make
-from cuda_conv1x1_data_cases import Tensors, assert_corrects, assert_gradient, gradient_by, masked, split
+from cuda_conv1x1_data_cases import (
+    Tensors,
+    assert_adds_up,
+    assert_corrects,
+    assert_gradient,
+    assert_parts_errors,
+    gradient_by,
+    masked,
+    split,
+)
 from cuda_conv_cases import ACTIVATIONS, SLOPES, configure
 from torch import Tensor
 
@@ -98,6 +107,12 @@ def check_bn_act_conv3x3_data_backward_corrects(ops, device: str) -> None:
         assert_corrects(ops, ops.bn_act_conv3x3_data_backward, inputs, case.accumulate)
 
 
+def check_bn_act_conv3x3_data_backward_adds_up(ops, device: str) -> None:
+    for order in (0, 3):
+        configure(ops, CASES[1].multiprocessors, order)
+        assert_adds_up(ops.bn_act_conv3x3_data_backward, tensors(CASES[1], torch.float16, device), CASES[1].accumulate)
+
+
 def check_bn_act_conv3x3_data_backward_repeats(ops, device: str) -> None:
     """Bitwise, whatever order the threads run in."""
     for case in (CASES[1], CASES[3], CASES[5]):
@@ -137,6 +152,7 @@ def check_bn_act_conv3x3_data_backward_empty(ops, device: str) -> None:
         assert all(torch.equal(results[name], torch.zeros(16, device=device)) for name in ("sum_dy", "sum_dy_xc"))
         for accumulate in (True, False):
             assert_corrects(ops, ops.bn_act_conv3x3_data_backward, inputs, accumulate)
+            assert_adds_up(ops.bn_act_conv3x3_data_backward, inputs, accumulate)
 
 
 def check_bn_act_conv3x3_data_backward_errors(ops, device: str) -> None:
@@ -179,11 +195,13 @@ def check_bn_act_conv3x3_data_backward_errors(ops, device: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             gradient(ops, given, given["activation"], False)
         assert torch.equal(given["out"], before)
+    assert_parts_errors(ops.bn_act_conv3x3_data_backward, {**right, "scale": vector, "shift": vector, "center": vector})
 
 
 CHECKS = (
     check_bn_act_conv3x3_data_backward,
     check_bn_act_conv3x3_data_backward_corrects,
+    check_bn_act_conv3x3_data_backward_adds_up,
     check_bn_act_conv3x3_data_backward_repeats,
     check_bn_act_conv3x3_data_backward_special_values,
     check_bn_act_conv3x3_data_backward_empty,

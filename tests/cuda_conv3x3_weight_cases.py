@@ -8,7 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_cases import SILU, make
-from cuda_conv1x1_weight_cases import IDENTITY, LEAKY, RELU, SLOPES, Case, whole_numbers
+from cuda_conv1x1_weight_cases import (
+    IDENTITY,
+    LEAKY,
+    RELU,
+    SLOPES,
+    Case,
+    assert_finishes,
+    assert_pending_errors,
+    sum_of_parts,
+    whole_numbers,
+)
 from cuda_conv_cases import configure
 from tolerance import assert_within_rule, torch_runs, true_run
 from torch import Tensor
@@ -54,7 +64,7 @@ def tensors(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 
 def gradient(ops, inputs: dict[str, Tensor], activation: Activation) -> Tensor:
-    return ops.bn_act_conv3x3_weight_backward(*inputs.values(), SLOPES[activation.name])
+    return sum_of_parts(ops.bn_act_conv3x3_weight_backward(*inputs.values(), SLOPES[activation.name]), inputs["grad"])
 
 
 def product(grad: Tensor, activated: Tensor) -> Tensor:
@@ -78,8 +88,13 @@ def check_bn_act_conv3x3_weight_backward(ops, device: str) -> None:
         dtype = (torch.bfloat16, torch.float16)[i % 2]
         inputs = whole_numbers(tensors(case, dtype, device))
         dweight = gradient(ops, inputs, case.activation)
-        assert dweight.dtype == dtype and dweight.is_contiguous()
         assert torch.equal(dweight, truth(inputs, case.activation).to(dtype)), case
+
+
+def check_bn_act_conv3x3_weight_backward_finishes(ops, device: str) -> None:
+    for i, case in enumerate(CASES + (GPU_CASES if device == "cuda" else ())):
+        configure(ops, case.multiprocessors, i % 4)
+        assert_finishes(ops, ops.bn_act_conv3x3_weight_backward, tensors(case, (torch.bfloat16, torch.float16)[i % 2], device))
 
 
 def check_bn_act_conv3x3_weight_backward_tolerance(ops, device: str) -> None:
@@ -150,8 +165,9 @@ def check_bn_act_conv3x3_weight_backward_repeats(ops, device: str) -> None:
 
 def check_bn_act_conv3x3_weight_backward_empty(ops, device: str) -> None:
     for shape in ((0, 16, 4, 4), (2, 16, 0, 4)):
-        dweight = gradient(ops, tensors(Case(shape, 8, 1), torch.bfloat16, device), RELU)
-        assert torch.equal(dweight, torch.zeros(8, 3, 3, 16, dtype=torch.bfloat16, device=device))
+        inputs = tensors(Case(shape, 8, 1), torch.bfloat16, device)
+        assert torch.equal(gradient(ops, inputs, RELU), torch.zeros(8, 3, 3, 16, dtype=torch.bfloat16, device=device))
+        assert_finishes(ops, ops.bn_act_conv3x3_weight_backward, inputs)
 
 
 def check_bn_act_conv3x3_weight_backward_errors(ops, device: str) -> None:
@@ -182,10 +198,12 @@ def check_bn_act_conv3x3_weight_backward_errors(ops, device: str) -> None:
             gradient(ops, {**right, **change}, RELU)
     with pytest.raises(RuntimeError, match="activation: expected the slope of what is negative, got"):
         ops.bn_act_conv3x3_weight_backward(*right.values(), SILU)
+    assert_pending_errors(ops.bn_act_conv3x3_weight_backward, right)
 
 
 CHECKS = (
     check_bn_act_conv3x3_weight_backward,
+    check_bn_act_conv3x3_weight_backward_finishes,
     check_bn_act_conv3x3_weight_backward_tolerance,
     check_bn_act_conv3x3_weight_backward_rounds,
     check_bn_act_conv3x3_weight_backward_special_values,

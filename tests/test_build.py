@@ -70,16 +70,16 @@ SCHEMAS = {
     "float activation, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
     "Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
-    "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation)"
-    " -> Tensor dweight",
+    "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+    "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)",
     "bn_act_conv3x3_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, "
-    "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate)"
-    " -> (Tensor dgamma, Tensor dbeta)",
-    "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation)"
-    " -> Tensor dweight",
+    "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
+    "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)",
+    "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+    "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)",
     "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, "
-    "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate)"
-    " -> (Tensor dgamma, Tensor dbeta)",
+    "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
+    "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)",
     "bn_act_conv": "(Tensor x, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias, int[] stride, "
     "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2, "
     "float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)",

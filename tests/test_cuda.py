@@ -46,6 +46,10 @@ def test_on_the_cpu():
     cuda_conv1x1_weight_cases.check_bn_act_conv1x1_weight_backward_tolerance(torch.ops.resdense, "cpu")
     cuda_conv3x3_data_cases.check_bn_act_conv3x3_data_backward(torch.ops.resdense, "cpu")
     cuda_conv3x3_weight_cases.check_bn_act_conv3x3_weight_backward(torch.ops.resdense, "cpu")
+    cuda_conv1x1_weight_cases.check_bn_act_conv1x1_weight_backward_finishes(torch.ops.resdense, "cpu")
+    cuda_conv3x3_weight_cases.check_bn_act_conv3x3_weight_backward_finishes(torch.ops.resdense, "cpu")
+    cuda_conv1x1_data_cases.check_bn_act_conv1x1_data_backward_adds_up(torch.ops.resdense, "cpu")
+    cuda_conv3x3_data_cases.check_bn_act_conv3x3_data_backward_adds_up(torch.ops.resdense, "cpu")
 
 
 def test_every_kernel_waits_for_those_before_it():

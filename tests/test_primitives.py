@@ -479,8 +479,11 @@ class TestOperators:
                 *(x, a, b, c, c.clone(), 40, 0.0, torch.randn(3, 6, 3, 3), *geometry, True, 2**20),
                 *(z, z.clone(), p, q, r, None, None, None, True, True, True),
             ),
-            "bn_act_conv1x1_weight_backward": (z, x, a, b, 0.0),
-            "bn_act_conv1x1_data_backward": (z, x, a, b, c, a.clone(), 40, 0.1, w, x.clone(), b.clone(), c.clone(), True),
+            "bn_act_conv1x1_weight_backward": (z, x, a, b, 0.0, z.clone(), p, q, r),
+            "bn_act_conv1x1_data_backward": (
+                *(z, x, a, b, c, a.clone(), 40, 0.1, w),
+                *(x.clone(), b.clone(), c.clone(), True, torch.randn(2, 3, 6)),
+            ),
             "bn_act_conv3x3_weight_backward": (z, x, a, b, 0.0),
             "bn_act_conv3x3_data_backward": (
                 *(z, x, a, b, c, a.clone(), 40, 0.1, torch.randn(3, 6, 3, 3)),

@@ -262,28 +262,36 @@ struct Kernels {
   const char *weight, *data;
 };
 
-std::optional<Kernels> kernels_of_backward(const Tensor& x, const Conv& conv, const Tensor& grad, const Optional& out) {
-  const auto all = [&](auto is) { return is(x) && (!out || is(*out)); };
-  if (all([&](const Tensor& t) { return is_conv1x1(t, conv, grad); }))
+std::optional<Kernels> kernels_of_backward(const Tensor& x, const Conv& conv, const Pending& pending, const Optional& out) {
+  // Of maps of the input's channels and positions, and of those of the output's.
+  const auto all = [&](auto take) {
+    return take(x, pending.grad) && (!out || take(*out, pending.grad)) && (!pending.z || take(x, *pending.z));
+  };
+  if (all([&](const Tensor& in, const Tensor& of_out) { return is_conv1x1(in, conv, of_out); }))
     return Kernels{"resdense::bn_act_conv1x1_weight_backward", "resdense::bn_act_conv1x1_data_backward"};
-  if (all([&](const Tensor& t) { return is_conv3x3(t, conv, grad, kConv3x3BackwardOutputs); }))
+  if (all([&](const Tensor& in, const Tensor& of_out) { return is_conv3x3(in, conv, of_out, kConv3x3BackwardOutputs); }))
     return Kernels{"resdense::bn_act_conv3x3_weight_backward", "resdense::bn_act_conv3x3_data_backward"};
   return std::nullopt;
 }
 
+// The weight gradient finishes the pending one as it reads it; only where nobody wants it that takes a pass.
 Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologue& prologue, const Correction& correction,
-                          const Conv& conv, const Tensor& grad, const Optional& out, bool need_weight) {
+                          const Conv& conv, const Pending& pending, const Optional& out, bool need_weight) {
   const auto& [scale, shift, activation] = prologue;
   Found found;
-  if (need_weight) {
-    const auto [dweight] = call<std::tuple<Tensor>>(kernels.weight, "", grad, x, *scale, *shift, activation);
-    found.dweight.add(conv.of_taps(dweight));
-  }
+  Optional parts, finished, dweight;
+  if (need_weight)
+    std::tie(parts, finished) =
+        call<std::tuple<Optional, Optional>>(kernels.weight, "", pending.grad, x, *scale, *shift, activation, pending.z,
+                                             pending.alpha, pending.beta, pending.delta);
+  else
+    finished = pending.finished(Parts::all(x), 0);
   if (!out) found.dy = torch::stable::empty_like(x);
-  std::tie(found.dgamma, found.dbeta) = call<std::tuple<Tensor, Tensor>>(
-      kernels.data, "", grad, x, *scale, *shift, *correction.center, *correction.rstd, correction.count, activation,
-      conv.is_matrix_product() ? conv.matrix() : conv.weight, out ? *out : *found.dy, *correction.beta, *correction.delta,
-      out.has_value());
+  std::tie(found.dgamma, found.dbeta, dweight) = call<std::tuple<Optional, Optional, Optional>>(
+      kernels.data, "", finished ? *finished : pending.grad, x, *scale, *shift, *correction.center, *correction.rstd,
+      correction.count, activation, conv.is_matrix_product() ? conv.matrix() : conv.weight, out ? *out : *found.dy,
+      *correction.beta, *correction.delta, out.has_value(), parts);
+  if (dweight) found.dweight.add(conv.of_taps(*dweight));
   return found;
 }
 
@@ -340,8 +348,8 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Corre
 }
 
 // The gradients of the input, which are pending on `scale` and the vectors behind dy (or were added to `out` and its vectors), of
-// the convolution's weight and bias, and of the norm's. To `finish`, that of the input is finished: it is masked when the correction
-// is known, in the one pass.
+// the convolution's weight and bias, and of the norm's. To `finish`, that of the input is finished by a library's way, which masks it
+// when the correction is known, in the one pass; what kernels have masked is left pending, as those before them finish it.
 std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
     const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
     double activation, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse,
@@ -354,15 +362,14 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
     return out || !scale ? of_out : Optional(empty_vector(x.size(1), scale->scalar_type(), x));
   };
   const Correction correction{center, rstd, count, vector(out_beta), vector(out_delta)};
-  const auto kernels = scale && fuse && !need_bias && is_slope(activation) ? kernels_of_backward(x, conv, grad, out) : std::nullopt;
+  const auto kernels =
+      scale && fuse && !need_bias && is_slope(activation) ? kernels_of_backward(x, conv, pending, out) : std::nullopt;
   const Found found =
-      kernels ? backward_by_kernels(*kernels, x, prologue, correction, conv, pending.finished(Parts::all(x), 0), out, need_weight)
+      kernels ? backward_by_kernels(*kernels, x, prologue, correction, conv, pending, out, need_weight)
               : backward_by_library(x, prologue, correction, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
-  if (scale && finish && !out) {
-    const Optional mask = found.masked ? std::nullopt : shift;
-    call("resdense::pending_grad", "", *found.dy, x, *scale, *correction.beta, *correction.delta, mask, activation);
-  }
-  const bool pends = !out && !finish;
+  const bool finishes = finish && scale && !out && !found.masked;
+  if (finishes) call("resdense::pending_grad", "", *found.dy, x, *scale, *correction.beta, *correction.delta, shift, activation);
+  const bool pends = !out && !finishes;
   const ScalarType dtype = weight.scalar_type();
   return {found.dy, pends ? correction.beta : std::nullopt, pends ? correction.delta : std::nullopt, found.dweight.total(dtype),
           found.dbias.total(dtype), found.dgamma, found.dbeta};

@@ -8,7 +8,7 @@ namespace {
 template <typename T, int OUTPUTS, bool LARGE>
 void run(const Launch& on, Conv1x1<T> p, const Optional& mean, const Optional& m2, const Reader& reader) {
   using Tile = Conv1x1Tile<OUTPUTS, LARGE>;
-  static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
+  static_assert(Tile::kBytes <= 160 * 1024, "what resdense_ext.ops.vendor takes a device to need");
   p.tiles = static_cast<int>(ceil_div(p.positions, Tile::kPositions));
   const int64_t blocks = std::min<int64_t>(p.tiles, on.multiprocessors() * Tile::kBlocks);
   run_with_stats(on, blocks, p.outputs, mean, m2, reader, [&](float* parts) {

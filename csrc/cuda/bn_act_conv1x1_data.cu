@@ -13,7 +13,8 @@ DataRows<T> data_rows_of(const Map& m) {
 }
 
 template <typename T, int N64>
-void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const Tensor& x, const CorrectData& finish) {
+void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const Tensor& x, const CorrectData& finish, const Optional& parts,
+                      const Optional& dweight) {
   using Tile = DataTile<N64>;
   const int64_t memory = on.shared_memory(), multiprocessors = on.multiprocessors();
   const int64_t tiles = ceil_div(p.positions, kDataPositions), groups = ceil_div(p.channels, kDataChannels);
@@ -29,17 +30,17 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const Tensor& x, const
   const int64_t slices = std::clamp<int64_t>(multiprocessors * blocks / chunks, 1, tiles);
   p.tiles = static_cast<int>(tiles), p.slices = static_cast<int>(slices), p.chunks = static_cast<int>(chunks);
 
-  reduce_data_sums(on, {tiles, slices, kDataChain, 1}, x, finish, [&](float* sum_dy, float* sum_dy_xc) {
+  reduce_data_sums<T>(on, {tiles, slices, kDataChain, 1}, x, finish, parts, dweight, [&](float* sum_dy, float* sum_dy_xc) {
     p.sum_dy = sum_dy, p.sum_dy_xc = sum_dy_xc;
     on.run_shared(bytes, bn_act_conv1x1_data_bwd_kernel<T, N64>, chunks * slices, warps * 32, p);
   });
 }
 
-std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                        const Tensor& shift, const Tensor& center, const Tensor& rstd,
-                                                        double count, double activation, const Tensor& weight,
-                                                        const Tensor& out, const Tensor& beta, const Tensor& delta,
-                                                        bool accumulate) {
+DataGradients bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                          const Tensor& shift, const Tensor& center, const Tensor& rstd,
+                                          double count, double activation, const Tensor& weight,
+                                          const Tensor& out, const Tensor& beta, const Tensor& delta,
+                                          bool accumulate, const Optional& parts) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   check_maps(x, from, kConv1x1Inputs, grad, "grad", g, kConv1x1Outputs);
   check_same(out, "out", x, "x");
@@ -51,10 +52,12 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
 
   const Launch on(x);
   const std::tuple<Tensor, Tensor> gradients = new_sums(x, from);
+  const auto& [dgamma, dbeta] = gradients;
+  const Optional dweight = new_weight_gradient(parts, x, {g.C, from.C});
   const CorrectData finish = correct_data(scale, center, rstd, count, beta, delta, accumulate, gradients);
   if (from.numel() == 0) {
-    no_data_sums(on, x, finish);
-    return gradients;
+    no_data_sums(on, from, x, finish, parts, dweight);
+    return {dgamma, dbeta, dweight};
   }
   check_matrix(g, grad, "grad");
   check_matrix(from, x, "x");
@@ -71,12 +74,12 @@ std::tuple<Tensor, Tensor> bn_act_conv1x1_data_backward(const Tensor& grad, cons
     p.positions = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
     switch (ceil_div(g.C, 64)) {
-      case 1: return run_conv1x1_data<T, 1>(on, p, x, finish);
-      case 2: return run_conv1x1_data<T, 2>(on, p, x, finish);
-      default: return run_conv1x1_data<T, 3>(on, p, x, finish);
+      case 1: return run_conv1x1_data<T, 1>(on, p, x, finish, parts, dweight);
+      case 2: return run_conv1x1_data<T, 2>(on, p, x, finish, parts, dweight);
+      default: return run_conv1x1_data<T, 3>(on, p, x, finish, parts, dweight);
     }
   });
-  return gradients;
+  return {dgamma, dbeta, dweight};
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 #include "bn_act_conv1x1_weight.cuh"
 
-#include "conv.h"
-#include "splits.h"
+#include "conv_weight.h"
 
 namespace resdense::cuda {
 namespace {
@@ -10,7 +9,7 @@ namespace {
 constexpr int64_t kWeightLeastChunks = 4;
 
 template <typename T, int K64>
-void run(const Launch& on, Conv1x1Weight<T> p, const Tensor& dweight) {
+Tensor run(const Launch& on, Conv1x1Weight<T> p, const Tensor& x) {
   using Tile = WeightTile<K64>;
   const int64_t chunks = ceil_div(p.rows, kWeightChunk), blocks = on.multiprocessors() * Tile::kBlocks;
   const int64_t tiles = ceil_div(p.channels, 64 * Tile::kPanels);
@@ -18,38 +17,38 @@ void run(const Launch& on, Conv1x1Weight<T> p, const Tensor& dweight) {
   const int64_t splits = ceil_div(chunks, split_chunks);
   p.tiles = static_cast<int>(tiles), p.split_chunks = static_cast<int>(split_chunks);
 
-  static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
-  run_in_splits<T>(on, splits, dweight, [&](float* parts) {
-    p.parts = parts;
-    on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
-  });
+  static_assert(Tile::kBytes <= 160 * 1024, "what resdense_ext.ops.vendor takes a device to need");
+  const Tensor parts = new_parts(x, splits, {p.outputs, p.channels});
+  p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
+  return parts;
 }
 
 template <typename T>
-void run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& dweight) {
+Tensor run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& x) {
   switch (ceil_div(p.outputs, 64)) {
-    case 1: return run<T, 1>(on, p, dweight);
-    case 2: return run<T, 2>(on, p, dweight);
-    default: return run<T, 3>(on, p, dweight);
+    case 1: return run<T, 1>(on, p, x);
+    case 2: return run<T, 2>(on, p, x);
+    default: return run<T, 3>(on, p, x);
   }
 }
 
-Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                      double activation) {
+WeightParts bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                           double activation, const Optional& z, const Optional& alpha, const Optional& beta,
+                                           const Optional& delta) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
   check_maps(x, from, kConv1x1Inputs, grad, "grad", of, kConv1x1Outputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  Tensor dweight = torch::stable::new_empty(x, {of.C, from.C});
-  if (from.numel() == 0) {
-    torch::stable::fill_(dweight, 0.0);
-    return dweight;
-  }
+  const Pending pending(grad, z, alpha, beta, delta);
+  if (from.numel() == 0) return {new_parts(x, 0, {of.C, from.C}), pending.finished()};
   check_matrix(from, x, "x");
   check_matrix(of, grad, "grad");
+  if (z) check_matrix(map_of(*z, "z"), *z, "z");
 
   const Launch on(x);
+  Optional parts;
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     Conv1x1Weight<T> p{};
@@ -60,9 +59,10 @@ Tensor bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const
     p.grad_ss = of.ss, p.x_ss = from.ss;
     p.rows = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
-    run(on, p, dweight);
+    p.pending = pending.on_device<T>();
+    parts = run(on, p, x);
   });
-  return dweight;
+  return {parts, pending.finished()};
 }
 
 }  // namespace

@@ -4,10 +4,12 @@
 //
 // A block takes all outputs, up to 256 channels and a range of the positions, of which it multiplies a chunk while the
 // next ones are on their way. Both operands have the summed dimension as their rows, so that both are read transposed;
-// of eight channels a lane then has a single one, and activates it in registers, where its scale and shift stay.
+// of eight channels a lane then has a single one, and activates it in registers, where its scale and shift stay. A pending
+// gradient is finished in place a chunk ahead, every piece by the thread that has copied it: there is one barrier a chunk.
 
 #include <algorithm>
 
+#include "conv_weight.cuh"
 #include "matrix.cuh"
 
 namespace resdense::cuda {
@@ -20,7 +22,9 @@ constexpr int kWeightThreads = 256;
 // 128 it would be 17 C); 12.6 C for the products; 11 C for shared memory, of which every warp, with its 64 x 64
 // products, uses each fragment four times (with 64 x 32 it would be 15 C); 9.5 C for what is issued. Two warps activate
 // the same values: it is cheaper than to write them back. With 64 outputs no values are activated twice, and two blocks
-// fit; with 192 there are registers for 192 channels, and the products take the longest, 18.9 C.
+// fit; with 192 there are registers for 192 channels, and the products take the longest, 18.9 C. To finish the gradient takes
+// 3,500 for bytes of memory, once, and as often as it comes again 1,100 for those of the cache, 1,200 for shared memory and 800 to
+// issue; a pass of its own takes 5,300.
 template <int K64>
 struct WeightTile {
   static constexpr int kWarpsAlongOutputs = K64 == 1 ? 1 : 2;
@@ -30,9 +34,13 @@ struct WeightTile {
   static constexpr int kM16 = 4 * K64 / kWarpsAlongOutputs;
   static constexpr int kN16 = 4 * kPanels / kWarpsAlongChannels;
   static constexpr int kBlocks = K64 == 1 ? 2 : 1;  // a multiprocessor
-  static constexpr int kStages = K64 == 1 ? 4 : 5;  // chunks in shared memory
+  static constexpr int kStages = K64 == 1 ? 3 : 4;  // chunks in shared memory: multiplied, finished, copied
   static constexpr int kPanelPieces = kWeightChunk * 8;
-  static constexpr int kStagePieces = (K64 + kPanels) * kPanelPieces;
+  static constexpr int kX = K64 * kPanelPieces;                  // where a stage has x, behind the gradient,
+  static constexpr int kZ = (K64 + kPanels) * kPanelPieces;      // and what the gradient is pending on
+  static constexpr int kStagePieces = kZ + K64 * kPanelPieces;
+  // A thread has the same piece of the gradient of every kGradRows-th position.
+  static constexpr int kGradPieces = 8 * K64, kGradRows = kWeightThreads / kGradPieces;
   static constexpr int64_t kBytes = int64_t(kStages) * kStagePieces * 16;
 };
 
@@ -40,6 +48,7 @@ template <typename T>
 struct Conv1x1Weight {
   const T *grad, *x;
   const float *scale, *shift;
+  PendingGrad<T> pending;
   float* parts;  // [splits][outputs][channels]
   float slope;
   int64_t grad_ss, x_ss;  // strides of a position
@@ -72,31 +81,54 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   const int first_row = split * p.split_chunks * kWeightChunk;
   const int end_row = std::min(p.rows, first_row + p.split_chunks * kWeightChunk);
 
-  // A stage has K64 panels of the gradient and then those of x: rows of 64 channels.
+  // A stage has panels of rows of 64 channels.
   Piece* const s_stages = reinterpret_cast<Piece*>(dynamic_shared());
 
-  // A thread copies the same piece of a row of every panel, and of every kRowsAtOnce-th row, chunk after chunk; what
+  // A thread copies the same piece of a row of every panel of x, and of every kRowsAtOnce-th row, chunk after chunk; what
   // does not exist is not read.
   const int copy_row = thread / 8, copy_piece = thread % 8;
-  const int copy_to = place_in_rows(copy_row, copy_piece);
-  const int grad_left = p.outputs - copy_piece * 8, x_left = end_channel - first_channel - copy_piece * 8;
-  const T* grad = p.grad + (first_row + copy_row) * p.grad_ss + copy_piece * 8;
+  const int copy_to = Tile::kX + place_in_rows(copy_row, copy_piece);
+  const int x_left = end_channel - first_channel - copy_piece * 8;
   const T* x = p.x + (first_row + copy_row) * p.x_ss + first_channel + copy_piece * 8;
+  // f(row, place) for this thread's pieces of the gradient in a chunk.
+  const int grad_channel = thread % Tile::kGradPieces * 8;
+  const auto each_grad = [&](auto f) {
+    if (Tile::kGradRows * Tile::kGradPieces < kWeightThreads && thread >= Tile::kGradRows * Tile::kGradPieces) return;
+#pragma unroll
+    for (int row = thread / Tile::kGradPieces; row < kWeightChunk; row += Tile::kGradRows)
+      f(row, grad_channel / 64 * Tile::kPanelPieces + place_in_rows(row, grad_channel / 8 % 8));
+  };
   // A group of copies, of none where no chunk is left: so the groups can be counted.
   const auto copy_chunk = [&](int from_row, int slot) {
-    for (int i = 0; i < kWeightChunk && from_row < end_row; i += kRowsAtOnce) {
-      Piece* const to = s_stages + slot * Tile::kStagePieces + copy_to + i * 8;
-      const bool inside = from_row + i + copy_row < end_row;
+    if (from_row < end_row) {
+      Piece* const stage = s_stages + slot * Tile::kStagePieces;
 #pragma unroll
-      for (int k = 0; k < K64; ++k)
-        copy_16_bytes(to + k * Tile::kPanelPieces, grad + k * 64, inside && k * 64 < grad_left);
+      for (int i = 0; i < kWeightChunk; i += kRowsAtOnce) {
+        const bool inside = from_row + i + copy_row < end_row;
 #pragma unroll
-      for (int k = 0; k < Tile::kPanels; ++k)
-        if (k < panels) copy_16_bytes(to + (K64 + k) * Tile::kPanelPieces, x + k * 64, inside && k * 64 < x_left);
-      grad += kRowsAtOnce * p.grad_ss;
-      x += kRowsAtOnce * p.x_ss;
+        for (int k = 0; k < Tile::kPanels; ++k)
+          if (k < panels) copy_16_bytes(stage + copy_to + i * 8 + k * Tile::kPanelPieces, x + k * 64, inside && k * 64 < x_left);
+        x += kRowsAtOnce * p.x_ss;
+      }
+      each_grad([&](int row, int place) {
+        const bool inside = from_row + row < end_row && grad_channel < p.outputs;
+        copy_16_bytes(stage + place, p.grad + ((from_row + row) * p.grad_ss + grad_channel), inside);
+        if (p.pending.z)
+          copy_16_bytes(stage + Tile::kZ + place, p.pending.z + ((from_row + row) * p.pending.z_ss + grad_channel), inside);
+      });
     }
     commit_copies();
+  };
+  // What this thread has copied.
+  const auto finish_chunk = [&](int from_row, int slot) {
+    if (!p.pending.z) return;
+    Piece* const stage = s_stages + slot * Tile::kStagePieces;
+    each_grad([&](int row, int place) {
+      if (from_row + row >= end_row || grad_channel >= p.outputs) return;
+      const Piece finished = p.pending.finish(stage[place], stage[Tile::kZ + place], grad_channel);
+      stage[place] = finished;
+      if (tile == 0) store(p.pending.finished + ((from_row + row) * p.pending.finished_ss + grad_channel), finished);
+    });
   };
 
   // This lane's channel of each eight of the warp's.
@@ -114,7 +146,7 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   int load_grad[4 / kWarpsM];
 #pragma unroll
   for (int m = 0; m < 4 / kWarpsM; ++m) load_grad[m] = place_in_rows(load_row, (m * kWarpsM + warp_m) * 2 + load_piece);
-  const int load_x = (K64 + warp_n / 4) * Tile::kPanelPieces + place_in_rows(load_row, warp_n % 4 * 2 + load_piece);
+  const int load_x = Tile::kX + warp_n / 4 * Tile::kPanelPieces + place_in_rows(load_row, warp_n % 4 * 2 + load_piece);
 
   float sums[Tile::kM16][2 * Tile::kN16][4] = {};
 
@@ -150,11 +182,15 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   };
 
   for (int slot = 0; slot < Tile::kStages - 1; ++slot) copy_chunk(first_row + slot * kWeightChunk, slot);
+  wait_for_copies<Tile::kStages - 2>();
+  finish_chunk(first_row, 0);
   int slot = 0, free_slot = Tile::kStages - 1;
   for (int row = first_row; row < end_row; row += kWeightChunk) {
-    wait_for_copies<Tile::kStages - 2>();
+    wait_for_copies<Tile::kStages - 3>();
     __syncthreads();  // the chunk is there, and all are done with the one before, whose place is free
     copy_chunk(row + (Tile::kStages - 1) * kWeightChunk, free_slot);
+    const int next_slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+    finish_chunk(row + kWeightChunk, next_slot);
 
     const Piece* const stage = s_stages + slot * Tile::kStagePieces;
     const int rows = end_row - row;
@@ -172,8 +208,7 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
       else
         multiply.template operator()<Tile::kN16, true>(stage, rows, 0);
     }
-    free_slot = slot;
-    slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+    free_slot = slot, slot = next_slot;
   }
 
   float* const part = p.parts + int64_t(split) * p.outputs * p.channels;

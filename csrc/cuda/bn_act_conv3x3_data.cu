@@ -9,11 +9,12 @@ namespace resdense::cuda {
 namespace {
 
 template <typename T, int N16>
-void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const CorrectData& finish) {
+void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const CorrectData& finish, const Optional& parts,
+                      const Optional& dweight) {
   using Tile = Conv3x3DataTile<N16>;
   using Tables = Conv3x3DataTables<N16>;
   // A halo takes the most with a column, and so the most rows.
-  static_assert(Tables::bytes(Tile::halo_pieces(Tile::kHalo / 3 - 2, 1), Tile::kWarps, 2) <= 156 * 1024,
+  static_assert(Tables::bytes(Tile::halo_pieces(Tile::kHalo / 3 - 2, 1), Tile::kWarps, 2) <= 160 * 1024,
                 "what resdense_ext.ops.vendor takes a device to need");
   p.stack = stack_of(x, Tile::kPositions, Tile::kHalo);
   const int64_t multiprocessors = on.multiprocessors(), tiles = p.stack.tiles, groups = ceil_div(p.channels, kDataChannels);
@@ -30,17 +31,17 @@ void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const
   p.slices = number(slices), p.chunks = number(chunks), p.chain = number(chain);
   p.across = number(across), p.down = number(down);
 
-  reduce_data_sums(on, {tiles, slices, chain, down}, x, finish, [&](float* sum_dy, float* sum_dy_xc) {
+  reduce_data_sums<T>(on, {tiles, slices, chain, down}, x, finish, parts, dweight, [&](float* sum_dy, float* sum_dy_xc) {
     p.sum_dy = sum_dy, p.sum_dy_xc = sum_dy_xc;
     on.run_shared(bytes, bn_act_conv3x3_data_bwd_kernel<T, N16>, chunks * slices, warps * 32, p);
   });
 }
 
-std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                                        const Tensor& shift, const Tensor& center, const Tensor& rstd,
-                                                        double count, double activation, const Tensor& weight,
-                                                        const Tensor& out, const Tensor& beta, const Tensor& delta,
-                                                        bool accumulate) {
+DataGradients bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                          const Tensor& shift, const Tensor& center, const Tensor& rstd,
+                                          double count, double activation, const Tensor& weight,
+                                          const Tensor& out, const Tensor& beta, const Tensor& delta,
+                                          bool accumulate, const Optional& parts) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   check_conv3x3_maps(x, from, grad, "grad", g, kConv3x3BackwardOutputs);
   check_same(out, "out", x, "x");
@@ -49,10 +50,12 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, cons
 
   const Launch on(x);
   const std::tuple<Tensor, Tensor> gradients = new_sums(x, from);
+  const auto& [dgamma, dbeta] = gradients;
+  const Optional dweight = new_weight_gradient(parts, x, {g.C, 3, 3, from.C});
   const CorrectData finish = correct_data(scale, center, rstd, count, beta, delta, accumulate, gradients);
   if (from.numel() == 0) {
-    no_data_sums(on, x, finish);
-    return gradients;
+    no_data_sums(on, from, x, finish, parts, dweight);
+    return {dgamma, dbeta, dweight};
   }
   check_rows(g, grad, "grad");
   check_rows(from, x, "x");
@@ -74,11 +77,11 @@ std::tuple<Tensor, Tensor> bn_act_conv3x3_data_backward(const Tensor& grad, cons
     p.slope = slope_of(activation), p.accumulate = accumulate;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(g.C);
     if (g.C <= 16)
-      run_conv3x3_data<T, 1>(on, p, x, finish);
+      run_conv3x3_data<T, 1>(on, p, x, finish, parts, dweight);
     else
-      run_conv3x3_data<T, 2>(on, p, x, finish);
+      run_conv3x3_data<T, 2>(on, p, x, finish, parts, dweight);
   });
-  return gradients;
+  return {dgamma, dbeta, dweight};
 }
 
 }  // namespace

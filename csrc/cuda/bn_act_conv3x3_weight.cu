@@ -1,13 +1,13 @@
 #include "bn_act_conv3x3_weight.cuh"
 
 #include "conv3x3.h"
-#include "splits.h"
+#include "conv_weight.h"
 
 namespace resdense::cuda {
 namespace {
 
 template <typename T, int M16>
-void run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x, const Tensor& dweight) {
+Tensor run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x) {
   using Tile = Conv3x3WeightTile;
   const int64_t chunks = ceil_div(p.channels, Tile::kChannels), blocks = std::max<int64_t>(1, on.multiprocessors() / chunks);
   p.chunks = static_cast<int>(chunks);
@@ -23,32 +23,32 @@ void run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x, const Tensor& dw
   const int64_t splits = ceil_div(stack.tiles, split_tiles);
   p.splits = static_cast<int>(splits);
 
-  static_assert(Tile::kBytes <= 156 * 1024, "what resdense_ext.ops.vendor takes a device to need");
-  run_in_splits<T>(on, splits, dweight, [&](float* parts) {
-    p.parts = parts;
-    on.run_shared(Tile::kBytes, bn_act_conv3x3_weight_bwd_kernel<T, M16>, splits * chunks, Tile::kThreads, p);
-  });
+  static_assert(Tile::kBytes <= 160 * 1024, "what resdense_ext.ops.vendor takes a device to need");
+  const Tensor parts = new_parts(x, splits, {p.outputs, 3, 3, p.channels});
+  p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  on.run_shared(Tile::kBytes, bn_act_conv3x3_weight_bwd_kernel<T, M16>, splits * chunks, Tile::kThreads, p);
+  return parts;
 }
 
-Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                      double activation) {
+WeightParts bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                           double activation, const Optional& z, const Optional& alpha, const Optional& beta,
+                                           const Optional& delta) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
   check_conv3x3_maps(x, from, grad, "grad", of, kConv3x3BackwardOutputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  Tensor dweight = torch::stable::new_empty(x, {of.C, 3, 3, from.C});
-  if (from.numel() == 0) {
-    torch::stable::fill_(dweight, 0.0);
-    return dweight;
-  }
+  const Pending pending(grad, z, alpha, beta, delta);
+  if (from.numel() == 0) return {new_parts(x, 0, {of.C, 3, 3, from.C}), pending.finished()};
   check_rows(from, x, "x");
   check_rows(of, grad, "grad");
   check_few_rows(from, "x");
   check_few_rows(of, "grad");
+  if (z) check_rows(map_of(*z, "z"), *z, "z");
 
   const Launch on(x);
   const Tensor aligned_scale = at_aligned_address(scale), aligned_shift = at_aligned_address(shift);
+  Optional parts;
   dispatch_half_precision(from, [&](auto zero) {
     using T = decltype(zero);
     Conv3x3Weight<T> p{};
@@ -58,12 +58,10 @@ Tensor bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const
     p.slope = slope_of(activation);
     p.grad_sn = of.sn, p.grad_ss = of.ss, p.x_sn = from.sn, p.x_ss = from.ss;
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(of.C);
-    if (of.C <= 16)
-      run<T, 1>(on, p, x, dweight);
-    else
-      run<T, 2>(on, p, x, dweight);
+    p.pending = pending.on_device<T>();
+    parts = of.C <= 16 ? run<T, 1>(on, p, x) : run<T, 2>(on, p, x);
   });
-  return dweight;
+  return {parts, pending.finished()};
 }
 
 }  // namespace

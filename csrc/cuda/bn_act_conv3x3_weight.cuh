@@ -6,7 +6,8 @@
 // registers to the end. While a tile is multiplied, every thread activates in place those pieces of the next one that it has
 // copied itself, and copies its share of the one after: there is one barrier a tile. A warp has 16 channels; the two that share a
 // scheduler have the same ones, and the tile's positions in turns of 16. One of them multiplies first, the other one copies and
-// activates first, so that the matrix units are busy all the time.
+// activates first, so that the matrix units are busy all the time. A pending gradient is finished in place then; what it is pending
+// on is on its way to registers while the tile behind it is copied.
 //
 // Both operands have the summed positions as their rows, and are read transposed: a lane has the values of two neighbouring
 // positions in one register. What the middle one of three taps needs is the later position for the left tap and the earlier one
@@ -14,6 +15,7 @@
 
 #include <algorithm>
 
+#include "conv_weight.cuh"
 #include "matrix.cuh"
 #include "stack.cuh"
 
@@ -34,7 +36,7 @@ struct Conv3x3WeightTile {
   static constexpr int kStages = 3;       // tiles in shared memory: multiplied, activated, copied
   static constexpr int kHaloPieces = kHalo * kChannels / 8;
   static constexpr int kRowsAt = kHaloPieces + kPositions * kOutputs / 8;  // the rows' addresses
-  static constexpr int kStagePieces = kRowsAt + kRows;
+  static constexpr int kStagePieces = kRowsAt + kRows * 2;
   static constexpr int64_t kBytes = int64_t(kStages) * kStagePieces * 16;
 
   // Where a 16-byte piece lies: those that ldmatrix reads at once, of eight rows, are in different banks.
@@ -42,14 +44,16 @@ struct Conv3x3WeightTile {
   __device__ static int place_grad(int row, int piece) { return kHaloPieces + row * 4 + (piece ^ (row >> 1 & 3)); }
 };
 
-// Where a row of the halo lies in x, and a row of the tile in the gradient: addresses of its first column; 0 where there is none.
+// Where a row of the halo lies in x, and a row of the tile in the gradient, in what that is pending on, and finished: addresses of
+// its first column; 0 where there is none.
 struct alignas(16) WeightRow {
-  uint64_t x, grad;
+  uint64_t x, grad, z, finished;
 };
 
 template <typename T>
 struct Conv3x3Weight {
   const T *grad, *x;
+  PendingGrad<T> pending;
   const float *scale, *shift;  // 16-byte aligned
   float* parts;  // [splits][outputs][3][3][channels]
   float slope;
@@ -86,19 +90,21 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
   const auto place_rows = [&](int tile, Piece* stage) {
     const int top = stack.by_strips.quotient(tile), left = (tile - top * stack.strips) * columns;
     const int row = top * stack.tile_rows + lane - 1;
-    const int64_t x = stack.offset(row, 0, p.x_sn, p.x_ss), grad = stack.offset(row, 0, p.grad_sn, p.grad_ss);
-    const auto address = [&](const T* map, int64_t offset, int64_t step, int column) {
-      return reinterpret_cast<uint64_t>(map) + (offset + column * step) * sizeof(T);
+    const auto address = [&](const T* map, int64_t sn, int64_t ss, int column) {
+      return reinterpret_cast<uint64_t>(map) + (stack.offset(row, 0, sn, ss) + column * ss) * sizeof(T);
     };
-    const bool in_halo = tile < stack.tiles && lane < stack.tile_rows + 2 && x >= 0;
-    const bool in_tile = in_halo && lane > 0 && lane <= stack.tile_rows;
+    const bool in_halo = tile < stack.tiles && lane < stack.tile_rows + 2 && stack.offset(row, 0, 0, 0) == 0;
+    const bool in_tile = in_halo && lane > 0 && lane <= stack.tile_rows, pends = in_tile && p.pending.z;
+    const PendingGrad<T>& pending = p.pending;
     reinterpret_cast<WeightRow*>(stage + Tile::kRowsAt)[lane] = {
-        in_halo ? address(p.x, x, p.x_ss, left - 1) : 0, in_tile ? address(p.grad, grad, p.grad_ss, left) : 0};
+        in_halo ? address(p.x, p.x_sn, p.x_ss, left - 1) : 0, in_tile ? address(p.grad, p.grad_sn, p.grad_ss, left) : 0,
+        pends ? address(pending.z, pending.z_sn, pending.z_ss, left) : 0,
+        pends ? address(pending.finished, pending.finished_sn, pending.finished_ss, left) : 0};
   };
 
   // A thread copies the same two pieces of every kHaloAtOnce-th position of the halo, and of every kGradsAtOnce-th gradient;
   // zeros where there are none. Positions 4 apart are those of neighbouring threads, so that the pieces of eight threads lie in
-  // different banks. A bit says of which positions there is something to activate.
+  // different banks. A bit says of which positions there is something to activate, or to finish.
   const int copy_row = warp * 8 + lane / 8 + lane / 4 % 2 * 4, copy_piece = lane % 4;
   const int grad_row = warp * 16 + lane / 16 * 8 + lane / 2 % 2 + lane / 4 % 2 * 4 + lane / 8 % 2 * 2, grad_piece = lane % 2;
   const int copy_channel = first_channel + copy_piece * 8, second_channel = copy_channel + 32;
@@ -107,6 +113,7 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
   const unsigned grad_width = grad_piece * 8 < p.outputs ? width : none;
   const unsigned second_grad_width = grad_piece * 8 + 16 < p.outputs ? width : none;
   int strip = split % stack.strips;  // of the tile that is copied next
+  constexpr int kGradBits = 16;  // the first of the gradient's
   const auto copy_tile = [&](int tile, Piece* stage) {
     uint32_t inside = 0;
     if (tile >= 0 && tile < stack.tiles) {
@@ -125,14 +132,16 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
         copy_16_bytes(stage + (place ^ 4), reinterpret_cast<const T*>(from + 64), x < second_width);
         if (x < x_width) inside |= bit;
       }
+      bit = 1u << kGradBits;
 #pragma unroll 1
-      for (int at = grad_row; at < steps * 16; at += kGradsAtOnce) {
+      for (int at = grad_row; at < steps * 16; at += kGradsAtOnce, bit *= 2) {
         const int row = stack.by_columns.quotient(at), column = at - row * columns;
         const uint64_t first = rows[row + 1].grad, from = first + (column * p.grad_ss + grad_piece * 8) * sizeof(T);
         const unsigned x = first == 0 ? ~0u : unsigned(left + column);
         const int place = Tile::place_grad(at, grad_piece);
         copy_16_bytes(stage + place, reinterpret_cast<const T*>(from), x < grad_width);
         copy_16_bytes(stage + (place ^ 2), reinterpret_cast<const T*>(from + 32), x < second_grad_width);
+        if (x < grad_width) inside |= bit;
       }
     }
     commit_copies();
@@ -140,36 +149,52 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
   };
 
   const auto activate_tile = [&](Piece* stage, uint32_t inside, float slope) {
-    if (inside == 0) return;
-    // Where the second piece does not exist it is no matter what becomes of it.
-    float scale[2][8], shift[2][8];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int channel = half == 0 || second_channel >= end_channel ? copy_channel : second_channel;
-#pragma unroll
-      for (int k = 0; k < 8; k += 4) {
-        const Four a = load<float, 4>(p.scale + channel + k), b = load<float, 4>(p.shift + channel + k);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) scale[half][k + j] = a.v[j], shift[half][k + j] = b.v[j];
-      }
-    }
+    if (inside << kGradBits == 0) return;
 #pragma unroll 1
-    for (int at = copy_row; at < halo; at += kHaloAtOnce, inside >>= 1) {
-      using Words = Vector<uint32_t, 4>;
-      const int place = Tile::place(at, at - 2 * stack.by_pitch.quotient(at), copy_piece);
-      Words* const pieces[] = {reinterpret_cast<Words*>(stage + place), reinterpret_cast<Words*>(stage + (place ^ 4))};
-      Words words[] = {*pieces[0], *pieces[1]};
+    for (int half = 0; half < 2; ++half) {
+      const int channel = half == 0 ? copy_channel : second_channel;
+      if (channel >= end_channel) break;
+      float scale[8], shift[8];
+      load_neighbours(p.scale + channel, 8, scale);
+      load_neighbours(p.shift + channel, 8, shift);
+      uint32_t left = inside;
+#pragma unroll 2
+      for (int at = copy_row; at < halo; at += kHaloAtOnce, left >>= 1) {
+        using Words = Vector<uint32_t, 4>;
+        const int place = Tile::place(at, at - 2 * stack.by_pitch.quotient(at), copy_piece) ^ half * 4;
+        Words words = reinterpret_cast<const Words&>(stage[place]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          uint32_t& word = words[half].v[k];
-          word = activate_pair<T>(word, {scale[half][2 * k], scale[half][2 * k + 1]},
-                                  {shift[half][2 * k], shift[half][2 * k + 1]}, slope);
-        }
-        if (inside & 1) *pieces[half] = words[half];
+        for (int k = 0; k < 4; ++k)
+          words.v[k] = activate_pair<T>(words.v[k], {scale[2 * k], scale[2 * k + 1]}, {shift[2 * k], shift[2 * k + 1]}, slope);
+        if (left & 1) reinterpret_cast<Words&>(stage[place]) = words;
       }
     }
+  };
+
+  // Of this thread's gradients: what they are pending on, and then themselves.
+  static_assert(Tile::kPositions <= 2 * kGradsAtOnce);
+  const auto each_grad = [&](const Piece* stage, uint32_t inside, auto f) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!(inside >> (kGradBits + i) & 1)) continue;
+      const int at = grad_row + i * kGradsAtOnce, row = stack.by_columns.quotient(at);
+      const WeightRow& rows = reinterpret_cast<const WeightRow*>(stage + Tile::kRowsAt)[row + 1];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (half == 0 || second_grad_width > 0) f(i, half, rows, at, at - row * columns, grad_piece * 8 + half * 16);
+    }
+  };
+  const auto load_pending = [&](const Piece* stage, uint32_t inside, Piece(&z)[2][2]) {
+    each_grad(stage, inside, [&](int i, int half, const WeightRow& rows, int, int column, int channel) {
+      z[i][half] = load<T, 8>(reinterpret_cast<const T*>(rows.z) + (column * p.pending.z_ss + channel));
+    });
+  };
+  const auto finish_tile = [&](Piece* stage, uint32_t inside, const Piece(&z)[2][2]) {
+    each_grad(stage, inside, [&](int i, int half, const WeightRow& rows, int at, int column, int channel) {
+      Piece& piece = stage[Tile::place_grad(at, grad_piece) ^ half * 2];
+      piece = p.pending.finish(piece, z[i][half], channel);
+      if (chunk == 0) store(reinterpret_cast<T*>(rows.finished) + (column * p.pending.finished_ss + channel), piece);
+    });
   };
 
   // What this lane brings to ldmatrix, in bytes: of the gradients, and for the left and the right tap of every row of taps.
@@ -243,8 +268,11 @@ __global__ void __launch_bounds__(Conv3x3WeightTile::kThreads)
       }
       if (warp == 0) place_rows(tile + 3 * p.splits, s_stages + now);
       inside = inside_next;
+      Piece z[2][2];
+      if (p.pending.z) load_pending(s_stages + next, inside, z);
       inside_next = copy_tile(tile + 2 * p.splits, s_stages + after);
       wait_for_copies<1>();
+      if (p.pending.z) finish_tile(s_stages + next, inside, z);
       // With a slope that the compiler knows the ReLU is part of the rounding.
       if (p.slope == 0)
         activate_tile(s_stages + next, inside, 0);

@@ -9,6 +9,7 @@
 #include "bn_act.cuh"
 #include "fold.cuh"
 #include "matrix.cuh"
+#include "splits.cuh"
 
 namespace resdense::cuda {
 
@@ -108,5 +109,18 @@ struct CorrectData {
     correct(channel, all.a[0], all.b[0]);
   }
 };
+
+// The second stage of a convolution's backward: of the weight's gradient, by the first `split_blocks`, and of the channels' sums.
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads)
+    conv_backward_finish_kernel(Splits<T> splits, int split_blocks, Chunks<Sums<float, 1>> sums, CorrectData correct) {
+  start_kernel();
+  static_assert(kReduceThreads == kSplitWarps * 32);
+  const int block = blockIdx.x;
+  if (block < split_blocks)
+    splits.add_up(block);
+  else
+    sums.merge(block - split_blocks, correct);
+}
 
 }  // namespace resdense::cuda

@@ -7,6 +7,11 @@
 
 namespace resdense::cuda {
 
+template <typename W>
+__device__ inline W finished_value(W alpha, W dy, W beta, W z, W delta) {
+  return alpha * dy + (beta * z + delta);
+}
+
 // In the place of an activation.
 struct Unmasked {};
 
@@ -29,7 +34,7 @@ __global__ void __launch_bounds__(kWalkThreads, kWalkBlocks)
   if constexpr (MASK) load_coefficients(walk, lane, shift, d);
   walk_rows<VEC>(walk, lane, dy, z, out, [&](int k, W g, W value) {
     if constexpr (MASK) g = act.gradient(g, a[k] * value + d[k]);
-    return a[k] * g + (b[k] * value + c[k]);
+    return finished_value(a[k], g, b[k], value, c[k]);
   });
 }
 

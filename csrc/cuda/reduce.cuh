@@ -130,35 +130,45 @@ struct Leave {
   }
 };
 
-// The second stage: merges the chunks' results, always in the same order, for finish(channel, all). A is of one channel.
-template <typename A, typename F>
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_finish_kernel(const typename A::Value* part_first, const typename A::Value* part_second, int64_t channels,
-                         int64_t positions, int64_t chunk_positions, int64_t chunks, F finish) {
-  start_kernel();
+// What the first stage has left: two values of every channel and chunk, [chunks][channels], whose accumulator A is of one channel.
+template <typename A>
+struct Chunks {
   using W = typename A::Value;
-  constexpr int STEP = kReduceThreads / kFinishChannels;
-  const int y = threadIdx.x / kFinishChannels, x = threadIdx.x - y * kFinishChannels;
-  const int64_t channel = int64_t(blockIdx.x) * kFinishChannels + x;
-  A all;
-  if (channel < channels) {
-    for (int64_t begin = y; begin < chunks; begin += STEP * kFinishAtOnce) {
-      W a[kFinishAtOnce], b[kFinishAtOnce];
+  const W *first, *second;
+  int64_t channels, positions, chunk_positions, chunks;
+
+  // The second stage: merges the chunks' results, always in the same order, for finish(channel, all).
+  template <typename F>
+  __device__ void merge(int64_t block, const F& finish) const {
+    constexpr int STEP = kReduceThreads / kFinishChannels;
+    const int y = threadIdx.x / kFinishChannels, x = threadIdx.x - y * kFinishChannels;
+    const int64_t channel = block * kFinishChannels + x;
+    A all;
+    if (channel < channels) {
+      for (int64_t begin = y; begin < chunks; begin += STEP * kFinishAtOnce) {
+        W a[kFinishAtOnce], b[kFinishAtOnce];
 #pragma unroll
-      for (int u = 0; u < kFinishAtOnce; ++u) {
-        const int64_t chunk = begin + u * STEP, at = chunk * channels + channel;
-        a[u] = chunk < chunks ? part_first[at] : W(0);
-        b[u] = chunk < chunks ? part_second[at] : W(0);
-      }
+        for (int u = 0; u < kFinishAtOnce; ++u) {
+          const int64_t chunk = begin + u * STEP, at = chunk * channels + channel;
+          a[u] = chunk < chunks ? first[at] : W(0);
+          b[u] = chunk < chunks ? second[at] : W(0);
+        }
 #pragma unroll
-      for (int u = 0; u < kFinishAtOnce; ++u) {
-        const int64_t left = positions - (begin + u * STEP) * chunk_positions;
-        if (left > 0) all.merge(W(left < chunk_positions ? left : chunk_positions), a[u], b[u]);
+        for (int u = 0; u < kFinishAtOnce; ++u) {
+          const int64_t left = positions - (begin + u * STEP) * chunk_positions;
+          if (left > 0) all.merge(W(left < chunk_positions ? left : chunk_positions), a[u], b[u]);
+        }
       }
     }
+    merge_block(all, kFinishChannels);
+    if (y == 0 && channel < channels) finish(channel, all);
   }
-  merge_block(all, kFinishChannels);
-  if (y == 0 && channel < channels) finish(channel, all);
+};
+
+template <typename A, typename F>
+__global__ void __launch_bounds__(kReduceThreads) reduce_finish_kernel(Chunks<A> chunks, F finish) {
+  start_kernel();
+  chunks.merge(blockIdx.x, finish);
 }
 
 }  // namespace resdense::cuda

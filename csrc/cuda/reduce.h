@@ -81,6 +81,9 @@ inline std::tuple<Tensor, Tensor> new_sums(const Tensor& x, const Map& m) {
   return {first, second};
 }
 
+// The blocks of a second stage.
+inline int64_t finish_blocks(int64_t channels) { return ceil_div(channels, kFinishChannels); }
+
 // Both stages of a reduction to accumulators A of one channel: start(first, second) launches the first one, which leaves its
 // results there, for finish(channel, all) on the device, that of `like`.
 template <typename A, typename Start, typename Finish>
@@ -88,11 +91,11 @@ inline void reduce(const Launch& on, const ReducePlan& p, const Tensor& like, St
   using W = typename A::Value;
   const int64_t channels = p.share.channels;
   const Tensor parts = torch::stable::new_empty(like, {2, p.chunks, channels}, stats_dtype(like.scalar_type()));
-  W* const part_first = static_cast<W*>(parts.mutable_data_ptr());
-  W* const part_second = part_first + p.chunks * channels;
-  start(part_first, part_second);
-  on.run(reduce_finish_kernel<A, Finish>, ceil_div(channels, kFinishChannels), kReduceThreads, part_first, part_second, channels,
-         p.share.items * p.item_positions, p.share.chunk_items * p.item_positions, p.chunks, finish);
+  W* const first = static_cast<W*>(parts.mutable_data_ptr());
+  W* const second = first + p.chunks * channels;
+  start(first, second);
+  const Chunks<A> chunks{first, second, channels, p.share.items * p.item_positions, p.share.chunk_items * p.item_positions, p.chunks};
+  on.run(reduce_finish_kernel<A, Finish>, finish_blocks(channels), kReduceThreads, chunks, finish);
 }
 
 // The same to two vectors, which the first stage leaves itself where there is one chunk.

@@ -131,24 +131,28 @@ def _bn_act_conv_backward(
     return torch.empty_like(x) if out is None else None, *correction, dweight, dbias, *norm[:2]
 
 
-def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, activation):
-    return x.new_empty((grad.shape[1], x.shape[1]))
+def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None):
+    return _weight_parts(x, grad, z, (grad.shape[1], x.shape[1]))
+
+
+def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None):
+    return _weight_parts(x, grad, z, (grad.shape[1], 3, 3, x.shape[1]))
+
+
+def _weight_parts(x, grad, z, sizes):
+    # As many splits as the device makes of the positions.
+    splits = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty((splits, *sizes), dtype=torch.float32), None if z is None else torch.empty_like(grad)
 
 
 def _bn_act_conv1x1_data_backward(
-    grad, x, scale, shift, center, rstd, count, activation, weight, out, beta, delta, accumulate
+    grad, x, scale, shift, center, rstd, count, activation, weight, out, beta, delta, accumulate, parts=None
 ):
-    return _vectors(x, x.shape[1])
+    return *_vectors(x, x.shape[1]), None if parts is None else x.new_empty(parts.shape[1:])
 
 
-def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, activation):
-    return x.new_empty((grad.shape[1], 3, 3, x.shape[1]))
-
-
-def _bn_act_conv3x3_data_backward(
-    grad, x, scale, shift, center, rstd, count, activation, weight, out, beta, delta, accumulate
-):
-    return _vectors(x, x.shape[1])
+def _bn_act_conv3x3_data_backward(*operands):
+    return _bn_act_conv1x1_data_backward(*operands)
 
 
 def _add_act(x, y, activation):
@@ -182,10 +186,18 @@ def _bn_act_conv3x3_cpu(x, scale, shift, activation, weight, out, mean, m2):
             to.copy_(found)
 
 
-def _bn_act_conv1x1_weight_backward_cpu(grad, x, scale, shift, activation):
+def _weight_operands(grad, x, scale, shift, activation, *pending):
+    """The gradient and the activation in the dtype of sums, and the finished gradient, if it was pending."""
     activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
-    grad, activated = (t.to(accumulation_dtype(x.dtype)).transpose(0, 1).flatten(1) for t in (grad, activated))
-    return (grad @ activated.T).to(x.dtype)
+    finished = torch.ops.resdense.finished_grad(grad, *pending) if pending and pending[0] is not None else None
+    wide = accumulation_dtype(x.dtype)
+    return (grad if finished is None else finished).to(wide), activated.to(wide), finished
+
+
+def _bn_act_conv1x1_weight_backward_cpu(*operands):
+    grad, activated, finished = _weight_operands(*operands)
+    grad, activated = (t.transpose(0, 1).flatten(1) for t in (grad, activated))
+    return (grad @ activated.T)[None].float(), finished
 
 
 def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, rstd, count, activation, weight, *into):
@@ -194,11 +206,11 @@ def _bn_act_conv1x1_data_backward_cpu(grad, x, scale, shift, center, rstd, count
     return _masked(product, x, scale, shift, center, rstd, count, activation, *into)
 
 
-def _bn_act_conv3x3_weight_backward_cpu(grad, x, scale, shift, activation):
-    activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
-    grad, activated = (t.to(accumulation_dtype(x.dtype)) for t in (grad, activated))
-    sizes = grad.shape[1], x.shape[1], 3, 3
-    return torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1).to(x.dtype).contiguous()
+def _bn_act_conv3x3_weight_backward_cpu(*operands):
+    grad, activated, finished = _weight_operands(*operands)
+    sizes = grad.shape[1], activated.shape[1], 3, 3
+    dweight = torch.nn.grad.conv2d_weight(activated, sizes, grad, padding=1).movedim(1, -1)
+    return dweight[None].float().contiguous(), finished
 
 
 def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, rstd, count, activation, weight, *into):
@@ -207,14 +219,15 @@ def _bn_act_conv3x3_data_backward_cpu(grad, x, scale, shift, center, rstd, count
     return _masked(product, x, scale, shift, center, rstd, count, activation, *into)
 
 
-def _masked(product, x, scale, shift, center, rstd, count, activation, out, beta, delta, accumulate):
+def _masked(product, x, scale, shift, center, rstd, count, activation, out, beta, delta, accumulate, parts=None):
     wide = product.dtype
     by, plus, middle = (reference.per_channel(v, x) for v in (scale, shift, center))
     dy = activation_backward(product, by * x.to(wide) + plus, activation_numbered(activation))
     out.copy_(out.to(wide) + by * dy if accumulate else dy)
     positions = [d for d in range(x.dim()) if d != 1]
     sums = dy.sum(positions), (dy * (x.to(wide) - middle)).sum(positions)
-    return torch.ops.resdense.bn_correction(*sums, scale, center, rstd, count, beta, delta, accumulate), sums[0]
+    dgamma = torch.ops.resdense.bn_correction(*sums, scale, center, rstd, count, beta, delta, accumulate)
+    return dgamma, sums[0], None if parts is None else parts.sum(0).to(x.dtype)
 
 
 def _add_act_cpu(x, y, activation):

@@ -27,7 +27,7 @@ SCRATCH = 2**28
 """Bytes of an activation that may be in memory at once, and in backward as many of its gradient: a bottleneck of a DenseNet-121's
 first block, at a batch of 256 and in 16 bits, has three quarters of that."""
 
-_FUSED_SHARED_MEMORY = 156 * 1024
+_FUSED_SHARED_MEMORY = 160 * 1024
 """Bytes of shared memory that are enough for a block of any of the dense layers' kernels: ``csrc/cuda`` asserts it."""
 
 _NO_NORM = Fold(Affine(None, None, Activation("identity")), None, None, None)
@@ -101,8 +101,10 @@ class VendorBackend(ReferenceBackend):
             *(grad if isinstance(grad, Pending) else (grad, None, None, None, None)),
             *(out, beta, delta, finish, need_weight, need_weight and bias is not None),
         )
-        if finish:
-            return ConvGrads(dy, dweight, dbias, dgamma, dbeta)
-        if into is None:
-            into = Pending.of(dy, x) if fold is None else Pending(dy, x, scale, *correction)
+        if correction[0] is not None:
+            into = Pending(dy, x, scale, *correction)
+        elif finish:
+            into = dy
+        elif into is None:
+            into = Pending.of(dy, x)
         return self._of_groups(fold, ConvGrads(into, dweight, dbias, dgamma, dbeta))
