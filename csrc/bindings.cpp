@@ -29,7 +29,9 @@
 // weight is what dy is of; the norm's correction of its input's gradient, beta * x + delta, is written or added to likewise. The
 // weight gradients finish a gradient that is pending on z, and leave `parts`, (splits, outputs, channels) or, of the 3x3, (splits,
 // outputs, 3, 3, channels), in float32: the data gradient, with the finished gradient, adds them up to dweight in the dtype of x.
-// To a convolution `eps` says that a norm reads what it writes, with these statistics: it is folded, as by bn_fold.
+// To a convolution `eps` says that a norm reads what it writes, with these statistics: it is folded, as by bn_fold. So it is where it
+// reads channels of a buffer before those, too, but by bn_act_conv only where the 3x3's kernel does. A `ticket`, one int32, is 0
+// before and after a launch: its blocks draw from it, so that the last of them does what would take one more launch.
 // Only copy_map takes maps of different dtypes.
 // What an operator returns is of one type: torch_call_dispatcher takes other returns by each other's types (torch 2.13).
 // A schema that writes an argument does not bump its version counter: the Python wrappers do.
@@ -104,12 +106,14 @@ STABLE_TORCH_LIBRARY(resdense, m) {
       "float activation, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)");
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
-      "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None, "
+      "Tensor? before_mean=None, Tensor? before_m2=None, Tensor(d!)? ticket=None) "
+      "-> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv(Tensor x, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias, int[] stride, "
       "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, "
-      "Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None) "
-      "-> (Tensor? scale, Tensor? shift, Tensor? rstd)");
+      "Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None, Tensor? before_mean=None, "
+      "Tensor? before_m2=None, Tensor(d!)? ticket=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
       "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "

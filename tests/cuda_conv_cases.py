@@ -140,6 +140,31 @@ def check_bn_act_conv3x3_without_stats(ops, device: str) -> None:
     assert torch.equal(out, other)
 
 
+def check_bn_act_conv3x3_folds(ops, device: str) -> None:
+    """The norm that reads what is written, and maybe channels before it, as `bn_fold` does: in a launch or by the last block."""
+    generator = torch.Generator().manual_seed(3)
+    for case, before, order in ((CASES[0], 0, 0), (CASES[2], 40, 1), (CASES[4], 8, 2), (CASES[6], 300, 3)):
+        configure(ops, case.multiprocessors, order, case.shared_memory)
+        inputs = tensors(case, torch.bfloat16, device)
+        out, *stats = convolved(ops, inputs, ACTIVATIONS[0])
+        weight, bias = torch.randn(2, before + case.outputs, generator=generator).to(device)
+        of_before = torch.rand(2, before, generator=generator).to(device) if before else (None, None)
+        whole = [torch.cat([a, b]) for a, b in zip(of_before, stats)] if before else stats
+        ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        for reader in ((weight, bias), (None, bias), (weight, None)):
+            expected = ops.bn_fold(*whole, out.numel() // case.outputs, 1e-3, *reader)
+            for drawn in (None, ticket):
+                folded = []
+
+                def write(*to, reader=reader, drawn=drawn, inputs=inputs, folded=folded, of_before=of_before):
+                    operands = inputs["x"], inputs["scale"], inputs["shift"], SLOPES[ACTIVATIONS[0].name], inputs["weight"]
+                    folded += ops.bn_act_conv3x3(*operands, *to, 1e-3, *reader, *of_before, drawn)
+
+                again = written(inputs["x"], case.outputs, write, True)
+                found = (*again, *folded, ticket)
+                assert all(torch.equal(a, b) for a, b in zip(found, (out, *stats, *expected, torch.zeros_like(ticket)), strict=True))
+
+
 def check_bn_act_conv3x3_repeats(ops, device: str) -> None:
     """Bitwise, whatever order the threads run in."""
     for case in (CASES[2], CASES[6], CASES[8], CASES[12]):
@@ -202,6 +227,7 @@ def check_bn_act_conv3x3_errors(ops, device: str) -> None:
 
     right = {"x": last(2, 16, 5, 6), "weight": last(8, 16, 3, 3), "out": last(2, 8, 5, 6)}
     vector = torch.zeros(16, device=device)
+    prefix = {"eps": 1e-5, "before_mean": vector, "before_m2": vector}
     for message, change in (
         (r"x: expected dtype bfloat16 or float16, got float32", {"x": right["x"].float()}),
         (r"x: expected shape \(N, C, H, W\), got \(2, 16, 5\)", {"x": right["x"][..., 0]}),
@@ -223,17 +249,27 @@ def check_bn_act_conv3x3_errors(ops, device: str) -> None:
         (r"mean: expected shape \(8,\), one value a channel of out, got \(16\)", {"mean": vector}),
         (r"m2: expected to be given where mean is, and only there", {"m2": None}),
         (r"activation: expected the slope of what is negative, got", {"activation": SILU}),
+        (r"eps: expected only with the statistics of what the norm reads", {"mean": None, "m2": None, "eps": 1e-5}),
+        (r"reader_weight: expected shape \(8,\), one value a channel of out, got \(16\)", {"eps": 1e-5, "reader_weight": vector}),
+        (r"reader_bias: expected shape \(24,\), one value .* got \(16\)", {**prefix, "reader_bias": vector}),
+        (r"before_mean: expected dtype float32, got float64", {**prefix, "before_mean": vector.double()}),
+        (r"before_m2: expected shape \(16,\), one value a channel of out, got \(8\)", {**prefix, "before_m2": vector[:8]}),
+        (r"before_m2: expected to be given where before_mean is, and only there", {**prefix, "before_m2": None}),
+        (r"ticket: expected one number, got shape \(16\)", {"ticket": vector.int()}),
+        (r"ticket: expected dtype int32, got float32", {"ticket": vector[:1]}),
     ):
         given = {**right, "activation": 0.0, "scale": vector, "shift": vector, "mean": vector[:8], "m2": vector[8:], **change}
         before = given["out"].clone()
+        operands = [given.pop(name) for name in ("x", "scale", "shift", "activation", "weight")]
         with pytest.raises(RuntimeError, match=message):
-            ops.bn_act_conv3x3(*(given[name] for name in ("x", "scale", "shift", "activation", "weight", "out", "mean", "m2")))
+            ops.bn_act_conv3x3(*operands, **given)
         assert torch.equal(given["out"], before)
 
 
 CHECKS = (
     check_bn_act_conv3x3,
     check_bn_act_conv3x3_without_stats,
+    check_bn_act_conv3x3_folds,
     check_bn_act_conv3x3_repeats,
     check_bn_act_conv3x3_far_mean,
     check_bn_act_conv3x3_special_values,

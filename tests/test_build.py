@@ -69,7 +69,9 @@ SCHEMAS = {
     "bn_act_global_pool_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, "
     "float activation, Tensor(a!) out, bool accumulate) -> (Tensor sum_dy, Tensor sum_dy_xc)",
     "bn_act_conv3x3": "(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
-    "Tensor(b!)? mean, Tensor(c!)? m2) -> ()",
+    "Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None, "
+    "Tensor? before_mean=None, Tensor? before_m2=None, Tensor(d!)? ticket=None) "
+    "-> (Tensor? scale, Tensor? shift, Tensor? rstd)",
     "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, "
     "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)",
     "bn_act_conv3x3_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, "
@@ -82,7 +84,8 @@ SCHEMAS = {
     "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)",
     "bn_act_conv": "(Tensor x, Tensor? scale, Tensor? shift, float activation, Tensor weight, Tensor? bias, int[] stride, "
     "int[] padding, int[] dilation, int groups, bool fuse, int scratch, Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? m2, "
-    "float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)",
+    "float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None, Tensor? before_mean=None, Tensor? before_m2=None, "
+    "Tensor(d!)? ticket=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)",
     "bn_act_conv_backward": "(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
     "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
     "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "

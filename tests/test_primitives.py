@@ -470,7 +470,10 @@ class TestOperators:
             "bn_act_max_pool_backward": (small, taps, x, a, b, c, 0.1, *windows, x.clone(), False),
             "bn_act_global_pool": (x, a, b, 0.1),
             "bn_act_global_pool_backward": (torch.randn(2, 6, 1, 1), x, a, b, c, 0.1, x.clone(), True),
-            "bn_act_conv3x3": (x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), q.clone(), r.clone()),
+            "bn_act_conv3x3": (
+                *(x, a, b, 0.0, torch.randn(3, 6, 3, 3), z.clone(), q.clone(), r.clone()),
+                *(1e-5, None, torch.randn(9), a.clone(), b.exp(), torch.zeros(1, dtype=torch.int32)),
+            ),
             "bn_act_conv": (
                 *(x, a, b, 0.0, torch.randn(3, 6, 3, 3), p, *geometry, True, 2**20),
                 *(z.clone(), q.clone(), r.clone(), 1e-5, None, p.clone()),

@@ -37,6 +37,7 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
     default: return torch::headeronly::toString(dtype);
   }
 }
@@ -120,12 +121,23 @@ inline void check_stats(const std::optional<Tensor>& mean, const std::optional<T
   check_vector(*m2, "m2", out.size(1), out, "out");
 }
 
-// Where `eps` is given a norm reads `out`, with these statistics.
+// Where `eps` is given a norm reads `out`, with these statistics, behind so many channels `before`.
 inline void check_reader(std::optional<double> eps, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                         const std::optional<Tensor>& mean, const Tensor& out) {
+                         const std::optional<Tensor>& mean, const Tensor& out, int64_t before = 0) {
   RESDENSE_CHECK(!eps || mean, "eps: expected only with the statistics of what the norm reads, mean and m2");
-  if (weight) check_vector(*weight, "reader_weight", out.size(1), out, "out");
-  if (bias) check_vector(*bias, "reader_bias", out.size(1), out, "out");
+  const int64_t channels = before + out.size(1);
+  if (weight) check_vector(*weight, "reader_weight", channels, out, "out");
+  if (bias) check_vector(*bias, "reader_bias", channels, out, "out");
+}
+
+// The statistics of those channels, where there are any: their number.
+inline int64_t check_before(const std::optional<Tensor>& mean, const std::optional<Tensor>& m2, const Tensor& out) {
+  RESDENSE_CHECK(mean.has_value() == m2.has_value(), "before_m2: expected to be given where before_mean is, and only there");
+  if (!mean) return 0;
+  const int64_t channels = mean->numel();
+  check_vector(*mean, "before_mean", channels, out, "out");
+  check_vector(*m2, "before_m2", channels, out, "out");
+  return channels;
 }
 
 }  // namespace resdense

@@ -148,22 +148,24 @@ using Folded = std::tuple<Optional, Optional, Optional>;
 Folded bn_act_conv(const Tensor& x, const Optional& scale, const Optional& shift, double activation, const Tensor& weight,
                    const Optional& bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse, int64_t scratch,
                    const Tensor& out, const Optional& mean, const Optional& m2, std::optional<double> eps,
-                   const Optional& reader_weight, const Optional& reader_bias) {
-  check_reader(eps, reader_weight, reader_bias, mean, out);
+                   const Optional& reader_weight, const Optional& reader_bias, const Optional& before_mean,
+                   const Optional& before_m2, const Optional& ticket) {
+  check_reader(eps, reader_weight, reader_bias, mean, out, check_before(before_mean, before_m2, out));
   const Conv conv{weight, stride, padding, dilation, groups};
   const bool by_kernels = scale && fuse && !bias && is_slope(activation);
+  if (by_kernels && is_conv3x3(x, conv, out, kConv3x3Outputs))
+    return call<Folded>("resdense::bn_act_conv3x3", "", x, *scale, *shift, activation, weight, out, mean, m2, eps, reader_weight,
+                        reader_bias, before_mean, before_m2, ticket);
+  const Optional none;
+  if (before_mean) eps.reset();
   if (by_kernels && is_conv1x1(x, conv, out))
     return call<Folded>("resdense::bn_act_conv1x1", "", x, *scale, *shift, activation, conv.matrix(), bias, out, mean, m2, eps,
-                        reader_weight, reader_bias);
-  if (by_kernels && is_conv3x3(x, conv, out, kConv3x3Outputs)) {
-    call("resdense::bn_act_conv3x3", "", x, *scale, *shift, activation, weight, out, mean, m2);
-  } else {
-    const Prologue activated{scale, shift, activation};
-    const Parts parts(x, scratch);
-    for (int64_t part = 0; part < parts.count(); ++part)
-      convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
-    if (mean) call("resdense::channel_stats_into", "", out, *mean, *m2);
-  }
+                        eps ? reader_weight : none, eps ? reader_bias : none);
+  const Prologue activated{scale, shift, activation};
+  const Parts parts(x, scratch);
+  for (int64_t part = 0; part < parts.count(); ++part)
+    convolve(in_dtype(activated(parts.of(x, part)), weight.scalar_type()), conv, bias, parts.of(out, part));
+  if (mean) call("resdense::channel_stats_into", "", out, *mean, *m2);
   if (!eps) return {};
   const double count = static_cast<double>(out.numel() / out.size(1));
   return call<std::tuple<Tensor, Tensor, Tensor>>("resdense::bn_fold", "", *mean, *m2, count, *eps, reader_weight, reader_bias);

@@ -6,37 +6,34 @@ namespace resdense::cuda {
 namespace {
 
 template <typename T, int OUTPUTS, bool LARGE>
-void run(const Launch& on, Conv1x1<T> p, const Optional& mean, const Optional& m2, const Reader& reader) {
+void run(const Launch& on, Conv1x1<T> p, const Stats& stats) {
   using Tile = Conv1x1Tile<OUTPUTS, LARGE>;
   static_assert(Tile::kBytes <= 160 * 1024, "what resdense_ext.ops.vendor takes a device to need");
   p.tiles = static_cast<int>(ceil_div(p.positions, Tile::kPositions));
   const int64_t blocks = std::min<int64_t>(p.tiles, on.multiprocessors() * Tile::kBlocks);
-  run_with_stats(on, blocks, p.outputs, mean, m2, reader, [&](float* parts) {
-    p.parts = parts;
+  stats.run(on, blocks, [&](const ConvStats& left) {
+    p.parts = left.parts;
     on.run_shared(Tile::kBytes, bn_act_conv1x1_fwd_kernel<T, OUTPUTS, LARGE>, blocks, kConv1x1Threads, p);
   });
 }
 
 template <typename T, int OUTPUTS>
-void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2, const Reader& reader) {
+void run(const Launch& on, const Conv1x1<T>& p, const Stats& stats) {
   // Small tiles read the weights more often, but leave half of the device idle less often.
   if (2 * ceil_div(p.positions, Conv1x1Tile<OUTPUTS, true>::kPositions) > on.multiprocessors())
-    run<T, OUTPUTS, true>(on, p, mean, m2, reader);
+    run<T, OUTPUTS, true>(on, p, stats);
   else
-    run<T, OUTPUTS, false>(on, p, mean, m2, reader);
+    run<T, OUTPUTS, false>(on, p, stats);
 }
 
 template <typename T>
-void run(const Launch& on, const Conv1x1<T>& p, const Optional& mean, const Optional& m2, const Reader& reader) {
+void run(const Launch& on, const Conv1x1<T>& p, const Stats& stats) {
   switch (ceil_div(p.outputs, 64)) {
-    case 1: return run<T, 64>(on, p, mean, m2, reader);
-    case 2: return run<T, 128>(on, p, mean, m2, reader);
-    default: return run<T, 192>(on, p, mean, m2, reader);
+    case 1: return run<T, 64>(on, p, stats);
+    case 2: return run<T, 128>(on, p, stats);
+    default: return run<T, 192>(on, p, stats);
   }
 }
-
-// Scale, shift and rstd of the norm that reads what is written, where one does.
-using Folded = std::tuple<Optional, Optional, Optional>;
 
 Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift, double activation, const Tensor& weight,
                       const Optional& bias, const Tensor& out, const Optional& mean, const Optional& m2, std::optional<double> eps,
@@ -53,14 +50,11 @@ Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift,
 
   check_stats(mean, m2, out);
   check_reader(eps, reader_weight, reader_bias, mean, out);
-  const auto vector = [&] { return eps ? Optional(empty_vector(to.C, ScalarType::Float, out)) : std::nullopt; };
-  const Folded folded{vector(), vector(), vector()};
-  const auto& [to_scale, to_shift, to_rstd] = folded;
+  Stats stats(to, mean, m2);
+  if (eps) stats.fold(*eps, reader_weight, reader_bias, 0, std::nullopt, std::nullopt);
   if (from.numel() == 0) {
-    fill_stats(mean, m2);
-    if (eps)
-      for (const Optional& of : {to_scale, to_shift, to_rstd}) torch::stable::fill_(*of, std::numeric_limits<double>::quiet_NaN());
-    return folded;
+    stats.fill();
+    return stats.folded();
   }
   check_matrix(from, x, "x");
   check_matrix(to, out, "out");
@@ -79,16 +73,9 @@ Folded bn_act_conv1x1(const Tensor& x, const Tensor& scale, const Tensor& shift,
     p.x_ss = from.ss, p.out_ss = to.ss;
     p.positions = static_cast<int>(from.rows());
     p.channels = static_cast<int>(from.C), p.outputs = static_cast<int>(to.C);
-    Reader reader{};
-    if (eps) {
-      const auto read = [](const Optional& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; };
-      const auto written = [](const Optional& t) { return static_cast<float*>(t->mutable_data_ptr()); };
-      reader = {static_cast<double>(to.rows()), *eps,              read(reader_weight), read(reader_bias),
-                written(to_scale),              written(to_shift), written(to_rstd)};
-    }
-    run(on, p, mean, m2, reader);
+    run(on, p, stats);
   });
-  return folded;
+  return stats.folded();
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ struct Conv3x3 {
   int channels, outputs;
   Stack stack;
   bool all_weights;                    // all chunks of the weights have a place in shared memory
-  float* parts;                        // count, means and m2 that a block leaves; none where there are no statistics
+  ConvStats stats;
 };
 
 // Shared memory holds rows of kConvChunk channels in 16-byte pieces. The eight rows that ldmatrix reads at once have
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16,
         if (offset >= 0 && channel < p.outputs) store(reinterpret_cast<uint32_t*>(p.out + offset + channel), four);
       }
     }
-    if (p.parts == nullptr) return;
+    if (p.stats.parts == nullptr) return;
     const float count = static_cast<float>(std::popcount(written)), inverse = 1 / count;
     moments.merge(count, [&](int k, float& mean, float& m2) {
       mean = 0;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16,
     if (last) finish(tile);
     tile = next_tile, chunk = next_chunk, place = next_place, slot ^= 1;
   }
-  if (p.parts == nullptr) return;
+  if (p.stats.parts == nullptr) return;
 
   // The block's moments: those of a channel's lanes, then of the warps in order.
   merge_lanes(moments, 4);
@@ -298,7 +298,8 @@ __global__ void __launch_bounds__(ConvTile<N16, LARGE>::kThreads * ConvTile<N16,
     }
   }
   __syncthreads();
-  leave_moments<Tile::kOutputs>(s_parts, blockDim.x / 32, p.outputs, p.parts);
+  leave_moments<Tile::kOutputs>(s_parts, blockDim.x / 32, p.outputs, p.stats.parts);
+  if (p.stats.ticket) p.stats.finish_last();
 }
 
 }  // namespace resdense::cuda

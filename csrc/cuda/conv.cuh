@@ -107,29 +107,66 @@ __device__ inline void leave_moments(const float* gathered, int warps, int chann
 // The norm that reads what is written, to be folded where there is one: as `bn_fold_kernel` does.
 struct Reader {
   double count, eps;
+  int before;                // so many channels it reads before those that are written,
+  const float *mean, *m2;    // whose statistics are there
   const float *weight, *bias;
   float *scale, *shift, *rstd;  // nullptr where there is none
+
+  __device__ void fold(int channel, float of_mean, float of_m2) const {
+    const FoldOf<float> fold = fold_of(of_mean, of_m2, count, eps, weight ? weight[channel] : 1.0f, bias ? bias[channel] : 0.0f);
+    scale[channel] = fold.scale, shift[channel] = fold.shift, rstd[channel] = fold.rstd;
+  }
+
+  __device__ void fold_before(int channel) const {
+    if (channel < before) fold(channel, mean[channel], m2[channel]);
+  }
 };
 
-// The second stage: a warp merges what the blocks left of one channel.
-static __global__ void conv_stats_finish_kernel(const float* parts, int blocks, int channels, float* mean, float* m2,
-                                                Reader reader) {
-  start_kernel();
-  const int channel = blockIdx.x;
-  const float* const means = parts + int64_t(blocks) * (1 + channel);
-  Moments<float, 1> all;
-  for (int block = threadIdx.x; block < blocks; block += 32)
-    all.merge(parts[block], means[block], means[int64_t(blocks) * channels + block]);
-  merge_lanes(all, 1);
-  if (threadIdx.x == 0) {
+// What the blocks leave, [count, means, m2][blocks], and what the second stage makes of it.
+struct ConvStats {
+  float* parts;  // nullptr where there are no statistics
+  int blocks, channels;
+  float *mean, *m2;
+  Reader reader;
+  unsigned* ticket;  // where the last block is the second stage; 0 before and after
+
+  // By the lanes of a warp: merges what the blocks have left of a channel. (Not by way of the first-level cache, each block's own.)
+  __device__ void finish(int channel, int lane) const {
+    const float* const means = parts + int64_t(blocks) * (1 + channel);
+    Moments<float, 1> all;
+    for (int block = lane; block < blocks; block += 32)
+      all.merge(__ldcg(parts + block), __ldcg(means + block), __ldcg(means + int64_t(blocks) * channels + block));
+    merge_lanes(all, 1);
+    if (lane != 0) return;
     mean[channel] = all.mean[0];
     m2[channel] = all.m2[0];
-    if (reader.scale) {
-      const FoldOf<float> fold = fold_of(all.mean[0], all.m2[0], reader.count, reader.eps,
-                                         reader.weight ? reader.weight[channel] : 1.0f, reader.bias ? reader.bias[channel] : 0.0f);
-      reader.scale[channel] = fold.scale, reader.shift[channel] = fold.shift, reader.rstd[channel] = fold.rstd;
-    }
+    if (reader.scale) reader.fold(reader.before + channel, all.mean[0], all.m2[0]);
   }
+
+  // By all threads of every block, which has left its parts: the last block that comes here finishes all channels.
+  __device__ void finish_last() const {
+    __shared__ bool s_last;
+    const int thread = thread_read_anew(), threads = blockDim.x;
+    __threadfence();
+    __syncthreads();
+    if (thread == 0) s_last = atomicAdd(ticket, 1u) + 1 == gridDim.x;
+    __syncthreads();
+    if (!s_last) return;
+    __threadfence();
+    if (thread == 0) *ticket = 0;
+    for (int channel = thread / 32; channel < channels; channel += threads / 32) finish(channel, thread % 32);
+    for (int channel = thread; channel < reader.before; channel += threads) reader.fold_before(channel);
+  }
+};
+
+// The second stage where it is a launch: a block of one warp for every channel, and for every 32 of those before.
+static __global__ void conv_stats_finish_kernel(ConvStats stats) {
+  start_kernel();
+  const int block = blockIdx.x;
+  if (block < stats.channels)
+    stats.finish(block, threadIdx.x);
+  else
+    stats.reader.fold_before((block - stats.channels) * 32 + threadIdx.x);
 }
 
 }  // namespace resdense::cuda

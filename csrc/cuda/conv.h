@@ -2,6 +2,7 @@
 // What the launchers of convolutions share: what they ask of their maps, and the statistics of what they write.
 
 #include <optional>
+#include <tuple>
 
 #include "common/conv_limits.h"
 #include "conv.cuh"
@@ -76,24 +77,79 @@ inline float slope_of(double activation) {
 
 inline Tensor at_aligned_address(const Tensor& t) { return aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
-// The statistics of no positions, where they are wanted.
-inline void fill_stats(const Optional& mean, const Optional& m2) {
-  if (!mean) return;
-  torch::stable::fill_(*mean, std::numeric_limits<double>::quiet_NaN());
-  torch::stable::fill_(*m2, 0.0);
+// One number that every block of a launch adds 1 to.
+inline void check_ticket(const Tensor& ticket, const Tensor& out) {
+  RESDENSE_CHECK(ticket.numel() == 1, "ticket: expected one number, got shape ", shape_string(ticket));
+  check_dtype(ticket, "ticket", ScalarType::Int);
+  check_same_device(ticket, "ticket", out, "out");
 }
 
-// Both stages of the statistics, where they are wanted: start(parts) launches the convolution, whose blocks leave count, means
-// and m2 there. The second one folds the norm that reads what is written, too.
-template <typename F>
-inline void run_with_stats(const Launch& on, int64_t blocks, int64_t channels, const Optional& mean, const Optional& m2,
-                           const Reader& reader, F start) {
-  if (!mean) return start(static_cast<float*>(nullptr));
-  const Tensor memory = torch::stable::new_empty(*mean, {1 + 2 * channels, blocks});
-  float* const parts = static_cast<float*>(memory.mutable_data_ptr());
-  start(parts);
-  on.run(conv_stats_finish_kernel, channels, 32, parts, blocks, channels,
-         static_cast<float*>(mean->mutable_data_ptr()), static_cast<float*>(m2->mutable_data_ptr()), reader);
-}
+// Scale, shift and rstd of the norm that reads what is written, where one does.
+using Folded = std::tuple<Optional, Optional, Optional>;
+
+namespace {  // no symbols: those of its tensors are hidden
+
+// What becomes of the statistics of what is written, where they are wanted.
+class Stats {
+ public:
+  Stats(const Map& out, const Optional& mean, const Optional& m2) : out_(out), mean_(mean), m2_(m2) {}
+
+  // A norm reads what is written, and so many channels before it.
+  void fold(double eps, const Optional& weight, const Optional& bias, int64_t before, const Optional& before_mean,
+            const Optional& before_m2) {
+    const auto vector = [&] { return empty_vector(before + out_.C, ScalarType::Float, *mean_); };
+    folded_ = {vector(), vector(), vector()};
+    const auto& [scale, shift, rstd] = folded_;
+    reader_ = {static_cast<double>(out_.rows()),
+               eps,
+               static_cast<int>(before),
+               floats(before_mean),
+               floats(before_m2),
+               floats(weight),
+               floats(bias),
+               written(scale),
+               written(shift),
+               written(rstd)};
+  }
+
+  // With a zero that the blocks draw from the last of them is the second stage.
+  void draw_from(const Tensor& ticket) { ticket_ = static_cast<unsigned*>(ticket.mutable_data_ptr()); }
+
+  const Folded& folded() const { return folded_; }
+
+  // Those of no positions.
+  void fill() const {
+    if (!mean_) return;
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+    torch::stable::fill_(*mean_, nan);
+    torch::stable::fill_(*m2_, 0.0);
+    const auto& [scale, shift, rstd] = folded_;
+    for (const Optional* of : {&scale, &shift, &rstd})
+      if (*of) torch::stable::fill_(**of, nan);
+  }
+
+  // Both stages: start(stats) launches the convolution, whose blocks leave their parts there.
+  template <typename F>
+  void run(const Launch& on, int64_t blocks, F start) const {
+    if (!mean_) return start(ConvStats{});
+    const Tensor parts = torch::stable::new_empty(*mean_, {1 + 2 * out_.C, blocks});
+    const ConvStats stats{written(parts), static_cast<int>(blocks), static_cast<int>(out_.C), written(mean_), written(m2_),
+                          reader_,        ticket_};
+    start(stats);
+    if (!ticket_) on.run(conv_stats_finish_kernel, out_.C + ceil_div(reader_.before, 32), 32, stats);
+  }
+
+ private:
+  static const float* floats(const Optional& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; }
+  static float* written(const Optional& t) { return static_cast<float*>(t->mutable_data_ptr()); }
+
+  const Map& out_;
+  const Optional &mean_, &m2_;
+  Folded folded_;
+  Reader reader_{};
+  unsigned* ticket_ = nullptr;
+};
+
+}  // namespace
 
 }  // namespace resdense::cuda

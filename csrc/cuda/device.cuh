@@ -23,6 +23,17 @@ __device__ inline void start_kernel() {
 #endif
 }
 
+// threadIdx.x for what a kernel does last, where the one that it began with would take a register all along.
+__device__ inline int thread_read_anew() {
+#ifdef __CUDA_ARCH__
+  int thread;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // Whether this is compiled for Blackwell, whose arithmetic on pairs of float32 wants them side by side: that takes more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kPairs = true;

@@ -19,7 +19,7 @@ from resdense_ext.ops.backend import register
 from resdense_ext.ops.compiled import CompiledBackend
 from resdense_ext.ops.convolve import is_matrix_product
 from resdense_ext.ops.layout import map_beside, memory_format_of
-from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Prefix, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, TransposedConv, accumulation_dtype
 
 __all__ = ["CpuBackend"]
@@ -128,16 +128,17 @@ class CpuBackend(CompiledBackend):
         mask_scale: float,
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
+        prefix: Optional[Prefix] = None,
     ) -> Optional[Fold]:
         op = None if mask is not None else _operator(x, conv)
         if op is None:
-            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
+            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader, prefix)
         weight = conv.weight.flatten(1) if is_matrix_product(conv) else conv.weight
         scale, shift, activation = affine or Fold.linear(x).affine
         bias = None if conv.bias is None else conv.bias.to(accumulation_dtype(x.dtype))
         increment_version((out, *(stats or ())))
         op(x, scale, shift, number_of(activation), weight, bias, out, *(stats or (None, None)))
-        return self._folded_reader(out, stats, reader, activation)
+        return self._folded_reader(out, stats if prefix is None else prefix.whole, reader, activation)
 
     def convolved(
         self, x: Tensor, affine: Optional[Affine], conv: Conv, reader: Optional[BatchNorm]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.layout import empty_map
-from resdense_ext.ops.operands import ConvGrads, Pending, Stats
+from resdense_ext.ops.operands import ConvGrads, Pending, Prefix, Stats
 from resdense_ext.ops.operator import EngineOperator
 from resdense_ext.ops.ranks import Ranks
 from resdense_ext.ops.units import GRADS, UNIT, geometry_of, gradient_like, parameters_of, units_from
@@ -132,15 +132,15 @@ def forward(
     spare: Optional[Tensor] = None  # the memory of a bottleneck that nobody reads any more
 
     buffer[:, : x.shape[1]].copy_(x)
+    before, ticket = _channels(stats, 0, x.shape[1]), backend.ticket(buffer)
     if any(readers):
-        first = _channels(stats, 0, x.shape[1])
-        for to, found in zip(first, backend.channel_stats(buffer[:, : x.shape[1]])):
+        for to, found in zip(before, backend.channel_stats(buffer[:, : x.shape[1]])):
             to.copy_(found)
-        ranks.merge_(first)
+        ranks.merge_(before)
+    fold = backend.fold(layers[0].units[0].norm, before, count, activation)
     for index, layer, C, end in walk:
         source, target = buffer.narrow(1, 0, C), buffer.narrow(1, C, end - C)
-        norm, conv = layer.units[0]
-        fold = backend.fold(norm, _channels(stats, 0, C) if norm.batch_stats else stats, count, activation)
+        conv = layer.units[0].conv
         if len(layer.units) == 2:
             width = conv.weight.shape[0]
             z = empty_map(x, width, compute) if spare is None or spare.shape[1] != width else spare
@@ -158,9 +158,16 @@ def forward(
                 kept.append(z)
             source, conv = z, last
         new = _channels(stats, C, end) if any(readers[index + 1 :]) else None
-        backend.bn_act_conv(source, fold.affine, conv, target, layer.mask, layer.mask_scale, new)
-        if new is not None:
+        whole = _channels(stats, 0, end)
+        reader = layers[index + 1].units[0].norm if index + 1 < len(layers) else None
+        prefix, shared = Prefix(before, whole, ticket), bool(config.group)
+        operands = source, fold.affine, conv, target, layer.mask, layer.mask_scale, new
+        fold = backend.bn_act_conv(*operands, None if shared else reader, prefix)
+        if shared and new is not None:
             ranks.merge_(new)
+        if shared and reader is not None:
+            fold = backend.fold(reader, whole, count, activation)
+        before = whole
     total = [ranks.total] if config.group else []
     return buffer, [*stats, *bottleneck_stats, *total], kept
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resdense_ext.reference import Activation, BatchNorm, accumulation_dtype
 
-__all__ = ["Affine", "ConvGrads", "Fold", "Groups", "Pending", "Stats", "in_dtype"]
+__all__ = ["Affine", "ConvGrads", "Fold", "Groups", "Pending", "Prefix", "Stats", "in_dtype"]
 
 
 class Affine(NamedTuple):
@@ -31,6 +31,15 @@ class Stats(NamedTuple):
         """For those of ``z``, or of every one of so many samples; none where its reader has its own."""
         size = samples * z.shape[1] if reader is not None and reader.batch_stats else 0
         return Stats(*(z.new_empty(size, dtype=accumulation_dtype(z.dtype)) for _ in range(2)))
+
+
+class Prefix(NamedTuple):
+    """The channels of a buffer that a norm reads, the last of which are about to be written: the statistics of those before, and of
+    all; and one int32 of 0, from which a kernel's blocks may draw, to know the last of them, and which is 0 again behind it."""
+
+    before: Stats
+    whole: Stats
+    ticket: Optional[Tensor]
 
 
 class Groups(NamedTuple):

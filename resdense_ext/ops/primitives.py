@@ -109,15 +109,20 @@ def _bn_act_winograd_backward(
     return weight.new_empty((outputs if need_weight else 0, 3, 3, inputs), dtype=torch.float32), *_vectors(x, inputs)
 
 
-def _bn_act_conv3x3(x, scale, shift, activation, weight, out, mean, m2):
-    return None
+def _bn_act_conv3x3(
+    x, scale, shift, activation, weight, out, mean, m2,
+    eps=None, reader_weight=None, reader_bias=None, before_mean=None, before_m2=None, ticket=None,
+):  # fmt: skip
+    if eps is None:
+        return (None,) * 3
+    return _vectors(out, out.shape[1] + (0 if before_mean is None else len(before_mean)), 3)
 
 
 def _bn_act_conv(
     x, scale, shift, activation, weight, bias, stride, padding, dilation, groups, fuse, scratch, out, mean, m2,
-    eps=None, reader_weight=None, reader_bias=None,
+    eps=None, reader_weight=None, reader_bias=None, before_mean=None, before_m2=None, ticket=None,
 ):  # fmt: skip
-    return (None,) * 3 if eps is None else _vectors(out, out.shape[1], 3)
+    return (None,) * 3 if eps is None or before_mean is not None else _vectors(out, out.shape[1], 3)
 
 
 def _bn_act_conv_backward(
@@ -178,12 +183,20 @@ def _copy_map_cpu(x, out):
     out.copy_(x)
 
 
-def _bn_act_conv3x3_cpu(x, scale, shift, activation, weight, out, mean, m2):
+def _bn_act_conv3x3_cpu(
+    x, scale, shift, activation, weight, out, mean, m2,
+    eps=None, reader_weight=None, reader_bias=None, before_mean=None, before_m2=None, ticket=None,
+):  # fmt: skip
     activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
     out.copy_(reference.convolution(activated, Conv(weight, padding=(1, 1))))
     if mean is not None:
         for to, found in zip((mean, m2), reference.channel_stats(out)):
             to.copy_(found)
+    if eps is None:
+        return None, None, None
+    if before_mean is not None:
+        mean, m2 = torch.cat([before_mean, mean]), torch.cat([before_m2, m2])
+    return torch.ops.resdense.bn_fold(mean, m2, out.numel() / out.shape[1], eps, reader_weight, reader_bias)
 
 
 def _weight_operands(grad, x, scale, shift, activation, *pending):

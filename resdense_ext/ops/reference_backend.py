@@ -14,7 +14,7 @@ from torch import Tensor
 from resdense_ext import reference
 from resdense_ext.ops.activation import activation_backward, number_of
 from resdense_ext.ops.layout import dense_map, empty_map, is_dense, memory_format_of
-from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Groups, Pending, Stats
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Groups, Pending, Prefix, Stats
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, TransposedConv, accumulation_dtype
 
 __all__ = ["ReferenceBackend", "empty_deviations", "unpool"]
@@ -193,11 +193,12 @@ class ReferenceBackend:
         mask_scale: float,
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
+        prefix: Optional[Prefix] = None,
     ) -> Optional[Fold]:
         """``out = conv(act(scale * x + shift)) * mask * mask_scale``, and the statistics of what was written, if asked for.
 
-        Without an affine it is a convolution of x as it is. ``reader`` is the norm that alone will read ``out``, behind the
-        same activation: it is returned folded.
+        Without an affine it is a convolution of x as it is. ``reader`` is the norm that will read ``out`` next, or that ``prefix`` of
+        a buffer whose last channels it is, behind the same activation: it is returned folded.
         """
         for part in self.chunks(x, conv):
             activated = x[part] if affine is None else self.bn_act(x[part], affine)
@@ -206,7 +207,12 @@ class ReferenceBackend:
             out[part].copy_(z if mask is None else z * mask[part] * mask_scale)
         if stats is not None:
             torch._foreach_copy_(list(stats), list(self.channel_stats(out)))
-        return self._folded_reader(out, stats, reader, Activation() if affine is None else affine.activation)
+        activation = Activation() if affine is None else affine.activation
+        return self._folded_reader(out, stats if prefix is None else prefix.whole, reader, activation)
+
+    def ticket(self, x: Tensor) -> Optional[Tensor]:
+        """That of a `Prefix` of ``x``, for a backend whose kernels draw from one."""
+        return None
 
     def convolved(
         self, x: Tensor, affine: Optional[Affine], conv: Conv, reader: Optional[BatchNorm]

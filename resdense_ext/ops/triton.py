@@ -20,7 +20,7 @@ from resdense_ext.ops import moments
 from resdense_ext.ops._library import LIBRARY
 from resdense_ext.ops.activation import activation_numbered
 from resdense_ext.ops.backend import register
-from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Prefix, Stats
 from resdense_ext.ops.pool import run_pool, run_pool_backward
 from resdense_ext.ops.reference_backend import ReferenceBackend, empty_deviations
 from resdense_ext.reference import Activation, BatchNorm, Conv, Pool
@@ -226,14 +226,17 @@ class TritonBackend(MomentsBackend):
         mask_scale: float,
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
+        prefix: Optional[Prefix] = None,
     ) -> Optional[Fold]:
         if not _serves(x, conv) or out.dtype == torch.float64:
-            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader)
+            return super().bn_act_conv(x, affine, conv, out, mask, mask_scale, stats, reader, prefix)
         from resdense_ext.kernels.bn_act_conv import bn_act_conv
 
         increment_version(out)
         affine = affine or Fold.linear(x).affine
-        folded = bn_act_conv(x, *affine, conv, out, mask, mask_scale, stats, reader)
+        folded = bn_act_conv(x, *affine, conv, out, mask, mask_scale, stats, None if prefix is not None else reader)
+        if prefix is not None:
+            return self._folded_reader(out, prefix.whole, reader, affine.activation)
         if reader is None:
             return None
         if not reader.batch_stats:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from resdense_ext.ops.activation import number_of
-from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Stats, in_dtype
+from resdense_ext.ops.operands import Affine, ConvGrads, Fold, Pending, Prefix, Stats, in_dtype
 from resdense_ext.ops.out_of_memory import told
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Activation, BatchNorm, Conv
@@ -45,6 +45,9 @@ class VendorBackend(ReferenceBackend):
         """Whether the device of ``x`` has the shared memory that the dense layers' kernels ask for."""
         return _fuses(x.device)
 
+    def ticket(self, x: Tensor) -> Optional[Tensor]:
+        return x.new_zeros(1, dtype=torch.int32) if self.fuses(x) else None
+
     def chunks(self, x: Tensor, conv: Optional[Conv] = None) -> list[slice]:
         size = max(1, SCRATCH * x.shape[0] // max(x.numel() * x.element_size(), 1))
         return [slice(n, n + size) for n in range(0, x.shape[0], size)] or [slice(0, 0)]
@@ -59,6 +62,7 @@ class VendorBackend(ReferenceBackend):
         mask_scale: float,
         stats: Optional[Stats],
         reader: Optional[BatchNorm] = None,
+        prefix: Optional[Prefix] = None,
     ) -> Optional[Fold]:
         scale, shift, activation = affine or (None, None, Activation())
         weight, bias, padding, dilation, groups, _ = conv
@@ -68,15 +72,19 @@ class VendorBackend(ReferenceBackend):
         # The norm that reads what is written is folded with its statistics.
         folds = found is stats and reader is not None and reader.batch_stats
         norm = (reader.eps, *in_dtype(stats.mean.dtype, reader.weight, reader.bias)) if folds else ()
+        whole = stats
+        if prefix is not None:
+            whole = prefix.whole
+            norm = (*(norm or (None, None, None)), *(prefix.before if folds else (None, None)), prefix.ticket)
         operands = (x, scale, shift, number_of(activation), weight, bias, *geometry, out, *found)
         *folded, rstd = told(torch.ops.resdense.bn_act_conv, *operands, *norm)
-        if folds:
-            return Fold(Affine(*folded, activation), stats.mean, rstd, out.numel() // out.shape[1])
+        if rstd is not None:
+            return Fold(Affine(*folded, activation), whole.mean, rstd, out.numel() // out.shape[1])
         if mask is not None:
             out.mul_(mask).mul_(mask_scale)
             if stats is not None:
                 torch.ops.resdense.channel_stats_into(out, *stats)
-        return self._folded_reader(out, stats, reader, activation)
+        return self._folded_reader(out, whole, reader, activation)
 
     def bn_act_conv_backward(
         self,

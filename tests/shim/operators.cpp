@@ -66,7 +66,9 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "Tensor? reader_bias=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv3x3(Tensor x, Tensor scale, Tensor shift, float activation, Tensor weight, Tensor(a!) out, "
-      "Tensor(b!)? mean, Tensor(c!)? m2) -> ()");
+      "Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None, "
+      "Tensor? before_mean=None, Tensor? before_m2=None, Tensor(d!)? ticket=None) "
+      "-> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
       "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
       "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");

@@ -284,6 +284,11 @@ inline void launch(unsigned blocks, unsigned threads, const std::function<void()
 
 inline void __syncthreads() { shim::Block::barrier(); }
 
+// One thread runs at a time, and all of them see the same memory.
+inline void __threadfence() {}
+inline float __ldcg(const float* from) { return *from; }
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
+
 template <typename V>
 inline V __shfl_down_sync(unsigned, V value, unsigned delta) {
   const auto values = shim::Block::exchange(value);
