@@ -142,7 +142,7 @@ def assert_adds_up(operator, inputs: Tensors, accumulate: bool) -> None:
     weight, x = inputs["weight"].movedim(1, -1), inputs["x"]
     for splits in (0, 1, 9, 40):
         # Whole numbers, more than x's dtype has digits for.
-        parts = torch.randint(-1000, 1000, (splits, *weight.shape), generator=torch.Generator().manual_seed(6)).to(x.device, torch.float32)
+        parts = torch.randint(-1000, 1000, (splits, *weight.shape), generator=torch.Generator().manual_seed(6)).float().to(x.device)
         ours = gradient_by(operator, {**inputs, "out": inputs["out"].clone(), "parts": parts}, 0.0, accumulate)
         dweight = ours.pop("dweight")
         assert torch.equal(dweight, parts.sum(0).to(x.dtype)) and dweight.dtype == x.dtype and dweight.is_contiguous()

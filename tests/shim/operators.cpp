@@ -21,8 +21,11 @@ static void configure(int64_t order, int64_t multiprocessors, int64_t shared_kib
   shim::shared_bytes = 1024 * shared_kib;
 }
 
+static int64_t launches() { return shim::launches; }
+
 STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("configure(int order, int multiprocessors, int shared_kib=100) -> ()");
+  m.def("launches() -> int");
   m.def("channel_stats(Tensor x) -> (Tensor mean, Tensor m2)");
   m.def("channel_stats_into(Tensor x, Tensor(a!) mean, Tensor(b!) m2) -> ()");
   m.def("bn_fold(Tensor mean, Tensor m2, float count, float eps, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)");
@@ -97,4 +100,7 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
   m.def("finished_grad(Tensor dy, Tensor z, Tensor alpha, Tensor beta, Tensor delta) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resdense_shim, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }
+STABLE_TORCH_LIBRARY_IMPL(resdense_shim, CompositeExplicitAutograd, m) {
+  m.impl("configure", TORCH_BOX(&configure));
+  m.impl("launches", TORCH_BOX(&launches));
+}

@@ -76,6 +76,7 @@ struct Index {
 inline int order = 0;
 inline int multiprocessors = 1;
 inline int64_t shared_bytes = 100 * 1024;  // of a multiprocessor
+inline int64_t launches = 0;               // so far
 
 }  // namespace shim
 
@@ -275,6 +276,7 @@ class Block {
 inline void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel, size_t shared_bytes = 0) {
   if (threads == 0 || threads > 1024 || blocks == 0 || shared_bytes % 16 != 0)
     throw std::runtime_error("shim: bad launch configuration");
+  ++launches;
   gridDim.x = blocks;
   Block block(threads, kernel, shared_bytes);
   for (unsigned b : Block::permutation(blocks, 0)) block.run(b);
