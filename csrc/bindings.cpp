@@ -27,8 +27,9 @@
 // Windows have one value a spatial dimension. out of a backward is dy, or with `accumulate` out + scale * dy.
 // bn_act_conv1x1_data_backward and that of the 3x3 get the gradient of what the convolution has put out: its product with the
 // weight is what dy is of; the norm's correction of its input's gradient, beta * x + delta, is written or added to likewise. The
-// weight gradients finish a gradient that is pending on z, and leave `parts`, (splits, outputs, channels) or, of the 3x3, (splits,
-// outputs, 3, 3, channels), in float32: the data gradient, with the finished gradient, adds them up to dweight in the dtype of x.
+// weight gradients finish a gradient that is pending on z, as a new map or, to `overwrite`, in its place where a kernel can; and leave
+// `parts`, (splits, outputs, channels) or, of the 3x3, (splits, outputs, 3, 3, channels), in float32: the data gradient, with the
+// finished gradient, adds them up to dweight in the dtype of x.
 // To a convolution `eps` says that a norm reads what it writes, with these statistics: it is folded, as by bn_fold. So it is where it
 // reads channels of a buffer before those, too, but by bn_act_conv only where the 3x3's kernel does. A `ticket`, one int32, is 0
 // before and after a launch: its blocks draw from it, so that the last of them does what would take one more launch.
@@ -117,19 +118,21 @@ STABLE_TORCH_LIBRARY(resdense, m) {
   m.def(
       "bn_act_conv_backward(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
       "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
-      "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, Tensor(c!)? out_delta, "
-      "bool finish, bool need_weight, bool need_bias) "
+      "Tensor(d!) grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "
+      "Tensor(c!)? out_delta, bool finish, bool need_weight, bool need_bias, bool overwrite=False) "
       "-> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)");
   m.def(
-      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
-      "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");
+      "bn_act_conv1x1_weight_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+      "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None, bool overwrite=False) "
+      "-> (Tensor? parts, Tensor? finished)");
   m.def(
       "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
       "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
       "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)");
   m.def(
-      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
-      "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");
+      "bn_act_conv3x3_weight_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+      "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None, bool overwrite=False) "
+      "-> (Tensor? parts, Tensor? finished)");
   m.def(
       "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
       "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "

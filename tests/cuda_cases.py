@@ -464,7 +464,7 @@ def check_errors(ops, device: str) -> None:
     vector = torch.zeros(3, device=device)
     for message, call in (
         (r"x: expected shape \(N, C, ...\), got \(3\)", lambda: ops.channel_stats(vector)),
-        (r"x: expected dtype float32, bfloat16, float16 or float64, got Int", lambda: ops.channel_stats(x.int())),
+        (r"x: expected dtype float32, bfloat16, float16 or float64, got int32", lambda: ops.channel_stats(x.int())),
         (r"x: expected spatial positions with one stride", lambda: ops.channel_stats(x[..., :3])),
         (r"x: expected adjacent channels .* or adjacent positions", lambda: ops.channel_stats(x[:, :, 0, ::2])),
         (r"y: expected dtype float32, got float64", lambda: ops.add_act(x, x.double(), 0.0)),
@@ -491,7 +491,7 @@ def check_errors(ops, device: str) -> None:
         (r"out: expected shape \(2, 3, 4, 4\) \(that of x\), got \(2, 3, 4, 3\)",
          lambda: ops.bn_act_backward_accumulate(x[..., :3].clone(), x, x, vector, vector, vector, 0.0)),
         (r"out: expected shape \(2, 3, 4, 4\) \(that of x\), got \(1, 3, 4, 4\)", lambda: ops.copy_map(x, x[:1])),
-        (r"out: expected dtype float32, bfloat16, float16 or float64, got Int", lambda: ops.copy_map(x, x.int())),
+        (r"out: expected dtype float32, bfloat16, float16 or float64, got int32", lambda: ops.copy_map(x, x.int())),
         (r"identity_shift: expected a tensor", lambda: ops.bn_add_act(x, vector, vector, x, vector, None, 0.0)),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -155,7 +155,7 @@ def assert_parts_errors(operator, inputs: Tensors) -> None:
     for message, wrong in (
         (r"parts: expected what this convolution's weight gradient has left, got shape", parts[0]),
         (r"parts: expected what this convolution's weight gradient has left, got shape", parts[..., :8]),
-        (r"parts: expected what this convolution's weight gradient has left, got .* strides", parts.repeat(2, *[1] * (parts.dim() - 1))[::2]),
+        (r"parts: expected what this convolution's weight gradient has left, got .* strides", torch.cat([parts, parts])[::2]),
         (r"parts: expected dtype float32, got float64", parts.double()),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -72,13 +72,15 @@ SCHEMAS = {
     "Tensor(b!)? mean, Tensor(c!)? m2, float? eps=None, Tensor? reader_weight=None, Tensor? reader_bias=None, "
     "Tensor? before_mean=None, Tensor? before_m2=None, Tensor(d!)? ticket=None) "
     "-> (Tensor? scale, Tensor? shift, Tensor? rstd)",
-    "bn_act_conv3x3_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, "
-    "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)",
+    "bn_act_conv3x3_weight_backward": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+    "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None, bool overwrite=False) "
+    "-> (Tensor? parts, Tensor? finished)",
     "bn_act_conv3x3_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, "
     "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
     "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)",
-    "bn_act_conv1x1_weight_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, "
-    "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)",
+    "bn_act_conv1x1_weight_backward": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+    "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None, bool overwrite=False) "
+    "-> (Tensor? parts, Tensor? finished)",
     "bn_act_conv1x1_data_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, "
     "float count, float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
     "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)",
@@ -88,8 +90,8 @@ SCHEMAS = {
     "Tensor(d!)? ticket=None) -> (Tensor? scale, Tensor? shift, Tensor? rstd)",
     "bn_act_conv_backward": "(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, Tensor? rstd, float count, "
     "float activation, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, bool fuse, int scratch, "
-    "Tensor grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "
-    "Tensor(c!)? out_delta, bool finish, bool need_weight, bool need_bias)"
+    "Tensor(d!) grad, Tensor? z, Tensor? alpha, Tensor? beta, Tensor? delta, Tensor(a!)? out, Tensor(b!)? out_beta, "
+    "Tensor(c!)? out_delta, bool finish, bool need_weight, bool need_bias, bool overwrite=False)"
     " -> (Tensor? dy, Tensor? dy_beta, Tensor? dy_delta, Tensor? dweight, Tensor? dbias, Tensor? dgamma, Tensor? dbeta)",
     "add_act": "(Tensor x, Tensor y, float activation) -> Tensor",
     "add_act_backward": "(Tensor grad, Tensor out, float activation) -> Tensor",

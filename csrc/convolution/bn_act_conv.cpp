@@ -278,14 +278,14 @@ std::optional<Kernels> kernels_of_backward(const Tensor& x, const Conv& conv, co
 
 // The weight gradient finishes the pending one as it reads it; only where nobody wants it that takes a pass.
 Found backward_by_kernels(const Kernels& kernels, const Tensor& x, const Prologue& prologue, const Correction& correction,
-                          const Conv& conv, const Pending& pending, const Optional& out, bool need_weight) {
+                          const Conv& conv, const Pending& pending, const Optional& out, bool need_weight, bool overwrite) {
   const auto& [scale, shift, activation] = prologue;
   Found found;
   Optional parts, finished, dweight;
   if (need_weight)
     std::tie(parts, finished) =
         call<std::tuple<Optional, Optional>>(kernels.weight, "", pending.grad, x, *scale, *shift, activation, pending.z,
-                                             pending.alpha, pending.beta, pending.delta);
+                                             pending.alpha, pending.beta, pending.delta, overwrite);
   else
     finished = pending.finished(Parts::all(x), 0);
   if (!out) found.dy = torch::stable::empty_like(x);
@@ -351,12 +351,14 @@ Found backward_by_library(const Tensor& x, const Prologue& prologue, const Corre
 
 // The gradients of the input, which are pending on `scale` and the vectors behind dy (or were added to `out` and its vectors), of
 // the convolution's weight and bias, and of the norm's. To `finish`, that of the input is finished by a library's way, which masks it
-// when the correction is known, in the one pass; what kernels have masked is left pending, as those before them finish it.
+// when the correction is known, in the one pass; what kernels have masked is left pending, as those before them finish it: to
+// `overwrite` in its place.
 std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional> bn_act_conv_backward(
     const Tensor& x, const Optional& scale, const Optional& shift, const Optional& center, const Optional& rstd, double count,
     double activation, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool fuse,
     int64_t scratch, const Tensor& grad, const Optional& z, const Optional& alpha, const Optional& beta, const Optional& delta,
-    const Optional& out, const Optional& out_beta, const Optional& out_delta, bool finish, bool need_weight, bool need_bias) {
+    const Optional& out, const Optional& out_beta, const Optional& out_delta, bool finish, bool need_weight, bool need_bias,
+    bool overwrite) {
   const Conv conv{weight, stride, padding, dilation, groups};
   const Prologue prologue{scale, shift, activation};
   const Pending pending{grad, z, alpha, beta, delta};
@@ -367,7 +369,7 @@ std::tuple<Optional, Optional, Optional, Optional, Optional, Optional, Optional>
   const auto kernels =
       scale && fuse && !need_bias && is_slope(activation) ? kernels_of_backward(x, conv, pending, out) : std::nullopt;
   const Found found =
-      kernels ? backward_by_kernels(*kernels, x, prologue, correction, conv, pending, out, need_weight)
+      kernels ? backward_by_kernels(*kernels, x, prologue, correction, conv, pending, out, need_weight, overwrite)
               : backward_by_library(x, prologue, correction, conv, Parts(x, scratch), pending, out, !finish, need_weight, need_bias);
   const bool finishes = finish && scale && !out && !found.masked;
   if (finishes) call("resdense::pending_grad", "", *found.dy, x, *scale, *correction.beta, *correction.delta, shift, activation);

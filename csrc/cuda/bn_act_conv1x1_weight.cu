@@ -8,11 +8,18 @@ namespace {
 // A split takes at least so many chunks, as its part of the result is as large as some.
 constexpr int64_t kWeightLeastChunks = 4;
 
+// Of the channels.
+int64_t weight_tiles(int64_t outputs, int64_t channels) {
+  const int64_t panels = outputs <= 128 ? WeightTile<2>::kPanels : WeightTile<3>::kPanels;
+  return ceil_div(channels, 64 * panels);
+}
+
 template <typename T, int K64>
 Tensor run(const Launch& on, Conv1x1Weight<T> p, const Tensor& x) {
   using Tile = WeightTile<K64>;
   const int64_t chunks = ceil_div(p.rows, kWeightChunk), blocks = on.multiprocessors() * Tile::kBlocks;
-  const int64_t tiles = ceil_div(p.channels, 64 * Tile::kPanels);
+  static_assert(WeightTile<1>::kPanels == WeightTile<2>::kPanels);
+  const int64_t tiles = weight_tiles(p.outputs, p.channels);
   const int64_t split_chunks = std::max(kWeightLeastChunks, ceil_div(chunks, std::max<int64_t>(1, blocks / tiles)));
   const int64_t splits = ceil_div(chunks, split_chunks);
   p.tiles = static_cast<int>(tiles), p.split_chunks = static_cast<int>(split_chunks);
@@ -35,13 +42,14 @@ Tensor run(const Launch& on, const Conv1x1Weight<T>& p, const Tensor& x) {
 
 WeightParts bn_act_conv1x1_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                            double activation, const Optional& z, const Optional& alpha, const Optional& beta,
-                                           const Optional& delta) {
+                                           const Optional& delta, bool overwrite) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
   check_maps(x, from, kConv1x1Inputs, grad, "grad", of, kConv1x1Outputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  const Pending pending(grad, z, alpha, beta, delta);
+  // In its place it is only where no other block reads it.
+  const Pending pending(grad, z, alpha, beta, delta, overwrite && weight_tiles(of.C, from.C) == 1);
   if (from.numel() == 0) return {new_parts(x, 0, {of.C, from.C}), pending.finished()};
   check_matrix(from, x, "x");
   check_matrix(of, grad, "grad");

@@ -32,13 +32,14 @@ Tensor run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x) {
 
 WeightParts bn_act_conv3x3_weight_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
                                            double activation, const Optional& z, const Optional& alpha, const Optional& beta,
-                                           const Optional& delta) {
+                                           const Optional& delta, bool overwrite) {
   const Map from = map_of(x, "x"), of = map_of(grad, "grad");
   check_conv3x3_maps(x, from, grad, "grad", of, kConv3x3BackwardOutputs);
   check_vector(scale, "scale", from.C, x, "x");
   check_vector(shift, "shift", from.C, x, "x");
 
-  const Pending pending(grad, z, alpha, beta, delta);
+  // In its place it is only where no other block reads it.
+  const Pending pending(grad, z, alpha, beta, delta, overwrite && from.C <= Conv3x3WeightTile::kChannels);
   if (from.numel() == 0) return {new_parts(x, 0, {of.C, 3, 3, from.C}), pending.finished()};
   check_rows(from, x, "x");
   check_rows(of, grad, "grad");

@@ -261,8 +261,8 @@ def backward(
             record(unit + 1, grads)
             upstream = ranks.share_(grads.input) if shared else grads.input
             del z, grads
-        into = gradient.pending(buffer, 0, C)
-        record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, into, wants_weight(unit)))
+        into, own = gradient.pending(buffer, 0, C), len(layer.units) == 2
+        record(unit, backend.bn_act_conv_backward(source, fold, conv, upstream, into, wants_weight(unit), False, own))
         del upstream
         deferred = deferred or norm.batch_stats
     if needs[0]:

@@ -127,7 +127,7 @@ def _bn_act_conv(
 
 def _bn_act_conv_backward(
     x, scale, shift, center, rstd, count, activation, weight, stride, padding, dilation, groups, fuse, scratch,
-    grad, z, alpha, beta, delta, out, out_beta, out_delta, finish, need_weight, need_bias,
+    grad, z, alpha, beta, delta, out, out_beta, out_delta, finish, need_weight, need_bias, overwrite=False,
 ):  # fmt: skip
     norm = _vectors(x, x.shape[1], 4) if scale is not None else (None,) * 4
     correction = norm[2:] if out is None and not finish else (None, None)
@@ -136,11 +136,15 @@ def _bn_act_conv_backward(
     return torch.empty_like(x) if out is None else None, *correction, dweight, dbias, *norm[:2]
 
 
-def _bn_act_conv1x1_weight_backward(grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None):
+def _bn_act_conv1x1_weight_backward(
+    grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None, overwrite=False
+):
     return _weight_parts(x, grad, z, (grad.shape[1], x.shape[1]))
 
 
-def _bn_act_conv3x3_weight_backward(grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None):
+def _bn_act_conv3x3_weight_backward(
+    grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None, overwrite=False
+):
     return _weight_parts(x, grad, z, (grad.shape[1], 3, 3, x.shape[1]))
 
 
@@ -199,10 +203,10 @@ def _bn_act_conv3x3_cpu(
     return torch.ops.resdense.bn_fold(mean, m2, out.numel() / out.shape[1], eps, reader_weight, reader_bias)
 
 
-def _weight_operands(grad, x, scale, shift, activation, *pending):
+def _weight_operands(grad, x, scale, shift, activation, z=None, alpha=None, beta=None, delta=None, overwrite=False):
     """The gradient and the activation in the dtype of sums, and the finished gradient, if it was pending."""
     activated = reference.apply_pending(x, scale, shift, activation_numbered(activation))
-    finished = torch.ops.resdense.finished_grad(grad, *pending) if pending and pending[0] is not None else None
+    finished = None if z is None else torch.ops.resdense.finished_grad(grad, z, alpha, beta, delta)
     wide = accumulation_dtype(x.dtype)
     return (grad if finished is None else finished).to(wide), activated.to(wide), finished
 

@@ -243,8 +243,10 @@ class ReferenceBackend:
         into: Optional[Pending],
         need_weight: bool,
         finish: bool = False,
+        overwrite: bool = False,
     ) -> ConvGrads:
-        """From the gradient of the convolution's output, which is only read: its weight's, its bias's, the norm's and x's.
+        """From the gradient of the convolution's output, which is only read unless it may be overwritten: its weight's, its bias's,
+        the norm's and x's.
 
         The gradient of ``x`` is pending: ``scale * dy`` and the norm's correction, a new one or, where ``into`` is given, added
         to that one (whose ``alpha`` is 1). Without a fold the convolution's input is ``x`` as it is. To ``finish``, where nobody adds

@@ -255,6 +255,7 @@ class TritonBackend(MomentsBackend):
         into: Optional[Pending],
         need_weight: bool,
         finish: bool = False,
+        overwrite: bool = False,
     ) -> ConvGrads:
         if not self.takes_pending(x, conv, need_weight):
             return super().bn_act_conv_backward(x, fold, conv, grad, into, need_weight, finish)

@@ -95,6 +95,7 @@ class VendorBackend(ReferenceBackend):
         into: Optional[Pending],
         need_weight: bool,
         finish: bool = False,
+        overwrite: bool = False,
     ) -> ConvGrads:
         (scale, shift, activation), center, rstd, count, groups = fold or _NO_NORM
         finish = finish and groups is None  # their correction is still to come
@@ -107,7 +108,7 @@ class VendorBackend(ReferenceBackend):
             *(x, scale, shift, center, rstd, math.inf if count is None else count, number_of(activation)),
             *(weight, conv.steps, padding, dilation, groups, self.fuses(x), SCRATCH),
             *(grad if isinstance(grad, Pending) else (grad, None, None, None, None)),
-            *(out, beta, delta, finish, need_weight, need_weight and bias is not None),
+            *(out, beta, delta, finish, need_weight, need_weight and bias is not None, overwrite),
         )
         if correction[0] is not None:
             into = Pending(dy, x, scale, *correction)

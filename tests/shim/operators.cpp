@@ -73,15 +73,17 @@ STABLE_TORCH_LIBRARY(resdense_shim, m) {
       "Tensor? before_mean=None, Tensor? before_m2=None, Tensor(d!)? ticket=None) "
       "-> (Tensor? scale, Tensor? shift, Tensor? rstd)");
   m.def(
-      "bn_act_conv1x1_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
-      "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");
+      "bn_act_conv1x1_weight_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+      "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None, bool overwrite=False) "
+      "-> (Tensor? parts, Tensor? finished)");
   m.def(
       "bn_act_conv1x1_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
       "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
       "Tensor? parts=None) -> (Tensor? dgamma, Tensor? dbeta, Tensor? dweight)");
   m.def(
-      "bn_act_conv3x3_weight_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, float activation, Tensor? z=None, "
-      "Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None) -> (Tensor? parts, Tensor? finished)");
+      "bn_act_conv3x3_weight_backward(Tensor(a!) grad, Tensor x, Tensor scale, Tensor shift, float activation, "
+      "Tensor? z=None, Tensor? alpha=None, Tensor? beta=None, Tensor? delta=None, bool overwrite=False) "
+      "-> (Tensor? parts, Tensor? finished)");
   m.def(
       "bn_act_conv3x3_data_backward(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor center, Tensor rstd, float count, "
       "float activation, Tensor weight, Tensor(a!) out, Tensor(b!) beta, Tensor(c!) delta, bool accumulate, "
