@@ -109,7 +109,7 @@ def test_engines_on_the_shim(output_on_the_shim):
     pytest.importorskip("resdense_ext._C", reason="the CPU library is not built")
     output = output_on_the_shim("engines.py")
     # Of a dense layer, forward and backward; "min" computes its bottleneck once more.
-    assert "launches: fast 3 6\nlaunches: min 3 7\n" in output
+    assert "launches: fast training 3 6\nlaunches: min training 3 7\nlaunches: fast eval 2 6\n" in output
     called = set(output.split("called: ")[1].split())
     convolutions = {f"bn_act_conv{size}" for size in ("1x1", "3x3")}
     convolutions |= {f"{name}_{of}_backward" for name in convolutions for of in ("weight", "data")}

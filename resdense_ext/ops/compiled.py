@@ -24,6 +24,7 @@ class CompiledBackend(ReferenceBackend):
     """A raw schema does not bump the version counter of what it writes; these wrappers do."""
 
     calls_operators = True
+    folds_at_once = True
 
     @property
     def ends(self):
@@ -47,13 +48,15 @@ class CompiledBackend(ReferenceBackend):
         self, norms: Sequence[BatchNorm], stats: Sequence[Stats], counts: Sequence[int], activation: Activation
     ) -> list[Fold]:
         dtype = stats[0].mean.dtype
-        vectors = [(*of, norm.weight, norm.bias) for norm, of in zip(norms, stats)]
-        alike = all(norm.batch_stats and not norm.groups for norm in norms)
-        alike = alike and all(v is not None and v.dtype is dtype for of in vectors for v in of)
-        if not alike:
+        read = [of if norm.batch_stats else (norm.running_mean, norm.running_var) for norm, of in zip(norms, stats)]
+        vectors = [(*of, norm.weight, norm.bias) for norm, of in zip(norms, read)]
+        alike = all(v is not None and v.dtype is dtype for of in vectors for v in of)
+        if not alike or any(norm.groups for norm in norms):
             return super().folds(norms, stats, counts, activation)
         mean, m2, weight, bias = zip(*vectors)
-        made = torch.ops.resdense.bn_folds(mean, m2, counts, [norm.eps for norm in norms], weight, bias)
+        counts = [count if norm.batch_stats else None for norm, count in zip(norms, counts)]
+        values = [1 if count is None else count for count in counts]
+        made = torch.ops.resdense.bn_folds(mean, m2, values, [norm.eps for norm in norms], weight, bias)
         # Every norm's begin at a multiple of 4.
         sizes = [v.shape[0] for v in mean]
         parts = made.split([-(-size // 4) * 4 for size in sizes], 1)

@@ -132,12 +132,16 @@ def forward(
     spare: Optional[Tensor] = None  # the memory of a bottleneck that nobody reads any more
 
     buffer[:, : x.shape[1]].copy_(x)
+    # Norms none of which waits for statistics may be folded at once.
+    norms = [unit.norm for layer in layers for unit in layer.units]
+    waits = not backend.folds_at_once or any(norm.batch_stats for norm in norms)
+    folds = iter(() if waits else backend.folds(norms, [stats] * len(norms), [count] * len(norms), activation))
     before, ticket = _channels(stats, 0, x.shape[1]), backend.ticket(buffer)
     if any(readers):
         for to, found in zip(before, backend.channel_stats(buffer[:, : x.shape[1]])):
             to.copy_(found)
         ranks.merge_(before)
-    fold = backend.fold(layers[0].units[0].norm, before, count, activation)
+    fold = next(folds, None) or backend.fold(norms[0], before, count, activation)
     for index, layer, C, end in walk:
         source, target = buffer.narrow(1, 0, C), buffer.narrow(1, C, end - C)
         conv = layer.units[0].conv
@@ -147,9 +151,8 @@ def forward(
             spare = None if config.keep[index] else z
             norm, last = layer.units[1]
             z_stats = Stats.room(z, norm)
-            fold = backend.bn_act_conv(
-                source, fold.affine, conv, z, None, 1.0, z_stats if norm.batch_stats else None, norm
-            )
+            operands = source, fold.affine, conv, z, None, 1.0, z_stats if norm.batch_stats else None
+            fold = backend.bn_act_conv(*operands, norm if waits else None) or next(folds)
             if config.group and norm.batch_stats:
                 ranks.merge_(z_stats)
                 fold = backend.fold(norm, z_stats, count, activation)
@@ -159,10 +162,10 @@ def forward(
             source, conv = z, last
         new = _channels(stats, C, end) if any(readers[index + 1 :]) else None
         whole = _channels(stats, 0, end)
-        reader = layers[index + 1].units[0].norm if index + 1 < len(layers) else None
+        reader = layers[index + 1].units[0].norm if waits and index + 1 < len(layers) else None
         prefix, shared = Prefix(before, whole, ticket), bool(config.group)
         operands = source, fold.affine, conv, target, layer.mask, layer.mask_scale, new
-        fold = backend.bn_act_conv(*operands, None if shared else reader, prefix)
+        fold = backend.bn_act_conv(*operands, None if shared else reader, prefix) or next(folds, None)
         if shared and new is not None:
             ranks.merge_(new)
         if shared and reader is not None:

@@ -26,6 +26,8 @@ class ReferenceBackend:
     name = "reference"
     calls_operators = False
     """Whether all that it does on tensors is done by operators, in which what an engine does can be recorded."""
+    folds_at_once = False
+    """Whether `folds` takes less than a `fold` for every norm."""
 
     @property
     def ends(self):

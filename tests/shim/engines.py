@@ -68,9 +68,9 @@ def network(*sizes: int, policy: str, **options) -> None:
     check(rd.convert(net, policy), stock_of(net), maps(sizes, True))
 
 
-def launches_of(layers: int, policy: str) -> list[int]:
+def launches_of(layers: int, policy: str, training: bool = True) -> list[int]:
     """A block's launches, forward and backward."""
-    block = random_block(layers, 16, growth=8, bn_size=2, policy=policy).to(memory_format=torch.channels_last)
+    block = random_block(layers, 16, growth=8, bn_size=2, policy=policy).train(training).to(memory_format=torch.channels_last)
     x = maps((2, 16, 5, 4), True).bfloat16().requires_grad_()
     counts = [torch.ops.resdense_shim.launches()]
     with rd.use_backend("cuda"), torch.autocast("cpu", torch.bfloat16):
@@ -81,9 +81,9 @@ def launches_of(layers: int, policy: str) -> list[int]:
     return [after - before for before, after in zip(counts, counts[1:])]
 
 
-for policy in ("fast", "min"):
-    two, three = launches_of(2, policy), launches_of(3, policy)
-    print("launches:", policy, *(b - a for a, b in zip(two, three)), flush=True)
+for policy, training in (("fast", True), ("min", True), ("fast", False)):
+    two, three = (launches_of(layers, policy, training) for layers in (2, 3))
+    print("launches:", policy, "training" if training else "eval", *(b - a for a, b in zip(two, three)), flush=True)
 for run, sizes, options in (
     (dense, (3, 40, 9, 5), dict(growth=32, bn_size=2, policy="fast")),
     (dense, (2, 16, 7, 7), dict(growth=16, bn_size=4, policy="min")),
