@@ -36,11 +36,10 @@ void run_conv1x1_data(const Launch& on, Conv1x1Data<T> p, const Tensor& x, const
   });
 }
 
-DataGradients bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                          const Tensor& shift, const Tensor& center, const Tensor& rstd,
-                                          double count, double activation, const Tensor& weight,
-                                          const Tensor& out, const Tensor& beta, const Tensor& delta,
-                                          bool accumulate, const Optional& parts) {
+DataGradients bn_act_conv1x1_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                           const Tensor& center, const Tensor& rstd, double count, double activation,
+                                           const Tensor& weight, const Tensor& out, const Tensor& beta, const Tensor& delta,
+                                           bool accumulate, const Optional& parts) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   check_maps(x, from, kConv1x1Inputs, grad, "grad", g, kConv1x1Outputs);
   check_same(out, "out", x, "x");

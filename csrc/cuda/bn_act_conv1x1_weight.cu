@@ -26,7 +26,7 @@ Tensor run(const Launch& on, Conv1x1Weight<T> p, const Tensor& x) {
 
   static_assert(Tile::kBytes <= 160 * 1024, "what resdense_ext.ops.vendor takes a device to need");
   const Tensor parts = new_parts(x, splits, {p.outputs, p.channels});
-  p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  p.parts = mutable_floats(parts);
   on.run_shared(Tile::kBytes, bn_act_conv1x1_weight_bwd_kernel<T, K64>, splits * tiles, kWeightThreads, p);
   return parts;
 }

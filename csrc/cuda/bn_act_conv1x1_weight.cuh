@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kWeightThreads, WeightTile<K64>::kBlocks)
   // f(row, place) for this thread's pieces of the gradient in a chunk.
   const int grad_channel = thread % Tile::kGradPieces * 8;
   const auto each_grad = [&](auto f) {
-    if (Tile::kGradRows * Tile::kGradPieces < kWeightThreads && thread >= Tile::kGradRows * Tile::kGradPieces) return;
+    if (thread >= Tile::kGradRows * Tile::kGradPieces) return;
 #pragma unroll
     for (int row = thread / Tile::kGradPieces; row < kWeightChunk; row += Tile::kGradRows)
       f(row, grad_channel / 64 * Tile::kPanelPieces + place_in_rows(row, grad_channel / 8 % 8));

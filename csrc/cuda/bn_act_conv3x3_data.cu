@@ -37,11 +37,10 @@ void run_conv3x3_data(const Launch& on, Conv3x3Data<T> p, const Tensor& x, const
   });
 }
 
-DataGradients bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                          const Tensor& shift, const Tensor& center, const Tensor& rstd,
-                                          double count, double activation, const Tensor& weight,
-                                          const Tensor& out, const Tensor& beta, const Tensor& delta,
-                                          bool accumulate, const Optional& parts) {
+DataGradients bn_act_conv3x3_data_backward(const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                           const Tensor& center, const Tensor& rstd, double count, double activation,
+                                           const Tensor& weight, const Tensor& out, const Tensor& beta, const Tensor& delta,
+                                           bool accumulate, const Optional& parts) {
   const Map from = map_of(x, "x"), g = map_of(grad, "grad"), to = mutable_map_of(out, "out");
   check_conv3x3_maps(x, from, grad, "grad", g, kConv3x3BackwardOutputs);
   check_same(out, "out", x, "x");

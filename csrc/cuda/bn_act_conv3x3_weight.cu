@@ -25,7 +25,7 @@ Tensor run(const Launch& on, Conv3x3Weight<T> p, const Tensor& x) {
 
   static_assert(Tile::kBytes <= 160 * 1024, "what resdense_ext.ops.vendor takes a device to need");
   const Tensor parts = new_parts(x, splits, {p.outputs, 3, 3, p.channels});
-  p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  p.parts = mutable_floats(parts);
   on.run_shared(Tile::kBytes, bn_act_conv3x3_weight_bwd_kernel<T, M16>, splits * chunks, Tile::kThreads, p);
   return parts;
 }

@@ -12,6 +12,10 @@ namespace resdense::cuda {
 
 using Optional = std::optional<Tensor>;
 
+inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+inline const float* floats(const Optional& t) { return t ? floats(*t) : nullptr; }
+inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
 inline void check_channels(const Map& m, const char* name, int64_t most) {
   RESDENSE_CHECK(takes_channels(m, most), name, ": expected a multiple of 8 channels, at most ", most,
                  ", got ", m.C);
@@ -100,16 +104,10 @@ class Stats {
     const auto vector = [&] { return empty_vector(before + out_.C, ScalarType::Float, *mean_); };
     folded_ = {vector(), vector(), vector()};
     const auto& [scale, shift, rstd] = folded_;
-    reader_ = {static_cast<double>(out_.rows()),
-               eps,
-               static_cast<int>(before),
-               floats(before_mean),
-               floats(before_m2),
-               floats(weight),
-               floats(bias),
-               written(scale),
-               written(shift),
-               written(rstd)};
+    reader_.count = static_cast<double>(out_.rows()), reader_.eps = eps;
+    reader_.before = static_cast<int>(before), reader_.mean = floats(before_mean), reader_.m2 = floats(before_m2);
+    reader_.weight = floats(weight), reader_.bias = floats(bias);
+    reader_.scale = mutable_floats(*scale), reader_.shift = mutable_floats(*shift), reader_.rstd = mutable_floats(*rstd);
   }
 
   // With a zero that the blocks draw from the last of them is the second stage.
@@ -133,16 +131,14 @@ class Stats {
   void run(const Launch& on, int64_t blocks, F start) const {
     if (!mean_) return start(ConvStats{});
     const Tensor parts = torch::stable::new_empty(*mean_, {1 + 2 * out_.C, blocks});
-    const ConvStats stats{written(parts), static_cast<int>(blocks), static_cast<int>(out_.C), written(mean_), written(m2_),
-                          reader_,        ticket_};
+    const ConvStats stats{mutable_floats(parts),  static_cast<int>(blocks), static_cast<int>(out_.C),
+                          mutable_floats(*mean_), mutable_floats(*m2_),     reader_,
+                          ticket_};
     start(stats);
     if (!ticket_) on.run(conv_stats_finish_kernel, out_.C + ceil_div(reader_.before, 32), 32, stats);
   }
 
  private:
-  static const float* floats(const Optional& t) { return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr; }
-  static float* written(const Optional& t) { return static_cast<float*>(t->mutable_data_ptr()); }
-
   const Map& out_;
   const Optional &mean_, &m2_;
   Folded folded_;

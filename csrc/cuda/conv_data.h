@@ -19,10 +19,6 @@ struct DataShare {
   int64_t tiles, slices, chain, warps;
 };
 
-inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-
-inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 // The vectors of the norm of x and of its correction.
 inline void check_norm(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& center, const Tensor& rstd,
                        const Tensor& beta, const Tensor& delta) {

@@ -8,10 +8,10 @@ namespace resdense::cuda {
 // Finished, alpha * grad + beta * z + delta, it is also written, for the data gradient.
 template <typename T>
 struct PendingGrad {
-  const T* z;                         // nullptr where the gradient is finished already
+  const T* z;  // nullptr where the gradient is finished already
   T* finished;
   int64_t z_sn, z_ss, finished_sn, finished_ss;  // strides of sample and position
-  const float *alpha, *beta, *delta;  // 16-byte aligned
+  const float *alpha, *beta, *delta;             // 16-byte aligned
 
   // 16 bytes of both maps, from `channel` on.
   __device__ Vector<T, 8> finish(const Vector<T, 8>& grad, const Vector<T, 8>& of_z, int channel) const {

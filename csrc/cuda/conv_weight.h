@@ -33,7 +33,6 @@ class Pending {
     const Tensor& finished = finished_ ? *finished_ : grad_;
     const Map from = map_of(*z_, "z"), to = mutable_map_of(finished, "finished");
     check_rows(to, finished, "finished");
-    const auto floats = [](const Optional& v) { return static_cast<const float*>(v->const_data_ptr()); };
     return {static_cast<const T*>(from.data), static_cast<T*>(to.data), from.sn, from.ss, to.sn, to.ss,
             floats(alpha_), floats(beta_), floats(delta_)};
   }

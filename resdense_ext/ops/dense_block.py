@@ -163,12 +163,11 @@ def forward(
         new = _channels(stats, C, end) if any(readers[index + 1 :]) else None
         whole = _channels(stats, 0, end)
         reader = layers[index + 1].units[0].norm if waits and index + 1 < len(layers) else None
-        prefix, shared = Prefix(before, whole, ticket), bool(config.group)
-        operands = source, fold.affine, conv, target, layer.mask, layer.mask_scale, new
-        fold = backend.bn_act_conv(*operands, None if shared else reader, prefix) or next(folds, None)
-        if shared and new is not None:
+        operands, prefix = (source, fold.affine, conv, target, layer.mask, layer.mask_scale, new), Prefix(before, whole, ticket)
+        fold = backend.bn_act_conv(*operands, None if config.group else reader, prefix) or next(folds, None)
+        if config.group and new is not None:
             ranks.merge_(new)
-        if shared and reader is not None:
+        if config.group and reader is not None:
             fold = backend.fold(reader, whole, count, activation)
         before = whole
     total = [ranks.total] if config.group else []

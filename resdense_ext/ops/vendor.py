@@ -71,13 +71,10 @@ class VendorBackend(ReferenceBackend):
         found = (None, None) if stats is None or mask is not None else stats
         # The norm that reads what is written is folded with its statistics.
         folds = found is stats and reader is not None and reader.batch_stats
-        norm = (reader.eps, *in_dtype(stats.mean.dtype, reader.weight, reader.bias)) if folds else ()
-        whole = stats
-        if prefix is not None:
-            whole = prefix.whole
-            norm = (*(norm or (None, None, None)), *(prefix.before if folds else (None, None)), prefix.ticket)
+        norm = (reader.eps, *in_dtype(stats.mean.dtype, reader.weight, reader.bias)) if folds else (None, None, None)
+        before, whole, ticket = prefix or ((None, None), stats, None)
         operands = (x, scale, shift, number_of(activation), weight, bias, *geometry, out, *found)
-        *folded, rstd = told(torch.ops.resdense.bn_act_conv, *operands, *norm)
+        *folded, rstd = told(torch.ops.resdense.bn_act_conv, *operands, *norm, *before, ticket)
         if rstd is not None:
             return Fold(Affine(*folded, activation), whole.mean, rstd, out.numel() // out.shape[1])
         if mask is not None:
@@ -102,6 +99,8 @@ class VendorBackend(ReferenceBackend):
         out, beta, delta = (None, None, None) if into is None else (into.dy, into.beta, into.delta)
         if into is not None:
             increment_version((out, beta, delta))
+        if overwrite and isinstance(grad, Pending):
+            increment_version(grad.dy)
         weight, bias, padding, dilation, groups, _ = conv
         dy, *correction, dweight, dbias, dgamma, dbeta = told(
             torch.ops.resdense.bn_act_conv_backward,
