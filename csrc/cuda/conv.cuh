@@ -9,6 +9,7 @@
 #include <bit>
 
 #include "fold.cuh"
+#include "matrix.cuh"
 
 namespace resdense::cuda {
 
@@ -145,7 +146,7 @@ struct ConvStats {
 
   // By all threads of every block, which has left its parts: the last block that comes here finishes all channels.
   __device__ void finish_last() const {
-    __shared__ bool s_last;
+    bool& s_last = *reinterpret_cast<bool*>(dynamic_shared());  // nobody reads what was there any more
     const int thread = thread_read_anew(), threads = blockDim.x;
     __threadfence();
     __syncthreads();
