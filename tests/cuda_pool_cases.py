@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_cases import (
-    ACTIVATIONS, ELU, RELU6, SILU, activate, assert_nan_around, assert_rounded, columns, make, masked, masked_size, vectors, wide,
+    ACTIVATIONS, ELU, RELU6, SILU, activate, assert_nan_around, assert_rounded, assert_sums, columns, make, masked, masked_size,
+    vectors, wide,
 )  # fmt: skip
 from torch import Tensor
 
@@ -213,11 +214,7 @@ def check_pool_backward(ops, device: str) -> None:
             assert_nan_around(out, note)
             xc = x.double() - center
             sizes = size * (x.double().abs() + center.abs())
-            for ours, truth, size in zip(sums, (dy, dy * xc), (size, sizes)):
-                assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
-                truth, size = (t.movedim(1, 0).flatten(1).sum(1) for t in (truth, size))
-                bound = 4 * torch.finfo(ours.dtype).eps * size
-                assert bool(((ours.double() - truth).abs() <= bound).all()), note
+            assert_sums(sums, (dy, dy * xc), (size, sizes), dtype, note)
 
 
 def check_pool_repeats(ops, device: str) -> None:

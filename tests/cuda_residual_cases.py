@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
-from cuda_cases import ACTIVATIONS, RELU6, assert_rounded, cases, columns, layout_of, make, marked, masked_size, vectors, wide
+from cuda_cases import (
+    ACTIVATIONS, RELU6, assert_rounded, assert_sums, cases, columns, layout_of, make, marked, masked_size, vectors,
+)  # fmt: skip
 from torch import Tensor
 
 
@@ -37,17 +39,13 @@ def check_bn_add_act_backward(ops, device: str) -> None:
             assert_rounded(g, truth, size, note)
             assert layout == "expanded" or layout_of(g) == layout_of(torch.empty_like(out)), note
 
-            terms = [(truth, size)]
+            terms, sizes = [truth], [size]
             for x, center in zip((z, identity)[: 1 + projected], centers):
-                terms.append((truth * (x.double() - center), size * (x.double().abs() + center.abs())))
+                terms.append(truth * (x.double() - center))
+                sizes.append(size * (x.double().abs() + center.abs()))
             if not projected:
                 assert sums.pop().shape == (0,), note
-            assert len(sums) == len(terms)
-            for ours, term in zip(sums, terms):
-                assert ours.dtype == wide(dtype) and ours.shape == (shape[1],), note
-                total, sizes = (t.movedim(1, 0).flatten(1).sum(1) for t in term)
-                bound = 4 * torch.finfo(ours.dtype).eps * sizes
-                assert bool(((ours.double() - total).abs() <= bound).all()), note
+            assert_sums(sums, terms, sizes, dtype, note)
 
 
 def check_bn_add_act_backward_repeats(ops, device: str) -> None:

@@ -19,7 +19,7 @@
 #include "shim_launch.h"
 #else
 
-#include <set>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -93,16 +93,12 @@ class Launch {
     RESDENSE_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "resdense: expected at most 2^31 - 1 blocks, got ", blocks);
     // What a kernel gets without asking for more.
     if (bytes > 48 * 1024) {
-      const int most = Device::of(device_).block_shared_memory;
-      RESDENSE_CHECK(bytes <= most, "resdense: expected a GPU with ", bytes, " bytes of shared memory a block, got ",
-                     most);
-      // Always the same, as another thread may be about to launch the kernel with more. Every thread asks once.
-      static thread_local std::set<std::pair<const void*, int32_t>> asked;
+      static thread_local std::map<std::pair<const void*, int32_t>, int64_t> most_of;  // every thread asks once
       const auto this_one = std::pair(reinterpret_cast<const void*>(kernel), device_);
-      if (!asked.contains(this_one)) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-        asked.insert(this_one);
-      }
+      auto most = most_of.find(this_one);
+      if (most == most_of.end()) most = most_of.emplace(this_one, ask_for_most(this_one.first)).first;
+      RESDENSE_CHECK(bytes <= most->second, "resdense: expected a GPU with ", bytes, " bytes of shared memory a block, got ",
+                     most->second);
     }
     cudaLaunchAttribute early{};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -115,6 +111,16 @@ class Launch {
   }
 
  private:
+  // Lets launches of the kernel ask for all that a block can have beside what the kernel itself declares, and says how much that
+  // is. (Always the same, as another thread may be about to launch the kernel with more.)
+  int64_t ask_for_most(const void* kernel) const {
+    cudaFuncAttributes declared{};
+    check(cudaFuncGetAttributes(&declared, kernel));
+    const int most = Device::of(device_).block_shared_memory - static_cast<int>(declared.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    return most;
+  }
+
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
