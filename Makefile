@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where `make gpu` leaves its results, which of its parts run, and of which networks.
 OUT ?= build/gpu
-PART ?= test kernels models
+PART ?= test kernels models profile
 MODEL ?= densenet121
 # Passed on to the program that a target runs: make demo ARGS="--epochs 2", make test ARGS="-k dense -x".
 ARGS ?=
@@ -25,7 +25,7 @@ torch_key := $(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 MAKEFLAGS += --jobs=2
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test build bench tables wheel gpu gpu-test gpu-kernels gpu-models clean
+.PHONY: help demo test build bench tables wheel gpu gpu-test gpu-kernels gpu-models gpu-profile clean
 
 help:
 	@echo "make demo    set up, then train a DenseNet twice, stock and converted, and compare (about 3 minutes)"
@@ -35,7 +35,8 @@ help:
 	@echo "make tables  write the README's measured tables from the rows in benchmarks/results"
 	@echo "make wheel   build a wheel into dist/"
 	@echo "make gpu     on a machine with a GPU: build, test and benchmark with PYTHON as it is (no environment is made);"
-	@echo "             in parts of at most nine minutes: make gpu PART=test, PART=kernels, PART=models MODEL=\"densenet201 resnet50\""
+	@echo "             in parts of at most nine minutes: make gpu PART=test, PART=kernels, PART=models MODEL=\"densenet201 resnet50\","
+	@echo "             PART=profile"
 	@echo "make clean   remove what was built (not $(VENV))"
 	@echo "Variables: TORCH='$(TORCH)' PYTHON=$(PYTHON) VENV=$(VENV) ARGS='$(ARGS)'"
 
@@ -93,6 +94,9 @@ gpu-kernels:
 
 gpu-models:
 	@PYTHONPATH=. timeout -s INT -k 10 530 $(PYTHON) benchmarks/bench_models.py --seconds 420 --model $(MODEL) --out $(OUT) $(ARGS)
+
+gpu-profile:
+	@PYTHONPATH=. timeout -s INT -k 10 120 $(PYTHON) benchmarks/bench_profile.py --model $(MODEL) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info resdense_ext/*.so $(VENV)/.built

@@ -13,7 +13,7 @@ import torch
 
 from resdense_ext.cli.bench.rows import append, read, row
 
-__all__ = ["Budget", "Results", "ceilings", "device_times", "measured", "require_gpu"]
+__all__ = ["Budget", "Results", "ceilings", "device_times", "kernels", "measured", "require_gpu"]
 
 _AHEAD = 10_000_000
 """Clocks of the device in which a host issues some runs of an operation: 5 ms."""
@@ -95,6 +95,15 @@ def device_times(fn: Callable[[], object], seconds: float = 0.2, least: int = 5,
         torch.cuda.synchronize()
         times += [begin.elapsed_time(end) / 1000 for begin, end in events]
     return times
+
+
+def kernels(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """The name and the seconds of each kernel that the device runs in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [(e.name, e.time_range.elapsed_us() / 1e6) for e in on_device]
 
 
 def ceilings() -> tuple[list[dict], float, float]:

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from _gpu import Budget, Results, ceilings, device_times, measured, require_gpu
+from _gpu import Budget, Results, ceilings, device_times, kernels, measured, require_gpu
 from _traffic import step_bytes
 from tqdm import tqdm
 
@@ -101,15 +101,6 @@ def host_times(run: Callable[[], object], repeats: int = 9) -> list[float]:
     return times
 
 
-def kernels(run: Callable[[], object]) -> list[float]:
-    """The seconds that each kernel on the device takes in one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return [e.time_range.elapsed_us() / 1e6 for e in on_device]
-
-
 def largest_batches(small: tuple[int, float], large: tuple[int, float]) -> dict[int, int]:
     """By GiB of a card: the largest batch on the line through two (batch, peak bytes)."""
     slope = (large[1] - small[1]) / (large[0] - small[0])
@@ -162,7 +153,7 @@ def measure(model: str, provider: str, batch: int, bandwidth: float) -> list[dic
     add("host", "s", host_times(run))
     launched = kernels(run)
     add("launches", "1", [len(launched)])
-    add("kernels", "s", [sum(launched)])
+    add("kernels", "s", [sum(seconds for _, seconds in launched)])
     if not provider.endswith("graph"):
         add("peak", "B", [peak_of(step)])
     return rows

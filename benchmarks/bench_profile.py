@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from _gpu import Results, require_gpu
+from _gpu import Results, kernels, require_gpu
 from bench_models import MODELS, PROVIDERS, SIZE, captured, training_step
 
 from resdense_ext.cli.bench.rows import conditions, row
@@ -30,28 +28,18 @@ def short(name: str) -> str:
     return name.removeprefix("void ").strip()[:NAME]
 
 
-def kernels(run: Callable[[], object]) -> dict[str, list[float]]:
-    """Of every kernel, by its name: the seconds of each launch in one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    found: dict[str, list[float]] = {}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(short(event.name), []).append(event.time_range.elapsed_us() / 1e6)
-    return found
-
-
 def measure(model: str, provider: str, batch: int) -> list[dict]:
     """A row a kernel, the longest first."""
     step = training_step(model, provider, batch)
     run = captured(step) if provider.endswith("graph") else step
     for _ in range(4):
         run()
+    found: dict[str, list[float]] = {}
+    for name, seconds in kernels(run):
+        found.setdefault(short(name), []).append(seconds)
     setting = {"shape": [batch, 3, SIZE, SIZE], "dtype": "bfloat16", "layout": "channels_last"}
     rows = [
-        row(model, provider, "train", "kernel", "s", [sum(times)], name=name, launches=len(times), **setting)
-        for name, times in kernels(run).items()
+        row(model, provider, "train", "kernel", "s", [sum(times)], name=name, launches=len(times), **setting) for name, times in found.items()
     ]
     return sorted(rows, key=lambda r: -r["median"])
 
@@ -76,8 +64,10 @@ def main() -> None:
     results = Results(options.out / "gpu_profile.jsonl", conditions("cuda")["commit"])
     for model in options.model:
         for provider in options.provider:
-            rows = measure(model, provider, options.batch)
-            results.add(rows)
+            rows = results.find(op=model, provider=provider, shape=[options.batch, 3, SIZE, SIZE])
+            if not rows:
+                rows = measure(model, provider, options.batch)
+                results.add(rows)
             print(table(rows, options.longest))
 
 

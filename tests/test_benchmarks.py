@@ -19,6 +19,7 @@ import _gpu  # noqa: E402
 import _tables  # noqa: E402
 import bench_kernels  # noqa: E402
 import bench_models  # noqa: E402
+import bench_profile  # noqa: E402
 from _traffic import step_bytes  # noqa: E402
 from stock import import_torchvision  # noqa: E402
 
@@ -45,7 +46,7 @@ def test_make_gpu_says_in_one_sentence_what_it_needs(tmp_path):
 
 
 @without_gpu
-@pytest.mark.parametrize("name", ["bench_kernels", "bench_models"])
+@pytest.mark.parametrize("name", ["bench_kernels", "bench_models", "bench_profile"])
 def test_the_benchmarks_say_so_too(name):
     answer = subprocess.run([sys.executable, f"benchmarks/{name}.py"], cwd=ROOT, capture_output=True, text=True,
                             env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
@@ -176,6 +177,24 @@ def test_the_models_benchmark_checks_gradients(model, provider, monkeypatch):
     assert not bench_models.disagreement(model, provider) < 2
 
 
+def test_kernels_by_name(monkeypatch, tmp_path, capsys):
+    """A line a kernel, the longest first; those measured already are not measured again."""
+    launched = [("void ours::kernel<float, 4>(int, pair<int>)", 0.002), ("theirs", 0.005), ("void ours::kernel<half>(int)", 0.004)]
+    monkeypatch.setattr(bench_profile, "require_gpu", lambda: None)
+    monkeypatch.setattr(bench_profile, "conditions", lambda device: {"commit": "abc"})
+    monkeypatch.setattr(bench_profile, "training_step", lambda *case: lambda: None)
+    monkeypatch.setattr(_gpu, "append", lambda rows, path, device: path.open("a").writelines(json.dumps({**r, "commit": "abc"}) + "\n" for r in rows))
+    monkeypatch.setattr(sys, "argv", ["bench_profile", "--model", "resnet50", "--provider", "fast", "--out", str(tmp_path)])
+    for found in (launched, []):
+        monkeypatch.setattr(bench_profile, "kernels", lambda run, found=found: found)
+        bench_profile.main()
+        assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+            "resnet50, fast, batch 256: 11.00 ms in 3 launches".split(),
+            "6.000 ms 54.5% 2 x ours::kernel".split(),
+            "5.000 ms 45.5% 1 x theirs".split(),
+        ]
+
+
 class Device:
     """Stands for a GPU, on the CPU: what the benchmarks ask of torch.cuda; ``lost`` after an illegal access."""
 
@@ -191,7 +210,7 @@ class Device:
             monkeypatch.setattr(module, "conditions", lambda device: {"commit": "abc"})
             monkeypatch.setattr(module, "ceilings", lambda: ([row("copy", "torch", "ceiling", "bandwidth", "B/s", [1e12])], 1e12, 1e15))
             monkeypatch.setattr(module, "device_times", self.times)
-        monkeypatch.setattr(bench_models, "kernels", lambda run: [0.01] * 7)
+        monkeypatch.setattr(bench_models, "kernels", lambda run: [("kernel", 0.01)] * 7)
 
     def synchronize(self) -> None:
         if self.lost:
