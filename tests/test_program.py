@@ -444,9 +444,10 @@ class TestRecorder:
         assert_same_bits(program([images(5, 6, seed=1)]), function(images(5, 6, seed=1)))
 
     def test_an_error_inside(self, recorded):
-        """Of an operator that looks at values."""
+        """Of an operator that looks at values: its own words, where torch hands them on."""
         program = recorded(lambda x, at: [x.index_select(0, at)], images(5), torch.tensor([1]))
-        with pytest.raises(RuntimeError, match="torch_call_dispatcher"):
+        told = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+        with pytest.raises(RuntimeError, match="aten::index_select: " + ("index out of range" if told else "failed")):
             program([images(5), torch.tensor([7])])
 
     @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 // all that it takes, since such a call costs several times what a launch does.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "call.h"
 #include "common/activation.h"

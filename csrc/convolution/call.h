@@ -6,10 +6,9 @@
 #include <type_traits>
 #include <utility>
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
-#include "common/check.h"
+#include "common/dispatch.h"
 
 namespace resdense {
 
@@ -26,7 +25,7 @@ R taken(Stack& stack, std::index_sequence<I...>) {
 template <typename R = std::tuple<>, typename... Args>
 R call(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, std::max(sizeof...(Args), std::tuple_size_v<R>)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  dispatch(name, overload, stack.data());
   return detail::taken<R>(stack, std::make_index_sequence<std::tuple_size_v<R>>{});
 }
 

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/memory.h"
 
 namespace resdense::program {
@@ -199,7 +200,7 @@ class Replay {
     const int64_t arguments = read_.next(), results = read_.next();
     stack_.resize(std::max(arguments, results));
     for (int64_t i = 0; i < arguments; ++i) stack_[i] = argument();
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack_.data(), TORCH_ABI_VERSION));
+    dispatch(name, overload, stack_.data());
     for (int64_t i = 0; i < results; ++i) result(stack_[i]);
   }
 
