@@ -115,6 +115,16 @@ def check_dense_block(x: Tensor, layers: Sequence[DenseLayer]) -> None:
     check_one_group("layers", [unit.norm for layer in layers for unit in layer.units])
 
 
+def check_behind(x: Tensor, layers: Sequence[DenseLayer], behind: PooledUnit) -> None:
+    """Raises what `dense_block` raises for the unit ``behind`` the layers."""
+    channels = x.shape[1] + sum(layer.units[-1].conv.weight.shape[0] for layer in layers)
+    check_pooled_unit("behind.", behind, channels, x)
+    if behind.pool.kind == "maximum":
+        raise ValueError("behind.pool: expected average or global, got maximum")
+    check_of_batch(**{"behind.norm": behind.norm})
+    check_one_group("behind.norm", [behind.norm, *(unit.norm for layer in layers for unit in layer.units)])
+
+
 def check_one_group(where: str, norms: Sequence[Optional[BatchNorm]]) -> None:
     """Raises ValueError for norms that take the batch's statistics over different ranks, or some of them every sample's."""
     taking = [norm for norm in norms if norm is not None and norm.batch_stats]

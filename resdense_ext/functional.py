@@ -14,6 +14,7 @@ from resdense_ext.checks import (
     activation_of,
     autocasts,
     check_alone,
+    check_behind,
     check_bn_act_conv,
     check_conv1x1_bn_add_act,
     check_dense_block,
@@ -22,7 +23,6 @@ from resdense_ext.checks import (
     check_input,
     check_norm,
     check_of_batch,
-    check_one_group,
     check_policy,
     check_pooled_unit,
     check_probability,
@@ -135,15 +135,18 @@ def dense_block(
     """
     act = activation_of(activation, negative_slope)
     check_each("layers", layers, DenseLayer)
-    keep = kept_layers(policy, len(layers))
+    kept_layers(policy, len(layers))
     check_dense_block(x, layers)
     if behind is not None:
-        channels = x.shape[1] + sum(layer.units[-1].conv.weight.shape[0] for layer in layers)
-        check_pooled_unit("behind.", behind, channels, x)
-        if behind.pool.kind == "maximum":
-            raise ValueError("behind.pool: expected average or global, got maximum")
-        check_of_batch(**{"behind.norm": behind.norm})
-        check_one_group("behind.norm", [behind.norm, *(unit.norm for layer in layers for unit in layer.units)])
+        check_behind(x, layers, behind)
+    return checked_dense_block(x, layers, act, policy=policy, behind=behind)
+
+
+def checked_dense_block(
+    x: Tensor, layers: Sequence[DenseLayer], act: Activation, *, policy: str | Sequence[bool], behind: Optional[PooledUnit]
+) -> Tensor:
+    """`dense_block` of arguments that have been checked."""
+    keep = kept_layers(policy, len(layers))
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -205,7 +208,7 @@ def residual_block(
     activations = _activations_of([block], activation, final_activation, negative_slope)
     check_policy(policy)
     check_residual_block(x, block)
-    return _residual_blocks(x, [block], *activations, [policy])
+    return checked_residual_stage(x, [block], *activations, policy=[policy])
 
 
 def residual_stage(
@@ -249,7 +252,7 @@ def residual_stage(
     for name in policies:
         check_policy(name)
     check_residual_stage(x, blocks)
-    return _residual_blocks(x, blocks, *activations, policies)
+    return checked_residual_stage(x, blocks, *activations, policy=policies)
 
 
 def _activations_of(
@@ -261,13 +264,14 @@ def _activations_of(
     return act, [activation_of(final, negative_slope, "final_activation") for final in finals]
 
 
-def _residual_blocks(
-    x: Tensor, blocks: Sequence[ResidualBlock], act: Activation, lasts: Sequence[Activation], policies: Sequence[str]
+def checked_residual_stage(
+    x: Tensor, blocks: Sequence[ResidualBlock], act: Activation, lasts: Sequence[Activation], *, policy: Sequence[str]
 ) -> Tensor:
+    """`residual_stage` of arguments that have been checked; ``lasts`` are the activations behind the blocks' additions."""
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
         blocks = cast_residual_blocks(blocks, torch.get_autocast_dtype(x.device.type))
-    return _residual_stage.residual_stage(x, blocks, act, lasts, policies)
+    return _residual_stage.residual_stage(x, blocks, act, lasts, policy)
 
 
 def dual_path_stage(

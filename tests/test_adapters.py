@@ -512,13 +512,13 @@ def test_a_slice_of_a_stage(part):
 def test_transition_and_the_units_in_front_of_it_share_a_node(monkeypatch):
     """Across the stages that they belong to."""
     make, shape, *_ = SERVED["pytorchcv densenet"]
-    behind, dense_block = [], rd.functional.dense_block
+    behind, dense_block = [], rd.functional.checked_dense_block
 
     def spied(*args, **options):
         behind.append(options["behind"])
         return dense_block(*args, **options)
 
-    monkeypatch.setattr(rd.functional, "dense_block", spied)
+    monkeypatch.setattr(rd.functional, "checked_dense_block", spied)
     model = rd.convert(made(make()))
     model(images(*shape))
     assert [unit.pool.kind for unit in behind] == ["average", "average"]

@@ -65,13 +65,13 @@ def agree(chain, x):
 @pytest.fixture
 def calls(monkeypatch):
     """What stood behind the blocks of the functional calls."""
-    found, call = [], functional.dense_block
+    found, call = [], functional.checked_dense_block
 
     def counted(*args, **options):
         found.append(options["behind"])
         return call(*args, **options)
 
-    monkeypatch.setattr(functional, "dense_block", counted)
+    monkeypatch.setattr(functional, "checked_dense_block", counted)
     return found
 
 
@@ -323,14 +323,14 @@ class TestNetworks:
 
     def counted(self, monkeypatch):
         calls = []
-        for name in ("bn_act_pool", "transition", "dense_block"):
-            call = getattr(functional, name)
+        for name, of in (("bn_act_pool", "bn_act_pool"), ("transition", "transition"), ("dense_block", "checked_dense_block")):
+            call = getattr(functional, of)
 
             def count(*args, call=call, name=name, **options):
                 calls.append(name if options.get("behind") is None else f"{name} and {options['behind'].pool.kind} pool")
                 return call(*args, **options)
 
-            monkeypatch.setattr(functional, name, count)
+            monkeypatch.setattr(functional, of, count)
         return calls
 
     def test_torchvisions_densenet(self, monkeypatch):

@@ -16,6 +16,7 @@ from resdense_ext.convert.strangers import convert_strangers, put_back, remember
 from resdense_ext.convert.verify import mismatches
 from resdense_ext.nn.leaves import Unsupported
 from resdense_ext.nn.protocols import OnEngine
+from resdense_ext.nn.recall import forget
 from resdense_ext.plan import parse_budget
 
 __all__ = ["convert", "revert"]
@@ -186,6 +187,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     _check_module(model)
     for module in model.modules():
+        forget(module)
         if isinstance(module, OnEngine):
             module.policy = None
         elif isinstance(module, Converted):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from resdense_ext import checks, functional
 from resdense_ext.nn.leaves import is_frozen_norm
 from resdense_ext.nn.protocols import Halves, LayerModules, Policy, PooledModules, SideBySide
+from resdense_ext.nn.read import ReadLayers, ReadPooledUnit, ReadResidualBlock
+from resdense_ext.nn.recall import Reading, check_once
 from resdense_ext.ops.cast import cast_conv_graph
 from resdense_ext.ops.conv_graph_function import conv_graph
 from resdense_ext.reference import Activation, ConvGraph, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
@@ -28,21 +30,19 @@ __all__ = [
 
 
 def call_dense_block(
-    x: Tensor,
-    modules: Sequence[LayerModules],
-    layers: Sequence[DenseLayer],
-    activation: Activation,
-    policy: Policy,
-    behind: Optional[PooledUnit] = None,
+    x: Tensor, reading: Reading[ReadLayers], policy: Policy, behind: Optional[Reading[ReadPooledUnit]] = None
 ) -> Tensor:
     """A dense block, with masks of its dropouts, and the unit ``behind`` it."""
-    if any(layer.drop_rate > 0 for layer in modules):
-        # Checked before masks are drawn: an error leaves the random state as it was.
-        checks.check_dense_block(x, layers)
-        for of in modules:
-            checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
-        layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
-    y = functional.dense_block(x, layers, **options_of(activation), policy=policy, behind=behind)
+    modules, layers, activation = reading.value
+    check_once([reading], x, lambda: checks.check_dense_block(x, layers))
+    if behind is not None:
+        check_once([behind, reading], x, lambda: checks.check_behind(x, layers, behind.value.unit))
+    checks.kept_layers(policy, len(layers))
+    # Masks are drawn behind all checks: an error leaves the random state as it was.
+    for of in modules:
+        checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
+    layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
+    y = functional.checked_dense_block(x, layers, activation, policy=policy, behind=None if behind is None else behind.value.unit)
     return y if behind is None else _pooled(y)
 
 
@@ -67,14 +67,18 @@ def _pooled(y: Tensor) -> Tensor:
     return y.float() if y.dim() == 5 and y.dtype.itemsize == 2 and y.device.type == "cpu" and checks.autocasts("cpu") else y
 
 
-def call_residual_stage(
-    x: Tensor, blocks: Sequence[ResidualBlock], activation: Activation, last: Activation, policies: Sequence[Policy]
-) -> Tensor:
-    """Residual blocks, one after another; ``last`` is the activation behind the addition."""
-    names = {"activation": activation.name, "final_activation": last.name}
-    # Of two leaky_relus the slope is the same.
-    slope = last.slope if last.name == "leaky_relu" else activation.slope
-    return functional.residual_stage(x, blocks, **names, negative_slope=slope, policy=policies)
+def call_residual_stage(x: Tensor, readings: Sequence[Reading[ReadResidualBlock]], policies: Sequence[Policy]) -> Tensor:
+    """Residual blocks of the same activations, one after another."""
+    blocks = [reading.value.block for reading in readings]
+    _, _, activation, last = readings[0].value
+
+    def check() -> None:
+        for policy in policies:
+            checks.check_policy(policy)
+        checks.check_residual_stage(x, blocks)
+
+    check_once(readings, x, check, *policies)
+    return functional.checked_residual_stage(x, blocks, activation, [last] * len(blocks), policy=policies)
 
 
 def call_dual_path_stage(

@@ -32,9 +32,19 @@ from resdense_ext.nn.protocols import (
     Transition,
     whole,
 )
-from resdense_ext.nn.read import check_one_group, read_dual_path_block, read_layers, read_pooled_unit, read_residual_block
+from resdense_ext.nn.read import (
+    ReadPooledUnit,
+    ReadResidualBlock,
+    check_one_group,
+    read_pooled_unit,
+    recall_dual_path_block,
+    recall_layers,
+    recall_residual_block,
+    recall_transition,
+)
+from resdense_ext.nn.recall import Reading
 from resdense_ext.ops.split_unit import split_norm
-from resdense_ext.reference import Activation, DualPathBlock, ResidualBlock
+from resdense_ext.reference import Activation, DualPathBlock
 
 __all__ = [
     "run_chain",
@@ -140,7 +150,7 @@ def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int
         return None, 1  # whoever watches hears of every block
     policies = ("fast",) if torch.is_grad_enabled() else ("fast", "min")
     blocks: list[Residual] = []
-    described: list[ResidualBlock] = []
+    readings: list[Reading[ReadResidualBlock]] = []
     kinds: set[tuple[Activation, Activation]] = set()
     norms: list[nn.Module] = []
     nbytes = 0
@@ -149,37 +159,38 @@ def _match_residual(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int
             if not _offers(block, "residual_modules") or block.engine_policy not in policies:
                 break
             _check_link(block)
-            modules = block.residual_modules()
+            reading = recall_residual_block(block)
+            modules, read, *kind = reading.value
             own = [*(unit[modules.form == "post"] for unit in modules.units), *modules.shortcut]
             if blocks and (modules.shortcut or not set(norms).isdisjoint(own)):
                 break
-            read, *kind = read_residual_block(modules)
             weights = [unit.conv.weight for unit in read.units]
             nbytes += sum(w.numel() * w.dtype.itemsize for w in weights)  # `nbytes` would be an operation in compiled graphs
             if blocks and (tuple(kind) not in kinds or nbytes > _MOST_BYTES):
                 break
             blocks.append(block)
-            described.append(read)
+            readings.append(reading)
             kinds.add(tuple(kind))
             norms += own
     except Unsupported:
         pass  # called by itself, the block says why
     if len(blocks) < 2:
         return None, 1
-    return (lambda x: _run_residual_blocks(blocks, described, *kinds.pop(), x)), len(blocks)
+    return (lambda x: _run_residual_blocks(blocks, readings, x)), len(blocks)
 
 
 def _run_residual_blocks(
-    blocks: Sequence[Residual], described: Sequence[ResidualBlock], activation: Activation, last: Activation, x: Tensor
+    blocks: Sequence[Residual], readings: Sequence[Reading[ReadResidualBlock]], x: Tensor
 ) -> Optional[Tensor]:
     try:
         check_plain(x)
     except Unsupported:
         return None
-    if broadcasts(x.shape, described):
+    if broadcasts(x.shape, [reading.value.block for reading in readings]):
         return None
-    y = call_residual_stage(x, described, activation, last, [block.engine_policy for block in blocks])
-    return y if described[-1].norm is None else widened(y, blocks[-1].residual_modules().units[-1][1])
+    y = call_residual_stage(x, readings, [block.engine_policy for block in blocks])
+    modules, described, _, _ = readings[-1].value
+    return y if described.norm is None else widened(y, modules.units[-1][1])
 
 
 def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], int]:
@@ -193,8 +204,7 @@ def _match_dual_path(links: Sequence[_Link], at: int) -> tuple[Optional[Run], in
             if not _offers(block, "dual_path_modules") or block.engine_policy is None:
                 break
             _check_link(block)
-            modules = block.dual_path_modules()
-            read, activation = read_dual_path_block(modules)
+            modules, read, activation = recall_dual_path_block(block).value
             kind, own = (activation, modules.side_by_side), [norm for norm, *_ in modules.units]
             if blocks and (read.projection is not None or kind not in kinds or not set(norms).isdisjoint(own)):
                 break
@@ -293,10 +303,12 @@ def _run_stage(
             _check_link(transition)
             if transition.engine_policy is None:
                 return None
-            behind = transition.pooled_modules()
-        modules = block.layer_modules()
-        layers, activation = read_layers(modules)
-        unit, unit_activation = read_pooled_unit(behind)
+            pooled = recall_transition(transition)
+        else:
+            pooled = Reading(ReadPooledUnit(behind, *read_pooled_unit(behind)))
+        reading = recall_layers(block)
+        _, layers, activation = reading.value
+        behind, unit, unit_activation = pooled.value
         check_one_group([unit.norm, *(of_layer.norm for layer in layers for of_layer in layer.units)])
     except Unsupported:
         return None
@@ -305,4 +317,4 @@ def _run_stage(
     if any(size < 1 for size in unit.pool.outputs(x.shape[2:])):
         return None
     with running(block, x):
-        return widened(call_dense_block(x, modules, layers, activation, block.engine_policy, unit), *last_norm(behind))
+        return widened(call_dense_block(x, reading, block.engine_policy, pooled), *last_norm(behind))

@@ -31,6 +31,10 @@ from resdense_ext.nn.read import (
     read_pooled_unit,
     read_residual_block,
     read_unit,
+    recall_dual_path_block,
+    recall_layers,
+    recall_residual_block,
+    recall_transition,
 )
 from resdense_ext.ops.avg_pool import avg_pool
 from resdense_ext.ops.max_pool import max_pool
@@ -55,9 +59,8 @@ def run_dense_block(block: Block, x: Tensor) -> Tensor:
     """The block's forward, see `run_or_stock`."""
 
     def read() -> Run:
-        modules = block.layer_modules()
-        layers, activation = read_layers(modules)
-        return lambda x: call_dense_block(x, modules, layers, activation, block.engine_policy)
+        reading = recall_layers(block)
+        return lambda x: call_dense_block(x, reading, block.engine_policy)
 
     return run_or_stock(block, x, read)
 
@@ -66,8 +69,7 @@ def run_transition(transition: Transition, x: Tensor) -> Tensor:
     """The transition's forward, see `run_or_stock`."""
 
     def read() -> Run:
-        modules = transition.pooled_modules()
-        unit, activation = read_pooled_unit(modules)
+        modules, unit, activation = recall_transition(transition).value
 
         def run(x: Tensor) -> Optional[Tensor]:
             return widened(call_pooled_unit(x, unit, activation), *last_norm(modules)) if x.dim() == modules.dims else None
@@ -81,13 +83,13 @@ def run_residual_block(block: Residual, x: Tensor) -> Tensor:
     """The block's forward, see `run_or_stock`."""
 
     def read() -> Run:
-        modules = block.residual_modules()
-        described, activation, last = read_residual_block(modules)
+        reading = recall_residual_block(block)
+        modules, described, _, _ = reading.value
 
         def run(x: Tensor) -> Optional[Tensor]:
             if broadcasts(x.shape, [described]):
                 return None
-            y = call_residual_stage(x, [described], activation, last, [block.engine_policy])
+            y = call_residual_stage(x, [reading], [block.engine_policy])
             return widened(y, modules.units[-1][1]) if modules.form == "post" else y
 
         return run
@@ -110,8 +112,7 @@ def run_dual_path_block(block: DualPath, x: Tensor | Halves) -> Halves:
     """The block's forward, see `run_or_stock`."""
 
     def read() -> Run:
-        modules = block.dual_path_modules()
-        described, activation = read_dual_path_block(modules)
+        modules, described, activation = recall_dual_path_block(block).value
         return lambda x: whole(call_dual_path_stage(x, [described], activation, [block.engine_policy], modules.side_by_side))
 
     return run_or_stock(block, x, read)

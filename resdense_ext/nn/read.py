@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -28,15 +28,20 @@ from resdense_ext.nn.leaves import (
 )
 from resdense_ext.nn.parts import NORMS
 from resdense_ext.nn.protocols import (
+    Block,
+    DualPath,
     DualPathModules,
     EndModules,
     GraphModules,
     LayerModules,
     PooledModules,
     ReadModules,
+    Residual,
     ResidualModules,
+    Transition,
     UnitModules,
 )
+from resdense_ext.nn.recall import Reading, recalled
 from resdense_ext.ops.max_pool import DROPPED
 from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import (
@@ -54,6 +59,10 @@ from resdense_ext.reference import (
 )
 
 __all__ = [
+    "ReadDualPathBlock",
+    "ReadLayers",
+    "ReadPooledUnit",
+    "ReadResidualBlock",
     "check_one_group",
     "read_conv_graph",
     "read_dual_path_block",
@@ -63,7 +72,84 @@ __all__ = [
     "read_pooled_unit",
     "read_residual_block",
     "read_unit",
+    "recall_dual_path_block",
+    "recall_layers",
+    "recall_residual_block",
+    "recall_transition",
 ]
+
+
+class ReadLayers(NamedTuple):
+    """A dense block's modules, and what they were read as."""
+
+    modules: Sequence[LayerModules]
+    layers: list[DenseLayer]
+    activation: Activation
+
+
+class ReadResidualBlock(NamedTuple):
+    """A residual block's modules, and what they were read as; ``last`` is the activation behind the addition."""
+
+    modules: ResidualModules
+    block: ResidualBlock
+    activation: Activation
+    last: Activation
+
+
+class ReadDualPathBlock(NamedTuple):
+    """A dual path block's modules, and what they were read as."""
+
+    modules: DualPathModules
+    block: DualPathBlock
+    activation: Activation
+
+
+class ReadPooledUnit(NamedTuple):
+    """A pooled unit's modules, and what they were read as."""
+
+    modules: PooledModules
+    unit: PooledUnit
+    activation: Activation
+
+
+def recall_layers(block: Block) -> Reading[ReadLayers]:
+    """`read_layers` of the block's, see `recalled`."""
+    return recalled(block, _layers_of)
+
+
+def _layers_of(block: Block) -> ReadLayers:
+    modules = block.layer_modules()
+    return ReadLayers(modules, *read_layers(modules))
+
+
+def recall_residual_block(block: Residual) -> Reading[ReadResidualBlock]:
+    """`read_residual_block` of the block's, see `recalled`."""
+    return recalled(block, _residual_block_of)
+
+
+def _residual_block_of(block: Residual) -> ReadResidualBlock:
+    modules = block.residual_modules()
+    return ReadResidualBlock(modules, *read_residual_block(modules))
+
+
+def recall_dual_path_block(block: DualPath) -> Reading[ReadDualPathBlock]:
+    """`read_dual_path_block` of the block's, see `recalled`."""
+    return recalled(block, _dual_path_block_of)
+
+
+def _dual_path_block_of(block: DualPath) -> ReadDualPathBlock:
+    modules = block.dual_path_modules()
+    return ReadDualPathBlock(modules, *read_dual_path_block(modules))
+
+
+def recall_transition(transition: Transition) -> Reading[ReadPooledUnit]:
+    """`read_pooled_unit` of the transition's, see `recalled`."""
+    return recalled(transition, _transition_of)
+
+
+def _transition_of(transition: Transition) -> ReadPooledUnit:
+    modules = transition.pooled_modules()
+    return ReadPooledUnit(modules, *read_pooled_unit(modules))
 
 
 def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:

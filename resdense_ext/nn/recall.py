@@ -1,0 +1,179 @@
+"""What a block's modules have been read as, for as long as they are what they were.
+
+A step reads some hundred modules, and checks what it has read, and as a rule nothing has changed since the last one. To see that
+takes a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from operator import is_, itemgetter
+from types import NoneType
+from typing import Any, Generic, NamedTuple, Optional, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from resdense_ext.checks import autocasts
+
+__all__ = ["Reading", "check_once", "forget", "recalled"]
+
+T = TypeVar("T")
+
+_KEY = "_resdense_memory"
+"""In a block's ``__dict__``: there it lives as long as the block, whatever its tensors' hooks hold. `forget` takes it away."""
+_MOST_CHECKS = 16
+"""Kinds of calls that a reading remembers."""
+_PATIENCE = 8
+"""Readings one upon another, none of which was of use again: behind these a block is not remembered any more."""
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training", "_modules"}
+"""Attributes that are not compared: parameters, buffers and hooks are looked at by themselves."""
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_PLAIN = (NoneType, bool, int, float, str, bytes, type, torch.dtype, torch.device)
+
+
+class _Token:
+    """Something that no other is equal to, and which holds nothing."""
+
+
+class Reading(Generic[T]):
+    """What a block's modules were read as, and the calls for which it has been checked."""
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+        self.token = _Token()
+        self.checked: set[Hashable] = set()
+
+
+def check_once(readings: Sequence[Reading], x: Tensor, check: Callable[[], object], *more: Hashable) -> None:
+    """``check()``, which raises where these readings, one behind another, do not fit ``x``; of what is ``more``, too."""
+    if torch.compiler.is_compiling():
+        check()
+        return
+    of_x = x.shape, x.dtype, x.device, x.layout, autocasts(x.device.type), torch.is_inference_mode_enabled()
+    call, checked = (of_x, more, *(reading.token for reading in readings)), readings[0].checked
+    if call not in checked:
+        check()
+        if len(checked) >= _MOST_CHECKS:
+            checked.clear()
+        checked.add(call)
+
+
+class _Unknown(Exception):
+    """A reading may depend on what would change unseen."""
+
+
+class _Attributes(NamedTuple):
+    """A module's class, and what it has beside what every module has: its children, too."""
+
+    kind: type
+    count: int
+    get: itemgetter
+    values: tuple
+
+    @staticmethod
+    def of(module: nn.Module) -> _Attributes:
+        have = vars(module)
+        names = [name for name in have if name not in _OF_EVERY_MODULE and name not in ("_modules", _KEY)]
+        values = dict(module._modules), *(_plain(have[name]) for name in names)
+        return _Attributes(type(module), len(have) - (_KEY in have), itemgetter("_modules", *names), values)
+
+    def are_those_of(self, module: nn.Module) -> bool:
+        have = module.__dict__
+        return type(module) is self.kind and self.get(have) == self.values and len(have) - (_KEY in have) == self.count
+
+
+def _plain(value: Any) -> Any:
+    """The value, or a copy of what could be changed in its place."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, tuple):
+        return value if all(_plain(part) is part for part in value) else tuple(map(_plain, value))
+    if type(value) is list:
+        return list(map(_plain, value))
+    raise _Unknown
+
+
+class _Memory:
+    """A reading, and all that it depends on. Copies and pickles of a block have none."""
+
+    def __init__(self, reading: Reading, block: nn.Module, changes: int) -> None:
+        self.reading, self.changes = reading, changes
+        modules = [*block.modules()]
+        if any(map(_reads_values, modules)):
+            raise _Unknown
+        inner = modules[1:]
+        self._own, self._inner = _Attributes.of(block), [(module, _Attributes.of(module)) for module in inner]
+        self._hooks = [getattr(module, name) for module in inner for name in _HOOKS]
+        self._held = [held for module in modules for held in (module._parameters, module._buffers)]
+        self._buffers = [t for module in modules for t in module._buffers.values() if t is not None]
+        self._tensors = self._found()
+        self._kinds = self._kinds_found()
+        classes = {type(module) for module in modules} | {getattr(block, "stock_class", type(block))}
+        self._classes = [(cls, cls.forward, dict(vars(cls))) for cls in classes]
+
+    def _found(self) -> list[Optional[Tensor]]:
+        return [t for held in self._held for t in held.values()]
+
+    def _kinds_found(self) -> list[tuple]:
+        kinds = [(t.dtype, t.device, t.shape, t.stride()) for t in self._tensors if t is not None]
+        return [*kinds, *[t.requires_grad for t in self._buffers]]
+
+    def holds(self, block: nn.Module) -> bool:
+        """Whether everything is what it was."""
+        try:
+            return (
+                not any(self._hooks)
+                and self._own.are_those_of(block)
+                and all([attributes.are_those_of(module) for module, attributes in self._inner])
+                and _are(self._found(), self._tensors)
+                and self._kinds_found() == self._kinds
+                and all([cls.forward is forward and vars(cls) == known for cls, forward, known in self._classes])
+            )
+        except Exception:  # attributes that are no more, or that cannot be compared
+            return False
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self):
+        return NoneType, ()
+
+
+def _are(some: Sequence, others: Sequence) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _reads_values(module: nn.Module) -> bool:
+    """Whether a norm of this kind is read as what a tensor's value says, or as the process group does."""
+    return isinstance(module, nn.SyncBatchNorm) or (isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None)
+
+
+def recalled(block: nn.Module, read: Callable[[nn.Module], T]) -> Reading[T]:
+    """``read(block)``, which reads the modules in ``block`` and nothing else, or what it returned before.
+
+    That is forgotten where one of the modules, its class, hooks, attributes or children, or what kind of tensors they hold has
+    changed. Of tensors no value is looked at, so norms with a cumulative average are read anew, and those whose statistics ranks
+    share; so are a block's replicas, which are new in every step.
+    """
+    if torch.compiler.is_compiling() or _has_any_global_hook() or getattr(block, "_is_replica", False):
+        return Reading(read(block))
+    memory = vars(block).get(_KEY)
+    if memory is False:
+        return Reading(read(block))
+    if memory is not None and memory.holds(block):
+        memory.changes = 0
+        return memory.reading
+    changes = 0 if memory is None else memory.changes + 1
+    reading = Reading(read(block))
+    try:
+        vars(block)[_KEY] = changes < _PATIENCE and _Memory(reading, block, changes)
+    except _Unknown:
+        vars(block)[_KEY] = False
+    return reading
+
+
+def forget(block: nn.Module) -> None:
+    """Leaves nothing of all this with the block."""
+    vars(block).pop(_KEY, None)
