@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -265,13 +265,13 @@ def _activations_of(
 
 
 def checked_residual_stage(
-    x: Tensor, blocks: Sequence[ResidualBlock], act: Activation, lasts: Sequence[Activation], *, policy: Sequence[str]
+    x: Tensor, blocks: Sequence[ResidualBlock], act: Activation, lasts: Sequence[Activation], *, policy: Sequence[str], **options: Any
 ) -> Tensor:
     """`residual_stage` of arguments that have been checked; ``lasts`` are the activations behind the blocks' additions."""
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
         blocks = cast_residual_blocks(blocks, torch.get_autocast_dtype(x.device.type))
-    return _residual_stage.residual_stage(x, blocks, act, lasts, policy)
+    return _residual_stage.residual_stage(x, blocks, act, lasts, policy, **options)
 
 
 def dual_path_stage(

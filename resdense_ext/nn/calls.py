@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Optional
 
 import torch
@@ -12,7 +13,7 @@ from resdense_ext import checks, functional
 from resdense_ext.nn.leaves import is_frozen_norm
 from resdense_ext.nn.protocols import Halves, LayerModules, Policy, PooledModules, SideBySide
 from resdense_ext.nn.read import ReadLayers, ReadPooledUnit, ReadResidualBlock
-from resdense_ext.nn.recall import Reading, check_once
+from resdense_ext.nn.recall import Reading, check_once, remembered
 from resdense_ext.ops.cast import cast_conv_graph
 from resdense_ext.ops.conv_graph_function import conv_graph
 from resdense_ext.reference import Activation, ConvGraph, DenseLayer, DualPathBlock, PooledUnit, ResidualBlock
@@ -78,7 +79,7 @@ def call_residual_stage(x: Tensor, readings: Sequence[Reading[ReadResidualBlock]
         checks.check_residual_stage(x, blocks)
 
     check_once(readings, x, check, *policies)
-    return functional.checked_residual_stage(x, blocks, activation, [last] * len(blocks), policy=policies)
+    return functional.checked_residual_stage(x, blocks, activation, [last] * len(blocks), policy=policies, remember=partial(remembered, readings))
 
 
 def call_dual_path_stage(

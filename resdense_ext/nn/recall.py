@@ -17,14 +17,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from resdense_ext.checks import autocasts
 
-__all__ = ["Reading", "check_once", "forget", "recalled"]
+__all__ = ["Reading", "check_once", "forget", "recalled", "remembered"]
 
-T = TypeVar("T")
+T, U = TypeVar("T"), TypeVar("U")
 
 _KEY = "_resdense_memory"
 """In a block's ``__dict__``: there it lives as long as the block, whatever its tensors' hooks hold. `forget` takes it away."""
-_MOST_CHECKS = 16
-"""Kinds of calls that a reading remembers."""
+_MOST_KNOWN = 64
+"""Calls that a reading remembers."""
 _PATIENCE = 8
 """Readings one upon another, none of which was of use again: behind these a block is not remembered any more."""
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training", "_modules"}
@@ -38,26 +38,35 @@ class _Token:
 
 
 class Reading(Generic[T]):
-    """What a block's modules were read as, and the calls for which it has been checked."""
+    """What a block's modules were read as, and what is known of calls with it."""
 
     def __init__(self, value: T) -> None:
         self.value = value
         self.token = _Token()
-        self.checked: set[Hashable] = set()
+        self.known: dict[Hashable, Any] = {}
 
 
-def check_once(readings: Sequence[Reading], x: Tensor, check: Callable[[], object], *more: Hashable) -> None:
-    """``check()``, which raises where these readings, one behind another, do not fit ``x``; of what is ``more``, too."""
+def remembered(readings: Sequence[Reading], key: Hashable, call: Callable[[], U]) -> U:
+    """``call()``, or what it returned for these readings, one behind another, and this key before: the same, as it depends on
+    nothing else. What it returns should hold no tensors."""
     if torch.compiler.is_compiling():
-        check()
-        return
-    of_x = x.shape, x.dtype, x.device, x.layout, autocasts(x.device.type), torch.is_inference_mode_enabled()
-    call, checked = (of_x, more, *(reading.token for reading in readings)), readings[0].checked
-    if call not in checked:
-        check()
-        if len(checked) >= _MOST_CHECKS:
-            checked.clear()
-        checked.add(call)
+        return call()
+    known, key = readings[0].known, (key, *(reading.token for reading in readings))
+    found = known.get(key, known)
+    if found is known:
+        found = call()
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[key] = found
+    return found
+
+
+def check_once(readings: Sequence[Reading], x: Tensor | tuple[Tensor, ...], check: Callable[[], object], *more: Hashable) -> object:
+    """``check()``, which raises where these readings do not fit ``x``; of what is ``more``, too."""
+    if torch.compiler.is_compiling():
+        return check()
+    of_x = [(t.shape, t.dtype, t.device, t.layout, autocasts(t.device.type)) for t in (x if isinstance(x, tuple) else (x,))]
+    return remembered(readings, ("checked", *of_x, torch.is_inference_mode_enabled(), more), check)
 
 
 class _Unknown(Exception):

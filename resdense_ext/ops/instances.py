@@ -85,7 +85,9 @@ def gathered_gradients(parts: Iterable[Sequence[Optional[Tensor]]], maps: int) -
         first = first or grads[maps:]
         sums = first if sums is None else list(map(_added, sums, grads[maps:]))
         del grads
-    return [*joined(of_maps), *(total if total is None else total.to(grad.dtype) for total, grad in zip(sums, first))]
+    if sums is not first:
+        sums = [total if total is None else total.to(grad.dtype) for total, grad in zip(sums, first)]
+    return [*joined(of_maps), *sums]
 
 
 def _added(total: Optional[Tensor], more: Optional[Tensor]) -> Optional[Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -43,7 +43,15 @@ class ResidualStageFunction(torch.autograd.Function):
     policies keep."""
 
     @staticmethod
-    def forward(ctx, configs: Sequence[ResidualBlockConfig], blocks: Sequence[ResidualBlock], keeps: bool, x: Tensor, *flat):
+    def forward(
+        ctx,
+        configs: Sequence[ResidualBlockConfig],
+        counts: Sequence[Sequence[int]],
+        blocks: Sequence[ResidualBlock],
+        keeps: bool,
+        x: Tensor,
+        *flat,
+    ):
         tensors = _split(flat, [UNIT * len(config.eps) for config in configs])
         apart = configs[0].instance
         parts = sizes_of_parts(x, _largest(x.shape, blocks)) if apart else [len(x)]
@@ -59,7 +67,7 @@ class ResidualStageFunction(torch.autograd.Function):
         (out,) = joined(outs)
         # Here, before anything is packed: a checkpoint's recomputation may stop at the packing, and counts all the same.
         if not apart:
-            _update_running_statistics(x, blocks, configs, stats)
+            _update_running_statistics(blocks, configs, counts, stats)
         ctx.configs, ctx.counts, ctx.parts = configs, [list(map(len, each)) for each in (tensors, stats, kept)], parts
         _, last = configs[-1].activations
         ctx.save_for_backward(out if reads_out(last) else None, x, *flat, *kept_of_parts)
@@ -71,8 +79,8 @@ class ResidualStageFunction(torch.autograd.Function):
         saved = iter(saved_tensors(ctx, "residual_block", why))
         out, x = islice(saved, 2)
         tensors = _split(saved, ctx.counts[0])
-        needs, wanted = [], ctx.needs_input_grad[3]
-        for of_block in _split(ctx.needs_input_grad[4:], ctx.counts[0]):
+        needs, wanted = [], ctx.needs_input_grad[4]
+        for of_block in _split(ctx.needs_input_grad[5:], ctx.counts[0]):
             needs.append([wanted, *parameters_of(of_block)])
             wanted = any(needs[-1])
         asked = [needs[0][0], *(need for of_block in needs for need in of_block[1:])]
@@ -91,7 +99,7 @@ class ResidualStageFunction(torch.autograd.Function):
                 parts = map(of_part, *(parts_of(t, ctx.parts) for t in (grad, out, x)))
                 found = gathered_gradients(parts, 1)
         of_x, *values = [value if need else None for value, need in zip(found, asked)]
-        return None, None, None, of_x, *beside_statistics(values)
+        return None, None, None, None, of_x, *beside_statistics(values)
 
 
 def _largest(shape: Sequence[int], blocks: Sequence[ResidualBlock]) -> int:
@@ -150,19 +158,20 @@ def _backward(
 
 
 def _update_running_statistics(
-    x: Tensor, blocks: Sequence[ResidualBlock], configs: Sequence[ResidualBlockConfig], stats: Sequence[_Tensors]
+    blocks: Sequence[ResidualBlock],
+    configs: Sequence[ResidualBlockConfig],
+    counts: Sequence[Sequence[int]],
+    stats: Sequence[_Tensors],
 ) -> None:
     if not any(any(config.batch_stats) for config in configs):
         return
-    norms, pairs, counts, totals, shape = [], [], [], [], x.shape
+    norms, pairs, totals = [], [], []
     for block, config, of_block in zip(blocks, configs, stats):
         of_norms = norms_of(block)
         norms += of_norms
         pairs += zip(of_block[::2], of_block[1::2])
-        counts += counts_of(shape, block)
         totals += of_block[-1].split(1) if config.group else [None] * len(of_norms)
-        shape = shape_behind(shape, block)
-    update_running_statistics(norms, pairs, counts, totals)
+    update_running_statistics(norms, pairs, [*chain(*counts)], totals)
 
 
 @differentiable
@@ -179,51 +188,79 @@ def _differentiable_backward(grad, x, tensors, configs, needs, create_graph) -> 
     return gradients([torch.cat(parts)], [grad], inputs, needs, create_graph)
 
 
+class _Node(NamedTuple):
+    """Which blocks are in a node, the dtype that their input is to have, where another stands in front, and their numbers."""
+
+    part: slice
+    dtype: Optional[torch.dtype]
+    keeps: bool
+    configs: list[ResidualBlockConfig]
+    counts: list[list[int]]
+
+
+Remember = Callable[[Hashable, Callable[[], Any]], Any]
+"""Returns what the call returns, or returned when it was given the key before."""
+
+
 def residual_stage(
     x: Tensor,
     blocks: Sequence[ResidualBlock],
     activation: Activation,
     lasts: Sequence[Activation],
     policies: Sequence[str],
+    remember: Remember = lambda key, call: call(),
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.residual_stage`. ``lasts`` are the activations behind the blocks' additions.
 
-    In one node are neighbours that compute in one dtype, of what their input is or of what is made of it, those whose norms
-    normalise the batch or every sample, and those behind the first of which something wants a gradient: the others keep nothing.
+    What is the same for all blocks of these kinds and shapes of tensors is asked of ``remember``.
     """
+    if x.numel() == 0:
+        for block, last in zip(blocks, lasts):
+            conv, norm = block.units[0].conv, block.units[0].norm
+            x = reference.residual_block(x.to(conv.weight.dtype) if norm is None else x, block, activation, last)
+        return x
     tensors = [flat_tensors(units_of(block)) for block in blocks]
-    convs = [block.units[0].conv for block in blocks]
-    wanted = [any(t is not None and t.requires_grad for t in of_block) for of_block in tensors]
-    keeps = [torch.is_grad_enabled() and (x.requires_grad or any(wanted[: i + 1])) for i in range(len(blocks))]
-    apart = [are_instances(norms_of(block)) for block in blocks]
-    kinds = [(conv.weight.dtype, block.units[0].norm is None, *rest) for conv, block, *rest in zip(convs, blocks, keeps, apart)]
-    ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
-    for begin, end in zip([0, *ends], [*ends, len(kinds)]):
-        dtype, raw, kept, _ = kinds[begin]
-        part = slice(begin, end)
-        plans = policies[part] if kept else ["min"] * (end - begin)
-        x = _one_node(x.to(dtype) if raw else x, blocks[part], tensors[part], activation, lasts[part], plans, kept)
+    wanted = [[t is not None and t.requires_grad for t in of_block] for of_block in tensors]
+    dtypes = [block.units[0].conv.weight.dtype for block in blocks]
+    names = {dtype: backends.choose(x, dtype).name for dtype in dtypes}
+    key = (
+        *(x.shape, x.requires_grad, torch.is_grad_enabled(), tuple(map(tuple, wanted)), tuple(dtypes), tuple(names.values())),
+        *(activation, tuple(lasts), tuple(policies)),
+    )
+    for node in remember(key, lambda: _nodes(x, blocks, activation, lasts, policies, wanted, names)):
+        x = x if node.dtype is None else x.to(node.dtype)
+        of_node = blocks[node.part]
+        x = as_convolved(x, [unit.conv.weight for block in of_node for unit in block.units])
+        x = ResidualStageFunction.apply(node.configs, node.counts, of_node, node.keeps, x, *chain(*tensors[node.part]))
     return x
 
 
-def _one_node(
+def _nodes(
     x: Tensor,
     blocks: Sequence[ResidualBlock],
-    tensors: Sequence[_Tensors],
     activation: Activation,
     lasts: Sequence[Activation],
     policies: Sequence[str],
-    keeps: bool,
-) -> Tensor:
-    if x.numel() == 0:
-        for block, last in zip(blocks, lasts):
-            x = reference.residual_block(x, block, activation, last)
-        return x
-    x = as_convolved(x, [unit.conv.weight for block in blocks for unit in block.units])
-    dtype = blocks[0].units[0].conv.weight.dtype
-    backend, configs = backends.choose(x, dtype).name, []
-    shape = shape_of_statistics(x.shape, are_instances(norms_of(blocks[0])))
-    for block, last, policy in zip(blocks, lasts, policies):
-        configs.append(ResidualBlockConfig.of(block, activation, last, plan_of(shape, block, last, policy, dtype), backend))
-        shape = shape_behind(shape, block)
-    return ResidualStageFunction.apply(configs, blocks, keeps, x, *chain(*tensors))
+    wanted: Sequence[Sequence[bool]],
+    backend_names: dict[torch.dtype, str],
+) -> list[_Node]:
+    """In one node are neighbours that compute in one dtype, of what their input is or of what is made of it, those whose norms
+    normalise the batch or every sample, and those behind the first of which something wants a gradient: the others keep nothing."""
+    keeps = [torch.is_grad_enabled() and (x.requires_grad or any(map(any, wanted[: i + 1]))) for i in range(len(blocks))]
+    apart = [are_instances(norms_of(block)) for block in blocks]
+    firsts = [block.units[0] for block in blocks]
+    kinds = [(unit.conv.weight.dtype, unit.norm is None, *rest) for unit, *rest in zip(firsts, keeps, apart)]
+    ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    nodes, shape = [], x.shape
+    for begin, end in zip([0, *ends], [*ends, len(kinds)]):
+        dtype, raw, kept, of_samples = kinds[begin]
+        node = _Node(slice(begin, end), dtype if raw else None, kept, [], [])
+        shape = shape_of_statistics(shape, of_samples)
+        for block, last, policy in zip(blocks[node.part], lasts[node.part], policies[node.part]):
+            plan = plan_of(shape, block, last, policy if kept else "min", dtype)
+            node.configs.append(ResidualBlockConfig.of(block, activation, last, plan, backend_names[dtype]))
+            node.counts.append(counts_of(shape, block))
+            shape = shape_behind(shape, block)
+        shape = (len(x), *shape[1:])
+        nodes.append(node)
+    return nodes

@@ -48,4 +48,5 @@ def update_running_statistics(
         unbiased = torch._foreach_div([m2 for _, _, m2, _ in updates], [max(count - 1, 1) for *_, count in updates])
         running = [t for norm, *_ in updates for t in (norm.running_mean, norm.running_var)]
         batch = [t for (_, mean, *_), var in zip(updates, unbiased) for t in (mean, var)]
-        torch._foreach_lerp_(running, [new.to(old.dtype) for new, old in zip(batch, running)], momentum)
+        batch = [new if new.dtype is old.dtype else new.to(old.dtype) for new, old in zip(batch, running)]
+        torch._foreach_lerp_(running, batch, momentum)
