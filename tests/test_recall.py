@@ -12,6 +12,7 @@ import torch
 from small_nets import images
 from stock import import_torchvision
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import resdense_ext as rd
 from resdense_ext import checks
@@ -266,6 +267,37 @@ def test_nothing_is_left_by_revert():
         model(images(2, 3, 32, 32))
     rd.revert(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == known
+
+
+def test_parameters_of_a_call_are_let_go():
+    block, x = small_block(), images(2, 16, 5, 5)
+    for _ in range(2):
+        block(x)
+    others = {name: 2 * p for name, p in block.named_parameters()}
+    torch.func.functional_call(block, others, (x,))
+    gone = [weakref.ref(p) for p in others.values()]
+    gc.collect()
+    del others
+    assert not [found for of in gone if (found := of()) is not None]
+    torch.testing.assert_close(block(x), stock_of(block, x))
+
+
+@pytest.mark.parametrize("transformed", ["export", "trace", "make_fx", "compile"])
+def test_a_block_that_is_recalled_is_transformed(transformed):
+    block, x = small_block().eval(), images(2, 16, 5, 5)
+    for _ in range(2):
+        y = block(x)
+    if transformed == "export":
+        other = torch.export.export(block, (x,)).module()
+    elif transformed == "trace":
+        other = torch.jit.trace(block, x)
+    elif transformed == "make_fx":
+        other = make_fx(block)(x)
+    else:
+        other = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(other(x), y)
+        torch.testing.assert_close(block(x), y)
 
 
 @pytest.mark.parametrize("build", [rd.models.resnet18, rd.models.densenet121])

@@ -174,13 +174,22 @@ def recalled(block: nn.Module, read: Callable[[nn.Module], T]) -> Reading[T]:
     if memory is not None and memory.holds(block):
         memory.changes = 0
         return memory.reading
-    changes = 0 if memory is None else memory.changes + 1
     reading = Reading(read(block))
+    if not all(map(_holds_its_own, block.modules())):
+        forget(block)
+        return reading
+    changes = 0 if memory is None else memory.changes + 1
     try:
         vars(block)[_KEY] = changes < _PATIENCE and _Memory(reading, block, changes)
     except _Unknown:
         vars(block)[_KEY] = False
     return reading
+
+
+def _holds_its_own(module: nn.Module) -> bool:
+    """Whether it has no parameters put in their places for a call, as by `torch.func.functional_call`: nobody else may want them
+    any more."""
+    return all(t is None or isinstance(t, nn.Parameter) for t in module._parameters.values())
 
 
 def forget(block: nn.Module) -> None:
