@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -129,6 +130,23 @@ def test_a_hook_is_seen(where, kind):
     del seen[:]
     block(x)
     assert not seen
+
+
+def test_what_holds_hooks_and_parameters_may_be_another():
+    """As where hooks are cleared by a new dict."""
+    block, x, seen = small_block(), images(2, 16, 5, 5), []
+    for _ in range(2):
+        block(x)
+    block.conv1._forward_hooks = OrderedDict()
+    block.conv1.register_forward_hook(lambda *args: seen.append(args))
+    with pytest.warns(UserWarning, match="carries hooks"):
+        block(x)
+    assert seen
+    block.conv1._forward_hooks = OrderedDict()
+    for _ in range(2):
+        block(x)
+    block.conv1._parameters = {"weight": nn.Parameter(2 * block.conv1.weight.detach()), "bias": None}
+    torch.testing.assert_close(block(x), stock_of(block, x))
 
 
 def test_a_global_hook_is_seen():

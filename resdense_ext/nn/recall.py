@@ -29,7 +29,8 @@ _PATIENCE = 8
 """Readings one upon another, none of which was of use again: behind these a block is not remembered any more."""
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training", "_modules"}
 """Attributes that are not compared: parameters, buffers and hooks are looked at by themselves."""
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HELD = itemgetter("_parameters", "_buffers")
 _PLAIN = (NoneType, bool, int, float, str, bytes, type, torch.dtype, torch.device)
 
 
@@ -114,16 +115,15 @@ class _Memory:
             raise _Unknown
         inner = modules[1:]
         self._own, self._inner = _Attributes.of(block), [(module, _Attributes.of(module)) for module in inner]
-        self._hooks = [getattr(module, name) for module in inner for name in _HOOKS]
-        self._held = [held for module in modules for held in (module._parameters, module._buffers)]
         self._buffers = [t for module in modules for t in module._buffers.values() if t is not None]
-        self._tensors = self._found()
+        self._tensors = self._tensors_of(block)
         self._kinds = self._kinds_found()
         classes = {type(module) for module in modules} | {getattr(block, "stock_class", type(block))}
         self._classes = [(cls, cls.forward, dict(vars(cls))) for cls in classes]
 
-    def _found(self) -> list[Optional[Tensor]]:
-        return [t for held in self._held for t in held.values()]
+    def _tensors_of(self, block: nn.Module) -> list[Optional[Tensor]]:
+        held = [*_HELD(block.__dict__), *[held for module, _ in self._inner for held in _HELD(module.__dict__)]]
+        return [t for of_module in held for t in of_module.values()]
 
     def _kinds_found(self) -> list[tuple]:
         kinds = [(t.dtype, t.device, t.shape, t.stride()) for t in self._tensors if t is not None]
@@ -133,10 +133,10 @@ class _Memory:
         """Whether everything is what it was."""
         try:
             return (
-                not any(self._hooks)
+                not any([any(_HOOKS(module.__dict__)) for module, _ in self._inner])
                 and self._own.are_those_of(block)
                 and all([attributes.are_those_of(module) for module, attributes in self._inner])
-                and _are(self._found(), self._tensors)
+                and _are(self._tensors_of(block), self._tensors)
                 and self._kinds_found() == self._kinds
                 and all([cls.forward is forward and vars(cls) == known for cls, forward, known in self._classes])
             )
