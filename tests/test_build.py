@@ -196,6 +196,13 @@ assert not Recorder.seen & optional, Recorder.seen & optional
     run_python(code)
 
 
+def test_a_capability_that_there_is_not():
+    environment = {**os.environ, "RESDENSE_CPU_CAPABILITY": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", "import resdense_ext"], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: RESDENSE_CPU_CAPABILITY: expected avx512, avx2, default or nothing, got 'AVX2'\n")
+
+
 def test_works_without_the_compiled_library():
     code = """
 import sys

@@ -181,18 +181,17 @@ def test_a_forward_is_seen(monkeypatch):
 
 
 def test_a_class_that_is_patched_is_seen(monkeypatch):
-    import_torchvision()
-    from torchvision.models.densenet import _DenseBlock, _DenseLayer
+    densenet = import_torchvision().models.densenet
 
-    class Layer(_DenseLayer):
+    class Layer(densenet._DenseLayer):
         pass
 
-    block, x = _DenseBlock(2, 8, 2, 4, 0.0).double(), images(2, 8, 5, 5)
+    block, x = densenet._DenseBlock(2, 8, 2, 4, 0.0).double(), images(2, 8, 5, 5)
     block.denselayer2.__class__ = Layer
     block = rd.convert(block)
     for _ in range(2):
         block(x)
-    monkeypatch.setattr(Layer, "forward", lambda self, x: 2 * _DenseLayer.forward(self, x))
+    monkeypatch.setattr(Layer, "forward", lambda self, x: 2 * densenet._DenseLayer.forward(self, x))
     with pytest.warns(UserWarning, match="has a forward of its own"):
         torch.testing.assert_close(block(x), block.stock_forward(x))
 

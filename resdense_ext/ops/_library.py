@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,14 @@ import torch
 __all__ = ["CPU_LIBRARY", "CUDA_LIBRARY", "LIBRARY", "build_info"]
 
 
+_CAPABILITIES = "avx512", "avx2", "default"
+"""To which the CPU library can be limited; it reads the variable itself."""
+
+
 def _load_cpu():
+    limit = os.environ.get("RESDENSE_CPU_CAPABILITY", "")
+    if limit and limit not in _CAPABILITIES:
+        raise ValueError(f"RESDENSE_CPU_CAPABILITY: expected {', '.join(_CAPABILITIES)} or nothing, got {limit!r}")
     try:
         # `from resdense_ext import _C` would call one that is not there a circular import.
         return importlib.import_module("resdense_ext._C"), None
