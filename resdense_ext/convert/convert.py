@@ -167,6 +167,7 @@ def _state(model: nn.Module) -> _State:
 
 def _restore(state: _State) -> None:
     for module, cls, policies in state:
+        forget(module)
         if isinstance(module, Converted):
             module.__dict__.pop("resdense_policy", None)
         module.__class__ = cls
