@@ -39,15 +39,15 @@ def measure(model: str, provider: str, batch: int) -> list[dict]:
         found.setdefault(short(name), []).append(seconds)
     setting = {"shape": [batch, 3, SIZE, SIZE], "dtype": "bfloat16", "layout": "channels_last"}
     rows = [
-        row(model, provider, "train", "kernel", "s", [sum(times)], name=name, launches=len(times), **setting) for name, times in found.items()
+        row(model, provider, "train", "kernel", "s", [sum(times)], name=name, launches=len(times), **setting)
+        for name, times in found.items()
     ]
     return sorted(rows, key=lambda r: -r["median"])
 
 
 def table(rows: list[dict], longest: int) -> str:
-    total = sum(r["median"] for r in rows)
-    first = rows[0]
-    lines = [f"{first['op']}, {first['provider']}, batch {first['shape'][0]}: {total * 1e3:.2f} ms in {sum(r['launches'] for r in rows)} launches"]
+    total, launches, first = sum(r["median"] for r in rows), sum(r["launches"] for r in rows), rows[0]
+    lines = [f"{first['op']}, {first['provider']}, batch {first['shape'][0]}: {total * 1e3:.2f} ms in {launches} launches"]
     lines += [f"{r['median'] * 1e3:9.3f} ms {r['median'] / total:6.1%} {r['launches']:6d} x  {r['name']}" for r in rows[:longest]]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -135,7 +135,6 @@ def dense_block(
     """
     act = activation_of(activation, negative_slope)
     check_each("layers", layers, DenseLayer)
-    kept_layers(policy, len(layers))
     check_dense_block(x, layers)
     if behind is not None:
         check_behind(x, layers, behind)
@@ -265,13 +264,19 @@ def _activations_of(
 
 
 def checked_residual_stage(
-    x: Tensor, blocks: Sequence[ResidualBlock], act: Activation, lasts: Sequence[Activation], *, policy: Sequence[str], **options: Any
+    x: Tensor,
+    blocks: Sequence[ResidualBlock],
+    act: Activation,
+    lasts: Sequence[Activation],
+    *,
+    policy: Sequence[str],
+    remember: _residual_stage.Remember = _residual_stage.afresh,
 ) -> Tensor:
     """`residual_stage` of arguments that have been checked; ``lasts`` are the activations behind the blocks' additions."""
     if autocasts(x.device.type):
         # Convolutions follow autocast; statistics stay in float32.
         blocks = cast_residual_blocks(blocks, torch.get_autocast_dtype(x.device.type))
-    return _residual_stage.residual_stage(x, blocks, act, lasts, policy, **options)
+    return _residual_stage.residual_stage(x, blocks, act, lasts, policy, remember)
 
 
 def dual_path_stage(

@@ -100,8 +100,12 @@ def images(*shape, seed=0, dtype=torch.float64):
 
 
 def steps(model, x, count=1, call=None):
-    """Output, gradients and buffers of ``count`` forwards and backwards of a copy; gradients accumulate."""
-    model = copy.deepcopy(model)
+    """`steps_of` a copy."""
+    return steps_of(copy.deepcopy(model), x, count, call)
+
+
+def steps_of(model, x, count=1, call=None):
+    """Output, gradients and buffers of ``count`` forwards and backwards; gradients accumulate."""
     x = x.clone().requires_grad_()
     for _ in range(count):
         output = model(x) if call is None else call(model, x)

@@ -177,13 +177,18 @@ def test_the_models_benchmark_checks_gradients(model, provider, monkeypatch):
     assert not bench_models.disagreement(model, provider) < 2
 
 
+def append(rows, path, device) -> None:
+    """For `_gpu.append`, which asks the device who it is."""
+    path.open("a").writelines(json.dumps({**r, "commit": "abc"}) + "\n" for r in rows)
+
+
 def test_kernels_by_name(monkeypatch, tmp_path, capsys):
     """A line a kernel, the longest first; those measured already are not measured again."""
     launched = [("void ours::kernel<float, 4>(int, pair<int>)", 0.002), ("theirs", 0.005), ("void ours::kernel<half>(int)", 0.004)]
     monkeypatch.setattr(bench_profile, "require_gpu", lambda: None)
     monkeypatch.setattr(bench_profile, "conditions", lambda device: {"commit": "abc"})
     monkeypatch.setattr(bench_profile, "training_step", lambda *case: lambda: None)
-    monkeypatch.setattr(_gpu, "append", lambda rows, path, device: path.open("a").writelines(json.dumps({**r, "commit": "abc"}) + "\n" for r in rows))
+    monkeypatch.setattr(_gpu, "append", append)
     monkeypatch.setattr(sys, "argv", ["bench_profile", "--model", "resnet50", "--provider", "fast", "--out", str(tmp_path)])
     for found in (launched, []):
         monkeypatch.setattr(bench_profile, "kernels", lambda run, found=found: found)
@@ -204,7 +209,7 @@ class Device:
             monkeypatch.setattr(torch.cuda, name, lambda: None)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", itertools.count(2**30, 2**26).__next__)
-        monkeypatch.setattr(_gpu, "append", lambda rows, path, device: path.open("a").writelines(json.dumps({**r, "commit": "abc"}) + "\n" for r in rows))
+        monkeypatch.setattr(_gpu, "append", append)
         for module in (bench_kernels, bench_models):
             monkeypatch.setattr(module, "require_gpu", lambda: None)
             monkeypatch.setattr(module, "conditions", lambda device: {"commit": "abc"})

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from small_nets import images
+from small_nets import assert_same, images, steps_of
 from stock import import_torchvision
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,6 +19,9 @@ import resdense_ext as rd
 from resdense_ext import checks
 from resdense_ext.nn import read as reading
 from resdense_ext.nn import recall
+
+
+X = images(2, 16, 5, 5)
 
 
 @pytest.fixture
@@ -41,36 +44,45 @@ def small_block() -> nn.Module:
     return rd.nn.Bottleneck(16, 4).double()
 
 
-def stock_of(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return rd.revert(copy.deepcopy(block))(x)
+def recalled_block() -> nn.Module:
+    """One that has been read."""
+    block = small_block()
+    block(X)
+    assert vars(block)[recall._KEY].holds(block)
+    return block
+
+
+def stock_of(block: nn.Module) -> nn.Module:
+    return rd.revert(copy.deepcopy(block))
+
+
+def assert_as_stock(block: nn.Module) -> None:
+    """Output, gradients and buffers of a step."""
+    stock = stock_of(block)
+    block.zero_grad()  # a copy has no gradients
+    assert_same(steps_of(block, X), steps_of(stock, X))
 
 
 def test_read_and_checked_once(readings):
-    block, x = small_block(), images(2, 16, 5, 5)
+    block = small_block()
     for _ in range(3):
-        block(x).sum().backward()
+        block(X).sum().backward()
     assert readings == {"read": 1, "checked": 1}
     block(images(3, 16, 5, 5))
-    block(x)
+    block(X)
     assert readings == {"read": 1, "checked": 2}
 
 
-def with_stride(block):
-    block.conv2.stride, block.conv2.padding = (1, 1), (2, 2)
-    block.conv2.dilation = (2, 2)
+def test_not_too_much_is_known():
+    block = recalled_block()
+    for size in range(2, 2 * recall._MOST_KNOWN):
+        with torch.no_grad():
+            block(images(2, 16, 3, size))
+    assert 0 < len(vars(block)[recall._KEY].reading.known) <= recall._MOST_KNOWN
 
 
-def with_another_norm(block):
-    block.bn2 = nn.BatchNorm2d(4, eps=0.5).double()
-
-
-def with_another_weight(block):
-    block.conv1.weight = nn.Parameter(2 * block.conv1.weight.detach())
-
-
-def with_a_list_that_grows(block):
-    block.conv2.padding[0] = block.conv2.padding[1] = 2
-    block.conv2.dilation = (2, 2)
+def with_another_geometry(block):
+    block.conv2.padding = block.conv2.dilation = (2, 2)
 
 
 CHANGES = {
@@ -78,11 +90,11 @@ CHANGES = {
     "a child's training": lambda block: block.bn2.eval(),
     "eps": lambda block: setattr(block.bn1, "eps", 0.5),
     "momentum": lambda block: setattr(block.bn1, "momentum", 0.5),
-    "geometry": with_stride,
-    "a child": with_another_norm,
+    "geometry": with_another_geometry,
+    "a child": lambda block: setattr(block, "bn2", nn.BatchNorm2d(4, eps=0.5).double()),
     "an activation": lambda block: setattr(block, "relu", nn.LeakyReLU(0.3)),
     "an activation in its place": lambda block: block._modules.update(relu=nn.SiLU()),
-    "a parameter": with_another_weight,
+    "a parameter": lambda block: setattr(block.conv1, "weight", nn.Parameter(2 * block.conv1.weight.detach())),
     "no parameter any more": lambda block: block.bn1._parameters.update(weight=None),
     "a buffer": lambda block: setattr(block.bn1, "running_mean", torch.ones(4).double()),
     "a bias": lambda block: setattr(block.conv1, "bias", nn.Parameter(torch.ones(4).double())),
@@ -91,93 +103,82 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_a_change_is_seen(change, readings):
-    block, x = small_block(), images(2, 16, 5, 5)
-    for _ in range(2):
-        block(x)
+    block = recalled_block()
     change(block)
-    expected, before = stock_of(block, x), copy.deepcopy(block.state_dict())
-    torch.testing.assert_close(block(x), expected)
+    assert_as_stock(block)
     assert readings["read"] == 2
-    other = rd.revert(copy.deepcopy(block))
-    other.load_state_dict(before)
-    other(x)
-    torch.testing.assert_close(block.state_dict(), other.state_dict())
-    block(x)
+    block(X)
     assert readings["read"] == 2
 
 
 def test_what_lists_hold_is_seen(readings):
-    block, x = small_block(), images(2, 16, 5, 5)
-    block.conv2.padding = [1, 1]
-    for _ in range(2):
-        block(x)
-    with_a_list_that_grows(block)
-    torch.testing.assert_close(block(x), stock_of(block, x))
+    block = small_block()
+    block.conv2.padding, block.conv2.dilation = [1, 1], [1, 1]
+    block(X)
+    block.conv2.padding[:] = block.conv2.dilation[:] = 2, 2
+    assert_as_stock(block)
     assert readings["read"] == 2
 
 
 @pytest.mark.parametrize("where", ["conv1", "bn2", "relu"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_a_hook_is_seen(where, kind):
-    block, x, seen = small_block(), images(2, 16, 5, 5), []
-    for _ in range(2):
-        block(x)
+    block, seen = recalled_block(), []
     hook = getattr(getattr(block, where), f"register_{kind}_hook")(lambda *args: seen.append(where))
     with pytest.warns(UserWarning, match="carries hooks"):
-        block(x)
+        block(X)
     assert seen
     hook.remove()
     del seen[:]
-    block(x)
+    assert_as_stock(block)
     assert not seen
 
 
 def test_what_holds_hooks_and_parameters_may_be_another():
     """As where hooks are cleared by a new dict."""
-    block, x, seen = small_block(), images(2, 16, 5, 5), []
-    for _ in range(2):
-        block(x)
+    block, seen = recalled_block(), []
     block.conv1._forward_hooks = OrderedDict()
     block.conv1.register_forward_hook(lambda *args: seen.append(args))
     with pytest.warns(UserWarning, match="carries hooks"):
-        block(x)
+        block(X)
     assert seen
     block.conv1._forward_hooks = OrderedDict()
-    for _ in range(2):
-        block(x)
+    block(X)
     block.conv1._parameters = {"weight": nn.Parameter(2 * block.conv1.weight.detach()), "bias": None}
-    torch.testing.assert_close(block(x), stock_of(block, x))
+    assert_as_stock(block)
 
 
 def test_a_global_hook_is_seen():
-    block, x, seen = small_block(), images(2, 16, 5, 5), []
-    for _ in range(2):
-        block(x)
+    block, seen = recalled_block(), []
     hook = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[0]))
     try:
         with pytest.warns(UserWarning, match="global module hooks"):
-            block(x)
+            block(X)
     finally:
         hook.remove()
     assert block.conv1 in seen
 
 
-def test_a_forward_is_seen(monkeypatch):
-    """Of a module, and of a class."""
-    block, x = small_block(), images(2, 16, 5, 5)
-    for _ in range(2):
-        block(x)
-    block.conv1.forward = lambda x: 0 * nn.Conv2d.forward(block.conv1, x)
+def test_a_forward_of_a_module_is_seen():
+    block = recalled_block()
+    block.conv1.forward = lambda x: 2 * nn.Conv2d.forward(block.conv1, x)
     with pytest.warns(UserWarning, match="has a forward of its own"):
-        torch.testing.assert_close(block(x), block.stock_forward(x))
+        y = block(X)
+    assert torch.equal(y, block.stock_forward(X))
     del block.conv1.forward
+    assert_as_stock(block)
 
+
+def test_a_class_of_a_child_is_seen():
     class Twice(nn.ReLU):
-        pass
+        def forward(self, x):
+            return 2 * super().forward(x)
 
-    block.relu = Twice()
+    block = recalled_block()
+    block.relu.__class__ = Twice
     with pytest.warns(UserWarning, match="is Twice"):
-        block(x)
+        y = block(X)
+    assert torch.equal(y, block.stock_forward(X))
 
 
 def test_a_class_that_is_patched_is_seen(monkeypatch):
@@ -188,19 +189,17 @@ def test_a_class_that_is_patched_is_seen(monkeypatch):
 
     block, x = densenet._DenseBlock(2, 8, 2, 4, 0.0).double(), images(2, 8, 5, 5)
     block.denselayer2.__class__ = Layer
-    block = rd.convert(block)
-    for _ in range(2):
-        block(x)
+    rd.convert(block)(x)
+    assert vars(block)[recall._KEY].holds(block)
     monkeypatch.setattr(Layer, "forward", lambda self, x: 2 * densenet._DenseLayer.forward(self, x))
     with pytest.warns(UserWarning, match="has a forward of its own"):
-        torch.testing.assert_close(block(x), block.stock_forward(x))
+        y = block(x)
+    assert torch.equal(y, block.stock_forward(x))
 
 
 @pytest.mark.parametrize("change", ["a dtype", "a buffer that requires grad", "a shape"])
 def test_what_fits_no_more_is_an_error(change):
-    block, x = small_block(), images(2, 16, 5, 5)
-    for _ in range(2):
-        block(x)
+    block = recalled_block()
     if change == "a dtype":
         block.conv2.float()
         expected = TypeError, r"conv\.weight: expected dtype torch.float64, got torch.float32"
@@ -212,59 +211,80 @@ def test_what_fits_no_more_is_an_error(change):
         expected = ValueError, "expected a buffer that training can update, got one that requires grad"
     for _ in range(3):
         with pytest.raises(expected[0], match=expected[1]):
-            block(x)
+            block(X)
 
 
 def test_an_input_that_does_not_fit_is_an_error_every_time():
-    block = small_block()
-    block(images(2, 16, 5, 5))
+    block = recalled_block()
     for _ in range(3):
         with pytest.raises(ValueError, match="expected more than 1 value per channel"):
             block(images(1, 16, 1, 1))
 
 
 def test_a_cumulative_average_is_read_anew(readings):
-    block, x = small_block(), images(2, 16, 5, 5)
+    block = small_block()
     block.bn2.momentum = None
-    stock = rd.revert(copy.deepcopy(block))
+    stock = stock_of(block)
     for i in range(3):
-        torch.testing.assert_close(block(i + x), stock(i + x))
-    torch.testing.assert_close(block.state_dict(), stock.state_dict())
+        assert_same(steps_of(block, i + X), steps_of(stock, i + X))
     assert readings["read"] == 3
 
 
 def test_attributes_that_may_change_unseen_are_not_recalled(readings):
-    block, x = small_block(), images(2, 16, 5, 5)
+    block = small_block()
     block.settings = {"unknown": object()}
     for _ in range(3):
-        block(x)
+        block(X)
     assert readings["read"] == 3
 
 
+def test_a_part_of_a_trace_is_not_recalled(readings):
+    """Its modules are its owner's and not its own."""
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2)])
+            self.norms = nn.ModuleList([nn.BatchNorm2d(16) for _ in range(2)])
+
+        def forward(self, x):
+            y = torch.relu(self.norms[0](self.convs[0](x)))
+            return torch.relu(self.norms[1](self.convs[1](y)) + x)
+
+    torch.manual_seed(0)
+    owner = rd.convert(Owner().double())
+    for _ in range(2):
+        owner(X)
+    assert readings["read"] >= 2
+    owner.convs[1] = nn.Conv2d(16, 16, 5, padding=2, bias=False).double()
+    owner.norms[0].eps = 0.5
+    before = readings["read"]
+    assert_as_stock(owner)
+    assert readings["read"] > before
+
+
 def test_a_block_that_changes_with_every_call_is_let_be(readings):
-    block, x = small_block(), images(2, 16, 5, 5)
+    block = small_block()
     for i in range(20):
         block.calls = i
-        block(x)
+        block(X)
     assert vars(block)[recall._KEY] is False
     assert readings["read"] == 20
 
 
 def test_a_block_that_changes_now_and_then_is_recalled(readings):
-    block, x = small_block(), images(2, 16, 5, 5)
+    block = small_block()
     for i in range(20):
         block.train(i % 2 == 0)
-        block(x)
-        block(x)
+        block(X)
+        block(X)
     assert readings["read"] == 20
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
 def test_copies(copied):
     """They are of their own, whatever becomes of the block."""
-    block, x = small_block(), images(2, 16, 5, 5)
-    for _ in range(2):
-        block(x)
+    block = recalled_block()
     other = copied(block)
     if copied is not copy.copy:
         assert vars(other)[recall._KEY] is None
@@ -272,38 +292,36 @@ def test_copies(copied):
         for parameter in other.parameters():
             parameter.add_(0.5)
     for _ in range(2):
-        torch.testing.assert_close(other(x), stock_of(other, x))
-        torch.testing.assert_close(block(x), stock_of(block, x))
+        assert_as_stock(other)
+        assert_as_stock(block)
 
 
 def test_nothing_is_left_by_revert():
     model = rd.convert(rd.models.resnet18(num_classes=3).double())
     known = {name: set(vars(module)) for name, module in copy.deepcopy(rd.revert(model)).named_modules()}
     model = rd.convert(model)
-    for _ in range(2):
-        model(images(2, 3, 32, 32))
+    model(images(2, 3, 32, 32))
+    assert any(recall._KEY in vars(module) for module in model.modules())
     rd.revert(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == known
 
 
 def test_parameters_of_a_call_are_let_go():
-    block, x = small_block(), images(2, 16, 5, 5)
-    for _ in range(2):
-        block(x)
+    block = recalled_block()
     others = {name: 2 * p for name, p in block.named_parameters()}
-    torch.func.functional_call(block, others, (x,))
+    torch.func.functional_call(block, others, (X,))
     gone = [weakref.ref(p) for p in others.values()]
     gc.collect()
     del others
     assert not [found for of in gone if (found := of()) is not None]
-    torch.testing.assert_close(block(x), stock_of(block, x))
+    assert_as_stock(block)
 
 
 @pytest.mark.parametrize("transformed", ["export", "trace", "make_fx", "compile"])
 def test_a_block_that_is_recalled_is_transformed(transformed):
-    block, x = small_block().eval(), images(2, 16, 5, 5)
-    for _ in range(2):
-        y = block(x)
+    block, x = recalled_block().eval(), X
+    y = block(x)
+    assert vars(block)[recall._KEY].holds(block)
     if transformed == "export":
         other = torch.export.export(block, (x,)).module()
     elif transformed == "trace":
@@ -313,8 +331,8 @@ def test_a_block_that_is_recalled_is_transformed(transformed):
     else:
         other = torch.compile(block, backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        torch.testing.assert_close(other(x), y)
-        torch.testing.assert_close(block(x), y)
+        assert_same({"output": other(x)}, {"output": y})
+        assert torch.equal(block(x), y)
 
 
 @pytest.mark.parametrize("build", [rd.models.resnet18, rd.models.densenet121])
@@ -323,6 +341,7 @@ def test_a_network_that_is_let_go_is_gone(build):
     model = build(num_classes=3).double()
     for _ in range(2):
         model(images(2, 3, 32, 32)).sum().backward()
+    assert any(vars(module).get(recall._KEY) for module in model.modules())
     inner = [weakref.ref(module) for module in model.modules()] + [weakref.ref(p) for p in model.parameters()]
     gc.disable()
     try:

@@ -35,15 +35,22 @@ def call_dense_block(
 ) -> Tensor:
     """A dense block, with masks of its dropouts, and the unit ``behind`` it."""
     modules, layers, activation = reading.value
-    check_once([reading], x, lambda: checks.check_dense_block(x, layers))
+    unit = None if behind is None else behind.value.unit
+
+    def check() -> None:
+        checks.check_dense_block(x, layers)
+        for of in modules:
+            checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
+
+    check_once([reading], x, check)
     if behind is not None:
-        check_once([behind, reading], x, lambda: checks.check_behind(x, layers, behind.value.unit))
-    checks.kept_layers(policy, len(layers))
-    # Masks are drawn behind all checks: an error leaves the random state as it was.
-    for of in modules:
-        checks.check_probability("drop_rate", max(of.drop_rate, 0.0))
-    layers = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
-    y = functional.checked_dense_block(x, layers, activation, policy=policy, behind=None if behind is None else behind.value.unit)
+        check_once([behind, reading], x, lambda: checks.check_behind(x, layers, unit))
+    masked = layers
+    if any(of.drop_rate > 0 for of in modules):
+        # Masks are drawn behind all checks: an error leaves the random state as it was.
+        checks.kept_layers(policy, len(layers))
+        masked = [_with_mask(layer, of, x) for layer, of in zip(layers, modules)]
+    y = functional.checked_dense_block(x, masked, activation, policy=policy, behind=unit)
     return y if behind is None else _pooled(y)
 
 
@@ -79,7 +86,8 @@ def call_residual_stage(x: Tensor, readings: Sequence[Reading[ReadResidualBlock]
         checks.check_residual_stage(x, blocks)
 
     check_once(readings, x, check, *policies)
-    return functional.checked_residual_stage(x, blocks, activation, [last] * len(blocks), policy=policies, remember=partial(remembered, readings))
+    remember = partial(remembered, readings)
+    return functional.checked_residual_stage(x, blocks, activation, [last] * len(blocks), policy=policies, remember=remember)
 
 
 def call_dual_path_stage(

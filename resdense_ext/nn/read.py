@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -79,6 +79,9 @@ __all__ = [
 ]
 
 
+R = TypeVar("R")
+
+
 class ReadLayers(NamedTuple):
     """A dense block's modules, and what they were read as."""
 
@@ -114,42 +117,26 @@ class ReadPooledUnit(NamedTuple):
 
 def recall_layers(block: Block) -> Reading[ReadLayers]:
     """`read_layers` of the block's, see `recalled`."""
-    return recalled(block, _layers_of)
-
-
-def _layers_of(block: Block) -> ReadLayers:
-    modules = block.layer_modules()
-    return ReadLayers(modules, *read_layers(modules))
+    return recalled(block, lambda block: _with_modules(ReadLayers, block.layer_modules(), read_layers))
 
 
 def recall_residual_block(block: Residual) -> Reading[ReadResidualBlock]:
     """`read_residual_block` of the block's, see `recalled`."""
-    return recalled(block, _residual_block_of)
-
-
-def _residual_block_of(block: Residual) -> ReadResidualBlock:
-    modules = block.residual_modules()
-    return ReadResidualBlock(modules, *read_residual_block(modules))
+    return recalled(block, lambda block: _with_modules(ReadResidualBlock, block.residual_modules(), read_residual_block))
 
 
 def recall_dual_path_block(block: DualPath) -> Reading[ReadDualPathBlock]:
     """`read_dual_path_block` of the block's, see `recalled`."""
-    return recalled(block, _dual_path_block_of)
-
-
-def _dual_path_block_of(block: DualPath) -> ReadDualPathBlock:
-    modules = block.dual_path_modules()
-    return ReadDualPathBlock(modules, *read_dual_path_block(modules))
+    return recalled(block, lambda block: _with_modules(ReadDualPathBlock, block.dual_path_modules(), read_dual_path_block))
 
 
 def recall_transition(transition: Transition) -> Reading[ReadPooledUnit]:
     """`read_pooled_unit` of the transition's, see `recalled`."""
-    return recalled(transition, _transition_of)
+    return recalled(transition, lambda unit: _with_modules(ReadPooledUnit, unit.pooled_modules(), read_pooled_unit))
 
 
-def _transition_of(transition: Transition) -> ReadPooledUnit:
-    modules = transition.pooled_modules()
-    return ReadPooledUnit(modules, *read_pooled_unit(modules))
+def _with_modules(kind: type[R], modules: Any, read: Callable[[Any], tuple]) -> R:
+    return kind(modules, *read(modules))
 
 
 def read_layers(layers: Sequence[LayerModules]) -> tuple[list[DenseLayer], Activation]:

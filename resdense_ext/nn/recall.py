@@ -22,7 +22,8 @@ __all__ = ["Reading", "check_once", "forget", "recalled", "remembered"]
 T, U = TypeVar("T"), TypeVar("U")
 
 _KEY = "_resdense_memory"
-"""In a block's ``__dict__``: there it lives as long as the block, whatever its tensors' hooks hold. `forget` takes it away."""
+"""In a block's ``__dict__``: there a memory lives as long as the block, whatever its tensors' hooks hold; False where none is of use.
+`forget` takes it away."""
 _MOST_KNOWN = 64
 """Calls that a reading remembers."""
 _PATIENCE = 8
@@ -62,12 +63,13 @@ def remembered(readings: Sequence[Reading], key: Hashable, call: Callable[[], U]
     return found
 
 
-def check_once(readings: Sequence[Reading], x: Tensor | tuple[Tensor, ...], check: Callable[[], object], *more: Hashable) -> object:
+def check_once(readings: Sequence[Reading], x: Tensor | tuple[Tensor, ...], check: Callable[[], None], *more: Hashable) -> None:
     """``check()``, which raises where these readings do not fit ``x``; of what is ``more``, too."""
     if torch.compiler.is_compiling():
-        return check()
+        check()  # whether inference mode is enabled cannot be traced
+        return
     of_x = [(t.shape, t.dtype, t.device, t.layout, autocasts(t.device.type)) for t in (x if isinstance(x, tuple) else (x,))]
-    return remembered(readings, ("checked", *of_x, torch.is_inference_mode_enabled(), more), check)
+    remembered(readings, ("checked", *of_x, torch.is_inference_mode_enabled(), more), check)
 
 
 class _Unknown(Exception):
@@ -180,7 +182,7 @@ def recalled(block: nn.Module, read: Callable[[nn.Module], T]) -> Reading[T]:
         return reading
     changes = 0 if memory is None else memory.changes + 1
     try:
-        vars(block)[_KEY] = changes < _PATIENCE and _Memory(reading, block, changes)
+        vars(block)[_KEY] = _Memory(reading, block, changes) if changes < _PATIENCE else False
     except _Unknown:
         vars(block)[_KEY] = False
     return reading

@@ -33,7 +33,7 @@ from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import UNIT, beside_statistics, flat_tensors, parameters_of
 from resdense_ext.reference import Activation, ResidualBlock
 
-__all__ = ["residual_stage"]
+__all__ = ["Remember", "afresh", "residual_stage"]
 
 _Tensors = Sequence[Optional[Tensor]]
 
@@ -202,13 +202,18 @@ Remember = Callable[[Hashable, Callable[[], Any]], Any]
 """Returns what the call returns, or returned when it was given the key before."""
 
 
+def afresh(key: Hashable, call: Callable[[], Any]) -> Any:
+    """Remembers nothing."""
+    return call()
+
+
 def residual_stage(
     x: Tensor,
     blocks: Sequence[ResidualBlock],
     activation: Activation,
     lasts: Sequence[Activation],
     policies: Sequence[str],
-    remember: Remember = lambda key, call: call(),
+    remember: Remember = afresh,
 ) -> Tensor:
     """The checked call: see `resdense_ext.functional.residual_stage`. ``lasts`` are the activations behind the blocks' additions.
 
