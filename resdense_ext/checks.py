@@ -18,6 +18,7 @@ from resdense_ext.reference import (
     DualPathBlock,
     Pool,
     PooledUnit,
+    Resampling,
     ResidualBlock,
     TransposedConv,
     Unit,
@@ -394,13 +395,31 @@ def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
             if piece.activation.name == "prelu":
                 _check_slope(f"slopes[{piece.activation.slope}]", graph.activation(piece).slope, shapes[piece.map][1], first)
         if i < len(graph.convs):
-            shape = (like[0], like[1] + sum(other[1] for other in others), *like[2:])
-            shapes.append(_check_unit(f"{where}.", Unit(None, graph.convs[i]), shape, first, dtype))
-    if len({conv.weight.dtype for conv in graph.convs}) > 1:
+            shape, conv = (like[0], like[1] + sum(other[1] for other in others), *like[2:]), graph.convs[i]
+            if isinstance(conv, Resampling):
+                if others:
+                    raise ValueError(f"{where}: expected one piece for a pool or a resize, got {len(pieces)}")
+                shapes.append(_check_resampling(f"convs[{i}]", conv, shape))
+            else:
+                shapes.append(_check_unit(f"{where}.", Unit(None, conv), shape, first, dtype))
+    if len({conv.weight.dtype for conv in graph.convs if not isinstance(conv, Resampling)}) > 1:
         raise TypeError("convs: expected weights of one dtype")
     check_one_group("norms", graph.norms)
     if any(norm.instance for norm in graph.norms) and len({len(x) for x in sources}) > 1:
         raise ValueError(f"sources: expected maps of as many samples beside instance norms, got shapes {shapes[:len(sources)]}")
+
+
+def _check_resampling(where: str, by: Resampling, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the new map."""
+    rank = len(shape) - 2
+    numbers = by.windows if isinstance(by, Pool) else [by.size or by.scale]
+    if any(len(of) != rank for of in numbers) or (isinstance(by, Pool) and by.ceil_mode):
+        raise ValueError(f"{where}: expected a pool without ceil_mode, or a resize, with {rank} numbers of each kind, got {by}")
+    if isinstance(by, Pool):
+        _check_windows(where, by, shape)
+    elif any(size < 1 for size in by.outputs(shape[2:])):
+        raise ValueError(f"{where}: expected to leave a position of a map of shape {shape}, got {by}")
+    return (*shape[:2], *by.outputs(shape[2:]))
 
 
 def _check_slope(where: str, slope: Tensor, channels: int, x: Tensor) -> None:

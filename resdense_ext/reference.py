@@ -28,7 +28,9 @@ __all__ = [
     "Piece",
     "Pool",
     "PooledUnit",
+    "Resampling",
     "ResidualBlock",
+    "Resize",
     "Shortcut",
     "TransposedConv",
     "Unit",
@@ -54,6 +56,7 @@ __all__ = [
     "pending_grad",
     "per_channel",
     "pool",
+    "resampled",
     "residual_block",
 ]
 
@@ -168,6 +171,57 @@ class TransposedConv(NamedTuple):
         )
 
 
+class Pool(NamedTuple):
+    """A pooling layer: ``kind`` is average (padding counts as zeros), maximum, or global (the mean over all positions, where
+    the sizes stay empty). One size a spatial dimension; padding is at most half of a window.
+
+    Positions behind the last whole window are dropped; with ``ceil_mode`` they are a window of their own, which a residual
+    block's shortcut alone takes. Nothing counts that is behind the padding.
+    """
+
+    kind: str
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    ceil_mode: bool = False
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Kernel sizes, strides and padding."""
+        return self.kernel_size, self.stride, self.padding
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the pooled map."""
+        if self.kind == "global":
+            return (1,) * len(sizes)
+        return tuple(self._output(*window) for window in zip(sizes, *self.windows))
+
+    def _output(self, size: int, kernel: int, stride: int, padding: int) -> int:
+        span = size + 2 * padding - kernel
+        whole = span // stride + 1
+        # A window of the rest begins in the map, or in front of it.
+        rest = self.ceil_mode and span % stride != 0 and whole * stride < size + padding
+        return whole + 1 if rest else whole
+
+
+class Resize(NamedTuple):
+    """`torch.nn.functional.interpolate` to the sizes that ``size`` or, where it is empty, ``scale`` says, one number a spatial
+    dimension. Only graphs of convolutions have such ones."""
+
+    mode: str
+    size: tuple[int, ...] = ()
+    scale: tuple[float, ...] = ()
+    align_corners: Optional[bool] = None
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the new map."""
+        return self.size or tuple(math.floor(size * scale) for size, scale in zip(sizes, self.scale))
+
+
+Resampling = Pool | Resize
+"""Makes a map of as many channels, without a weight."""
+
+
 class Unit(NamedTuple):
     """Batch norm, activation, convolution: the pre-activation unit. Without a norm the convolution reads its input as it is."""
 
@@ -245,9 +299,11 @@ class ConvGraph(NamedTuple):
     Its maps are its sources, and behind these what the convolutions make, in their order. Every convolution reads the pieces that
     ``reads`` has for it side by side, all of maps before its own; every output is a concatenation of such pieces. A norm
     normalises one map, for whoever reads it so. ``slopes`` are the weights of PReLUs, a value for all channels or one for each.
+
+    Among the ``convs``, the first of which is one, may be pools and resizes, which read pieces likewise.
     """
 
-    convs: tuple[Conv | TransposedConv, ...]
+    convs: tuple[Conv | TransposedConv | Resampling, ...]
     reads: tuple[tuple[Piece, ...], ...]
     norms: tuple[BatchNorm, ...]
     outputs: tuple[tuple[Piece, ...], ...]
@@ -257,39 +313,6 @@ class ConvGraph(NamedTuple):
         """With the weight itself, where the piece's is a PReLU."""
         name, slope = piece.activation
         return Activation(name, self.slopes[slope]) if name == "prelu" else piece.activation
-
-
-class Pool(NamedTuple):
-    """A pooling layer: ``kind`` is average (padding counts as zeros), maximum, or global (the mean over all positions, where
-    the sizes stay empty). One size a spatial dimension; padding is at most half of a window.
-
-    Positions behind the last whole window are dropped; with ``ceil_mode`` they are a window of their own, which a residual
-    block's shortcut alone takes. Nothing counts that is behind the padding.
-    """
-
-    kind: str
-    kernel_size: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    ceil_mode: bool = False
-
-    @property
-    def windows(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Kernel sizes, strides and padding."""
-        return self.kernel_size, self.stride, self.padding
-
-    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The spatial sizes of the pooled map."""
-        if self.kind == "global":
-            return (1,) * len(sizes)
-        return tuple(self._output(*window) for window in zip(sizes, *self.windows))
-
-    def _output(self, size: int, kernel: int, stride: int, padding: int) -> int:
-        span = size + 2 * padding - kernel
-        whole = span // stride + 1
-        # A window of the rest begins in the map, or in front of it.
-        rest = self.ceil_mode and span % stride != 0 and whole * stride < size + padding
-        return whole + 1 if rest else whole
 
 
 class PooledUnit(NamedTuple):
@@ -488,7 +511,8 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> tuple[Tensor, ...
         return torch.cat([_piece(maps[piece.map], piece, graph) for piece in pieces], 1)
 
     for conv, pieces in zip(graph.convs, graph.reads):
-        maps.append(convolution(gather(pieces).to(conv.weight.dtype), conv))
+        x = gather(pieces)
+        maps.append(resampled(x, conv) if isinstance(conv, Resampling) else convolution(x.to(conv.weight.dtype), conv))
     return tuple(gather(pieces) for pieces in graph.outputs)
 
 
@@ -568,6 +592,13 @@ def pool(y: Tensor, pool: Pool) -> Tensor:
     # On a CPU torch has no average of volumes in half precision.
     wide = y.float() if pool.kind == "average" and rank == 3 and y.is_cpu and y.element_size() == 2 else y
     return functions[pool.kind][rank - 1](wide, *pool.windows, ceil_mode=pool.ceil_mode).to(y.dtype)
+
+
+def resampled(y: Tensor, by: Resampling) -> Tensor:
+    if isinstance(by, Pool):
+        return pool(y, by)
+    size, scale = (tuple(numbers) or None for numbers in (by.size, by.scale))
+    return F.interpolate(y, size, scale, by.mode, by.align_corners)
 
 
 def bn_act_pool(x: Tensor, unit: PooledUnit, activation: Activation = Activation()) -> Tensor:

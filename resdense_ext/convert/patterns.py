@@ -98,6 +98,7 @@ _KINDS = {
     "activation": (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU),
     "activation apart": APART,
     "dropout": nn.modules.dropout._DropoutNd,
+    "resize": nn.Upsample,
 }
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
@@ -109,6 +110,7 @@ _FUNCTIONS = {
     F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
+    F.interpolate: nn.Upsample,
 }
 """A layer is made of a function's arguments behind the first, which both name alike."""
 
@@ -125,7 +127,7 @@ _NEW = (
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like, torch.bernoulli),
 )
 """These make memory that has nothing of their operands'."""
-_FRESH_KINDS = ("norm", "activation", "activation apart", "conv", "transposed conv", "pool")
+_FRESH_KINDS = ("norm", "activation", "activation apart", "conv", "transposed conv", "pool", "resize")
 _FRESH_LAYERS = (
     nn.Linear,
     nn.Bilinear,

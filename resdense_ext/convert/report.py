@@ -133,7 +133,7 @@ def _layers(block: nn.Module) -> int:
         if hasattr(block, "layer_modules"):
             return len(block.layer_modules())
         if hasattr(block, "graph_modules"):
-            return len(block.graph_modules().convs)
+            return sum(isinstance(module, nn.modules.conv._ConvNd) for module, _ in block.graph_modules().convs)
         if hasattr(block, "residual_modules"):
             return len(block.residual_modules().units)
         return len(block.dual_path_modules().units) if hasattr(block, "dual_path_modules") else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, TransposedConv
+from resdense_ext.reference import Activation, BatchNorm, Conv, Pool, Resampling, Resize, TransposedConv
 
 __all__ = [
     "APART",
@@ -38,6 +39,7 @@ __all__ = [
     "pool_rank",
     "read_children",
     "read_projection",
+    "resampling_of",
     "slope_of",
 ]
 
@@ -67,6 +69,8 @@ _POOLS = {
 }
 _ORDINARY = {"divisor_override": None, "dilation": 1, "return_indices": False}
 """The pools' options that the engine knows, by the one value that it knows."""
+_RESIZES = {"nearest": (1, 2, 3), "nearest-exact": (1, 2, 3), "linear": (1,), "bilinear": (2,), "bicubic": (2,), "trilinear": (3,)}
+"""For how many spatial dimensions there are the modes of `torch.nn.Upsample` that graphs of convolutions take."""
 _PARAMETERS = "weight", "bias"
 _BUFFERS = "running_mean", "running_var", "num_batches_tracked"
 _FROZEN = "weight", "bias", "running_mean", "running_var"
@@ -278,6 +282,21 @@ def graphs_conv_of(conv: nn.Module) -> Conv | TransposedConv:
     return TransposedConv(weight, bias, padding, dilation, conv.groups, stride, more)
 
 
+def resampling_of(module: nn.Module, rank: int) -> Resampling:
+    """A pool or a resize of maps with so many spatial dimensions, as graphs of convolutions take them."""
+    if not isinstance(module, nn.Upsample):
+        pool, of_rank = pool_of(module)
+        if of_rank != rank or pool.kind == "global" or pool.ceil_mode or math.prod(pool.kernel_size) > 255:
+            raise Unsupported(f"is {module}", module)
+        return pool
+    check_untouched(module)
+    size, scale = (() if value is None else _sizes(value, rank) for value in (module.size, module.scale_factor))
+    ranks = _RESIZES.get(module.mode, ())
+    if rank not in ranks or module.recompute_scale_factor or [len(size), len(scale)] not in ([rank, 0], [0, rank]):
+        raise Unsupported(f"is {module}", module)
+    return Resize(module.mode, size, scale, module.align_corners)
+
+
 def pair_of(first: nn.Module, second: nn.Module, channels: int) -> Conv:
     """Two convolutions of one map as the one that writes what they write, side by side; of the first ``channels`` channels. Its
     weight is a copy, which autograd keeps."""
@@ -328,8 +347,8 @@ def pool_of(pool: nn.Module) -> tuple[Pool, int]:
     return read, rank
 
 
-def _sizes(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
+def _sizes(value: float | Sequence[float], rank: int) -> tuple:
+    return (value,) * rank if isinstance(value, (int, float)) else tuple(value)
 
 
 def activation_of(activation: nn.Module) -> Activation:

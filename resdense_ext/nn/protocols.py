@@ -142,7 +142,8 @@ class ReadModules(NamedTuple):
 
 
 class GraphModules(NamedTuple):
-    """Convolutions in their order with what each reads, and the concatenations that are read elsewhere."""
+    """Convolutions in their order, and pools and resizes among them, with what each reads, and the concatenations that are read
+    elsewhere. The first is a convolution."""
 
     convs: tuple[tuple[nn.Module, ReadModules], ...]
     outputs: tuple[ReadModules, ...]

@@ -24,6 +24,7 @@ from resdense_ext.nn.leaves import (
     pair_of,
     pool_kind,
     pool_of,
+    resampling_of,
     slope_of,
 )
 from resdense_ext.nn.parts import NORMS
@@ -42,6 +43,7 @@ from resdense_ext.nn.protocols import (
     UnitModules,
 )
 from resdense_ext.nn.recall import Reading, recalled
+from resdense_ext.ops.conv_graph_plan import widths_of
 from resdense_ext.ops.max_pool import DROPPED
 from resdense_ext.ops.split_unit import split_norm
 from resdense_ext.reference import (
@@ -247,8 +249,13 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     """
     if _has_any_global_hook():
         raise Unsupported("global module hooks are set")
-    convs = tuple(graphs_conv_of(conv) for conv, _ in modules.convs)
-    beside = NORMS[convs[0].weight.dim() - 2]
+    (first, _), *others = modules.convs
+    convs = [graphs_conv_of(first)]
+    rank = convs[0].weight.dim() - 2
+    for module, _ in others:
+        is_conv = isinstance(module, nn.modules.conv._ConvNd)
+        convs.append(graphs_conv_of(module) if is_conv else resampling_of(module, rank))
+    beside = NORMS[rank]
     reads = [*(read for _, read in modules.convs), *modules.outputs]
     pairs = [(of.norm, of.activation) for read in reads for of in (read, *read.pieces)]
     activations, slopes = {None: Activation("identity")}, []
@@ -261,7 +268,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
     check_one_group(norms.values())
 
     def graph(widths: Sequence[int]) -> ConvGraph:
-        widths = [*widths, *(conv.channels for conv in convs)]
+        widths = widths_of(widths, convs, [read.pieces for _, read in modules.convs])
         split: list[BatchNorm] = []
         shared: dict[nn.Module, int] = {}
 
@@ -281,7 +288,7 @@ def read_conv_graph(modules: GraphModules) -> Callable[[Sequence[int]], ConvGrap
             return shared.get(norm)
 
         found = tuple(map(pieces, reads))
-        return ConvGraph(convs, found[: len(convs)], tuple(split), found[len(convs) :], tuple(slopes))
+        return ConvGraph(tuple(convs), found[: len(convs)], tuple(split), found[len(convs) :], tuple(slopes))
 
     return graph
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resdense_ext.checks import has_autocast
 from resdense_ext.ops.by_reference import by_reference
-from resdense_ext.reference import Conv, ConvGraph, DenseLayer, DualPathBlock, ResidualBlock, Unit
+from resdense_ext.reference import Conv, ConvGraph, DenseLayer, DualPathBlock, Resampling, ResidualBlock, Unit
 
 __all__ = [
     "cast_conv_graph",
@@ -89,7 +89,9 @@ def cast_dual_path_blocks(blocks: Sequence[DualPathBlock], dtype: torch.dtype) -
 
 def cast_conv_graph(graph: ConvGraph, dtype: torch.dtype) -> ConvGraph:
     """The graph with convolutions as `cast_convolution` gives them."""
-    return graph._replace(convs=tuple(_cast_convs(graph.convs, dtype)))
+    convs = [None if isinstance(conv, Resampling) else conv for conv in graph.convs]
+    cast = _cast_convs(convs, dtype)
+    return graph._replace(convs=tuple(conv or resampling for conv, resampling in zip(cast, graph.convs)))
 
 
 def _cast_convs(convs: Sequence[Optional[Conv]], dtype: torch.dtype) -> list[Optional[Conv]]:

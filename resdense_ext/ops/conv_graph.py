@@ -10,7 +10,7 @@ single one whose activation none of our kernels has, that a transposed convoluti
 instance norms. The statistics of a map are taken once, by the convolution that writes it. Backward goes through the
 convolutions from the last to the first; what a piece's reader asks of it is added to the one gradient of its map, with the
 norm's correction deferred as in a dense block. A chain of convolutions, norms and activations is a graph in which each
-convolution reads one piece.
+convolution reads one piece. Pools and resizes stand among the convolutions; what they have made is not kept, but made again.
 
 Maps that were not kept backward computes again, with the statistics that are known: see `resdense_ext.ops.conv_graph_plan`.
 
@@ -28,14 +28,15 @@ from torch import Tensor
 
 from resdense_ext import reference
 from resdense_ext.ops.activation import LINEAR, apart_backward, is_apart
-from resdense_ext.ops.conv_graph_plan import Wanted, is_plain, made_for, map_of_norm, pieces_of
+from resdense_ext.ops.conv_graph_plan import Step, Wanted, is_plain, made_for, map_of_norm, pieces_of, widths_of
 from resdense_ext.ops.convolve import convolve_backward, convolved, finished, sampling
 from resdense_ext.ops.layout import empty_map, map_beside, memory_format_of
 from resdense_ext.ops.operands import ConvGrads, Fold, Pending, Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
+from resdense_ext.ops.resample import resample, resample_backward
 from resdense_ext.ops.split_unit import split_conv
 from resdense_ext.ops.units import Gradients
-from resdense_ext.reference import Conv, ConvGraph, Piece, TransposedConv
+from resdense_ext.reference import BatchNorm, Conv, ConvGraph, Piece, Resampling, TransposedConv
 
 __all__ = ["backward", "forward"]
 
@@ -54,7 +55,7 @@ def forward(
     last_reader = {piece.map: i for i, pieces in enumerate((*graph.reads, *graph.outputs)) for piece in pieces}
     for i, (conv, pieces) in enumerate(zip(graph.convs, graph.reads)):
         x, fold = walk.read(pieces, conv)
-        z, of_z = convolved(backend, x, fold, conv, norms.get(len(walk.maps)))
+        z, of_z = walk.made(x, fold, conv, norms.get(len(walk.maps)))
         stats.append(of_z)
         walk.maps.append(z)
         del x, z
@@ -136,14 +137,22 @@ class _Maps:
                 self.backend.bn_act(map_beside(part, x), fold.affine, part)
         return out
 
-    def reads_maps(self, pieces: Sequence[Piece], conv: Conv | TransposedConv) -> bool:
+    def reads_maps(self, pieces: Sequence[Piece], conv: Step) -> bool:
         """Whether the convolution can read the maps themselves, and apply norms and activations to them."""
-        return all(self.maps[piece.map].dtype == conv.weight.dtype and not is_apart(piece.activation) for piece in pieces)
+        dtype = _dtype_of(conv)
+        return all(dtype in (None, self.maps[piece.map].dtype) and not is_apart(piece.activation) for piece in pieces)
 
-    def read(self, pieces: Sequence[Piece], conv: Conv | TransposedConv) -> tuple[Tensor, Optional[Fold]]:
+    def read(self, pieces: Sequence[Piece], conv: Step) -> tuple[Tensor, Optional[Fold]]:
         if len(pieces) == 1 and self.reads_maps(pieces, conv):
             return self.maps[pieces[0].map], self.fold(pieces[0])
-        return self.gather(pieces, conv.weight.dtype), None
+        return self.gather(pieces, _dtype_of(conv)), None
+
+    def made(self, x: Tensor, fold: Optional[Fold], conv: Step, reader: Optional[BatchNorm]) -> tuple[Tensor, Stats]:
+        """The map that is made of what was `read`, and its statistics where a norm reads it."""
+        if not isinstance(conv, Resampling):
+            return convolved(self.backend, x, fold, conv, reader)
+        z = resample(self.backend, x, fold, conv)
+        return z, self.backend.stats_for(reader, z)
 
 
 class _Backward(_Maps):
@@ -155,8 +164,7 @@ class _Backward(_Maps):
         self.sources = len(maps) - len(graph.convs)
         self.found = Gradients(needs, self.sources)
         self.grads: list[Optional[Pending]] = [None] * len(maps)
-        self.widths = [None if x is None else x.shape[1] for x in maps[: self.sources]]
-        self.widths += [conv.channels for conv in graph.convs]
+        self.widths = widths_of([0 if x is None else x.shape[1] for x in maps[: self.sources]], graph.convs, graph.reads)
         self.normed = set(map_of_norm(graph).values())
         self.readers, self.centered = [0] * len(maps), [True] * len(maps)
         for piece in pieces_of(graph):
@@ -173,7 +181,7 @@ class _Backward(_Maps):
         for of in sorted(made_for(self.graph.reads, self.sources, missing, there) - there):
             conv = self.graph.convs[of - self.sources]
             x, fold = self.read(self.graph.reads[of - self.sources], conv)
-            self.maps[of], _ = convolved(self.backend, x, fold, conv, None)
+            self.maps[of], _ = self.made(x, fold, conv, None)
 
     def spread(self, pieces: Sequence[Piece], grad: Tensor) -> None:
         """Takes the gradient of what was gathered to the maps; it is only read."""
@@ -227,6 +235,24 @@ class _Backward(_Maps):
         if pending is None or not self.wanted.maps[self.sources + i]:
             return
         self.complete(piece.map for piece in pieces)
+        if isinstance(conv, Resampling):
+            self._resample(pieces, conv, self.backend.pending_grad_(pending) if isinstance(pending, Pending) else pending)
+        else:
+            self._convolve(i, pieces, conv, pending)
+        self.maps[self.sources + i] = None  # the gradient went past it
+
+    def _resample(self, pieces: Sequence[Piece], by: Resampling, grad: Tensor) -> None:
+        (piece,) = pieces
+        if self.reads_maps(pieces, by):
+            x, fold, into = self.maps[piece.map], self.fold(piece), self._into(piece.map)
+            found = resample_backward(self.backend, x, fold, by, grad, into)
+            self._record_norm(piece, found.norm_weight, found.norm_bias)
+            self.grads[piece.map] = found.input
+        else:
+            found = resample_backward(self.backend, self._made(piece), None, by, grad, None)
+            self._add(piece, found.input.dy)
+
+    def _convolve(self, i: int, pieces: Sequence[Piece], conv: Conv | TransposedConv, pending: Tensor | Pending) -> None:
         need_weight, centered = self.found.wants_weight(i), self.centered[self.sources + i]
         grad = finished(self.backend, self.maps[pieces[0].map], conv, pending, need_weight)
         parts = self._parts(pieces, conv, grad)
@@ -243,7 +269,6 @@ class _Backward(_Maps):
             of_gathered = found.input.dy
             del x, into, found  # what was gathered is not beside the maps' gradients
             self.spread(pieces, of_gathered)
-        self.maps[self.sources + i] = None  # the gradient went past it
 
     def _parts(
         self, pieces: Sequence[Piece], conv: Conv | TransposedConv, grad: Tensor | Pending
@@ -279,6 +304,11 @@ class _Backward(_Maps):
             grad = self._taken(of) if self.wanted.maps[of] else None
             self.found.found[of] = self.backend.pending_grad_(grad) if isinstance(grad, Pending) else grad
         return self.found.found
+
+
+def _dtype_of(conv: Step) -> Optional[torch.dtype]:
+    """That in which a convolution wants what it reads; whatever there is takes a pool or a resize."""
+    return None if isinstance(conv, Resampling) else conv.weight.dtype
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

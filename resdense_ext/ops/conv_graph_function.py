@@ -16,7 +16,7 @@ from resdense_ext.ops import backend as backends
 from resdense_ext.ops.by_reference import by_reference, differentiable, gradients
 from resdense_ext.ops.cast import without_autocast
 from resdense_ext.ops.conv_graph import backward, forward
-from resdense_ext.ops.conv_graph_plan import kept_maps, map_of_norm, positions_of
+from resdense_ext.ops.conv_graph_plan import kept_maps, map_of_norm, positions_of, widths_of
 from resdense_ext.ops.instances import are_instances, backend_of, gathered_gradients, joined, parts_of, sizes_of_parts
 from resdense_ext.ops.layout import as_convolved, walkable_map
 from resdense_ext.ops.operands import Stats
@@ -25,7 +25,7 @@ from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
 from resdense_ext.ops.saved import saved_tensors
 from resdense_ext.ops.units import UNIT, beside_statistics, flat_tensors, parameters_of
-from resdense_ext.reference import BatchNorm, ConvGraph
+from resdense_ext.reference import BatchNorm, ConvGraph, Resampling
 
 __all__ = ["conv_graph"]
 
@@ -117,7 +117,7 @@ def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[]
 
 def _largest(sources: Sequence[Tensor], graph: ConvGraph) -> int:
     """The bytes of a sample's largest map."""
-    widths = *(x.shape[1] for x in sources), *(conv.channels for conv in graph.convs)
+    widths = widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
     values = map(operator.mul, widths, positions_of([x[:1] for x in sources], graph))
     return graph.convs[0].weight.itemsize * max(values)
 
@@ -131,7 +131,10 @@ def _needs(ctx, count: int) -> list[bool]:
 def _around(graph: ConvGraph, tensors: Sequence[Optional[Tensor]]) -> ConvGraph:
     """The graph around other tensors; what is left behind is how running statistics are updated."""
     units = [tensors[at : at + UNIT] for at in range(0, len(tensors), UNIT)]
-    convs = [conv._replace(weight=unit[4], bias=unit[5]) for conv, unit in zip(graph.convs, units)]
+    convs = [
+        conv if isinstance(conv, Resampling) else conv._replace(weight=unit[4], bias=unit[5])
+        for conv, unit in zip(graph.convs, units)
+    ]
     vectors = ("weight", "bias", "running_mean", "running_var")
     norms = [
         norm._replace(**dict(zip(vectors, unit)), num_batches_tracked=None, momentum=None)
@@ -177,7 +180,8 @@ def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast"
     dtype = graph.convs[0].weight.dtype
     backend = backends.choose(sources[0].new_empty(sources[0].dim() * (1,), dtype=dtype), dtype)
     norms = *graph.norms, *map(BatchNorm, graph.slopes)  # as a norm's weight a slope is the only tensor of its unit
-    tensors = flat_tensors([*((None, conv) for conv in graph.convs), *((norm, None) for norm in norms)])
+    convs = [None if isinstance(conv, Resampling) else conv for conv in graph.convs]
+    tensors = flat_tensors([*((None, conv) for conv in convs), *((norm, None) for norm in norms)])
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*sources, *tensors))
-    sources = [as_convolved(x, [conv.weight for conv in graph.convs]) for x in sources]
+    sources = [as_convolved(x, [conv.weight for conv in convs if conv is not None]) for x in sources]
     return ConvGraphFunction.apply(graph, backend, policy if keeps else "none", len(sources), *sources, *tensors)

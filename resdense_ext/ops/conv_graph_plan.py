@@ -1,6 +1,7 @@
 """Which maps of a graph of convolutions are kept for backward, and which it computes again.
 
-See `resdense_ext.ops.conv_graph` for what the maps are. The policy "fast" keeps all that backward reads. Under "min" the graph is
+See `resdense_ext.ops.conv_graph` for what the maps are. The policy "fast" keeps all that backward reads, but for what pools and
+resizes have made, which takes no product to be made again. Under "min" the graph is
 cut into stretches: what is read across a cut is kept, and backward computes the maps of a stretch again when it comes to it. The
 cuts are where what is kept and the largest stretch take the least together.
 
@@ -10,17 +11,21 @@ Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+import operator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resdense_ext.ops.units import GRADS, Gradients
-from resdense_ext.reference import ConvGraph, Piece, TransposedConv
+from resdense_ext.reference import Conv, ConvGraph, Piece, Resampling, TransposedConv
 
-__all__ = ["Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of"]
+__all__ = ["Step", "Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of", "widths_of"]
+
+Step = Conv | TransposedConv | Resampling
 
 
 def pieces_of(graph: ConvGraph) -> Iterator[Piece]:
@@ -36,6 +41,14 @@ def is_plain(piece: Piece) -> bool:
 def map_of_norm(graph: ConvGraph) -> dict[int, int]:
     """The map that every norm reads."""
     return {piece.norm: piece.map for piece in pieces_of(graph) if piece.norm is not None}
+
+
+def widths_of(sources: Sequence[int], convs: Sequence[Step], reads: Iterable[Sequence[Any]]) -> list[int]:
+    """Every map's number of channels, from those of the sources and the maps of what the steps read."""
+    widths = list(sources)
+    for conv, pieces in zip(convs, reads):
+        widths.append(widths[pieces[0].map] if isinstance(conv, Resampling) else conv.channels)
+    return widths
 
 
 def positions_of(sources: Sequence[Tensor], graph: ConvGraph) -> list[int]:
@@ -88,29 +101,31 @@ def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool]
     wanted = Wanted(graph, count, Gradients(needs, count))
     read = wanted.read
     if policy == "fast":
-        return read
+        return {of for of in read if of < count or not isinstance(graph.convs[of - count], Resampling)}
     # What comes out of a frozen front is kept: it takes no more than what it is made of.
     given = frozenset(of for of in read if of < count or not wanted.maps[of])
-    values = tuple(n * conv.channels for n, conv in zip(positions_of(sources, graph)[count:], graph.convs))
+    values = tuple(map(operator.mul, positions_of(sources, graph), widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)))[count:]
     kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
     return kept | {of for of in made_for(graph.reads, count, read, kept) if of < count}
 
 
 def cost_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> tuple[int, int]:
     """The bytes that "fast" keeps and "min" does not, of maps of this dtype, and the FLOPs of what "min" computes again."""
-    parameters = [t for conv in graph.convs for t in (None, None, conv.weight, conv.bias)]
+    weights = [(None, None) if isinstance(conv, Resampling) else (conv.weight, conv.bias) for conv in graph.convs]
+    parameters = [t for of in weights for t in (None, None, *of)]
     parameters += [t for norm in graph.norms for t in (norm.weight, norm.bias, None, None)]
     parameters += [t for slope in graph.slopes for t in (slope, None, None, None)]
     needs = [t is not None and t.requires_grad for t in (*sources, *parameters)]
     fast, least = (kept_maps(sources, graph, needs, policy) for policy in ("fast", "min"))
     made = made_for(graph.reads, len(sources), fast, least)
-    positions = positions_of(sources, graph)
-    nbytes = flops = 0
+    positions, widths = positions_of(sources, graph), widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
+    values = flops = 0
     for of, (conv, pieces) in enumerate(zip(graph.convs, graph.reads), len(sources)):
-        nbytes += (of in fast - least) * positions[of] * conv.channels * dtype.itemsize
-        multiplied = positions[pieces[0].map if isinstance(conv, TransposedConv) else of]
-        flops += (of in made) * 2 * multiplied * conv.weight.numel()
-    return nbytes, flops
+        values += ((of in fast) - (of in least)) * positions[of] * widths[of]
+        if of in made and not isinstance(conv, Resampling):
+            multiplied = positions[pieces[0].map if isinstance(conv, TransposedConv) else of]
+            flops += 2 * multiplied * conv.weight.numel()
+    return values * dtype.itemsize, flops
 
 
 @lru_cache(256)
