@@ -5,6 +5,9 @@ What takes part belongs together by its home. That is the innermost container in
 every convolution joins, with the norms and activations behind it, until something else reads what they have made. Outside of
 those a convolution joins the one whose map it reads, through a norm or an activation for which stock keeps that map, too: then no
 more is kept than in stock, whatever else reads what the chain has made.
+
+The home of a concatenation is also around what its pieces are made by, as in a U-Net, where that leads to a graph that holds all of
+them. Pools and resizes join where a graph makes what they read and reads what they make.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import NamedTuple, Optional, Protocol
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+
+from resdense_ext.nn.leaves import pool_kind
 
 __all__ = ["Gather", "GraphMatch", "PieceMatch", "find_conv_graphs"]
 
@@ -57,6 +62,8 @@ class Reader(Protocol):
 
     def is_a(self, node: object, *kinds: str) -> bool: ...
 
+    def layer(self, node: Node) -> Optional[nn.Module]: ...
+
     def operands(self, cat: Node) -> tuple[Node, ...]: ...
 
     def keeps_input(self, node: Node) -> bool: ...
@@ -68,14 +75,25 @@ def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[G
     Args:
         taken: nodes that something else stands for.
     """
-    groups = list(_Finder(reader, taken).groups())
-    read = {source for group in groups for source in group.sources}
-    for group in groups:
-        nodes = group.nodes()
-        # What another graph reads may be a piece of a concatenation inside of this one; a norm that nobody reads changes, too.
-        outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
-        if group.saves(outputs):
-            yield GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs))), nodes, outputs
+    apart: set[Node] = set()
+    while True:
+        finder = _Finder(reader, taken, apart)
+        groups, matches = list(finder.groups()), []
+        read = {source for group in groups for source in group.sources}
+        failed = {node for group in groups for node in group.loose()}
+        for group in groups:
+            nodes = group.nodes()
+            # What another graph reads may be a piece of a concatenation inside of this one; a norm that nobody reads changes, too.
+            outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
+            if group.saves(outputs):
+                match = GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs)))
+                matches.append((match, nodes, outputs))
+            else:
+                failed |= (finder.resamplings | finder.reaching) & group.convs.keys()
+        if not failed:
+            yield from matches
+            return
+        apart |= failed
 
 
 class _Group:
@@ -92,6 +110,16 @@ class _Group:
         self.sources.update(dict.fromkeys(piece.map for piece in gather.pieces if piece.map not in self.convs))
         self.convs[conv] = gather
         self.values |= {conv, *gather.nodes}
+
+    def loose(self) -> set[Node]:
+        """Of its pools and resizes those that read nothing of the group's, or of which it reads nothing; and the convolutions for
+        which it reaches out to maps that are not in it."""
+        read = {piece.map for gather in self.convs.values() for piece in gather.pieces}
+        resamplings = self.finder.resamplings & self.convs.keys()
+        found = {node for node in resamplings if node not in read or self.convs[node].pieces[0].map not in self.convs}
+        reaching = self.finder.reaching & self.convs.keys()
+        outside = self.finder.candidates - self.convs.keys()
+        return found | {conv for conv in reaching if any(piece.map in outside for piece in self.convs[conv].pieces)}
 
     def gather(self, node: Node) -> Gather:
         """What a value of the group is made of."""
@@ -139,9 +167,18 @@ _Home = _Within | Node
 
 
 class _Finder:
-    def __init__(self, reader: Reader, taken: Container[Node]) -> None:
-        self.reader, self.taken = reader, taken
+    """``apart`` are pools and resizes that join no graph, and convolutions for which no home reaches out."""
+
+    def __init__(self, reader: Reader, taken: Container[Node], apart: Container[Node]) -> None:
+        self.reader, self.taken, self.apart = reader, taken, apart
         self.candidates = {node for node in reader.nodes if self._is_candidate(node)}
+        self.resamplings: set[Node] = set()
+        for node in reader.nodes:
+            if node not in apart and self._resamples(node) and self.piece(node.args[0], self.candidates).map in self.candidates:
+                self.resamplings.add(node)
+                self.candidates.add(node)
+        self.reaching: set[Node] = set()
+        """The convolutions whose home is around more than them and their concatenations."""
         self.fronts = {conv: self._front(conv) for conv in self.candidates}
         self.homes = self._homes()
         self.read_by: dict[Node, Node] = {}
@@ -156,13 +193,26 @@ class _Finder:
     def _is_candidate(self, node: Node) -> bool:
         return self.is_a(node, "conv", "transposed conv") and self.reader.modules[node.target].padding_mode == "zeros"
 
+    def _resamples(self, node: Node) -> bool:
+        """Whether it is a pool or a resize, but for one that takes the whole map, or windows that reach beyond it."""
+        if not self.is_a(node, "pool", "resize"):
+            return False
+        layer = self.reader.layer(node)
+        return pool_kind(layer) != "global" and not getattr(layer, "ceil_mode", False)
+
     def _homes(self) -> dict[Node, _Home]:
         homes: dict[Node, _Home] = {}
         for conv in self.candidates:
             pieces, _, _, cats = self.before(conv, self.candidates)
-            home = _common(conv, *cats)
-            for node in (conv, *(piece.map for piece in pieces)) if len(pieces) > 1 else ():
-                if node in self.candidates and _lies_in(node, home):
+            if len(pieces) == 1:
+                continue
+            made = [piece.map for piece in pieces if piece.map in self.candidates]
+            home, around = _common(conv, *cats), _common(conv, *cats, *made)
+            if around != home and conv not in self.apart:
+                home = around
+                self.reaching.add(conv)
+            for node in (conv, *made):
+                if _lies_in(node, home):
                     homes[node] = min(homes.get(node, home), home, key=len)
         inside = sorted(set(homes.values()), key=len)
         for conv in self.candidates - homes.keys():
@@ -173,8 +223,14 @@ class _Finder:
         for conv in self.reader.nodes:
             if conv in self.candidates and conv not in homes:
                 (piece,), *_ = self.before(conv, self.candidates)
-                chains[conv] = chains.get(piece.map, conv) if self.keeps_map(piece) else conv
+                chains[conv] = chains.get(piece.map, conv) if self._goes_on(conv, piece) else conv
         return homes | chains
+
+    def _goes_on(self, node: Node, piece: PieceMatch) -> bool:
+        """Whether a chain keeps no more than stock when a convolution, a pool or a resize that reads this piece joins it. Stock keeps
+        what a convolution reads behind a pool or a resize, and what a maximum is taken of; what is resized mostly grows."""
+        kept = node in self.resamplings and pool_kind(self.reader.layer(node)) != "average"
+        return self.keeps_map(piece) or kept or piece.map in self.resamplings
 
     def keeps_map(self, of: PieceMatch | Gather) -> bool:
         """Whether stock keeps, for a norm or an activation, what these read."""
@@ -190,7 +246,8 @@ class _Finder:
         return self.reader.is_a(node, "cat", "sum", "pool") or self._resizes(node)
 
     def _resizes(self, node: Node) -> bool:
-        return node.target is F.interpolate or isinstance(self._layer(node), nn.Upsample)
+        """Whether it resizes, be it to sizes that a graph knows nothing of."""
+        return self.reader.is_a(node, "resize") or node.target is F.interpolate
 
     def _layer(self, node: Node) -> Optional[nn.Module]:
         return self.reader.modules[node.target] if node.op == "call_module" else None

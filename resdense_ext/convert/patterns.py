@@ -248,6 +248,10 @@ class _Reader:
             return ()
         return tuple(operands) if all(isinstance(operand, Node) for operand in operands) else ()
 
+    def layer(self, node: Node) -> Optional[nn.Module]:
+        """See `layer_of`."""
+        return self._layers[node]
+
     def is_a(self, node: object, *kinds: str) -> bool:
         return isinstance(node, Node) and self._kinds[node] in kinds
 

@@ -392,7 +392,7 @@ def _graph(owner: nn.Module, name: str, modules: dict[str, nn.Module], match: Ma
     def read(gather: Gather) -> ReadModules:
         return ReadModules(tuple(PieceModules(numbers[of.map], *pair(of)) for of in gather.pieces), *pair(gather))
 
-    convs = tuple((modules[conv.target], read(gather)) for conv, gather in match.parts.convs.items())
+    convs = tuple((layer(conv), read(gather)) for conv, gather in match.parts.convs.items())
     inside = (node for node in match.last.graph.nodes if node in match.nodes)
     outputs = list(match.outputs)
     steps = _with_ends((_Call(node, _function(weakref.ref(owner), modules, node)) for node in inside), outputs)
