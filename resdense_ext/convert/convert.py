@@ -126,7 +126,7 @@ def _put_strangers_on_engine(
     model: nn.Module, policy: str, refused: set[nn.Module], example_input: Any
 ) -> tuple[list[str], list[str]]:
     """The paths of the blocks in modules that no adapter knows, and what stays stock and why."""
-    record = convert_strangers(model, policy, refused)
+    record = convert_strangers(model, policy, refused, None if example_input is None else positional(example_input))
     left = record.left
     if example_input is not None:
         for path, reason in mismatches(model, record.owners, example_input).items():

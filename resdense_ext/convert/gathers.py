@@ -89,7 +89,7 @@ def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[G
                 match = GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs)))
                 matches.append((match, nodes, outputs))
             else:
-                failed |= (finder.resamplings | finder.reaching) & group.convs.keys()
+                failed |= (finder.resamplings | finder.reaching.keys()) & group.convs.keys()
         if not failed:
             yield from matches
             return
@@ -117,7 +117,7 @@ class _Group:
         read = {piece.map for gather in self.convs.values() for piece in gather.pieces}
         resamplings = self.finder.resamplings & self.convs.keys()
         found = {node for node in resamplings if node not in read or self.convs[node].pieces[0].map not in self.convs}
-        reaching = self.finder.reaching & self.convs.keys()
+        reaching = self.finder.reaching.keys() & self.convs.keys()
         outside = self.finder.candidates - self.convs.keys()
         return found | {conv for conv in reaching if any(piece.map in outside for piece in self.convs[conv].pieces)}
 
@@ -177,8 +177,8 @@ class _Finder:
             if node not in apart and self._resamples(node) and self.piece(node.args[0], self.candidates).map in self.candidates:
                 self.resamplings.add(node)
                 self.candidates.add(node)
-        self.reaching: set[Node] = set()
-        """The convolutions whose home is around more than them and their concatenations."""
+        self.reaching: dict[Node, _Within] = {}
+        """The convolutions whose home is around more than them and their concatenations, and that home."""
         self.fronts = {conv: self._front(conv) for conv in self.candidates}
         self.homes = self._homes()
         self.read_by: dict[Node, Node] = {}
@@ -210,10 +210,12 @@ class _Finder:
             home, around = _common(conv, *cats), _common(conv, *cats, *made)
             if around != home and conv not in self.apart:
                 home = around
-                self.reaching.add(conv)
+                self.reaching[conv] = home
             for node in (conv, *made):
                 if _lies_in(node, home):
                     homes[node] = min(homes.get(node, home), home, key=len)
+        for conv, home in homes.items():  # what is reached is a part, whatever home it has
+            homes[conv] = min([home, *(home for home in self.reaching.values() if _lies_in(conv, home))], key=len)
         inside = sorted(set(homes.values()), key=len)
         for conv in self.candidates - homes.keys():
             around = [home for home in inside if _lies_in(conv, home)]

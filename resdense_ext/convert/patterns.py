@@ -30,6 +30,7 @@ __all__ = [
     "PooledMatch",
     "ResidualMatch",
     "Unit",
+    "asks_for_sizes",
     "changes_in_place",
     "find",
     "layer_of",
@@ -202,6 +203,14 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
     return matches, {node: reason for node, reason in reader.reasons.items() if node not in taken}
 
 
+def asks_for_sizes(traced: Traced) -> bool:
+    """Whether a forward asks for the size of a value, or something inside of it was not traced: where sizes are known it may be
+    another graph."""
+    reader = _Reader(traced)
+    numbers = (node for node in traced.graph.nodes if node.op in ("call_function", "call_method"))
+    return bool(traced.left) or any(map(reader.is_number, numbers))
+
+
 def makes_new_memory(traced: Traced) -> bool:
     """Whether no other value shares the memory of anything that a traced forward returns."""
     reader = _Reader(traced)
@@ -266,9 +275,9 @@ class _Reader:
         return self._pieces[node]
 
     def changes_in_place(self, node: Node) -> bool:
-        return changes_in_place(node, self.modules) and not self._is_number(node)
+        return changes_in_place(node, self.modules) and not self.is_number(node)
 
-    def _is_number(self, node: object) -> bool:
+    def is_number(self, node: object) -> bool:
         """Whether it is a size, or reckoned from sizes: to change such a number is to make another."""
         if not isinstance(node, Node):
             return True
@@ -277,7 +286,7 @@ class _Reader:
         if node.target is getattr:
             return node.args[1] in ("shape", "ndim")
         reckons = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-        return reckons and all(map(self._is_number, node.args[:1] if node.target is operator.getitem else node.args))
+        return reckons and all(map(self.is_number, node.args[:1] if node.target is operator.getitem else node.args))
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""

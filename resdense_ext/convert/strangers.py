@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,9 +13,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 
 from resdense_ext.convert.classes import Converted, converted_class
-from resdense_ext.convert.patterns import Match, find
+from resdense_ext.convert.patterns import Match, asks_for_sizes, find
 from resdense_ext.convert.program import Part, Program, TracedPooledUnit
-from resdense_ext.convert.trace import Facts, Given, Untraceable, inputs_of, is_layer, is_own, modes_of, trace
+from resdense_ext.convert.trace import Facts, Given, Traced, Untraceable, inputs_of, is_layer, is_own, modes_of, shapes_of, trace
 from resdense_ext.nn.dispatch import is_transformed, say
 from resdense_ext.nn.leaves import Unsupported, is_norm
 from resdense_ext.nn.protocols import READ_FROM_MODULES
@@ -38,6 +38,7 @@ class Stranger(Converted):
             say(self, Unsupported("is called with other inputs"))
             return y
         given, values = found
+        given = given._replace(shapes=shapes_of(values))
         program = "global module hooks are set" if _has_any_global_hook() else _program_of(self, given=given)
         if isinstance(program, Program):
             inputs = program.bind(values)
@@ -56,37 +57,70 @@ class Stranger(Converted):
         return self.stock_class.forward(self, *args, **kwargs)
 
 
-_programs: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Facts, Program | str]]] = WeakKeyDictionary()
-"""By their owners, the inputs that these are given and their modes; or why there is none. Not on the owner: it would be copied,
-pickled and left behind by `revert`."""
+class _Made(NamedTuple):
+    """What was made of a trace that stands as long as its ``facts``; ``left`` are reasons, and ``asks`` says whether more may be made
+    of it for inputs of known shapes."""
+
+    facts: Facts
+    program: Program | str
+    left: list[str]
+    asks: bool
+
+    @property
+    def holds(self) -> tuple[int, int]:
+        return _held_by(self.program.matches if isinstance(self.program, Program) else [])
+
+
+_programs: WeakKeyDictionary[nn.Module, dict[tuple, _Made]] = WeakKeyDictionary()
+"""By their owners, the inputs that these are given and their modes. Not on the owner: it would be copied, pickled and left behind by
+`revert`."""
 
 _given: WeakKeyDictionary[nn.Module, Given] = WeakKeyDictionary()
 """What an owner was given last."""
+
+_SHAPES = 32
+"""For so many of an owner's inputs' shapes programs of their own are made; others take the one that is for all."""
 
 _tracing = threading.RLock()
 
 
 def _program_of(owner: nn.Module, opaque: Container[nn.Module] = (), given: Given | None = None) -> Program | str:
     """The owner's program for what it is given, or was given last; made anew where the owner is a copy, or something that a
-    trace takes for constant has changed."""
+    trace takes for constant has changed. One for these shapes alone where it does more than the one for all."""
     if given is None:
         given = _given.get(owner) or Given.required(owner.stock_class.forward)
     else:
         _given[owner] = given
-    programs, key = _programs.setdefault(owner, {}), (given, modes_of(owner))
-    known = programs.get(key)
-    if known is not None and known[0].hold(owner):
-        return known[1]
+    modes = modes_of(owner)
+    for_all = _made_for(owner, opaque, given._replace(shapes=frozenset()), modes)
+    if not for_all.asks or not given.shapes:
+        return for_all.program
+    programs = _programs[owner]
+    if (given, modes) not in programs and sum(bool(of.shapes) for of, _ in programs) >= _SHAPES:
+        return for_all.program
+    made = _made_for(owner, opaque, given, modes)
+    return made.program if made.holds > for_all.holds else for_all.program
+
+
+def _made_for(owner: nn.Module, opaque: Container[nn.Module], given: Given, modes: tuple[bool, ...]) -> _Made:
+    programs = _programs.setdefault(owner, {})
+    known = programs.get((given, modes))
+    if known is not None and known.facts.hold(owner):
+        return known
     with _tracing:
-        facts, program, left = _make_program(owner, opaque, given)
-    programs[key] = facts, program
+        made = programs[given, modes] = _make(owner, opaque, given)
     if known is not None:
-        for reason in left:
+        for reason in made.left:
             say(owner, Unsupported(reason))
-    return program
+    return made
 
 
-def _make_program(owner: nn.Module, opaque: Container[nn.Module], given: Given) -> tuple[Facts, Program | str, list[str]]:
+def _held_by(matches: list[Match]) -> tuple[int, int]:
+    """How much is held: nodes, and of as many in fewer matches is more."""
+    return sum(len(match.nodes) for match in matches), -len(matches)
+
+
+def _make(owner: nn.Module, opaque: Container[nn.Module], given: Given) -> _Made:
     try:
         with torch.enable_grad():
             traced = trace(owner, opaque, given)
@@ -95,11 +129,12 @@ def _make_program(owner: nn.Module, opaque: Container[nn.Module], given: Given) 
                 if str(trace(owner, opaque, given).graph) != str(traced.graph):
                     raise Untraceable("its forward asks for a mode of autograd or autocast")
     except Untraceable as untraceable:
-        return Facts(owner, ()), str(untraceable), []
+        return _Made(Facts(owner, ()), str(untraceable), [], True)
     matches, _ = find(traced)
     program = Program(owner, traced, matches)
     left = [] if not program.parts else [f"{part.name}: {reason}" for part, reason in program.left]
-    return traced.facts, program if program.parts else "holds nothing that the engine knows", left
+    program = program if program.parts else "holds nothing that the engine knows"
+    return _Made(traced.facts, program, left, asks_for_sizes(traced))
 
 
 class Record(NamedTuple):
@@ -127,24 +162,32 @@ def named_parts(path: str, owner: nn.Module) -> Iterator[tuple[str, Part]]:
         yield (name if len(parts) == 1 else f"{name}[{part.name}]"), part
 
 
-def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Module]) -> Record:
+def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Module], example: Optional[tuple]) -> Record:
     """Makes strangers of the modules of a model that are on no engine, and hold something that the engines know; those that
     are strangers already are looked at anew.
 
     Args:
         refused: modules that an adapter knows and has left alone; nothing in them is touched.
+        example: inputs of the model, of which the shapes say what it holds; without them they are guessed.
     """
     for module in model.modules():
         if isinstance(module, Stranger):
             put_back(module)
     walk = _Walk(policy, refused)
+    found = None if example is None else inputs_of(model, example, {})
+    if found is not None:
+        given, inputs = found
+        walk.likely[model] = given._replace(shapes=shapes_of(inputs))
     walk.visit(model, "")
     return Record({path: m for path, m in model.named_modules() if path in walk.owners}, walk.left)
 
 
 class _Walk:
+    """``likely`` is what modules will be given, shapes included, where that can be told."""
+
     def __init__(self, policy: str, refused: Container[nn.Module]) -> None:
         self.policy, self.refused = policy, refused
+        self.likely: dict[nn.Module, Given] = {}
         self.owners: set[str] = set()
         self.left: list[str] = []
         self._seen: set[nn.Module] = set()
@@ -171,14 +214,15 @@ class _Walk:
                 raise Untraceable("has a forward of its own")
             if isinstance(module, fx.GraphModule):
                 raise Untraceable("is a torch.fx.GraphModule, whose class is its own: convert a module that calls it")
-            traced = trace(module, self.refused)
-            matches, reasons = find(traced)
+            traced, matches, reasons = self._found(module)
         except Untraceable as untraceable:
             self._leave(path, module, str(untraceable))
             self._passed_over.update(untraceable.passed_over)
             self._visit_children(module, path)
             return
         self._passed_over |= traced.passed_over
+        for inner, given in traced.inside.items():
+            self.likely.setdefault(traced.modules[inner], given)
         program = Program(module, traced, matches)
         for part, reason in program.left:
             self._leave(path, module, f"{part.name}: {reason}")
@@ -200,6 +244,27 @@ class _Walk:
         if not matches:
             self._visit_children(module, path)
 
+    def _found(self, module: nn.Module) -> tuple[Traced, list[Match], dict[fx.Node, str]]:
+        """A trace and what it holds: for the likely shapes where that is more than for any."""
+        failure: Optional[Untraceable] = None
+        given = self.likely.get(module) or _guess(module)
+        found: list[tuple[Traced, list[Match], dict[fx.Node, str]]] = []
+        try:
+            traced = trace(module, self.refused)
+            found.append((traced, *find(traced)))
+        except Untraceable as untraceable:
+            failure = untraceable
+        if given is not None and (failure is not None or asks_for_sizes(found[0][0])):
+            try:
+                traced = trace(module, self.refused, given)
+                found.append((traced, *find(traced)))
+                self.likely[module] = given
+            except Untraceable:
+                pass
+        if not found:
+            raise failure
+        return max(found, key=lambda found: _held_by(found[1]))
+
     def _visit_children(self, module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             self.visit(child, _joined(path, name))
@@ -217,6 +282,8 @@ class _Walk:
                 continue
             owner.__class__ = converted_class(Stranger, type(owner))
             owner.resdense_policy = self.policy
+            if owner in self.likely:
+                _given[owner] = self.likely[owner]
             if self._holds(owner, inner, name):
                 self.owners.add(_joined(path, inner))
                 self._seen.add(owner)
@@ -234,6 +301,16 @@ class _Walk:
         entry = f"{path or type(module).__name__}: {reason}"
         if entry not in self.left:
             self.left.append(entry)
+
+
+def _guess(module: nn.Module) -> Optional[Given]:
+    """Maps of the channels of the first convolution in it, where a module takes a single input."""
+    (*names,) = Given.required(getattr(module, "stock_class", type(module)).forward).inputs
+    first = next((m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    if len(names) != 1 or first is None:
+        return None
+    shape = 2, first.in_channels, *[256] * (first.weight.dim() - 2)
+    return Given(frozenset(names), shapes=frozenset({(names[0], shape)}))
 
 
 def put_back(owner: nn.Module) -> None:

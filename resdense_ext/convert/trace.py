@@ -4,6 +4,9 @@ A graph stands for the forward wherever that gives the same one: what it depends
 every run (parameters and buffers), or among the `Facts` that are compared before a run (``training``, the module tree, hooks,
 plain attributes), or makes the trace fail (control flow on values, random numbers, modes of autograd, attributes that a
 forward sets). Global variables are taken for constant.
+
+For inputs of given shapes sizes are numbers, as far as torch's layers and functions tell them: a forward may decide on them, and
+the graph stands for inputs of these shapes alone.
 """
 
 from __future__ import annotations
@@ -17,18 +20,19 @@ import random
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from resdense_ext.convert.classes import Converted
-from resdense_ext.nn.leaves import is_frozen_norm, layer_class, own_activation
+from resdense_ext.nn.leaves import is_frozen_norm, is_norm, layer_class, own_activation
 from resdense_ext.nn.protocols import OnEngine
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "is_layer",
     "is_own",
     "modes_of",
+    "shapes_of",
     "trace",
     "was_asked",
 ]
@@ -57,7 +62,7 @@ class Untraceable(Exception):
 class Traced(NamedTuple):
     """``graph`` has the inputs that the module was given, see `was_asked` and `is_indexed` for what they may be; its nodes say
     ``within`` which containers they lie. What the forward returns is a tree of ``returned``, the graph's nodes and what is no
-    tensor, by its ``spec``.
+    tensor, by its ``spec``. ``inside`` is what the containers in it were given, by their paths, where the shapes are known.
 
     ``modules`` are the module's own by the paths that the nodes name; ``left`` says which were not looked into, and why. Those that
     are ``called_otherwise`` get more here than a trace of their own forwards would give them, their required inputs, or a list of
@@ -72,14 +77,16 @@ class Traced(NamedTuple):
     facts: Facts
     called_otherwise: set[str]
     passed_over: set[nn.Module]
+    inside: dict[str, Given]
 
 
 class Facts:
-    """What a trace has taken for constant in a module and the containers in it that it looked into; does not keep the module."""
+    """What a trace has taken for constant in a module and the containers in it that it looked into, and where it knew shapes, in its
+    layers; does not keep the module."""
 
-    def __init__(self, root: nn.Module, leaves: Container[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, leaves: Container[nn.Module], layers: Iterable[nn.Module] = ()) -> None:
         self._of_root = _attributes(root)
-        self._of = [(module, is_hooked(module), _attributes(module)) for module in _containers(root, leaves)]
+        self._of = [(module, is_hooked(module), _attributes(module)) for module in (*_containers(root, leaves), *layers)]
 
     def hold(self, root: nn.Module) -> bool:
         """Whether all is as it was, but for the modes, see `modes_of`."""
@@ -185,12 +192,15 @@ def _attempt(tracer: _Tracer) -> Traced | None:
         left[path] = "its forward sets attributes"
         return None
     graph.lint()
-    facts = Facts(module, tracer.leaves)
+    facts = Facts(module, tracer.leaves, tracer.leaves if tracer.knows_shapes else ())
     leaves, spec = tree_flatten(tracer.returned)
     returned = [leaf.node if isinstance(leaf, fx.Proxy) else leaf for leaf in leaves]
-    return Traced(graph, returned, spec, dict(module.named_modules()), left, facts, tracer.called_otherwise, tracer.passed_over())
+    beside = tracer.called_otherwise, tracer.passed_over(), tracer.inside
+    return Traced(graph, returned, spec, dict(module.named_modules()), left, facts, *beside)
 
 
+_SIZES = {"shape", "size", "ndim", "dim", "numel"}
+"""What a tensor says of them."""
 _TENSOR_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.ReLU, nn.modules.dropout._DropoutNd)
 _TENSOR_FUNCTIONS = {torch.cat, torch.relu, F.relu, F.leaky_relu, F.dropout, F.conv1d, F.conv2d, F.conv3d}
 _SUMS = {operator.add, operator.iadd, torch.add}
@@ -232,11 +242,16 @@ class _Value(fx.Proxy):
 
     _is_param = False
 
-    def __getattr__(self, name: str) -> _Attribute:
+    def __getattr__(self, name: str) -> Any:
         if self.node.meta["is_tensor"] and not hasattr(Tensor, name):
             self._note_asked()
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")  # which a forward may try
-        return _Attribute(self, name)
+        likeness = self.node.meta["likeness"]
+        return getattr(likeness, name) if name in _SIZES and isinstance(likeness, Tensor) else _Attribute(self, name)
+
+    def __len__(self) -> int:
+        likeness = self.node.meta["likeness"]
+        return len(likeness) if isinstance(likeness, Tensor) else super().__len__()
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_own(name, ("tracer", "node"))
@@ -296,7 +311,7 @@ def _isinstance_calls(code: CodeType) -> set[int]:
             continue
         if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "isinstance":
             names.add((at.lineno, at.col_offset))
-        elif instruction.opname.startswith("CALL"):
+        elif "CALL" in instruction.opname:  # in Python 3.11 also PRECALL, where one that came often is carried out
             calls[instruction.offset] = at.lineno, at.col_offset
     return {offset for offset, start in calls.items() if start in names}
 
@@ -318,6 +333,9 @@ class _Tracer(fx.Tracer):
         self._before = [(module, (_attributes(shadow), shadow.training)) for module, shadow in self.shadows.items()]
         self._broke: str | None = None
         self._argument: Any = None
+        self.inside: dict[str, Given] = {}
+        self._shapes = dict(given.shapes) if given is not None else {}
+        self._without_memory = FakeTensorMode(allow_non_fake_inputs=True)
 
     def _shadow(self, module: nn.Module) -> nn.Module:
         """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
@@ -344,6 +362,10 @@ class _Tracer(fx.Tracer):
         if type(value) in (dict, OrderedDict):
             return type(value)((name, self._own(v, depth - 1)) for name, v in value.items())
         return value
+
+    @property
+    def knows_shapes(self) -> bool:
+        return bool(self._shapes)
 
     def blame(self, error: Exception) -> tuple[str, str]:
         """The path of the innermost container in which the error arose, and what it says."""
@@ -420,12 +442,19 @@ class _Tracer(fx.Tracer):
             inputs = (*args, *kwargs.values())
             if len(inputs) != len(_required(type(m).forward)) or not all(issubclass(type(x), fx.Proxy) for x in inputs):
                 self.called_otherwise.add(path)
+            else:
+                self._note_inside(path, dict(zip((p.name for p in _required(type(m).forward)), args)) | kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self._broke = path if self._broke is None else self._broke
             raise
         finally:
             self.within.pop()
+
+    def _note_inside(self, path: str, inputs: dict[str, fx.Proxy]) -> None:
+        likenesses = {name: x.node.meta["likeness"] for name, x in inputs.items()}
+        if all(isinstance(like, Tensor) for like in likenesses.values()):
+            self.inside[path] = Given(frozenset(inputs), shapes=shapes_of(likenesses))
 
     def _with_held(self, path: str, value: fx.Proxy) -> fx.Proxy:
         held = own_activation(self.root_module.get_submodule(path))
@@ -457,8 +486,49 @@ class _Tracer(fx.Tracer):
             raise Untraceable("its forward changes a mode of autograd, autocast or saved tensors")
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["within"] = tuple(self.within)
-        node.meta["is_tensor"] = kind == "placeholder" or self._gives_a_tensor(node)
+        node.meta["likeness"] = self._likeness(node)
+        known = kind == "placeholder" or isinstance(node.meta["likeness"], Tensor)
+        node.meta["is_tensor"] = known or self._gives_a_tensor(node)
         return node
+
+    def create_proxy(self, kind, target, args, kwargs, *rest, **options):
+        if target is F.pad and self._pads_nothing(*args, **kwargs):
+            return args[0]
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def _pads_nothing(self, x: fx.Proxy, pad: Any = None, *_, **__) -> bool:
+        """An input, which the copy may not be, is left as it is."""
+        sides = pad if isinstance(pad, (tuple, list)) else [pad]
+        return isinstance(x, fx.Proxy) and x.node.op != "placeholder" and all(type(n) is int and n == 0 for n in sides)
+
+    def _likeness(self, node: fx.Node) -> Any:
+        """What has the sizes of the node's value, and no memory; None where they are not known."""
+        if not self._shapes or any(of.meta["likeness"] is None for of in node.all_input_nodes):
+            return None
+        thread, self.thread = self.thread, None  # what is called now is no part of the forward
+        try:
+            with self._without_memory, torch.no_grad():
+                return self._run_without_memory(node)
+        except Exception:
+            return None  # what the forward does with it, it says itself
+        finally:
+            self.thread = thread
+
+    def _run_without_memory(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda of: of.meta["likeness"])
+        if node.op == "placeholder":
+            like = next((p for p in self.root_module.parameters() if p.is_floating_point()), torch.empty(0))
+            return like.new_empty(self._shapes[node.target])
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return self._without_memory.from_tensor(operator.attrgetter(node.target)(self.root_module))
+        layer = self.root_module.get_submodule(node.target)
+        if is_norm(layer):
+            return args[0]  # which would count the call
+        return type(layer).forward(layer, *args, **kwargs) if is_layer(layer) and not is_hooked(layer) else None
 
     def _gives_a_tensor(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -485,14 +555,20 @@ def _required(forward: Callable) -> list[inspect.Parameter]:
 
 class Given(NamedTuple):
     """Which inputs a call gives to a forward: those that a trace leaves open, and those on which a forward may decide, with their
-    values; neither what is as it would be anyhow."""
+    values; neither what is as it would be anyhow. Of the open ones perhaps the ``shapes``, see `shapes_of`."""
 
     inputs: frozenset[str]
     constants: frozenset[tuple[str, Any]] = frozenset()
+    shapes: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
 
     @staticmethod
     def required(forward: Callable) -> Given:
         return Given(frozenset(p.name for p in _required(forward)))
+
+
+def shapes_of(inputs: dict[str, Any]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Of the tensors among a call's inputs."""
+    return frozenset((name, tuple(x.shape)) for name, x in inputs.items() if isinstance(x, Tensor))
 
 
 def inputs_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Given, dict[str, Any]] | None:
