@@ -78,41 +78,37 @@ _programs: WeakKeyDictionary[nn.Module, dict[tuple, _Made]] = WeakKeyDictionary(
 _given: WeakKeyDictionary[nn.Module, Given] = WeakKeyDictionary()
 """What an owner was given last."""
 
-_SHAPES = 32
-"""For so many of an owner's inputs' shapes programs of their own are made; others take the one that is for all."""
+_PROGRAMS = 32
+"""With so many of an owner's there are no more for shapes that are new: these take the one for all."""
 
 _tracing = threading.RLock()
 
 
 def _program_of(owner: nn.Module, opaque: Container[nn.Module] = (), given: Given | None = None) -> Program | str:
     """The owner's program for what it is given, or was given last; made anew where the owner is a copy, or something that a
-    trace takes for constant has changed. One for these shapes alone where it does more than the one for all."""
+    trace takes for constant has changed. It is one for these shapes alone where that does more than the one for all."""
     if given is None:
         given = _given.get(owner) or Given.required(owner.stock_class.forward)
     else:
         _given[owner] = given
-    modes = modes_of(owner)
-    for_all = _made_for(owner, opaque, given._replace(shapes=frozenset()), modes)
-    if not for_all.asks or not given.shapes:
-        return for_all.program
-    programs = _programs[owner]
-    if (given, modes) not in programs and sum(bool(of.shapes) for of, _ in programs) >= _SHAPES:
-        return for_all.program
-    made = _made_for(owner, opaque, given, modes)
-    return made.program if made.holds > for_all.holds else for_all.program
-
-
-def _made_for(owner: nn.Module, opaque: Container[nn.Module], given: Given, modes: tuple[bool, ...]) -> _Made:
-    programs = _programs.setdefault(owner, {})
+    programs, modes = _programs.setdefault(owner, {}), modes_of(owner)
+    of_any = given._replace(shapes=frozenset()), modes
+    for_all = programs.get(of_any)
+    if for_all is not None and (not for_all.asks or len(programs) >= _PROGRAMS):
+        given, _ = of_any
     known = programs.get((given, modes))
     if known is not None and known.facts.hold(owner):
-        return known
+        return known.program
     with _tracing:
-        made = programs[given, modes] = _make(owner, opaque, given)
+        if for_all is None or not for_all.facts.hold(owner):
+            for_all = _make(owner, opaque, of_any[0])
+        made = _make(owner, opaque, given) if for_all.asks and given.shapes else for_all
+        made = made if made.holds > for_all.holds else for_all
+        programs[of_any], programs[given, modes] = for_all, made
     if known is not None:
         for reason in made.left:
             say(owner, Unsupported(reason))
-    return made
+    return made.program
 
 
 def _held_by(matches: list[Match]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from resdense_ext.convert.classes import Converted
 from resdense_ext.nn.leaves import is_frozen_norm, is_norm, layer_class, own_activation
@@ -87,11 +87,13 @@ class Facts:
     def __init__(self, root: nn.Module, leaves: Container[nn.Module], layers: Iterable[nn.Module] = ()) -> None:
         self._of_root = _attributes(root)
         self._of = [(module, is_hooked(module), _attributes(module)) for module in (*_containers(root, leaves), *layers)]
+        self._shapes = [(layer, _shapes(layer)) for layer in layers]
 
     def hold(self, root: nn.Module) -> bool:
         """Whether all is as it was, but for the modes, see `modes_of`."""
         inside = all(is_hooked(m) == hooked and _same(_attributes(m), attributes) for m, hooked, attributes in self._of)
-        return inside and _same(_attributes(root), self._of_root)
+        alike = inside and all(_shapes(layer) == shapes for layer, shapes in self._shapes)
+        return alike and _same(_attributes(root), self._of_root)
 
 
 def modes_of(module: nn.Module) -> tuple[bool, ...]:
@@ -192,7 +194,8 @@ def _attempt(tracer: _Tracer) -> Traced | None:
         left[path] = "its forward sets attributes"
         return None
     graph.lint()
-    facts = Facts(module, tracer.leaves, tracer.leaves if tracer.knows_shapes else ())
+    layers = {inner for leaf in tracer.leaves for inner in leaf.modules()} if tracer.knows_shapes else ()
+    facts = Facts(module, tracer.leaves, layers)
     leaves, spec = tree_flatten(tracer.returned)
     returned = [leaf.node if isinstance(leaf, fx.Proxy) else leaf for leaf in leaves]
     beside = tracer.called_otherwise, tracer.passed_over(), tracer.inside
@@ -335,7 +338,6 @@ class _Tracer(fx.Tracer):
         self._argument: Any = None
         self.inside: dict[str, Given] = {}
         self._shapes = dict(given.shapes) if given is not None else {}
-        self._without_memory = FakeTensorMode(allow_non_fake_inputs=True)
 
     def _shadow(self, module: nn.Module) -> nn.Module:
         """A twin with the same parameters and buffers, in whose own attributes and children a trace may write."""
@@ -507,7 +509,7 @@ class _Tracer(fx.Tracer):
             return None
         thread, self.thread = self.thread, None  # what is called now is no part of the forward
         try:
-            with self._without_memory, torch.no_grad():
+            with _without_memory(), torch.no_grad():
                 return self._run_without_memory(node)
         except Exception:
             return None  # what the forward does with it, it says itself
@@ -524,11 +526,15 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         if node.op == "get_attr":
-            return self._without_memory.from_tensor(operator.attrgetter(node.target)(self.root_module))
-        layer = self.root_module.get_submodule(node.target)
-        if is_norm(layer):
-            return args[0]  # which would count the call
-        return type(layer).forward(layer, *args, **kwargs) if is_layer(layer) and not is_hooked(layer) else None
+            return _without_memory().from_tensor(operator.attrgetter(node.target)(self.root_module))
+        module = self.root_module.get_submodule(node.target)
+        if is_hooked(module):
+            return None
+        if is_norm(module):
+            return args[0]  # called, it would count that
+        if is_layer(module):
+            return type(module).forward(module, *args, **kwargs)
+        return _returned_without_memory(module, args, kwargs) if isinstance(module, Converted) else None
 
     def _gives_a_tensor(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -539,6 +545,19 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
+
+
+@functools.cache
+def _without_memory() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _returned_without_memory(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a module that runs on the engine returns, by a trace of its stock forward."""
+    given, inputs = inputs_of(module, args, kwargs)
+    traced = trace(module, given=given._replace(shapes=shapes_of(inputs)))
+    leaves = [leaf.meta["likeness"] if isinstance(leaf, fx.Node) else leaf for leaf in traced.returned]
+    return None if any(leaf is None for leaf in leaves) else tree_unflatten(leaves, traced.spec)
 
 
 @functools.lru_cache
@@ -625,6 +644,10 @@ def _attributes(module: nn.Module) -> tuple:
     """The class, its forward, the children, and every attribute that is not torch's own bookkeeping."""
     cls = getattr(module, "stock_class", type(module))
     return cls, cls.forward, {name: _copied(v) for name, v in module.__dict__.items() if name not in _MACHINERY}
+
+
+def _shapes(layer: nn.Module) -> list[torch.Size]:
+    return [p.shape for p in layer._parameters.values() if p is not None]
 
 
 _KEPT = (nn.Module, Tensor, type, FunctionType, MethodType)
