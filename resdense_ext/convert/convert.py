@@ -11,6 +11,7 @@ from torch import nn
 from resdense_ext.checks import POLICIES
 from resdense_ext.convert.budget import apply_budget, forget_plan
 from resdense_ext.convert.classes import Converted, converted_class
+from resdense_ext.convert.measure import positional
 from resdense_ext.convert.recognise import recognise
 from resdense_ext.convert.strangers import convert_strangers, put_back, remember_left
 from resdense_ext.convert.verify import mismatches

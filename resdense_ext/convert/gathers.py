@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from resdense_ext.nn.leaves import pool_kind
+from resdense_ext.nn.leaves import Unsupported, pool_kind, resampling_of
 
 __all__ = ["Gather", "GraphMatch", "PieceMatch", "find_conv_graphs"]
 
@@ -174,7 +174,7 @@ class _Finder:
         self.candidates = {node for node in reader.nodes if self._is_candidate(node)}
         self.resamplings: set[Node] = set()
         for node in reader.nodes:
-            if node not in apart and self._resamples(node) and self.piece(node.args[0], self.candidates).map in self.candidates:
+            if node not in apart and self._resamples(node):
                 self.resamplings.add(node)
                 self.candidates.add(node)
         self.reaching: dict[Node, _Within] = {}
@@ -194,11 +194,19 @@ class _Finder:
         return self.is_a(node, "conv", "transposed conv") and self.reader.modules[node.target].padding_mode == "zeros"
 
     def _resamples(self, node: Node) -> bool:
-        """Whether it is a pool or a resize, but for one that takes the whole map, or windows that reach beyond it."""
+        """Whether it is a pool or a resize, as graphs take them, of what a candidate makes."""
         if not self.is_a(node, "pool", "resize"):
             return False
-        layer = self.reader.layer(node)
-        return pool_kind(layer) != "global" and not getattr(layer, "ceil_mode", False)
+        before = self.piece(node.args[0], self.candidates).map
+        while before in self.resamplings:
+            before = self.piece(before.args[0], self.candidates).map
+        if before not in self.candidates:
+            return False
+        try:
+            resampling_of(self.reader.layer(node), len(self.reader.layer(before).kernel_size))
+        except Unsupported:
+            return False
+        return True
 
     def _homes(self) -> dict[Node, _Home]:
         homes: dict[Node, _Home] = {}

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Optional
+from collections.abc import Container, Iterable, Iterator
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,15 @@ _KINDS = {
     "dropout": nn.modules.dropout._DropoutNd,
     "resize": nn.Upsample,
 }
+
+
+def _resize(*options: Any, antialias: bool = False, **more: Any) -> nn.Upsample:
+    """As `torch.nn.functional.interpolate` takes its arguments behind the first."""
+    if antialias:
+        raise ValueError("antialias: no layer has it")
+    return nn.Upsample(*options, **more)
+
+
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_), nn.ReLU),
     **{F.relu6: nn.ReLU6, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.silu: nn.SiLU},
@@ -111,7 +120,7 @@ _FUNCTIONS = {
     F.adaptive_avg_pool1d: nn.AdaptiveAvgPool1d,
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     F.adaptive_avg_pool3d: nn.AdaptiveAvgPool3d,
-    F.interpolate: nn.Upsample,
+    F.interpolate: _resize,
 }
 """A layer is made of a function's arguments behind the first, which both name alike."""
 
@@ -156,9 +165,9 @@ def layer_of(node: Node, modules: dict[str, nn.Module]) -> Optional[nn.Module]:
     # Of a max_pool the fifth argument and those behind it come in another order.
     if node.op != "call_function" or node.target not in _FUNCTIONS or len(node.args) > 5:
         return None
-    options = dict(node.kwargs)
-    if any(isinstance(value, Node) for value in (*node.args[1:], *options.values())):
+    if node.all_input_nodes != [node.args[0]]:
         return None
+    options = dict(node.kwargs)
     training = options.pop("training", True)
     try:
         return _FUNCTIONS[node.target](*node.args[1:], **options).train(training)
@@ -185,7 +194,11 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
             return [], {node: "changes a value in place that may be read elsewhere"}
     matches: list[Match] = []
     taken: set[Node] = set()
-    finders = (reader.dense_blocks, reader.residual_blocks, reader.pooled_units, lambda: reader.conv_graphs(taken))
+    # Pools between convolutions had better be a graph's.
+    finders = (
+        *(reader.dense_blocks, reader.residual_blocks, lambda: reader.pooled_units(taken)),
+        *(lambda: reader.conv_graphs(taken), lambda: reader.pooled_units()),
+    )
     for match in (match for finder in finders for match in finder()):
         if taken.isdisjoint(match.nodes):
             reason = reader.why_not(match)
@@ -485,7 +498,8 @@ class _Reader:
         nodes |= {add, output, *parts.shortcut}
         return Match(parts, (source,), output, nodes, {output: None})
 
-    def pooled_units(self) -> Iterator[Match]:
+    def pooled_units(self, taken: Optional[Container[Node]] = None) -> Iterator[Match]:
+        """All of them, or those that do not stand between convolutions of which nothing is ``taken``."""
         for pool in self.nodes:
             # Of windows that reach beyond the map the engine knows nothing, and a chain may have what stands before them.
             if not self.is_a(pool, "pool") or getattr(self._layers[pool], "ceil_mode", False):
@@ -496,7 +510,14 @@ class _Reader:
             if self.inner(before, "activation", end) and self.inner(before.args[0], "norm", before):
                 norm = before.args[0]
                 parts = PooledMatch(norm, before, conv, pool)
+                if taken is not None and conv is None and self._between_convs(norm, pool, taken):
+                    continue
                 yield Match(parts, (norm.args[0],), pool, set(parts) - {None}, {pool: None})
+
+    def _between_convs(self, norm: Node, pool: Node, taken: Container[Node]) -> bool:
+        behind = (user for user in pool.users if user not in taken)
+        makes = self.is_a(norm.args[0], "conv", "transposed conv") and norm.args[0] not in taken
+        return makes and any(self.is_a(user, "conv", "transposed conv", "cat", "pool", "resize") for user in behind)
 
     def conv_graphs(self, taken: set[Node]) -> Iterator[Match]:
         for parts, nodes, outputs in find_conv_graphs(self, taken):
