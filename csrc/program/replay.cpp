@@ -1,5 +1,6 @@
 // Replays a sequence of operators' calls that ops/program.py has recorded: what an engine does on tensors of known shapes, without
-// the Python that has worked it out. A tensor lives from the call that makes it to the last that reads it, as in Python.
+// the Python that has worked it out. A tensor lives from the call that makes it to the last that reads it, as in Python; so does an
+// input that is handed over, while those that are given stay with whoever gives them.
 
 #include <cstring>
 #include <memory>
@@ -72,34 +73,37 @@ class Reader {
   const int64_t* at_;
 };
 
+using Inputs = std::vector<std::optional<Tensor>>;
+
 class Replay {
  public:
-  Replay(const Tensor& code, const std::string& names, const std::vector<std::optional<Tensor>>& inputs)
-      : read_(static_cast<const int64_t*>(code.const_data_ptr())), names_(names.c_str()), inputs_(inputs) {}
+  Replay(const Tensor& code, const char* names) : read_(static_cast<const int64_t*>(code.const_data_ptr())), names_(names) {}
 
-  // Nothing where the inputs are not what they were when the program was recorded.
-  std::vector<Tensor> operator()() {
+  // Whether the inputs are what they were when the program was recorded: those that are given, and behind them those handed over.
+  bool takes(const Inputs& given, Inputs handed = {}) {
     tensors_.resize(read_.next());
-    if (!takes_inputs()) return {};
+    return read_.next() == static_cast<int64_t>(given.size() + handed.size()) && take(given) && take(std::move(handed));
+  }
+
+  std::vector<Tensor> operator()() {
     for (int64_t calls = read_.next(); calls > 0; --calls) call();
     return read_.list<Tensor>([&] { return tensor(); });
   }
 
  private:
-  bool takes_inputs() {
-    if (read_.next() != static_cast<int64_t>(inputs_.size())) return false;
-    for (const auto& input : inputs_) {
+  bool take(Inputs inputs) {
+    for (auto& input : inputs) {
       const int64_t place = read_.next();
       if ((place >= 0) != input.has_value()) return false;
       if (!input) continue;
-      if (!takes(*input)) return false;
-      tensors_[place] = input;
+      if (!is_next(*input)) return false;
+      tensors_[place] = std::move(input);
     }
     return true;
   }
 
   // Whether its dtype, device, sizes and strides are the next.
-  bool takes(const Tensor& t) {
+  bool is_next(const Tensor& t) {
     const auto device = t.device();
     bool same = read_.next() == static_cast<int64_t>(t.scalar_type());
     same &= read_.next() == static_cast<int64_t>(device.type());
@@ -206,20 +210,40 @@ class Replay {
 
   Reader read_;
   const char* names_;
-  const std::vector<std::optional<Tensor>>& inputs_;
-  std::vector<std::optional<Tensor>> tensors_;
+  Inputs tensors_;
   std::vector<StableIValue> stack_;
 };
 
-}  // namespace
+// What a thread hands over to its next replay.
+thread_local Inputs handed_over;
 
-std::vector<Tensor> replay(const Tensor& code, std::string names, std::vector<std::optional<Tensor>> inputs) {
+void check(const Tensor& code) {
   const bool numbers = code.scalar_type() == ScalarType::Long && code.dim() == 1 && code.is_contiguous();
   RESDENSE_CHECK(numbers && code.device().type() == DeviceType::CPU, "code: expected a program's, contiguous int64 on the CPU, got ",
                  dtype_name(code.scalar_type()), " of shape ", shape_string(code));
-  return Replay(code, names, inputs)();
+}
+
+}  // namespace
+
+void hand_over(Inputs tensors) { handed_over = std::move(tensors); }
+
+bool fits(const Tensor& code, Inputs inputs) {
+  check(code);
+  return Replay(code, nullptr).takes(inputs);
+}
+
+// Nothing where the inputs do not fit.
+std::vector<Tensor> replay(const Tensor& code, std::string names, Inputs inputs) {
+  Inputs handed = std::exchange(handed_over, {});
+  check(code);
+  Replay program(code, names.c_str());
+  return program.takes(inputs, std::move(handed)) ? program() : std::vector<Tensor>();
 }
 
 }  // namespace resdense::program
 
-STABLE_TORCH_LIBRARY_IMPL(resdense, CompositeExplicitAutograd, m) { m.impl("replay", TORCH_BOX(&resdense::program::replay)); }
+STABLE_TORCH_LIBRARY_IMPL(resdense, CompositeExplicitAutograd, m) {
+  m.impl("hand_over", TORCH_BOX(&resdense::program::hand_over));
+  m.impl("fits", TORCH_BOX(&resdense::program::fits));
+  m.impl("replay", TORCH_BOX(&resdense::program::replay));
+}

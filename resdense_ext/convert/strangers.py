@@ -178,6 +178,14 @@ def convert_strangers(model: nn.Module, policy: str, refused: Container[nn.Modul
     return Record({path: m for path, m in model.named_modules() if path in walk.owners}, walk.left)
 
 
+class _Found(NamedTuple):
+    """A trace and what it holds, and what looks like something that it holds, with the reasons."""
+
+    traced: Traced
+    matches: list[Match]
+    reasons: dict[fx.Node, str]
+
+
 class _Walk:
     """``likely`` is what modules will be given, shapes included, where that can be told."""
 
@@ -240,26 +248,30 @@ class _Walk:
         if not matches:
             self._visit_children(module, path)
 
-    def _found(self, module: nn.Module) -> tuple[Traced, list[Match], dict[fx.Node, str]]:
-        """A trace and what it holds: for the likely shapes where that is more than for any."""
-        failure: Optional[Untraceable] = None
+    def _found(self, module: nn.Module) -> _Found:
+        """For the likely shapes where that is more than for any."""
         given = self.likely.get(module) or _guess(module)
-        found: list[tuple[Traced, list[Match], dict[fx.Node, str]]] = []
         try:
-            traced = trace(module, self.refused)
-            found.append((traced, *find(traced)))
-        except Untraceable as untraceable:
-            failure = untraceable
-        if given is not None and (failure is not None or asks_for_sizes(found[0][0])):
-            try:
-                traced = trace(module, self.refused, given)
-                found.append((traced, *find(traced)))
-                self.likely[module] = given
-            except Untraceable:
-                pass
-        if not found:
-            raise failure
-        return max(found, key=lambda found: _held_by(found[1]))
+            of_any = self._find(module)
+        except Untraceable:
+            if given is not None:
+                try:
+                    return self._find(module, given)
+                except Untraceable:
+                    pass
+            raise
+        if given is None or not asks_for_sizes(of_any.traced):
+            return of_any
+        try:
+            return max(of_any, self._find(module, given), key=lambda found: _held_by(found.matches))
+        except Untraceable:
+            return of_any
+
+    def _find(self, module: nn.Module, given: Optional[Given] = None) -> _Found:
+        if given is not None:
+            self.likely[module] = given
+        traced = trace(module, self.refused, given)
+        return _Found(traced, *find(traced))
 
     def _visit_children(self, module: nn.Module, path: str) -> None:
         for name, child in module.named_children():

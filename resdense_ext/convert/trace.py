@@ -14,13 +14,15 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import logging
 import operator
 import pickle
 import random
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -509,7 +511,7 @@ class _Tracer(fx.Tracer):
             return None
         thread, self.thread = self.thread, None  # what is called now is no part of the forward
         try:
-            with _without_memory(), torch.no_grad():
+            with _without_memory():
                 return self._run_without_memory(node)
         except Exception:
             return None  # what the forward does with it, it says itself
@@ -526,7 +528,7 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         if node.op == "get_attr":
-            return _without_memory().from_tensor(operator.attrgetter(node.target)(self.root_module))
+            return torch.empty_like(operator.attrgetter(node.target)(self.root_module))
         module = self.root_module.get_submodule(node.target)
         if is_hooked(module):
             return None
@@ -547,8 +549,20 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
 
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """What is computed is its shapes alone; what cannot be is not logged."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with _likenesses(), torch.no_grad():
+            yield
+    finally:
+        logger.disabled = before
+
+
 @functools.cache
-def _without_memory() -> FakeTensorMode:
+def _likenesses() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

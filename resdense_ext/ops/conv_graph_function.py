@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, Optional
 
 import torch
@@ -23,7 +22,7 @@ from resdense_ext.ops.operands import Stats
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.replay import Groups, layout_of, may_replay, replayed
 from resdense_ext.ops.running import update_running_statistics
-from resdense_ext.ops.saved import saved_tensors
+from resdense_ext.ops.saved import taken_tensors
 from resdense_ext.ops.units import UNIT, beside_statistics, flat_tensors, parameters_of
 from resdense_ext.reference import BatchNorm, ConvGraph, Resampling
 
@@ -71,28 +70,33 @@ class ConvGraphFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *upstream: Optional[Tensor]):
         why = "what a convolution of it reads is computed again from its inputs"
-        saved = iter(saved_tensors(ctx, "conv_graph", why))
+        saved = taken_tensors(ctx, "conv_graph", why)
+        saved.reverse()
         convs, count = len(ctx.graph.convs), ctx.count
         units = convs + len(ctx.graph.norms) + len(ctx.graph.slopes)
-        tensors, sources = list(islice(saved, UNIT * units)), list(islice(saved, count))
+
+        def next_ones(size: int) -> list[Optional[Tensor]]:
+            return [saved.pop() for _ in range(size)]
+
+        tensors, sources = next_ones(UNIT * units), next_ones(count)
         needs, backend = _needs(ctx, count), ctx.backend
 
         def of_part(*maps: Optional[Tensor]) -> list[Optional[Tensor]]:
-            upstream, maps = maps[:-count], [*maps[-count:], *islice(saved, convs)]
-            vectors = list(islice(saved, ctx.vectors))
+            upstream, maps = maps[:-count], [*maps[-count:], *next_ones(convs)]
+            vectors = next_ones(ctx.vectors)
 
             def call() -> list[Optional[Tensor]]:
                 stats = list(map(Stats, vectors[::2], vectors[1::2]))
                 samples = next(len(t) for t in (*upstream, *maps) if t is not None)
                 of_samples = backend_of(backend.name, samples, are_instances(ctx.graph.norms))
-                return backward(upstream, list(maps), _around(ctx.graph, tensors), of_samples, stats, needs)
+                return backward(upstream, maps, _around(ctx.graph, tensors), of_samples, stats, needs)
 
             layouts = tuple(map(layout_of, (*upstream, *maps[:count])))
             # Of an addition, say, the gradients of both operands are one.
             grads = list({id(grad): grad for grad in upstream}.values())
             given = tuple(next(i for i, grad in enumerate(grads) if grad is of) for of in upstream)
             key = "conv_graph_backward", ctx.graph, tuple(needs), layouts, given, tuple(x is None for x in maps)
-            return _run(backend, key, (grads, maps, tensors, vectors), call)
+            return _run(backend, key, (grads, tensors, vectors), call, maps)
 
         if all(grad is None for grad in upstream):
             found = [None] * len(needs)
@@ -110,9 +114,15 @@ class ConvGraphFunction(torch.autograd.Function):
         return None, None, None, None, *wanted[:count], *beside_statistics(wanted[count:])
 
 
-def _run(backend: ReferenceBackend, key: tuple, given: Groups, call: Callable[[], Any]) -> Any:
+def _run(
+    backend: ReferenceBackend,
+    key: tuple,
+    given: Groups,
+    call: Callable[[], Any],
+    handed: Optional[list[Optional[Tensor]]] = None,
+) -> Any:
     """`replayed` where the backend's calls may be."""
-    return replayed((*key, backend.name), given, call) if may_replay([backend.name]) else call()
+    return replayed((*key, backend.name), given, call, handed=handed) if may_replay([backend.name]) else call()
 
 
 def _largest(sources: Sequence[Tensor], graph: ConvGraph) -> int:

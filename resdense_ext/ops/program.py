@@ -74,10 +74,17 @@ class Program(NamedTuple):
     names: str
     constants: list[Tensor]
 
-    def __call__(self, inputs: list[Optional[Tensor]]) -> list[Tensor]:
-        """The results; none where the inputs are not laid out as those were with which it was recorded."""
+    def __call__(self, inputs: list[Optional[Tensor]], handed: Optional[list[Optional[Tensor]]] = None) -> list[Tensor]:
+        """The results; none where the inputs are not laid out as those were with which it was recorded. What is ``handed`` over lives
+        until it is read for the last time, and the list is empty then."""
+        given = inputs + self.constants
         with torch._C._AutoDispatchBelowADInplaceOrView():  # an engine's operator writes to no input of its own
-            return told(torch.ops.resdense.replay, self.code, self.names, inputs + self.constants)
+            if handed:
+                if not torch.ops.resdense.fits(self.code, given + handed):
+                    return []
+                torch.ops.resdense.hand_over(handed)
+                handed.clear()
+            return told(torch.ops.resdense.replay, self.code, self.names, given)
 
 
 class _Call(NamedTuple):
@@ -91,7 +98,8 @@ class _Call(NamedTuple):
 class Recorder(TorchDispatchMode):
     """What operators are called inside is written down.
 
-    ``inputs`` are all tensors that come from outside. Where ``operator`` is called, ``function`` is what it calls.
+    ``inputs`` and what is ``handed`` over are all tensors that come from outside. Where ``operator`` is called, ``function`` is what
+    it calls.
     """
 
     def __init__(
@@ -99,16 +107,17 @@ class Recorder(TorchDispatchMode):
         inputs: Sequence[Optional[Tensor]],
         operator: Optional[torch._ops.OpOverload] = None,
         function: Optional[Callable] = None,
+        handed: Sequence[Optional[Tensor]] = (),
     ) -> None:
         super().__init__()
-        self._inputs, self._operator, self._function = inputs, operator, function
+        self._inputs, self._handed, self._operator, self._function = inputs, list(handed), operator, function
         self._names: dict[str, int] = {}
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unused = count()
         self._constants: list[Tensor] = []
         self._calls: list[_Call] = []
         self.reason = ""
-        given = [t for t in inputs if t is not None]
+        given = [t for t in (*inputs, *handed) if t is not None]
         if len(set(map(id, given))) < len(given):
             self.reason = "an input is there twice"
         for t in given:
@@ -136,10 +145,11 @@ class Recorder(TorchDispatchMode):
         """
         if self.reason:
             raise Unrecordable(self.reason)
-        given, outputs = [*self._inputs, *self._constants], [self._place(t) for t in results]
+        lasting, outputs = [*self._inputs, *self._constants], [self._place(t) for t in results]
+        given = [*lasting, *self._handed]
         places = [None if t is None else self._place(t) for t in given]
         last = {place: at for at, call in enumerate(self._calls) for place in (*call.makes, *call.reads)}
-        kept = {*places, *outputs}
+        kept = {*places[: len(lasting)], *outputs}
         dead: list[list[int]] = [[] for _ in self._calls]
         for place, at in last.items():
             if place not in kept:

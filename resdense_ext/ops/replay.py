@@ -64,7 +64,11 @@ def layout_of(t: Optional[Tensor]) -> Hashable:
 
 
 def replayed(
-    key: Hashable, given: Groups, call: Callable[[], Any], recorder: Callable[[list[Optional[Tensor]]], Recorder] = Recorder
+    key: Hashable,
+    given: Groups,
+    call: Callable[[], Any],
+    recorder: Callable[..., Recorder] = Recorder,
+    handed: Optional[list[Optional[Tensor]]] = None,
 ) -> Any:
     """What ``call`` returns, a tuple of `Groups` or a list of tensors: by its program, from the third time on.
 
@@ -73,16 +77,19 @@ def replayed(
             whose layouts change, they had better be in it.
         given: all tensors that it reads.
         recorder: makes what records it.
+        handed: others that it reads, and that nobody else has: each is let go when it has been read for the last time. They are
+            taken from the list.
     """
     inputs, sizes = _flat(given)
-    key = key, sizes
+    handed = [] if handed is None else handed
+    key = key, (*sizes, len(handed))
     memory = _recalled(key)
     if memory is None or memory is _PYTHONS:
         return call()
-    found = [] if memory is _SEEN else memory.program(inputs)
+    found = [] if memory is _SEEN else memory.program(inputs, handed)
     if found:
         return memory.grouped(found)
-    results, _memories[key] = _recorded(call, recorder(inputs))
+    results, _memories[key] = _recorded(call, recorder(inputs, handed=handed))
     return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["saved_tensors"]
+__all__ = ["saved_tensors", "taken_tensors"]
 
 
 def saved_tensors(ctx, block: str, why: str) -> tuple[Tensor, ...]:
@@ -22,3 +22,11 @@ def saved_tensors(ctx, block: str, why: str) -> tuple[Tensor, ...]:
             f"{block}: its output, or a parameter of it, was changed in place after the forward, or in evaluation a running "
             f"statistic by a training forward behind it, and the backward needs it as it was ({why}): {error}"
         ) from error
+
+
+def taken_tensors(ctx, block: str, why: str) -> list[Tensor]:
+    """`saved_tensors`, which the node itself has no more, unless the graph is to be gone through again: whoever takes one from the list
+    may let it go before the backward has ended."""
+    tensors = list(saved_tensors(ctx, block, why))
+    ctx.maybe_clear_saved_tensors()
+    return tensors
