@@ -238,10 +238,10 @@ def test_what_is_traced(policy):
     model = rd.convert(copy.deepcopy(stock), policy)
     report = rd.report(model, x)
     stages = [row for row in report.rows if "stage" in row.path and row.layers]
-    assert [sum(row.layers for row in stages if stage in row.path) for stage in ("stage1", "stage2")] == [5, 10]
+    assert [sum(row.layers for row in stages if stage in row.path) for stage in ("stage1", "stage2")] == [5, 11]
     assert [reason.split(":")[0] for reason in report.left] == ["features.stage2.unit2"]  # a batch norm reads it
-    assert sum(row.saved_bytes for row in stages) <= 0.61 * sum(row.stock_saved_bytes for row in stages)
-    assert report.saved_bytes <= 0.76 * report.stock_saved_bytes
+    assert sum(row.saved_bytes for row in stages) <= 0.64 * sum(row.stock_saved_bytes for row in stages)
+    assert report.saved_bytes <= 0.61 * report.stock_saved_bytes
     assert_like_stock(model, stock, x)
 
 
@@ -254,11 +254,11 @@ def test_norms_with_activations_are_traced(training):
     stock, x = made(lambda: net(config, num_classes=5, act_layer="silu")).train(training), images(2, 3, 64, 64)
     model = rd.convert(copy.deepcopy(stock))
     report = rd.report(model, x)
-    assert [row.layers for row in report.rows] == [3] * 5 + [0] and not report.left  # the stem's, too
+    assert [row.layers for row in report.rows] == [6] + [3] * 3 + [0] and not report.left  # with the stem's
     assert all(row.saved_bytes <= 0.5 * row.stock_saved_bytes for row in report.rows[:-1])
     assert_like_stock(model, stock, x)
     model.stages[0].blocks[0].conv_concat.bn.act = stock.stages[0].blocks[0].conv_concat.bn.act = nn.Tanh()
-    with pytest.warns(UserWarning, match="a OsaBlock runs its stock path"):
+    with pytest.warns(UserWarning, match="a VovNet runs its stock path"):
         assert_like_stock(model, stock, x)
 
 

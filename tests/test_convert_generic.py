@@ -587,7 +587,7 @@ def test_in_a_sequence_that_is_not_called_itself_every_module_is_looked_into(rea
                     if reason.startswith("changes"):
                         x = x.to(x.dtype, copy=True).sub_(y)
                     else:
-                        x = x - y if x.shape == y.shape else y
+                        x = x - y if x.sum() > y.sum() else y
             return x
 
     stock, x = S.stranger(Outer), images(2, 6, 9, 7)
@@ -744,7 +744,7 @@ GRAPHS = {
     S.ResidualDense: 8 + 5 * 4,
     S.ResidualInResidualDense: 3 * (8 + 4 * 4),
     S.Harmonic: 8 + 4 * (4 + 8),
-    S.OneShot: (8 + 4 * 6 + 10) + (10 + 4 * 6 + 12),
+    S.OneShot: 8 + (4 * 6 + 10) + (4 * 6 + 12),
     # The last layer's new map is read by nobody but whoever reads the output.
     S.MapsInFront: 8 + 4 * 8 + 3 * 4,
 }
@@ -958,9 +958,13 @@ class Fused(nn.Module):
 
     def forward(self, x):
         skip = self.first(x)
-        y = F.interpolate(self.second(F.avg_pool2d(x, 2)), scale_factor=2.0)
-        y = self.relu(self.fuse(torch.cat([y, skip if self.skips else F.interpolate(skip, scale_factor=1.0)], 1)))
-        return self.out(y) if not self.skips else self.out(F.interpolate(y, scale_factor=2.0)), self.out(skip)
+        y = self.resized(self.second(F.avg_pool2d(x, 2)), 2.0)
+        y = self.relu(self.fuse(torch.cat([y, skip if self.skips else self.resized(skip, 1.0)], 1)))
+        return self.out(y) if not self.skips else self.out(self.resized(y, 2.0)), self.out(skip)
+
+    def resized(self, x, factor):
+        """In a way of which no graph knows."""
+        return F.interpolate(x, scale_factor=factor, recompute_scale_factor=True)
 
 
 @pytest.mark.filterwarnings("ignore:resdense_ext.convert recognised")
@@ -1122,16 +1126,16 @@ def test_a_dropout_of_nothing_ends_no_chain(policy):
 @pytest.mark.parametrize(
     ("pool", "average"),
     [
-        (nn.MaxPool2d(2), False),
-        (lambda x: F.max_pool2d(x, 2), False),
-        (lambda x: F.max_pool2d(x, kernel_size=(2, 2), stride=2), False),
-        (nn.AvgPool2d(2), True),
-        (lambda x: F.avg_pool2d(x, 3, stride=2, padding=1), True),
+        (nn.MaxPool2d(2, ceil_mode=True), False),
+        (lambda x: F.max_pool2d(x, 2, ceil_mode=True), False),
+        (lambda x: F.max_pool2d(x, kernel_size=(2, 2), stride=2, ceil_mode=True), False),
+        (nn.AvgPool2d(2, ceil_mode=True), True),
+        (lambda x: F.avg_pool2d(x, 3, stride=2, padding=1, ceil_mode=True), True),
     ],
     ids=["module", "function", "options", "averages", "function of averages"],
 )
 def test_pools_between_chains_keep_a_byte_a_maximum(pool, average, policy, monkeypatch):
-    """And not the map that they are of, which in stock is there for them alone."""
+    """And not the map that they are of, which in stock is there for them alone. No graph takes windows that reach beyond the map."""
     torch.manual_seed(0)
 
     def forward(self, x):
@@ -1146,7 +1150,7 @@ def test_pools_between_chains_keep_a_byte_a_maximum(pool, average, policy, monke
         assert_same(steps(model.train(training), x), steps(stock.train(training), x))
     kept = rd.memory.saved_bytes(lambda: model(x))
     monkeypatch.setattr(sys.modules["resdense_ext.convert.program"], "run_pool", lambda layer, x: layer(x))
-    of_maxima = 0 if average else (8 - 1) * 2 * 8 * 3 * 2
+    of_maxima = 0 if average else (8 - 1) * 2 * 8 * 3 * 3
     assert rd.memory.saved_bytes(lambda: model(x)) - kept == x.nbytes + of_maxima
 
 
