@@ -305,3 +305,18 @@ def test_a_pool_of_a_module_serves_twice(policy):
     model = converted(copy.deepcopy(stock), policy)
     assert [row.layers for row in rd.report(model, x).rows if row.layers] == [5]
     assert_same(steps(model, x, 3), steps(stock, x, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_gpu(norm, autocast, deterministic, policy):
+    """Where all has to repeat, the framework has no smooth resize's backward; stock has another for it."""
+    stock, x = network(norm=norm).cuda(), images(2, 4, 8, 12).cuda()
+    model = converted(stock, policy)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):  # float64 stays as it is
+            assert_same(steps(model, x, 4), steps(stock, x, 4))
+    finally:
+        torch.use_deterministic_algorithms(False)

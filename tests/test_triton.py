@@ -43,6 +43,7 @@ INTERPRETED = {
     "engine": ("triton_engine.py", ""),
     "operators": ("triton_kernels.py", "not pool"),
     "pools": ("triton_kernels.py", "pool"),
+    "pools in graphs": ("test_resampling.py", "test_numbers and fast and (maxima or averages) and not overlap"),
 }
 """Files, and which of their tests are run again in the interpreter."""
 

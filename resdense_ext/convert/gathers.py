@@ -13,7 +13,7 @@ them. Pools and resizes join where a graph makes what they read and reads what t
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch.nn.functional as F
 from torch import nn
@@ -209,7 +209,7 @@ class _Finder:
         return True
 
     def _homes(self) -> dict[Node, _Home]:
-        homes: dict[Node, _Home] = {}
+        homes: dict[Node, Any] = {}  # containers at first
         for conv in self.candidates:
             pieces, _, _, cats = self.before(conv, self.candidates)
             if len(pieces) == 1:
@@ -229,12 +229,11 @@ class _Finder:
             around = [home for home in inside if _lies_in(conv, home)]
             if around:
                 homes[conv] = around[-1]
-        chains: dict[Node, _Home] = {}
         for conv in self.reader.nodes:
             if conv in self.candidates and conv not in homes:
                 (piece,), *_ = self.before(conv, self.candidates)
-                chains[conv] = chains.get(piece.map, conv) if self._goes_on(conv, piece) else conv
-        return homes | chains
+                homes[conv] = homes.get(piece.map, conv) if self._goes_on(conv, piece) else conv
+        return homes
 
     def _goes_on(self, node: Node, piece: PieceMatch) -> bool:
         """Whether a chain keeps no more than stock when a convolution, a pool or a resize that reads this piece joins it. Stock keeps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container, Iterator
+from types import FunctionType
 from typing import NamedTuple, Optional
 from weakref import WeakKeyDictionary
 
@@ -94,7 +95,8 @@ def _program_of(owner: nn.Module, opaque: Container[nn.Module] = (), given: Give
     programs, modes = _programs.setdefault(owner, {}), modes_of(owner)
     of_any = given._replace(shapes=frozenset()), modes
     for_all = programs.get(of_any)
-    if for_all is not None and (not for_all.asks or len(programs) >= _PROGRAMS):
+    full = (given, modes) not in programs and len(programs) >= _PROGRAMS
+    if for_all is not None and (full or not for_all.asks):
         given, _ = of_any
     known = programs.get((given, modes))
     if known is not None and known.facts.hold(owner):
@@ -250,26 +252,28 @@ class _Walk:
 
     def _found(self, module: nn.Module) -> _Found:
         """For the likely shapes where that is more than for any."""
-        given = self.likely.get(module) or _guess(module)
         try:
             of_any = self._find(module)
         except Untraceable:
-            if given is not None:
-                try:
-                    return self._find(module, given)
-                except Untraceable:
-                    pass
-            raise
-        if given is None or not asks_for_sizes(of_any.traced):
-            return of_any
+            of_shapes = self._find_for_likely(module)
+            if of_shapes is None:
+                raise
+            return of_shapes
+        of_shapes = self._find_for_likely(module) if asks_for_sizes(of_any.traced) else None
+        return max((found for found in (of_any, of_shapes) if found is not None), key=lambda found: _held_by(found.matches))
+
+    def _find_for_likely(self, module: nn.Module) -> Optional[_Found]:
+        if module not in self.likely:
+            guess = _guess(module)
+            if guess is None:
+                return None
+            self.likely[module] = guess
         try:
-            return max(of_any, self._find(module, given), key=lambda found: _held_by(found.matches))
+            return self._find(module, self.likely[module])
         except Untraceable:
-            return of_any
+            return None
 
     def _find(self, module: nn.Module, given: Optional[Given] = None) -> _Found:
-        if given is not None:
-            self.likely[module] = given
         traced = trace(module, self.refused, given)
         return _Found(traced, *find(traced))
 
@@ -313,12 +317,12 @@ class _Walk:
 
 def _guess(module: nn.Module) -> Optional[Given]:
     """Maps of the channels of the first convolution in it, where a module takes a single input."""
-    (*names,) = Given.required(getattr(module, "stock_class", type(module)).forward).inputs
+    given = Given.required(type(module).forward) if isinstance(type(module).forward, FunctionType) else Given(frozenset())
     first = next((m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-    if len(names) != 1 or first is None:
+    if len(given.inputs) != 1 or first is None:
         return None
-    shape = 2, first.in_channels, *[256] * (first.weight.dim() - 2)
-    return Given(frozenset(names), shapes=frozenset({(names[0], shape)}))
+    (name,), shape = given.inputs, (2, first.in_channels, *[256] * len(first.kernel_size))
+    return given._replace(shapes=frozenset({(name, shape)}))
 
 
 def put_back(owner: nn.Module) -> None:

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -661,7 +662,7 @@ def _attributes(module: nn.Module) -> tuple:
 
 
 def _shapes(layer: nn.Module) -> list[torch.Size]:
-    return [p.shape for p in layer._parameters.values() if p is not None]
+    return [p.shape for p in layer._parameters.values() if p is not None and not is_lazy(p)]
 
 
 _KEPT = (nn.Module, Tensor, type, FunctionType, MethodType)

@@ -38,6 +38,7 @@ from resdense_ext.nn.read import (
 )
 from resdense_ext.ops.avg_pool import avg_pool
 from resdense_ext.ops.max_pool import max_pool
+from resdense_ext.ops.resample import is_repeatable
 from resdense_ext.ops.residual_maps import shape_behind
 from resdense_ext.reference import ResidualBlock
 
@@ -161,7 +162,8 @@ def run_end(end: End, maps: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The graph's forward, see `run_or_stock`; what does not fit together is left to the stock path, and to its errors."""
+    """The graph's forward, see `run_or_stock`; what does not fit together is left to the stock path, and to its errors, and so is
+    what would not repeat where it has to."""
 
     def read() -> Run:
         modules = graph.graph_modules()
@@ -172,6 +174,9 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
                 described = make([x.shape[1] for x in sources])
                 checks.check_conv_graph(sources, described)
             except (ValueError, TypeError):
+                return None
+            repeats = not (sources[0].is_cuda and torch.are_deterministic_algorithms_enabled())
+            if not (repeats or all(map(is_repeatable, described.convs))):
                 return None
             norms = ((read.norm, *(piece.norm for piece in read.pieces)) for read in modules.outputs)
             return tuple(widened(y, *beside) for y, beside in zip(call_conv_graph(sources, described, graph.engine_policy), norms))

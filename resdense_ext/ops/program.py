@@ -98,8 +98,8 @@ class _Call(NamedTuple):
 class Recorder(TorchDispatchMode):
     """What operators are called inside is written down.
 
-    ``inputs`` and what is ``handed`` over are all tensors that come from outside. Where ``operator`` is called, ``function`` is what
-    it calls.
+    ``inputs`` and what is ``handed`` over are all tensors that come from outside; none is kept. Where ``operator`` is called,
+    ``function`` is what it calls.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Recorder(TorchDispatchMode):
         handed: Sequence[Optional[Tensor]] = (),
     ) -> None:
         super().__init__()
-        self._inputs, self._handed, self._operator, self._function = inputs, list(handed), operator, function
+        self._operator, self._function = operator, function
         self._names: dict[str, int] = {}
         self._places: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._unused = count()
@@ -120,8 +120,7 @@ class Recorder(TorchDispatchMode):
         given = [t for t in (*inputs, *handed) if t is not None]
         if len(set(map(id, given))) < len(given):
             self.reason = "an input is there twice"
-        for t in given:
-            self._make(t)
+        self._inputs, self._handed = ([self._input(t) for t in of] for of in (inputs, handed))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -145,18 +144,16 @@ class Recorder(TorchDispatchMode):
         """
         if self.reason:
             raise Unrecordable(self.reason)
-        lasting, outputs = [*self._inputs, *self._constants], [self._place(t) for t in results]
-        given = [*lasting, *self._handed]
-        places = [None if t is None else self._place(t) for t in given]
+        outputs = [self._place(t) for t in results]
+        lasting = [*self._inputs, *([self._place(t), *_layout(t)] for t in self._constants)]
         last = {place: at for at, call in enumerate(self._calls) for place in (*call.makes, *call.reads)}
-        kept = {*places[: len(lasting)], *outputs}
+        kept = {*(place for place, *_ in lasting), *outputs}
         dead: list[list[int]] = [[] for _ in self._calls]
         for place, at in last.items():
             if place not in kept:
                 dead[at].append(place)
-        code = [next(self._unused), len(given)]
-        for t, place in zip(given, places):
-            code += [-1] if t is None else [place, *_layout(t)]
+        given = [*lasting, *self._handed]
+        code = [next(self._unused), len(given), *(number for of_input in given for number in of_input)]
         code.append(len(self._calls))
         for call, freed in zip(self._calls, dead):
             code += [*call.code, len(freed), *freed]
@@ -248,6 +245,14 @@ class Recorder(TorchDispatchMode):
     def _name(self, name: str) -> int:
         """Where the name begins in the program's."""
         return self._names.setdefault(name, sum(len(other) + 1 for other in self._names))
+
+    def _input(self, t: Optional[Tensor]) -> list[int]:
+        """What the code says of it; it is not kept."""
+        try:
+            return [-1] if t is None else [self._make(t), *_layout(t)]
+        except Unrecordable as error:
+            self.reason = self.reason or str(error)
+            return []
 
     def _make(self, t: Tensor) -> int:
         place = next(self._unused)

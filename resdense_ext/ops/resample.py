@@ -14,7 +14,7 @@ from resdense_ext.ops.operands import ConvGrads, Fold, Pending
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Pool, Resampling, Resize
 
-__all__ = ["resample", "resample_backward"]
+__all__ = ["is_repeatable", "resample", "resample_backward"]
 
 _BACKWARDS = {
     "nearest": "upsample_nearest",
@@ -22,6 +22,11 @@ _BACKWARDS = {
     **{mode: f"upsample_{mode}" for mode in ("linear", "bilinear", "bicubic", "trilinear")},
 }
 """The framework's operators, whose names end with the rank."""
+
+
+def is_repeatable(by: object) -> bool:
+    """Whether the framework's backward on a GPU adds up in one order."""
+    return not isinstance(by, Resize) or by.mode.startswith("nearest")
 
 
 def resample(backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], by: Resampling) -> Tensor:

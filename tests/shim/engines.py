@@ -9,6 +9,7 @@ import torch
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from test_dense_block import maps, random_block, state, stock_of
+from test_resampling import network as resampling_network
 from test_residual_block import Block
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 
@@ -68,6 +69,11 @@ def network(*sizes: int, policy: str, **options) -> None:
     check(rd.convert(net, policy), stock_of(net), maps(sizes, True))
 
 
+def graph(*sizes: int, **options) -> None:
+    net = resampling_network(torch.float32, **options).to(memory_format=torch.channels_last)
+    check(rd.convert(copy.deepcopy(net)), net, maps(sizes, True))
+
+
 def launches_of(layers: int, policy: str, training: bool = True) -> list[int]:
     """A block's launches, forward and backward."""
     block = random_block(layers, 16, growth=8, bn_size=2, policy=policy).train(training).to(memory_format=torch.channels_last)
@@ -92,6 +98,7 @@ for run, sizes, options in (
     (residual, (2, 16, 7, 6), dict(widths=(16, 8, 8, 16), kernels=(1, 3, 1), policy="fast")),
     (residual, (2, 8, 7, 7), dict(widths=(8, 16, 16), kernels=(3, 3), stride=2, projection="normed", policy="min")),
     (residual, (2, 16, 5, 6), dict(widths=(16, 8, 16), kernels=(1, 3), activation="elu", policy="fast")),
+    (graph, (2, 4, 8, 12), dict(norm="groups")),
     (network, (2, 3, 32, 32), dict(growth_rate=16, block_config=(2, 2), num_init_features=16, num_classes=5, policy="min")),
 ):
     torch.manual_seed(0)
