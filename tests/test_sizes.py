@@ -258,13 +258,38 @@ def test_a_guess_that_is_wrong_is_not_heard_of(capfd, caplog):
     assert not caplog.records and capfd.readouterr().err == ""
 
 
-def test_modules_of_which_little_is_known(policy):
-    """Layers whose sizes come with the first input, and a module whose forward is no function of Python's."""
+class Standardised(nn.Conv2d):
+    """No layer that the engines know."""
 
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda net: net.levels[1].convs.__setitem__(0, Standardised(8, 4, 3, padding=1)),
+        lambda net: net.down[2].__setitem__(4, nn.GroupNorm(4, 16)),
+        lambda net: net.down[1].__setitem__(1, nn.InstanceNorm2d(8, track_running_stats=True)),
+    ],
+    ids=["a convolution of its own kind", "a group norm among batch norms", "a norm of another kind"],
+)
+def test_what_no_graph_takes_leaves_the_rest_to_smaller_ones(put, policy):
+    stock, x = network("pads"), images(*EVEN)
+    put(stock)
+    stock.double()
+    model = rd.convert(copy.deepcopy(stock), policy)
+    report = rd.report(model, x)
+    assert sum(row.layers for row in report.rows) >= 8 and report.saved_bytes < 0.85 * report.stock_saved_bytes
+    assert_same(steps(model, x, 2), steps(stock, x, 2))
+
+
+def test_layers_whose_sizes_come_with_the_first_input(policy):
     class Odd(UNet):
         def __init__(self, way):
             super().__init__(way)
-            self.more = nn.Sequential(nn.LazyConv2d(2, 1), torch.jit.script(nn.Sequential(nn.Conv2d(2, 2, 1))))
+            self.more = nn.Sequential(nn.LazyConv2d(2, 1), nn.Conv2d(2, 2, 1))
 
         def forward(self, x):
             return self.more(super().forward(x))
@@ -272,9 +297,12 @@ def test_modules_of_which_little_is_known(policy):
     torch.manual_seed(0)
     stock, x = Odd("pads").double(), images(*EVEN)
     model = rd.convert(copy.deepcopy(stock), policy)
-    stock(x), model(x)
+    with pytest.warns(UserWarning, match="is LazyConv2d"):
+        stock(x), model(x)
     model.load_state_dict(stock.state_dict())
+    assert isinstance(model, Stranger)
     assert_same(steps_in_place(model, x), steps_in_place(stock, x))
+    assert sum(row.layers for row in rd.report(model, x).rows) >= 10
 
 
 class Decides(UNet):

@@ -12,7 +12,7 @@ them. Pools and resizes join where a graph makes what they read and reads what t
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple, Optional, Protocol
 
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ from torch import nn
 from torch.fx import Node
 
 from resdense_ext.nn.leaves import Unsupported, pool_kind, resampling_of
+from resdense_ext.nn.protocols import GraphModules, PieceModules, ReadModules
 
-__all__ = ["Gather", "GraphMatch", "PieceMatch", "find_conv_graphs"]
+__all__ = ["Gather", "GraphMatch", "PieceMatch", "find_conv_graphs", "graph_modules"]
 
 
 class PieceMatch(NamedTuple):
@@ -68,6 +69,22 @@ class Reader(Protocol):
 
     def keeps_input(self, node: Node) -> bool: ...
 
+    def why_not_read(self, match: GraphMatch, nodes: Container[Node]) -> Optional[str]: ...
+
+
+def graph_modules(match: GraphMatch, layer: Callable[[Optional[Node]], Optional[nn.Module]]) -> GraphModules:
+    """Its modules, of which ``layer`` has each node's."""
+    numbers = {node: i for i, node in enumerate((*match.sources, *match.convs))}
+
+    def pair(of: Gather | PieceMatch) -> tuple[Optional[nn.Module], Optional[nn.Module]]:
+        return layer(of.norm), layer(of.activation)
+
+    def read(gather: Gather) -> ReadModules:
+        return ReadModules(tuple(PieceModules(numbers[of.map], *pair(of)) for of in gather.pieces), *pair(gather))
+
+    convs = tuple((layer(conv), read(gather)) for conv, gather in match.convs.items())
+    return GraphModules(convs, tuple(map(read, match.outputs)))
+
 
 def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[GraphMatch, set[Node], list[Node]]]:
     """The graphs that keep less than stock, the nodes that each stands for, and those of its outputs.
@@ -85,11 +102,12 @@ def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[G
             nodes = group.nodes()
             # What another graph reads may be a piece of a concatenation inside of this one; a norm that nobody reads changes, too.
             outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
-            if group.saves(outputs):
-                match = GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs)))
+            match = GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs)))
+            saves, more = group.saves(outputs), finder.more & group.convs.keys()
+            if saves and not (more and reader.why_not_read(match, nodes)):
                 matches.append((match, nodes, outputs))
             else:
-                failed |= (finder.resamplings | finder.reaching.keys()) & group.convs.keys()
+                failed |= more
         if not failed:
             yield from matches
             return
@@ -167,7 +185,7 @@ _Home = _Within | Node
 
 
 class _Finder:
-    """``apart`` are pools and resizes that join no graph, and convolutions for which no home reaches out."""
+    """``apart`` are pools and resizes that join no graph, and convolutions for which no home reaches out, and that join none."""
 
     def __init__(self, reader: Reader, taken: Container[Node], apart: Container[Node]) -> None:
         self.reader, self.taken, self.apart = reader, taken, apart
@@ -179,6 +197,8 @@ class _Finder:
                 self.candidates.add(node)
         self.reaching: dict[Node, _Within] = {}
         """The convolutions whose home is around more than them and their concatenations, and that home."""
+        self.joining: set[Node] = set()
+        """Those behind a home's, and no part of it."""
         self.fronts = {conv: self._front(conv) for conv in self.candidates}
         self.homes = self._homes()
         self.read_by: dict[Node, Node] = {}
@@ -232,8 +252,17 @@ class _Finder:
         for conv in self.reader.nodes:
             if conv in self.candidates and conv not in homes:
                 (piece,), *_ = self.before(conv, self.candidates)
-                homes[conv] = homes.get(piece.map, conv) if self._goes_on(conv, piece) else conv
+                before = homes.get(piece.map, conv) if self._goes_on(conv, piece) else conv
+                if not isinstance(before, Node):
+                    before = conv if conv in self.apart else before
+                    self.joining |= {conv} - {before}
+                homes[conv] = before
         return homes
+
+    @property
+    def more(self) -> set[Node]:
+        """What makes graphs larger than containers and chains are."""
+        return self.resamplings | self.reaching.keys() | self.joining
 
     def _goes_on(self, node: Node, piece: PieceMatch) -> bool:
         """Whether a chain keeps no more than stock when a convolution, a pool or a resize that reads this piece joins it. Stock keeps

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs
-from resdense_ext.convert.trace import Traced
-from resdense_ext.nn.leaves import APART, is_frozen_norm, is_instance_norm, is_norm, pool_kind
+from resdense_ext.convert.gathers import GraphMatch, find_conv_graphs, graph_modules
+from resdense_ext.convert.trace import Traced, is_hooked
+from resdense_ext.nn.leaves import APART, Unsupported, is_frozen_norm, is_instance_norm, is_norm, pool_kind
+from resdense_ext.nn.read import read_conv_graph
 
 __all__ = [
     "DenseMatch",
@@ -522,6 +523,16 @@ class _Reader:
     def conv_graphs(self, taken: set[Node]) -> Iterator[Match]:
         for parts, nodes, outputs in find_conv_graphs(self, taken):
             yield Match(parts, parts.sources, list(parts.convs)[-1], nodes, dict.fromkeys(outputs))
+
+    def why_not_read(self, match: GraphMatch, nodes: Container[Node]) -> Optional[str]:
+        """Why the engine does not take the modules of a graph; hooks, which come and go, are no reason."""
+        if any(node.op == "call_module" and is_hooked(self.modules[node.target]) for node in nodes):
+            return None
+        try:
+            read_conv_graph(graph_modules(match, self._layers.get))
+        except Unsupported as unsupported:
+            return unsupported.reason
+        return None
 
     def why_not(self, match: Match) -> Optional[str]:
         """Why the engine must not stand in for a match, whatever its modules are."""

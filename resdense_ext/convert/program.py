@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from resdense_ext.checks import autocasts
-from resdense_ext.convert.gathers import Gather, GraphMatch, PieceMatch
+from resdense_ext.convert.gathers import GraphMatch, graph_modules
 from resdense_ext.convert.patterns import (
     DenseMatch,
     Layer,
@@ -31,10 +31,8 @@ from resdense_ext.nn.leaves import Unsupported, own_activation, pool_kind
 from resdense_ext.nn.protocols import (
     GraphModules,
     LayerModules,
-    PieceModules,
     Policy,
     PooledModules,
-    ReadModules,
     ResidualModules,
 )
 
@@ -381,22 +379,11 @@ def _layer(of: Layer, modules: dict[str, nn.Module]) -> _TracedLayer:
 
 
 def _graph(owner: nn.Module, name: str, modules: dict[str, nn.Module], match: Match) -> TracedConvGraph:
-    numbers = {node: i for i, node in enumerate((*match.sources, *match.parts.convs))}
-
-    def layer(node: Node | None) -> nn.Module | None:
-        return None if node is None else layer_of(node, modules)
-
-    def pair(of: Gather | PieceMatch) -> tuple[nn.Module | None, nn.Module | None]:
-        return layer(of.norm), layer(of.activation)
-
-    def read(gather: Gather) -> ReadModules:
-        return ReadModules(tuple(PieceModules(numbers[of.map], *pair(of)) for of in gather.pieces), *pair(gather))
-
-    convs = tuple((layer(conv), read(gather)) for conv, gather in match.parts.convs.items())
+    found = graph_modules(match.parts, lambda node: None if node is None else layer_of(node, modules))
     inside = (node for node in match.last.graph.nodes if node in match.nodes)
     outputs = list(match.outputs)
     steps = _with_ends((_Call(node, _function(weakref.ref(owner), modules, node)) for node in inside), outputs)
-    return TracedConvGraph(owner, name, GraphModules(convs, tuple(map(read, match.parts.outputs))), match.sources, steps, outputs)
+    return TracedConvGraph(owner, name, found, match.sources, steps, outputs)
 
 
 def _part(owner: nn.Module, modules: dict[str, nn.Module], match: Match) -> Part:
