@@ -300,7 +300,7 @@ class ConvGraph(NamedTuple):
     ``reads`` has for it side by side, all of maps before its own; every output is a concatenation of such pieces. A norm
     normalises one map, for whoever reads it so. ``slopes`` are the weights of PReLUs, a value for all channels or one for each.
 
-    Among the ``convs``, the first of which is one, may be pools and resizes, which read pieces likewise.
+    Among the ``convs``, the first of which is one, may be pools and resizes, which read one piece each, of a map that is no source.
     """
 
     convs: tuple[Conv | TransposedConv | Resampling, ...]

@@ -219,12 +219,13 @@ def test_the_cost_of_computing_again():
         (Pool("maximum", (9, 9), (1, 1), (0, 0)), 1, r"convs\[1\]: expected windows within the padded x"),
         (Resize("nearest", (), (2.0,)), 1, r"convs\[1\]: expected a pool without ceil_mode, or a resize, with 2 numbers"),
         (Resize("nearest", (), (2.0, 0.1)), 1, r"convs\[1\]: expected to leave a position of a map of shape \(2, 8, 5, 4\), got"),
-        (Resize("nearest", (2, 2)), 2, r"reads\[1\]: expected one piece for a pool or a resize, got 2"),
+        (Resize("nearest", (2, 2)), 2, r"reads\[1\]: expected one piece of a new map for a pool or a resize, got 2"),
+        (Resize("nearest", (2, 2)), 0, r"reads\[1\]: expected one piece of a new map for a pool or a resize, got one that is a source's"),
     ],
 )
 def test_errors(by, pieces, message):
     conv = Conv(torch.zeros(8, 4, 3, 3), None, (1, 1))
-    graph = ConvGraph((conv, by), ((Piece(0),), (Piece(1),) * pieces), (), ((Piece(2),),))
+    graph = ConvGraph((conv, by), ((Piece(0),), (Piece(1),) * pieces or (Piece(0),)), (), ((Piece(2),),))
     with pytest.raises(ValueError, match=rf"^{message}"):
         checks.check_conv_graph([torch.zeros(2, 4, 5, 4)], graph)
 
