@@ -397,8 +397,9 @@ def check_conv_graph(sources: Sequence[Tensor], graph: ConvGraph) -> None:
         if i < len(graph.convs):
             shape, conv = (like[0], like[1] + sum(other[1] for other in others), *like[2:]), graph.convs[i]
             if isinstance(conv, Resampling):
-                if others or pieces[0].map < len(sources):
-                    what = "one that is a source's" if pieces[0].map < len(sources) else len(pieces)
+                of_source = pieces[0].map < len(sources)
+                if others or of_source:
+                    what = "one that is a source's" if of_source else len(pieces)
                     raise ValueError(f"{where}: expected one piece of a new map for a pool or a resize, got {what}")
                 shapes.append(_check_resampling(f"convs[{i}]", conv, shape))
             else:

@@ -171,57 +171,6 @@ class TransposedConv(NamedTuple):
         )
 
 
-class Pool(NamedTuple):
-    """A pooling layer: ``kind`` is average (padding counts as zeros), maximum, or global (the mean over all positions, where
-    the sizes stay empty). One size a spatial dimension; padding is at most half of a window.
-
-    Positions behind the last whole window are dropped; with ``ceil_mode`` they are a window of their own, which a residual
-    block's shortcut alone takes. Nothing counts that is behind the padding.
-    """
-
-    kind: str
-    kernel_size: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    ceil_mode: bool = False
-
-    @property
-    def windows(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Kernel sizes, strides and padding."""
-        return self.kernel_size, self.stride, self.padding
-
-    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The spatial sizes of the pooled map."""
-        if self.kind == "global":
-            return (1,) * len(sizes)
-        return tuple(self._output(*window) for window in zip(sizes, *self.windows))
-
-    def _output(self, size: int, kernel: int, stride: int, padding: int) -> int:
-        span = size + 2 * padding - kernel
-        whole = span // stride + 1
-        # A window of the rest begins in the map, or in front of it.
-        rest = self.ceil_mode and span % stride != 0 and whole * stride < size + padding
-        return whole + 1 if rest else whole
-
-
-class Resize(NamedTuple):
-    """`torch.nn.functional.interpolate` to the sizes that ``size`` or, where it is empty, ``scale`` says, one number a spatial
-    dimension. Only graphs of convolutions have such ones."""
-
-    mode: str
-    size: tuple[int, ...] = ()
-    scale: tuple[float, ...] = ()
-    align_corners: Optional[bool] = None
-
-    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The spatial sizes of the new map."""
-        return self.size or tuple(math.floor(size * scale) for size, scale in zip(sizes, self.scale))
-
-
-Resampling = Pool | Resize
-"""Makes a map of as many channels, without a weight."""
-
-
 class Unit(NamedTuple):
     """Batch norm, activation, convolution: the pre-activation unit. Without a norm the convolution reads its input as it is."""
 
@@ -313,6 +262,57 @@ class ConvGraph(NamedTuple):
         """With the weight itself, where the piece's is a PReLU."""
         name, slope = piece.activation
         return Activation(name, self.slopes[slope]) if name == "prelu" else piece.activation
+
+
+class Pool(NamedTuple):
+    """A pooling layer: ``kind`` is average (padding counts as zeros), maximum, or global (the mean over all positions, where
+    the sizes stay empty). One size a spatial dimension; padding is at most half of a window.
+
+    Positions behind the last whole window are dropped; with ``ceil_mode`` they are a window of their own, which a residual
+    block's shortcut alone takes. Nothing counts that is behind the padding.
+    """
+
+    kind: str
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    ceil_mode: bool = False
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Kernel sizes, strides and padding."""
+        return self.kernel_size, self.stride, self.padding
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the pooled map."""
+        if self.kind == "global":
+            return (1,) * len(sizes)
+        return tuple(self._output(*window) for window in zip(sizes, *self.windows))
+
+    def _output(self, size: int, kernel: int, stride: int, padding: int) -> int:
+        span = size + 2 * padding - kernel
+        whole = span // stride + 1
+        # A window of the rest begins in the map, or in front of it.
+        rest = self.ceil_mode and span % stride != 0 and whole * stride < size + padding
+        return whole + 1 if rest else whole
+
+
+class Resize(NamedTuple):
+    """`torch.nn.functional.interpolate` to the sizes that ``size`` or, where it is empty, ``scale`` says, one number a spatial
+    dimension. Only graphs of convolutions have such ones."""
+
+    mode: str
+    size: tuple[int, ...] = ()
+    scale: tuple[float, ...] = ()
+    align_corners: Optional[bool] = None
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The spatial sizes of the new map."""
+        return self.size or tuple(math.floor(size * scale) for size, scale in zip(sizes, self.scale))
+
+
+Resampling = Pool | Resize
+"""Makes a map of as many channels, without a weight."""
 
 
 class PooledUnit(NamedTuple):

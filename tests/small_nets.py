@@ -1,8 +1,10 @@
 """Small networks, one training step of them as named tensors, and whether two such steps are the same."""
 
 import copy
+import gc
 import importlib
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from stock import import_torchvision
 from tolerance import assert_within_rule, module_run, torch_runs, true_run
 from torch import nn
+from torch.autograd import gradgradcheck
 
 import resdense_ext as rd
 from resdense_ext import functional
@@ -127,6 +130,44 @@ def ten_losses(net, x, target, rate):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def seeded(kind, dtype=torch.float64, **options):
+    """A network of this kind, whose ``norms`` are all different."""
+    torch.manual_seed(0)
+    net = kind(**options).to(dtype)
+    for of in net.norms:
+        nn.init.normal_(of.weight, 1.0, 0.3), nn.init.normal_(of.bias, 0.0, 0.3)
+    return net
+
+
+def assert_trains_and_evaluates_alike(model, stock, x):
+    """Two steps of training, so that a parameter that has changed is read, and evaluation."""
+    for training in (True, False):
+        assert_same(steps(model.train(training), x, 2), steps(stock.train(training), x, 2))
+        with torch.no_grad():
+            assert_same({"output": model(x)}, {"output": stock(x)})
+
+
+def assert_second_derivatives(model, x, names):
+    """Of the input and the parameters of these names."""
+    parameters = dict(model.named_parameters())
+
+    def call(x, *values):
+        return torch.func.functional_call(model, parameters | dict(zip(names, values)), (x,))
+
+    gradgradcheck(call, (x, *map(parameters.__getitem__, names)), nondet_tol=0, fast_mode=True)
+
+
+@contextmanager
+def without_garbage_collector():
+    """What is let go inside is gone at once, or stays."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def assert_in_working_precision(stock, convert, x, autocast=None, channels_last=False, strides=True):

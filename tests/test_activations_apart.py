@@ -10,6 +10,8 @@ from small_nets import (
     assert_budget_offers_what_it_costs,
     assert_in_working_precision,
     assert_same,
+    assert_second_derivatives,
+    assert_trains_and_evaluates_alike,
     images,
     library,
     peak_of_training,
@@ -19,7 +21,6 @@ from small_nets import (
 )
 from tolerance import assert_within_noise, module_run, rounding_noise
 from torch import nn
-from torch.autograd import gradgradcheck
 
 import resdense_ext as rd
 
@@ -71,13 +72,8 @@ def converted(stock, *options, **more):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_in_float64(activation, norm, policy):
-    """Two steps of training, so that a slope that has changed is read, and evaluation."""
     stock, x = network(activation, NORMS[norm]), images(3, 4, 9, 7)
-    model = converted(stock, policy)
-    for training in (True, False):
-        assert_same(steps(model.train(training), x, 2), steps(stock.train(training), x, 2))
-        with torch.no_grad():
-            assert_same({"output": model(x)}, {"output": stock(x)})
+    assert_trains_and_evaluates_alike(converted(stock, policy), stock, x)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -148,13 +144,8 @@ class TestSlopes:
 def test_second_derivative(name):
     stock, x = network(ACTIVATIONS[name]), images(2, 4, 5, 4).requires_grad_()
     model = converted(stock)
-    parameters = dict(model.named_parameters())
-    wanted = {key: p for key, p in parameters.items() if key.startswith(("convs.0", "acts.0"))}
-
-    def call(x, *values):
-        return torch.func.functional_call(model, parameters | dict(zip(wanted, values)), (x,))
-
-    gradgradcheck(call, (x, *wanted.values()), nondet_tol=0, fast_mode=True)
+    names = [key for key, _ in model.named_parameters() if key.startswith(("convs.0", "acts.0"))]
+    assert_second_derivatives(model, x, names)
 
 
 def test_torch_compile(activation):

@@ -13,7 +13,7 @@ import pytest
 import strangers as S
 import torch
 import torch.nn.functional as F
-from small_nets import CONSTRUCTED, assert_same, engine, images, library, policy, silent, steps  # noqa: F401
+from small_nets import CONSTRUCTED, assert_same, engine, images, library, policy, silent, steps, without_garbage_collector  # noqa: F401
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -1261,9 +1261,7 @@ class TestFrozenNorms:
 def test_a_model_that_is_given_up_is_gone():
     """At once, as a stock one is, not when the garbage collector comes by."""
     x = images(2, 8, 6, 4)
-    gc.collect()
-    gc.disable()
-    try:
+    with without_garbage_collector():
         for make in (lambda: S.stranger(S.Chain), lambda: refused("by_value")):
             model = make()
             vars(model).pop("kept", None)  # in which it keeps itself
@@ -1275,8 +1273,6 @@ def test_a_model_that_is_given_up_is_gone():
             alive = weakref.ref(model)
             del model
             assert alive() is None
-    finally:
-        gc.enable()
 
 
 class TestExampleInput:

@@ -7,11 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import assert_same, engine, images, library, policy, torchvision_models  # noqa: F401
+from small_nets import assert_same, assert_second_derivatives, engine, images, library, policy, torchvision_models  # noqa: F401
 from test_dense_block import built
 from tolerance import assert_within_noise, assert_within_rule, module_run, rounding_noise, torch_runs, true_run
 from torch import nn
-from torch.autograd import gradgradcheck
 
 import resdense_ext as rd
 from resdense_ext import functional, reference
@@ -264,14 +263,7 @@ def test_a_budget_offers_what_it_costs(kind, group):
 @pytest.mark.parametrize("kind", [Chain, Residual], ids=lambda kind: kind.__name__)
 def test_second_derivative(kind, group):
     stock, x = network(kind, group=group), images(2, 4, 5, 4).requires_grad_()
-    model = converted(stock)
-    parameters = dict(model.named_parameters())
-    wanted = {name: p for name, p in parameters.items() if name in ("convs.0.weight", "norms.1.weight", "norms.1.bias")}
-
-    def call(x, *values):
-        return torch.func.functional_call(model, parameters | dict(zip(wanted, values)), (x,))
-
-    gradgradcheck(call, (x, *wanted.values()), nondet_tol=0, fast_mode=True)
+    assert_second_derivatives(converted(stock), x, ("convs.0.weight", "norms.1.weight", "norms.1.bias"))
 
 
 @pytest.mark.parametrize("kind, dynamic", [(Chain, False), (Residual, False), (Residual, True)])

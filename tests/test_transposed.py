@@ -9,13 +9,15 @@ from small_nets import (
     assert_budget_offers_what_it_costs,
     assert_in_working_precision,
     assert_same,
+    assert_second_derivatives,
+    assert_trains_and_evaluates_alike,
     images,
     peak_of_training,
     policy,  # noqa: F401
+    seeded,
     steps,
 )
 from torch import nn
-from torch.autograd import gradgradcheck
 
 import resdense_ext as rd
 from resdense_ext import checks
@@ -65,12 +67,7 @@ def norm(request):
     return request.param
 
 
-def network(dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    net = Net(**options).to(dtype)
-    for of in net.norms:
-        nn.init.normal_(of.weight, 1.0, 0.3), nn.init.normal_(of.bias, 0.0, 0.3)
-    return net
+network = partial(seeded, Net)
 
 
 def converted(stock, *options, **more):
@@ -79,13 +76,8 @@ def converted(stock, *options, **more):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_in_float64(rank, norm, policy):
-    """Two steps of training, and evaluation."""
     stock, x = network(rank=rank, norm=norm), images(3, 4, *SIZES[rank])
-    model = converted(stock, policy)
-    for training in (True, False):
-        assert_same(steps(model.train(training), x, 2), steps(stock.train(training), x, 2))
-        with torch.no_grad():
-            assert_same({"output": model(x)}, {"output": stock(x)})
+    assert_trains_and_evaluates_alike(converted(stock, policy), stock, x)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -126,14 +118,7 @@ def test_peak(policy):
 
 def test_second_derivative(norm):
     stock, x = network(norm=norm), images(2, 4, 10, 8).requires_grad_()
-    model = converted(stock)
-    parameters = dict(model.named_parameters())
-    wanted = {name: p for name, p in parameters.items() if name in ("convs.2.weight", "convs.3.weight", "norms.1.bias")}
-
-    def call(x, *values):
-        return torch.func.functional_call(model, parameters | dict(zip(wanted, values)), (x,))
-
-    gradgradcheck(call, (x, *wanted.values()), nondet_tol=0, fast_mode=True)
+    assert_second_derivatives(converted(stock), x, ("convs.2.weight", "convs.3.weight", "norms.1.bias"))
 
 
 def test_other_sizes_are_left_alone():

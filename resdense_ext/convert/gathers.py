@@ -69,7 +69,7 @@ class Reader(Protocol):
 
     def keeps_input(self, node: Node) -> bool: ...
 
-    def why_not_read(self, match: GraphMatch, nodes: Container[Node]) -> Optional[str]: ...
+    def reads(self, match: GraphMatch, nodes: Container[Node]) -> bool: ...
 
 
 def graph_modules(match: GraphMatch, layer: Callable[[Optional[Node]], Optional[nn.Module]]) -> GraphModules:
@@ -104,7 +104,7 @@ def find_conv_graphs(reader: Reader, taken: Container[Node]) -> Iterator[tuple[G
             outputs = [n for n in reader.nodes if n in nodes and (n in read or not n.users or set(n.users) - nodes)]
             match = GraphMatch(tuple(group.sources), group.convs, tuple(map(group.gather, outputs)))
             saves, more = group.saves(outputs), finder.more & group.convs.keys()
-            if saves and not (more and reader.why_not_read(match, nodes)):
+            if saves and (not more or reader.reads(match, nodes)):
                 matches.append((match, nodes, outputs))
             else:
                 failed |= more
@@ -252,11 +252,11 @@ class _Finder:
         for conv in self.reader.nodes:
             if conv in self.candidates and conv not in homes:
                 (piece,), *_ = self.before(conv, self.candidates)
-                before = homes.get(piece.map, conv) if self._goes_on(conv, piece) else conv
-                if not isinstance(before, Node):
-                    before = conv if conv in self.apart else before
-                    self.joining |= {conv} - {before}
-                homes[conv] = before
+                homes[conv] = homes.get(piece.map, conv) if self._goes_on(conv, piece) else conv
+                if not isinstance(homes[conv], Node) and conv in self.apart:
+                    homes[conv] = conv
+                elif not isinstance(homes[conv], Node):
+                    self.joining.add(conv)
         return homes
 
     @property

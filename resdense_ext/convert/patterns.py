@@ -195,10 +195,12 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
             return [], {node: "changes a value in place that may be read elsewhere"}
     matches: list[Match] = []
     taken: set[Node] = set()
-    # Pools between convolutions had better be a graph's.
     finders = (
-        *(reader.dense_blocks, reader.residual_blocks, lambda: reader.pooled_units(taken)),
-        *(lambda: reader.conv_graphs(taken), lambda: reader.pooled_units()),
+        reader.dense_blocks,
+        reader.residual_blocks,
+        lambda: reader.pooled_units(taken),
+        lambda: reader.conv_graphs(taken),
+        reader.pooled_units,  # between convolutions, where no graph has taken them
     )
     for match in (match for finder in finders for match in finder()):
         if taken.isdisjoint(match.nodes):
@@ -220,9 +222,7 @@ def find(traced: Traced) -> tuple[list[Match], dict[Node, str]]:
 def asks_for_sizes(traced: Traced) -> bool:
     """Whether a forward asks for the size of a value, or something inside of it was not traced: where sizes are known it may be
     another graph."""
-    reader = _Reader(traced)
-    numbers = (node for node in traced.graph.nodes if node.op in ("call_function", "call_method"))
-    return bool(traced.left) or any(map(reader.is_number, numbers))
+    return bool(traced.left) or any(node.op in ("call_function", "call_method") and _is_number(node) for node in traced.graph.nodes)
 
 
 def makes_new_memory(traced: Traced) -> bool:
@@ -233,6 +233,18 @@ def makes_new_memory(traced: Traced) -> bool:
 
 def _calls_one_of(node: Node, functions: tuple) -> bool:
     return node.op in ("call_function", "call_method") and node.target in functions
+
+
+def _is_number(node: object) -> bool:
+    """Whether it is a size, or reckoned from sizes: to change such a number is to make another."""
+    if not isinstance(node, Node):
+        return True
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    reckons = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    return reckons and all(map(_is_number, node.args[:1] if node.target is operator.getitem else node.args))
 
 
 class _Reader:
@@ -289,18 +301,7 @@ class _Reader:
         return self._pieces[node]
 
     def changes_in_place(self, node: Node) -> bool:
-        return changes_in_place(node, self.modules) and not self.is_number(node)
-
-    def is_number(self, node: object) -> bool:
-        """Whether it is a size, or reckoned from sizes: to change such a number is to make another."""
-        if not isinstance(node, Node):
-            return True
-        if node.op == "call_method":
-            return node.target in ("size", "dim", "numel")
-        if node.target is getattr:
-            return node.args[1] in ("shape", "ndim")
-        reckons = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-        return reckons and all(map(self.is_number, node.args[:1] if node.target is operator.getitem else node.args))
+        return changes_in_place(node, self.modules) and not _is_number(node)
 
     def is_fresh(self, node: Node) -> bool:
         """Whether no other value shares the memory of this one."""
@@ -524,15 +525,15 @@ class _Reader:
         for parts, nodes, outputs in find_conv_graphs(self, taken):
             yield Match(parts, parts.sources, list(parts.convs)[-1], nodes, dict.fromkeys(outputs))
 
-    def why_not_read(self, match: GraphMatch, nodes: Container[Node]) -> Optional[str]:
-        """Why the engine does not take the modules of a graph; hooks, which come and go, are no reason."""
+    def reads(self, match: GraphMatch, nodes: Container[Node]) -> bool:
+        """Whether the engine takes the modules of a graph; hooks, which come and go, do not count."""
         if any(node.op == "call_module" and is_hooked(self.modules[node.target]) for node in nodes):
-            return None
+            return True
         try:
             read_conv_graph(graph_modules(match, self._layers.get))
-        except Unsupported as unsupported:
-            return unsupported.reason
-        return None
+        except Unsupported:
+            return False
+        return True
 
     def why_not(self, match: Match) -> Optional[str]:
         """Why the engine must not stand in for a match, whatever its modules are."""

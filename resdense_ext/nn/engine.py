@@ -175,8 +175,8 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
                 checks.check_conv_graph(sources, described)
             except (ValueError, TypeError):
                 return None
-            repeats = not (sources[0].is_cuda and torch.are_deterministic_algorithms_enabled())
-            if not (repeats or all(map(is_repeatable, described.convs))):
+            has_to_repeat = sources[0].is_cuda and torch.are_deterministic_algorithms_enabled()
+            if has_to_repeat and not all(map(is_repeatable, described.convs)):
                 return None
             norms = ((read.norm, *(piece.norm for piece in read.pieces)) for read in modules.outputs)
             return tuple(widened(y, *beside) for y, beside in zip(call_conv_graph(sources, described, graph.engine_policy), norms))

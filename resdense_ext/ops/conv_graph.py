@@ -10,7 +10,7 @@ single one whose activation none of our kernels has, that a transposed convoluti
 instance norms. The statistics of a map are taken once, by the convolution that writes it. Backward goes through the
 convolutions from the last to the first; what a piece's reader asks of it is added to the one gradient of its map, with the
 norm's correction deferred as in a dense block. A chain of convolutions, norms and activations is a graph in which each
-convolution reads one piece. Pools and resizes stand among the convolutions; what they have made is not kept, but made again.
+convolution reads one piece. Pools and resizes may stand among the convolutions; what they have made can be made again without a product.
 
 Maps that were not kept backward computes again, with the statistics that are known: see `resdense_ext.ops.conv_graph_plan`.
 
@@ -36,7 +36,7 @@ from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.ops.resample import resample, resample_backward
 from resdense_ext.ops.split_unit import split_conv
 from resdense_ext.ops.units import Gradients
-from resdense_ext.reference import BatchNorm, Conv, ConvGraph, Piece, Resampling, TransposedConv
+from resdense_ext.reference import Conv, ConvGraph, Piece, Resampling, TransposedConv
 
 __all__ = ["backward", "forward"]
 
@@ -55,7 +55,12 @@ def forward(
     last_reader = {piece.map: i for i, pieces in enumerate((*graph.reads, *graph.outputs)) for piece in pieces}
     for i, (conv, pieces) in enumerate(zip(graph.convs, graph.reads)):
         x, fold = walk.read(pieces, conv)
-        z, of_z = walk.made(x, fold, conv, norms.get(len(walk.maps)))
+        reader = norms.get(len(walk.maps))
+        if isinstance(conv, Resampling):
+            z, _ = resample(backend, x, fold, conv)
+            of_z = backend.stats_for(reader, z)
+        else:
+            z, of_z = convolved(backend, x, fold, conv, reader)
         stats.append(of_z)
         walk.maps.append(z)
         del x, z
@@ -147,23 +152,17 @@ class _Maps:
             return self.maps[pieces[0].map], self.fold(pieces[0])
         return self.gather(pieces, _dtype_of(conv)), None
 
-    def made(self, x: Tensor, fold: Optional[Fold], conv: Step, reader: Optional[BatchNorm]) -> tuple[Tensor, Stats]:
-        """The map that is made of what was `read`, and its statistics where a norm reads it."""
-        if not isinstance(conv, Resampling):
-            return convolved(self.backend, x, fold, conv, reader)
-        z = resample(self.backend, x, fold, conv)
-        return z, self.backend.stats_for(reader, z)
-
 
 class _Backward(_Maps):
     """``grads`` are those of the maps, pending; of a map with several readers it is added up. ``centered`` says of which the mean
-    makes no difference, see `convolve_backward`."""
+    makes no difference, see `convolve_backward`; ``taps`` are the places of maxima that were computed again, see `resample`."""
 
     def __init__(self, graph, backend, maps, stats, needs: Sequence[bool]) -> None:
         super().__init__(graph, backend, maps, stats)
         self.sources = len(maps) - len(graph.convs)
         self.found = Gradients(needs, self.sources)
         self.grads: list[Optional[Pending]] = [None] * len(maps)
+        self.taps: dict[int, Optional[Tensor]] = {}
         self.widths = widths_of([0 if x is None else x.shape[1] for x in maps[: self.sources]], graph.convs, graph.reads)
         self.normed = set(map_of_norm(graph).values())
         self.readers, self.centered = [0] * len(maps), [True] * len(maps)
@@ -181,7 +180,10 @@ class _Backward(_Maps):
         for of in sorted(made_for(self.graph.reads, self.sources, missing, there) - there):
             conv = self.graph.convs[of - self.sources]
             x, fold = self.read(self.graph.reads[of - self.sources], conv)
-            self.maps[of], _ = self.made(x, fold, conv, None)
+            if isinstance(conv, Resampling):
+                self.maps[of], self.taps[of] = resample(self.backend, x, fold, conv)
+            else:
+                self.maps[of], _ = convolved(self.backend, x, fold, conv, None)
 
     def spread(self, pieces: Sequence[Piece], grad: Tensor) -> None:
         """Takes the gradient of what was gathered to the maps; it is only read."""
@@ -236,20 +238,21 @@ class _Backward(_Maps):
             return
         self.complete(piece.map for piece in pieces)
         if isinstance(conv, Resampling):
-            self._resample(pieces, conv, self.backend.pending_grad_(pending) if isinstance(pending, Pending) else pending)
+            grad = self.backend.pending_grad_(pending) if isinstance(pending, Pending) else pending
+            self._resample(pieces, conv, grad, self.taps.pop(self.sources + i, None))
         else:
             self._convolve(i, pieces, conv, pending)
         self.maps[self.sources + i] = None  # the gradient went past it
 
-    def _resample(self, pieces: Sequence[Piece], by: Resampling, grad: Tensor) -> None:
+    def _resample(self, pieces: Sequence[Piece], by: Resampling, grad: Tensor, taps: Optional[Tensor]) -> None:
         (piece,) = pieces
         if self.reads_maps(pieces, by):
             x, fold, into = self.maps[piece.map], self.fold(piece), self._into(piece.map)
-            found = resample_backward(self.backend, x, fold, by, grad, into)
+            found = resample_backward(self.backend, x, fold, by, grad, taps, into)
             self._record_norm(piece, found.norm_weight, found.norm_bias)
             self.grads[piece.map] = found.input
         else:
-            found = resample_backward(self.backend, self._made(piece), None, by, grad, None)
+            found = resample_backward(self.backend, self._made(piece), None, by, grad, taps, None)
             self._add(piece, found.input.dy)
 
     def _convolve(self, i: int, pieces: Sequence[Piece], conv: Conv | TransposedConv, pending: Tensor | Pending) -> None:

@@ -104,7 +104,8 @@ def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool]
         return {of for of in read if of < count or not isinstance(graph.convs[of - count], Resampling)}
     # What comes out of a frozen front is kept: it takes no more than what it is made of.
     given = frozenset(of for of in read if of < count or not wanted.maps[of])
-    values = tuple(map(operator.mul, positions_of(sources, graph), widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)))[count:]
+    widths = widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
+    values = tuple(map(operator.mul, positions_of(sources, graph), widths))[count:]
     kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
     return kept | {of for of in made_for(graph.reads, count, read, kept) if of < count}
 

@@ -90,13 +90,7 @@ def through_memory(
     a = x if fold is None else backend.bn_act(x, fold.affine)
     dx, weight, bias = through(a, backend.pending_grad(grad) if isinstance(grad, Pending) else grad)
     del a, grad
-    if fold is not None:
-        return backend.norm_act_backward(dx, x, fold, into)._replace(weight=weight, bias=bias)
-    if into is None:
-        into = backend.pending(dx, x)
-    else:
-        into.dy.add_(dx)
-    return ConvGrads(into, weight, bias, None, None)
+    return backend.norm_act_backward(dx, x, fold, into)._replace(weight=weight, bias=bias)
 
 
 def convolve_backward(

@@ -110,9 +110,4 @@ def _data_gradient(
         return ConvGrads(into, None, None, None, None)
     da = torch.mm(dy, scaled).addmm_(b, terms, alpha=1 / UNIT)
     da = da.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1).contiguous(memory_format=memory_format_of(x))
-    if prologue is not None:
-        return backend.norm_act_backward(da, x, prologue, into)
-    if into is None:
-        return ConvGrads(Pending.of(da, x), None, None, None, None)
-    into.dy.add_(da)
-    return ConvGrads(into, None, None, None, None)
+    return backend.norm_act_backward(da, x, prologue, into)

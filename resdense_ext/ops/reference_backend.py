@@ -359,8 +359,15 @@ class ReferenceBackend:
         dy = unpool(grad, self.bn_act(x, fold.affine), pool).contiguous(memory_format=memory_format_of(x))
         return self.norm_act_backward(dy, x, fold, into)
 
-    def norm_act_backward(self, dy: Tensor, x: Tensor, fold: Fold, into: Optional[Pending]) -> ConvGrads:
-        """As `bn_act_conv_backward`, from the gradient of the activation's output, which is changed where there is no ``into``."""
+    def norm_act_backward(self, dy: Tensor, x: Tensor, fold: Optional[Fold], into: Optional[Pending]) -> ConvGrads:
+        """As `bn_act_conv_backward`, from the gradient of the activation's output, which is changed where there is no ``into``; without
+        a ``fold`` that is the gradient of ``x``."""
+        if fold is None:
+            if into is None:
+                into = self.pending(dy, x)
+            else:
+                into.dy.add_(dy)
+            return ConvGrads(into, None, None, None, None)
         if into is None:
             sums = self.bn_act_backward(dy, x, fold.affine, fold.mean)
         else:

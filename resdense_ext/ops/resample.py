@@ -1,4 +1,4 @@
-"""Pools and resizes of what norms and activations make of a map: nothing of theirs is kept, backward makes it again."""
+"""Pools and resizes of what norms and activations make of a map, which backward may make again."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def is_repeatable(by: object) -> bool:
     return not isinstance(by, Resize) or by.mode.startswith("nearest")
 
 
-def resample(backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], by: Resampling) -> Tensor:
-    """``by(act(norm(x)))``, a new dense tensor in the layout of ``x``."""
+def resample(backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], by: Resampling) -> tuple[Tensor, Optional[Tensor]]:
+    """``by(act(norm(x)))``, a new dense tensor in the layout of ``x``; of maxima also their places, as `ReferenceBackend.bn_act_pool`
+    gives them."""
     if isinstance(by, Pool):
-        y, _ = backend.bn_act_pool(x, (fold or backend.linear(x)).affine, by)
-        return y
+        return backend.bn_act_pool(x, (fold or backend.linear(x)).affine, by)
     a = x if fold is None else backend.bn_act(x, fold.affine)
-    return torch.ops.resdense.resize(a, by.mode, by.size, by.scale, bool(by.align_corners))
+    return torch.ops.resdense.resize(a, by.mode, by.size, by.scale, bool(by.align_corners)), None
 
 
 def resample_backward(
-    backend: ReferenceBackend, x: Tensor, fold: Optional[Fold], by: Resampling, grad: Tensor, into: Optional[Pending]
+    backend: ReferenceBackend,
+    x: Tensor,
+    fold: Optional[Fold],
+    by: Resampling,
+    grad: Tensor,
+    taps: Optional[Tensor],
+    into: Optional[Pending],
 ) -> ConvGrads:
-    """See `ReferenceBackend.bn_act_conv_backward`, from the gradient of what `resample` returned."""
+    """See `ReferenceBackend.bn_act_conv_backward`, from the gradient of what `resample` returned, and the places where they are known."""
     if isinstance(by, Pool):
-        fold, taps = fold or backend.linear(x), None
-        if by.kind == "maximum":
-            _, taps = backend.bn_act_pool(x, fold.affine, by)
-        return backend.bn_act_pool_backward(grad, taps, x, fold, by, into)
+        if by.kind == "maximum" and taps is None:
+            _, taps = resample(backend, x, fold, by)
+        return backend.bn_act_pool_backward(grad, taps, x, fold or backend.linear(x), by, into)
     da = torch.ops.resdense.resize_backward(grad, x, by.mode, by.scale, bool(by.align_corners))
-    if fold is not None:
-        return backend.norm_act_backward(da, x, fold, into)
-    if into is None:
-        return ConvGrads(backend.pending(da, x), None, None, None, None)
-    into.dy.add_(da)
-    return ConvGrads(into, None, None, None, None)
+    return backend.norm_act_backward(da, x, fold, into)
 
 
 def _resize(x: Tensor, mode: str, size: list[int], scale: list[float], align_corners: bool) -> Tensor:
