@@ -95,6 +95,19 @@ class TestInANetwork:
             stock.get_submodule(name).requires_grad_(False)
         assert_same(steps(converted(stock, policy), x, 3), steps(stock, x, 3))
 
+    def test_what_is_pooled_of_a_frozen_front_is_kept(self, norm, policy):
+        """And none of the maps in front of it, which would take more. (The last convolution can read what it writes, and its map
+        could be the source.)"""
+        torch.manual_seed(2)
+        front = [nn.Conv2d(4, 8, 3, padding=1), NORMS[norm](2, 8), nn.ReLU(), nn.MaxPool2d(2)]
+        stock = nn.Sequential(*front, nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).double()
+        for layer in front:
+            layer.requires_grad_(False)
+        model, x = converted(stock, policy), images(2, 4, 8, 12)
+        assert_same(steps(model, x, 3), steps(stock, x, 3))
+        pooled, behind, statistics = 2 * 8 * 24, 2 * 4 * 24, 2 * 8 * (1 if norm == "batch" else 2)
+        assert rd.memory.saved_bytes(lambda: model(x)) == 8 * (pooled + behind + statistics)
+
     def test_keeps_what_convolutions_made(self, norm):
         """And nothing of what was pooled or resized, which in stock is what the convolutions behind it keep."""
         stock, x = network(norm=norm), images(2, 4, 8, 12).requires_grad_()

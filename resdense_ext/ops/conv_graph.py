@@ -176,7 +176,7 @@ class _Backward(_Maps):
         missing = {of for of in self.wanted.read.intersection(wanted) if self.maps[of] is None}
         if not missing:
             return
-        there = {of for of, x in enumerate(self.maps) if x is not None}
+        there = {of for of, x in enumerate(self.maps) if of < self.sources or x is not None}
         for of in sorted(made_for(self.graph.reads, self.sources, missing, there) - there):
             conv = self.graph.convs[of - self.sources]
             x, fold = self.read(self.graph.reads[of - self.sources], conv)

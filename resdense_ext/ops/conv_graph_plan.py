@@ -1,7 +1,7 @@
 """Which maps of a graph of convolutions are kept for backward, and which it computes again.
 
-See `resdense_ext.ops.conv_graph` for what the maps are. The policy "fast" keeps all that backward reads, but for what pools and
-resizes have made, which takes no product to be made again. Under "min" the graph is
+See `resdense_ext.ops.conv_graph` for what the maps are. The policy "fast" keeps all that backward reads. Under either what pools
+and resizes have made of a map that is kept is not, as it takes no product to be made again. Under "min" the graph is
 cut into stretches: what is read across a cut is kept, and backward computes the maps of a stretch again when it comes to it. The
 cuts are where what is kept and the largest stretch take the least together.
 
@@ -15,7 +15,7 @@ import operator
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -101,13 +101,28 @@ def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool]
     wanted = Wanted(graph, count, Gradients(needs, count))
     read = wanted.read
     if policy == "fast":
-        return {of for of in read if of < count or not isinstance(graph.convs[of - count], Resampling)}
+        return _without_resampled(read, graph, count)
     # What comes out of a frozen front is kept: it takes no more than what it is made of.
     given = frozenset(of for of in read if of < count or not wanted.maps[of])
     widths = widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
     values = tuple(map(operator.mul, positions_of(sources, graph), widths))[count:]
     kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
-    return kept | {of for of in made_for(graph.reads, count, read, kept) if of < count}
+    kept |= {of for of in made_for(graph.reads, count, read, kept) if of < count}
+    return _without_resampled(kept, graph, count)
+
+
+def _without_resampled(maps: Container[int], graph: ConvGraph, sources: int) -> set[int]:
+    """These but for what pools and resizes have made of others of them."""
+
+    def made_of(of: int) -> Optional[int]:
+        resamples = of >= sources and isinstance(graph.convs[of - sources], Resampling)
+        return graph.reads[of - sources][0].map if resamples else None
+
+    def is_made_of_others(of: Optional[int]) -> bool:
+        of = made_of(of)
+        return of is not None and (of in maps or is_made_of_others(of))
+
+    return {of for of in maps if not is_made_of_others(of)}
 
 
 def cost_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> tuple[int, int]:
