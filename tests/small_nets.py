@@ -102,21 +102,23 @@ def images(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def steps(model, x, count=1, call=None):
+def steps(model, x, count=1, call=None, of_input=True):
     """`steps_of` a copy."""
-    return steps_of(copy.deepcopy(model), x, count, call)
+    return steps_of(copy.deepcopy(model), x, count, call, of_input)
 
 
-def steps_of(model, x, count=1, call=None):
-    """Output, gradients and buffers of ``count`` forwards and backwards; gradients accumulate."""
-    x = x.clone().requires_grad_()
+def steps_of(model, x, count=1, call=None, of_input=True):
+    """Output, gradients and buffers of ``count`` forwards and backwards; gradients accumulate. Where none is ``of_input``, nothing in
+    front of the first parameter that is trained has one."""
+    x = x.clone().requires_grad_(of_input)
     for _ in range(count):
         output = model(x) if call is None else call(model, x)
         weights = images(*output.shape, seed=1).to(output)
         (output * weights).sum().backward()
     gradients = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     buffers = {f"buffer {name}": b for name, b in model.named_buffers()}
-    return {"output": output.detach(), "grad x": x.grad, **gradients, **buffers}
+    of_x = {"grad x": x.grad} if of_input else {}
+    return {"output": output.detach(), **of_x, **gradients, **buffers}
 
 
 def ten_losses(net, x, target, rate):

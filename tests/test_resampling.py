@@ -104,7 +104,7 @@ class TestInANetwork:
         for layer in front:
             layer.requires_grad_(False)
         model, x = converted(stock, policy), images(2, 4, 8, 12)
-        assert_same(steps(model, x, 3), steps(stock, x, 3))
+        assert_same(steps(model, x, 3, of_input=False), steps(stock, x, 3, of_input=False))
         pooled, behind, statistics = 2 * 8 * 24, 2 * 4 * 24, 2 * 8 * (1 if norm == "batch" else 2)
         assert rd.memory.saved_bytes(lambda: model(x)) == 8 * (pooled + behind + statistics)
 
