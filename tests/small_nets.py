@@ -191,9 +191,20 @@ def assert_in_working_precision(stock, convert, x, autocast=None, channels_last=
 
 
 def assert_budget_offers_what_it_costs(stock, x):
-    least, most = (rd.report(rd.convert(copy.deepcopy(stock), name), x).saved_bytes for name in ("min", "fast"))
-    report = rd.report(rd.convert(copy.deepcopy(stock), memory_budget=least, example_input=x), x)
-    assert report.plan.predicted_bytes == report.saved_bytes == least < most
+    """From "min" to "fast": all that the plan has to give, and what lies between the two."""
+    reports = [rd.report(rd.convert(copy.deepcopy(stock), policy), x) for policy in ("min", "fast")]
+    least, most = (report.saved_bytes for report in reports)
+    recomputed = []
+    for budget in (least, (least + most) // 2, most):
+        model = rd.convert(copy.deepcopy(stock), memory_budget=budget, example_input=x)
+        report = rd.report(model, x)
+        assert report.plan.predicted_bytes == report.saved_bytes <= budget
+        recomputed.append(report.plan.recomputed_flops)
+        if budget in (least, most):
+            assert report.saved_bytes == budget
+        assert_same(steps(model, x), steps(stock, x))
+    every, some, none = recomputed
+    assert every >= some >= none == 0 < every
 
 
 def peak_of_training(net, x):

@@ -119,16 +119,18 @@ def test_chains_are_kept_or_computed_again():
     blocks = [chain(12, 24, 24, 12), nn.MaxPool2d(2, ceil_mode=True), chain(12, 48, 48, 12), nn.Flatten(), nn.LazyLinear(5)]
     model, x = randomise(nn.Sequential(*blocks).double()), images(2, 12, 8, 8)
     model(x)
-    found = []
+    found, shown = [], []
     most, least = (saved(rd.convert(model, policy), x) for policy in ("fast", "min"))
     for budget in (most, (most + least) // 2, least):
         rd.convert(model, memory_budget=budget, example_input=x)
         plan = budgets.plan_of(model)
-        assert saved(model, x) == plan.predicted_bytes <= budget and plan.bottlenecks == 2
+        assert saved(model, x) == plan.predicted_bytes <= budget and plan.bottlenecks == 6
         found.append((plan.kept, plan.recomputed_flops))
+        shown.append([row.policy for row in rd.report(model, x).rows if row.layers])
         assert_same(steps(copy.deepcopy(model), x), steps(rd.revert(copy.deepcopy(model)), x))
     (_, none), (_, some), (_, every) = found
-    assert [kept for kept, _ in found] == [2, 1, 0] and 0 == none < some < every
+    assert [kept for kept, _ in found] == [6, 3, 0] and 0 == none < some < every
+    assert shown == [["fast", "fast"], ["min and 1 more", "min and 2 more"], ["min", "min"]]
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

@@ -1,6 +1,6 @@
 """The engine of convolutions of concatenations, against the reference: every backend, both memory formats, mixed readers."""
 
-import itertools
+import random
 from functools import partial
 
 import pytest
@@ -9,6 +9,7 @@ from small_nets import assert_same, policy  # noqa: F401
 from test_dense_block import BACKENDS, built
 from tolerance import assert_within_noise, assert_within_rule, rounding_noise, torch_runs, true_run
 from torch.autograd import gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import resdense_ext as rd
 from resdense_ext import reference
@@ -252,16 +253,62 @@ class TestMin:
             peaks[policy] = rd.memory.peak_bytes(step)
         assert peaks["fast"] > 12 * wide and peaks["min"] < 7 * wide
 
-    @pytest.mark.parametrize("limit", range(3))
-    def test_cost(self, limit):
-        """What a budget is offered: the bytes that lie between the policies, and the FLOPs of what is computed again."""
-        widths = ([16, 16], [48, 48, 8] * 4, [8] * 9)[limit]
-        graph, x = chain(widths), torch.randn(2, 8, 6, 5, requires_grad=True)
-        saved = [rd.memory.saved_bytes(lambda: conv_graph([x], graph, policy)) for policy in ("fast", "min")]
-        nbytes, flops = conv_graph_plan.cost_of([x], graph, torch.float32)
-        assert nbytes == saved[0] - saved[1] > 0
-        every = [2 * 60 * conv.weight.numel() for conv in graph.convs]
-        assert flops in [sum(some) for count in range(1, 13) for some in itertools.combinations(every, count)] and flops <= sum(every)
+
+class TestBudget:
+    """What lies between the policies: of every convolution the bytes of its map, or its FLOPs once more."""
+
+    WIDTHS = ([16, 16], [48, 48, 8] * 4, [8] * 9)
+
+    @pytest.fixture(params=WIDTHS, ids=str)
+    def graph(self, request):
+        return chain(request.param, dtype=torch.float64)
+
+    @pytest.fixture
+    def x(self):
+        return torch.randn(2, 8, 6, 5, dtype=torch.float64, requires_grad=True)
+
+    def step(self, x, graph, policy):
+        """The bytes that are kept, the FLOPs of the backward, and the gradients."""
+        saved = rd.memory.saved_bytes(lambda: conv_graph([x], graph, policy))
+        with rd.use_backend("reference"):
+            (y,) = conv_graph([x], graph, policy)
+            with FlopCounterMode(display=False) as counter:
+                grads = torch.autograd.grad(y, [x, *(conv.weight for conv in graph.convs)], torch.cos(y.detach()))
+        return saved, counter.get_total_flops(), {f"grad {i}": grad for i, grad in enumerate(grads)}
+
+    def test_costs_what_it_offers(self, graph, x):
+        offer = conv_graph_plan.offer_of([x], graph, torch.float64)
+        (most, none, expected), (least, all_again, _) = (self.step(x, graph, policy) for policy in ("fast", "min"))
+        choices = [i for i, of_map in enumerate(offer.maps) if of_map is not None]
+        assert choices and most - least == sum(offer.maps[i][0] for i in choices)
+        assert all_again - none == sum(offer.maps[i][1] for i in choices)
+        for seed in range(4):
+            kept = random.Random(seed).sample(choices, len(choices) // 2)
+            policy = tuple(i in kept for i in range(len(graph.convs)))
+            saved, flops, grads = self.step(x, graph, policy)
+            assert saved == least + sum(offer.maps[i][0] for i in kept)
+            assert flops == all_again - sum(offer.maps[i][1] for i in kept)
+            assert_same(grads, expected)
+
+    def test_all_of_them_are_fast_and_none_are_min(self, graph, x):
+        for keep, name in ((True, "fast"), (False, "min")):
+            assert self.step(x, graph, (keep,) * len(graph.convs))[:2] == self.step(x, graph, name)[:2]
+
+    @pytest.mark.unpoisoned
+    @pytest.mark.parametrize("replayed", [True, False])
+    def test_scratch(self, replayed, monkeypatch):
+        """What "auto" leaves room for: what the backward of "min" has at once beside what is kept, but for parameters' gradients and one
+        activated map."""
+        if not replayed:
+            monkeypatch.setattr(conv_graph_function, "may_replay", lambda names: False)
+        graph, x = chain([64, 64, 4] * 6, source=4), torch.randn(2, 4, 48, 48, requires_grad=True)
+        parameters = [x, *(conv.weight for conv in graph.convs)]
+        step = lambda: torch.autograd.grad(conv_graph([x], graph, "min")[0].sum(), parameters)  # noqa: E731
+        step()
+        beside = rd.memory.peak_bytes(step) - rd.memory.saved_bytes(lambda: conv_graph([x], graph, "min"))
+        passing, wide = sum(t.nbytes for t in parameters), 64 * 2 * 48 * 48 * 4
+        scratch = conv_graph_plan.offer_of([x], graph, torch.float32).scratch
+        assert scratch - wide <= beside <= scratch + passing + wide
 
 
 def test_a_front_that_is_frozen(policy):

@@ -7,6 +7,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 
+from resdense_ext import plan
 from resdense_ext.plan import Choice, choose, parse_budget
 
 
@@ -49,6 +50,31 @@ def test_a_network_of_130_layers_in_under_a_second():
     assert last == 0
     # A bound on the algorithm, not a measurement: a plan takes a tenth of it.
     assert perf_counter() - start < 11
+
+
+def of_odd_sizes(sizes, each):
+    random.seed(sizes)
+    nbytes = [random.randint(10**5, 10**8) for _ in range(sizes)]
+    return [Choice(n, n * random.choice((16, 64, 128, 288, 576, 1152))) for n in nbytes for _ in range(each)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_of_too_many_plans_is_nearly_as_good(share, monkeypatch):
+    """As the best for a budget that is smaller by a part for every size."""
+    choices = of_odd_sizes(6, 8)
+    budget, parts = int(share * sum(choice.nbytes for choice in choices)), 200
+    exact = [recomputed(choices, choose(choices, b)) for b in (budget, budget - 6 * budget // parts)]
+    monkeypatch.setattr(plan, "_MOST_PLANS", parts)
+    keep = choose(choices, budget)
+    assert used(choices, keep) <= budget and exact[0] <= recomputed(choices, keep) <= exact[1] < recomputed(choices, [False] * 48)
+
+
+def test_a_network_of_many_odd_sizes_in_seconds():
+    choices = of_odd_sizes(15, 15)
+    budget, start = sum(choice.nbytes for choice in choices) // 2, perf_counter()
+    assert 0.99 * budget < used(choices, choose(choices, budget)) <= budget
+    # A bound on the algorithm, whose states would be millions: a plan takes a tenth of it.
+    assert perf_counter() - start < 30
 
 
 def test_a_negative_budget_is_refused():

@@ -27,7 +27,7 @@ import resdense_ext as rd
 from resdense_ext import checks, reference
 from resdense_ext.convert.strangers import Stranger
 from resdense_ext.ops.conv_graph_function import conv_graph
-from resdense_ext.ops.conv_graph_plan import cost_of
+from resdense_ext.ops.conv_graph_plan import offer_of
 from resdense_ext.reference import Activation, BatchNorm, Conv, ConvGraph, Piece, Pool, Resize
 
 SIZES = {1: (16,), 2: (8, 12), 3: (8, 8, 6)}
@@ -205,7 +205,7 @@ def test_the_cost_of_computing_again():
     graph = ConvGraph(convs, ((Piece(0),), (Piece(1),), (Piece(2),)), (), ((Piece(3),),))
     x = torch.randn(2, 4, 6, 4, requires_grad=True)
     saved = [rd.memory.saved_bytes(lambda: conv_graph([x], graph, policy)) for policy in ("fast", "min")]
-    assert cost_of([x], graph, torch.float32) == (saved[0] - saved[1], 2 * 2 * 24 * weight.numel())
+    assert offer_of([x], graph, torch.float32).maps == [(saved[0] - saved[1], 2 * 2 * 24 * weight.numel()), None, None]
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ __all__ = ["Plan", "apply_budget", "forget_plan", "plan_of"]
 class Plan(NamedTuple):
     """What was asked for and what it comes to, for the example input of the conversion.
 
-    A residual or dual path block's maps, or those of a graph of convolutions, are kept or computed again together, and count as one bottleneck. ``recomputed_flops``
-    are those of the bottlenecks that backward computes again, of ``bottleneck_flops`` in all.
+    A residual or dual path block's maps are kept or computed again together, and count as one bottleneck; of a graph of
+    convolutions every map does that "fast" keeps and "min" does not. ``recomputed_flops`` are those of the bottlenecks that
+    backward computes again, of ``bottleneck_flops`` in all.
     """
 
     budget: int
@@ -63,8 +64,8 @@ class _Offers:
     """The blocks' choices, in the order in which they run; a block that runs twice offers both runs together.
 
     ``scratch`` is about what the most demanding block's backward takes beside what is kept: of a dense block a gradient of its
-    buffer and four maps of the bottleneck's width, of a residual or dual path block or a graph of convolutions its maps, and as much
-    for their gradients, and of a dual path block a gradient of both halves.
+    buffer and four maps of the bottleneck's width, of a residual or dual path block its maps, and as much for their gradients, and
+    of a dual path block a gradient of both halves; of a graph of convolutions what its plan says.
     """
 
     def __init__(self) -> None:
@@ -100,9 +101,9 @@ class _Offers:
             graph = read_conv_graph(module.graph_modules())([source.shape[1] for source in x])
             if not _is_differentiated(x, graph):
                 return
-            nbytes, flops = conv_graph_plan.cost_of(x, graph, _compute_dtype(x[0], graph.convs[0].weight))
-            new = [Choice(nbytes, flops) if nbytes else None]
-            scratch = 2 * nbytes
+            offer = conv_graph_plan.offer_of(x, graph, _compute_dtype(x[0], graph.convs[0].weight))
+            new = [None if of_map is None else Choice(*of_map) for of_map in offer.maps]
+            scratch = offer.scratch
         else:
             return
         self.scratch = max(self.scratch, scratch)
@@ -169,7 +170,8 @@ def apply_budget(model: nn.Module, budget: int | float | None, example_input: An
     for block, offered in offers.of.items():
         policy: Policy = tuple((block, i) in kept for i in range(len(offered)))
         if not hasattr(block, "layer_modules"):
-            policy = "fast" if policy[0] else "min"
+            chosen = [keep for keep, choice in zip(policy, offered) if choice is not None]
+            policy = "min" if not any(chosen) else "fast" if all(chosen) else policy
         setattr(block, "policy" if isinstance(block, OnEngine) else "resdense_policy", policy)
     flops = sum(choice.flops for choice in choices)
     spared = sum(choice.flops for choice, wanted in zip(choices, keep) if wanted)

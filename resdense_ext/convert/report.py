@@ -144,12 +144,14 @@ def _layers(block: nn.Module) -> int:
 def _state(block: nn.Module) -> tuple[Optional[str], str]:
     policy = block.engine_policy
     reason = "its policy is None" if policy is None else why_stock(block)
-    return (_named(policy), "") if reason is None else (None, f"stock path: {reason}")
+    return (_named(policy, block), "") if reason is None else (None, f"stock path: {reason}")
 
 
-def _named(policy: Policy) -> str:
-    """A policy for people: of a bool a layer, how many bottlenecks are kept."""
-    return policy if isinstance(policy, str) else f"{sum(policy)} of {len(policy)} kept"
+def _named(policy: Policy, block: nn.Module) -> str:
+    """A policy for people: of bools, how many bottlenecks of a dense block are kept, and how many maps of a graph."""
+    if isinstance(policy, str):
+        return policy
+    return f"min and {sum(policy)} more" if hasattr(block, "graph_modules") else f"{sum(policy)} of {len(policy)} kept"
 
 
 def _measure(model: nn.Module, arguments: tuple, blocks: dict[str, nn.Module], path) -> dict[str, int]:

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Policy = str | tuple[bool, ...]
-"""What a dense block keeps: a name, or a bool a layer."""
+"""What a block keeps: a name, or of a dense block a bool a layer, and of a graph of convolutions a bool a step."""
 
 Halves = tuple[Tensor, Tensor]
 """The residual half, ``[N, R, *spatial]``, and the dense half, ``[N, D, *spatial]``, of a dual path."""

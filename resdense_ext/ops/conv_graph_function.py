@@ -34,7 +34,7 @@ class ConvGraphFunction(torch.autograd.Function):
     norms; where the policy is "none", no map."""
 
     @staticmethod
-    def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str, count: int, *tensors):
+    def forward(ctx, graph: ConvGraph, backend: ReferenceBackend, policy: str | Sequence[bool], count: int, *tensors):
         sources, tensors = [walkable_map(x) for x in tensors[:count]], list(tensors[count:])
         apart = are_instances(graph.norms)
         parts = sizes_of_parts(sources[0], _largest(sources, graph)) if apart else [len(sources[0])]
@@ -174,14 +174,15 @@ def _differentiable_backward(upstream, sources, tensors, graph, needs, create_gr
     return gradients(outputs, upstream, _targets(sources, tensors), needs, create_graph)
 
 
-def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str = "fast") -> tuple[Tensor, ...]:
+def conv_graph(sources: Sequence[Tensor], graph: ConvGraph, policy: str | Sequence[bool] = "fast") -> tuple[Tensor, ...]:
     """The graph's outputs, `resdense_ext.reference.conv_graph`, in one node; running statistics are updated once.
 
     Args:
         sources: maps ``[N, C, *spatial]``, not empty; whatever a convolution reads together has the same samples and sizes.
         graph: convolution weights of one dtype, in which all of them compute; statistics of this process alone. A map's norms
             normalise it whole. Beside instance norms none takes the batch's statistics, and sources have the same samples.
-        policy: "fast" keeps the maps that backward reads, "min" few of them, and computes the others again.
+        policy: "fast" keeps the maps that backward reads, "min" few of them, and computes the others again; a bool a step says
+            which of those of "fast" are kept beside those of "min".
 
     Returns:
         A map an output, channels-last where the sources are or a weight is. An output that is one convolution's map as it is, and that is

@@ -3,7 +3,9 @@
 See `resdense_ext.ops.conv_graph` for what the maps are. The policy "fast" keeps all that backward reads. Under either what pools
 and resizes have made of a map that is kept is not, as it takes no product to be made again. Under "min" the graph is
 cut into stretches: what is read across a cut is kept, and backward computes the maps of a stretch again when it comes to it. The
-cuts are where what is kept and the largest stretch take the least together.
+cuts are where what is kept and the largest stretch take the least together. Between the two a budget chooses: a bool a step says
+which maps of those that "fast" keeps are kept beside those of "min". As backward reads every one of them, each that is not kept
+takes the product that makes it once more, whatever else is kept.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
 """
@@ -15,7 +17,7 @@ import operator
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -23,7 +25,19 @@ from torch import Tensor
 from resdense_ext.ops.units import GRADS, Gradients
 from resdense_ext.reference import Conv, ConvGraph, Piece, Resampling, TransposedConv
 
-__all__ = ["Step", "Wanted", "cost_of", "is_plain", "kept_maps", "made_for", "map_of_norm", "pieces_of", "positions_of", "widths_of"]
+__all__ = [
+    "Offer",
+    "Step",
+    "Wanted",
+    "is_plain",
+    "kept_maps",
+    "made_for",
+    "map_of_norm",
+    "offer_of",
+    "pieces_of",
+    "positions_of",
+    "widths_of",
+]
 
 Step = Conv | TransposedConv | Resampling
 
@@ -95,7 +109,7 @@ def made_for(reads: Sequence[Sequence[Piece]], sources: int, wanted: Container[i
     return made
 
 
-def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool], policy: str) -> set[int]:
+def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool], policy: str | Sequence[bool]) -> set[int]:
     """Those that are kept for the gradients that ``needs`` asks for."""
     count = len(sources)
     wanted = Wanted(graph, count, Gradients(needs, count))
@@ -104,44 +118,82 @@ def kept_maps(sources: Sequence[Tensor], graph: ConvGraph, needs: Sequence[bool]
         return _without_resampled(read, graph, count)
     # What comes out of a frozen front is kept: it takes no more than what it is made of.
     given = frozenset(of for of in read if of < count or not wanted.maps[of])
-    widths = widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
-    values = tuple(map(operator.mul, positions_of(sources, graph), widths))[count:]
+    values = tuple(_values(sources, graph)[count:])
     kept = given | _read_across_cuts(graph.reads, graph.outputs, count, frozenset(read), given, values)
     kept |= {of for of in made_for(graph.reads, count, read, kept) if of < count}
+    if policy != "min":
+        kept |= read.intersection(of for of, keep in enumerate(policy, count) if keep)
     return _without_resampled(kept, graph, count)
 
 
-def _without_resampled(maps: Container[int], graph: ConvGraph, sources: int) -> set[int]:
+def _without_resampled(maps: set[int], graph: ConvGraph, sources: int) -> set[int]:
     """These but for what pools and resizes have made of others of them."""
-
-    def made_of(of: int) -> Optional[int]:
-        resamples = of >= sources and isinstance(graph.convs[of - sources], Resampling)
-        return graph.reads[of - sources][0].map if resamples else None
-
-    def is_made_of_others(of: Optional[int]) -> bool:
-        of = made_of(of)
-        return of is not None and (of in maps or is_made_of_others(of))
-
-    return {of for of in maps if not is_made_of_others(of)}
+    return {of for of in maps if not maps.intersection(_resampled(graph, sources, of))}
 
 
-def cost_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> tuple[int, int]:
-    """The bytes that "fast" keeps and "min" does not, of maps of this dtype, and the FLOPs of what "min" computes again."""
+def _resampled(graph: ConvGraph, sources: int, of: int) -> Iterator[int]:
+    """The maps that a map is made of by pools and resizes alone, from the last on."""
+    while of >= sources and isinstance(graph.convs[of - sources], Resampling):
+        of = graph.reads[of - sources][0].map
+        yield of
+
+
+def _values(sources: Sequence[Tensor], graph: ConvGraph) -> list[int]:
+    """The number of values of every map."""
+    widths = widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
+    return list(map(operator.mul, positions_of(sources, graph), widths))
+
+
+class Offer(NamedTuple):
+    """What a budget may choose between "min" and "fast", and what it has to leave room for.
+
+    ``maps`` has a pair a step of the graph: the bytes that keeping its map takes beside what "min" keeps, and the FLOPs that this
+    spares; None where there is no choice. ``scratch`` are the most bytes that the backward of "min" has beside what is kept: maps
+    that it has made again, and gradients of maps.
+    """
+
+    maps: list[Optional[tuple[int, int]]]
+    scratch: int
+
+
+def offer_of(sources: Sequence[Tensor], graph: ConvGraph, dtype: torch.dtype) -> Offer:
+    """That of a graph whose maps have this dtype."""
+    count, needs = len(sources), _asked(sources, graph)
+    fast, least = (kept_maps(sources, graph, needs, policy) for policy in ("fast", "min"))
+    positions, nbytes = positions_of(sources, graph), [dtype.itemsize * values for values in _values(sources, graph)]
+    taken = {of: nbytes[of] for of in fast - least}
+    for of in least - fast:  # that of what is made of a map goes where the map is kept
+        for root in taken.keys() & set(_resampled(graph, count, of)):
+            taken[root] -= nbytes[of]
+    maps: list[Optional[tuple[int, int]]] = []
+    for of, (conv, pieces) in enumerate(zip(graph.convs, graph.reads), count):
+        multiplied = positions[pieces[0].map if isinstance(conv, TransposedConv) else of]
+        maps.append((taken[of], 2 * multiplied * conv.weight.numel()) if of in taken else None)
+    return Offer(maps, _scratch(graph, Wanted(graph, count, Gradients(needs, count)), least, nbytes))
+
+
+def _asked(sources: Sequence[Tensor], graph: ConvGraph) -> list[bool]:
+    """Of which a training step asks for the gradient, in the order of `Gradients`."""
     weights = [(None, None) if isinstance(conv, Resampling) else (conv.weight, conv.bias) for conv in graph.convs]
     parameters = [t for of in weights for t in (None, None, *of)]
     parameters += [t for norm in graph.norms for t in (norm.weight, norm.bias, None, None)]
     parameters += [t for slope in graph.slopes for t in (slope, None, None, None)]
-    needs = [t is not None and t.requires_grad for t in (*sources, *parameters)]
-    fast, least = (kept_maps(sources, graph, needs, policy) for policy in ("fast", "min"))
-    made = made_for(graph.reads, len(sources), fast, least)
-    positions, widths = positions_of(sources, graph), widths_of([x.shape[1] for x in sources], graph.convs, graph.reads)
-    values = flops = 0
-    for of, (conv, pieces) in enumerate(zip(graph.convs, graph.reads), len(sources)):
-        values += ((of in fast) - (of in least)) * positions[of] * widths[of]
-        if of in made and not isinstance(conv, Resampling):
-            multiplied = positions[pieces[0].map if isinstance(conv, TransposedConv) else of]
-            flops += 2 * multiplied * conv.weight.numel()
-    return values * dtype.itemsize, flops
+    return [t is not None and t.requires_grad for t in (*sources, *parameters)]
+
+
+def _scratch(graph: ConvGraph, wanted: Wanted, kept: set[int], nbytes: Sequence[int]) -> int:
+    """As `Offer` says: backward goes from the last step to the first, and has what a step reads made before its turn."""
+    count = len(nbytes) - len(graph.convs)
+    most, grads = 0, {piece.map for pieces in graph.outputs for piece in pieces}
+    made = made_for(graph.reads, count, grads & wanted.read, kept) - kept
+    for i in reversed(range(len(graph.convs))):
+        reads = {piece.map for piece in graph.reads[i]}
+        made |= made_for(graph.reads, count, reads & wanted.read, kept | made) - kept
+        grads |= {of for of in reads if wanted.maps[of]}
+        most = max(most, sum(nbytes[of] for of in made) + sum(nbytes[of] for of in grads))
+        made.discard(count + i)
+        grads.discard(count + i)
+    return most
 
 
 @lru_cache(256)
