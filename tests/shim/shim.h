@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -89,7 +90,7 @@ class Block {
   Block(unsigned threads, const std::function<void()>& kernel, size_t shared_bytes)
       : kernel_(kernel), shared_bytes_(shared_bytes), fibers_(threads) {
     blockDim.x = threads;
-    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique<char[]>(kStack);
+    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
   }
 
   void run(unsigned block) {
@@ -98,6 +99,7 @@ class Block {
     // Allocated to the byte, so that the address sanitizer sees what is beyond; and full of values that are not numbers.
     shared_ = std::make_unique<Piece[]>(shared_bytes_ / sizeof(Piece));
     std::memset(shared_.get(), 0xff, shared_bytes_);
+    turns_.clear();
     for (Fiber& fiber : fibers_) {
       fiber.state = State::ready;
       fiber.exchanges = 0;
@@ -111,10 +113,10 @@ class Block {
     for (;;) {
       bool moved = false;
       if (order > 1) {
-        for (unsigned warp : permutation((fibers_.size() + 31) / 32, block))
-          while (pass(warp * 32, std::min<size_t>(32, fibers_.size() - warp * 32), block)) moved = true;
+        for (unsigned warp : turns((fibers_.size() + 31) / 32))
+          while (pass(warp * 32, std::min<size_t>(32, fibers_.size() - warp * 32))) moved = true;
       } else {
-        moved = pass(0, fibers_.size(), block);
+        moved = pass(0, fibers_.size());
       }
       if (moved) continue;
       if (count(State::done) == fibers_.size()) return;
@@ -180,7 +182,7 @@ class Block {
 
  private:
   static constexpr size_t kStack = 64 * 1024;
-  static constexpr size_t kSlot = 32;
+  static constexpr size_t kSlot = 48;
   enum class State { ready, barrier, exchange, done };
   struct alignas(16) Piece {
     unsigned char bytes[16];
@@ -217,9 +219,9 @@ class Block {
   }
 
   // Lets every thread of some go on to where it next waits; false where none could.
-  bool pass(unsigned first, size_t threads, unsigned block) {
+  bool pass(unsigned first, size_t threads) {
     bool moved = false;
-    for (unsigned i : permutation(threads, block)) {
+    for (unsigned i : turns(threads)) {
       const unsigned t = first + i;
       if (fibers_[t].state != State::ready) continue;
       moved = true;
@@ -228,6 +230,13 @@ class Block {
       release_warp(t / 32);
     }
     return moved;
+  }
+
+  // In which so many threads, or warps, of this block take turns.
+  const std::vector<unsigned>& turns(size_t size) {
+    auto& turns = turns_[size];
+    if (turns.empty()) turns = permutation(size, blockIdx.x);
+    return turns;
   }
 
   void yield(State state) {
@@ -269,6 +278,7 @@ class Block {
   const std::function<void()>& kernel_;
   const size_t shared_bytes_;
   std::vector<Fiber> fibers_;
+  std::map<size_t, std::vector<unsigned>> turns_;
   std::unique_ptr<Piece[]> shared_;
   ucontext_t scheduler_;
 };

@@ -29,21 +29,25 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
 template <typename T>
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   struct Fragments {
-    T a[4][2], b[2][2];
+    float a[4][2], b[2][2];
   } mine;
-  static_assert(sizeof mine == 24);
-  std::memcpy(mine.a, a, sizeof mine.a);
-  std::memcpy(mine.b[0], &b0, sizeof b0);
-  std::memcpy(mine.b[1], &b1, sizeof b1);
+  const auto unpack = [](float (&to)[2], uint32_t from) {
+    T values[2];
+    std::memcpy(values, &from, sizeof values);
+    for (unsigned i = 0; i < 2; ++i) to[i] = values[i];
+  };
+  for (unsigned i = 0; i < 4; ++i) unpack(mine.a[i], a[i]);
+  unpack(mine.b[0], b0);
+  unpack(mine.b[1], b1);
   const auto fragments = shim::Block::exchange(mine);
-  const unsigned lane = threadIdx.x % 32;
-  for (unsigned i = 0; i < 4; ++i) {
-    const unsigned row = lane / 4, lower = i / 2, column = 2 * (lane % 4) + i % 2;
-    for (unsigned k = 0; k < 16; ++k) {
-      const unsigned half = k / 8, owner = k % 8 / 2;
-      const float left = fragments(4 * row + owner).a[2 * half + lower][k % 2];
-      const float right = fragments(4 * column + owner).b[half][k % 2];
-      c[i] += left * right;
+  const unsigned lane = threadIdx.x % 32, row = lane / 4, first = 2 * (lane % 4);
+  for (unsigned owner = 0; owner < 4; ++owner) {  // of the values 2 owner and 2 owner + 1 of either half of the inner dimension
+    const Fragments left = fragments(4 * row + owner);
+    for (unsigned column = 0; column < 2; ++column) {
+      const Fragments right = fragments(4 * (first + column) + owner);
+      for (unsigned lower = 0; lower < 2; ++lower)
+        for (unsigned half = 0; half < 2; ++half)
+          for (unsigned k = 0; k < 2; ++k) c[2 * lower + column] += left.a[2 * half + lower][k] * right.b[half][k];
     }
   }
 }
