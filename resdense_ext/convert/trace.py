@@ -23,7 +23,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -88,20 +88,28 @@ class Facts:
     layers; does not keep the module."""
 
     def __init__(self, root: nn.Module, leaves: Container[nn.Module], layers: Iterable[nn.Module] = ()) -> None:
-        self._of_root = _attributes(root)
-        self._of = [(module, is_hooked(module), _attributes(module)) for module in (*_containers(root, leaves), *layers)]
+        self._of_root = _Attributes(root)
+        self._of = [(module, is_hooked(module), _Attributes(module)) for module in (*_containers(root, leaves), *layers)]
         self._shapes = [(layer, _shapes(layer)) for layer in layers]
 
     def hold(self, root: nn.Module) -> bool:
         """Whether all is as it was, but for the modes, see `modes_of`."""
-        inside = all(is_hooked(m) == hooked and _same(_attributes(m), attributes) for m, hooked, attributes in self._of)
-        alike = inside and all(_shapes(layer) == shapes for layer, shapes in self._shapes)
-        return alike and _same(_attributes(root), self._of_root)
+        inside = all([attributes.are_those_of(m) and is_hooked(m) == hooked for m, hooked, attributes in self._of])
+        alike = inside and all([_shapes(layer) == shapes for layer, shapes in self._shapes])
+        return alike and self._of_root.are_those_of(root)
 
 
 def modes_of(module: nn.Module) -> tuple[bool, ...]:
     """The ``training`` of all modules inside: a forward may do another thing in another mode."""
-    return tuple(m.training for m in module.modules())
+    modes, todo, seen = [], [module], {module}
+    while todo:
+        module = todo.pop()
+        modes.append(module.training)
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return tuple(modes)
 
 
 def is_own(module: nn.Module) -> bool:
@@ -336,7 +344,7 @@ class _Tracer(fx.Tracer):
         self.within: list[str] = []
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._shadow(root)
-        self._before = [(module, (_attributes(shadow), shadow.training)) for module, shadow in self.shadows.items()]
+        self._before = [(module, _Attributes(shadow), shadow.training) for module, shadow in self.shadows.items()]
         self._broke: str | None = None
         self._argument: Any = None
         self.inside: dict[str, Given] = {}
@@ -390,9 +398,9 @@ class _Tracer(fx.Tracer):
 
     def changed(self) -> str | None:
         """The path of a module whose attributes are others now."""
-        for module, before in self._before:
+        for module, before, training in self._before:
             shadow = self.shadows[module]
-            if not _same((_attributes(shadow), shadow.training), before):
+            if not before.are_those_of(shadow) or shadow.training != training:
                 return self._paths[id(module)]
         return None
 
@@ -652,25 +660,64 @@ def _containers(root: nn.Module, leaves: Container[nn.Module]) -> list[nn.Module
     return found
 
 
-_MACHINERY = {*nn.Module().__dict__, "resdense_policy"} - {"_modules"}
+_MACHINERY = {*nn.Module().__dict__, "resdense_policy"}
+_PLAIN = (NoneType, bool, int, float, str, bytes, type, torch.dtype)
+_KEPT = (nn.Module, Tensor, type, FunctionType, MethodType)
 
 
-def _attributes(module: nn.Module) -> tuple:
-    """The class, its forward, the children, and every attribute that is not torch's own bookkeeping."""
-    cls = getattr(module, "stock_class", type(module))
-    return cls, cls.forward, {name: _copied(v) for name, v in module.__dict__.items() if name not in _MACHINERY}
+class _Attributes:
+    """A module's class, its forward, its children, and every attribute that is not torch's own bookkeeping."""
+
+    def __init__(self, module: nn.Module) -> None:
+        have = module.__dict__
+        names = [name for name in have if name not in _MACHINERY]
+        self._class, self._children = self._class_of(module), [*module._modules.items()]
+        self._count = self._count_of(have)
+        self._plain = [name for name in names if type(have[name]) in _PLAIN]
+        self._values = [have[name] for name in self._plain]
+        self._types = [*map(type, self._values)]
+        self._others = [(name, _copied(have[name])) for name in names if type(have[name]) not in _PLAIN]
+
+    @staticmethod
+    def _class_of(module: nn.Module) -> tuple:
+        cls = getattr(module, "stock_class", type(module))
+        return cls, cls.forward
+
+    @staticmethod
+    def _count_of(have: dict[str, Any]) -> int:
+        return len(have) - ("resdense_policy" in have)
+
+    def are_those_of(self, module: nn.Module) -> bool:
+        have = module.__dict__
+        try:
+            values = [*map(have.__getitem__, self._plain)]
+            others = all([_same(have[name], copied) for name, copied in self._others])
+        except KeyError:
+            return False
+        return (
+            others
+            and [*map(type, values)] == self._types  # others might not say whether they are equal
+            and values == self._values
+            and self._count_of(have) == self._count
+            and [*module._modules.items()] == self._children
+            and self._class_of(module) == self._class
+        )
 
 
 def _shapes(layer: nn.Module) -> list[torch.Size]:
     return [p.shape for p in layer._parameters.values() if p is not None and not is_lazy(p)]
 
 
-_KEPT = (nn.Module, Tensor, type, FunctionType, MethodType)
+class _Object(NamedTuple):
+    """An object, and a copy of its attributes."""
+
+    value: Any
+    attributes: dict[str, Any]
 
 
 def _copied(value: Any, depth: int = 4) -> Any:
     """What can change in place by its contents, that of other objects included."""
-    if depth == 0 or isinstance(value, _KEPT):
+    if depth == 0 or isinstance(value, _KEPT) or type(value) in _PLAIN:
         return value
     if type(value) in (list, tuple):
         return type(value)(_copied(v, depth - 1) for v in value)
@@ -678,17 +725,20 @@ def _copied(value: Any, depth: int = 4) -> Any:
         return {name: _copied(v, depth - 1) for name, v in value.items()}
     if type(value) is set:
         return set(value)
-    return (value, _copied(vars(value), depth - 1)) if hasattr(value, "__dict__") else value
+    return _Object(value, _copied(vars(value), depth - 1)) if hasattr(value, "__dict__") else value
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Of plain values whether they are equal; of everything else whether it is the same object."""
+    """Whether ``a`` is what ``b`` is, or is `_copied` of: of plain values whether they are equal; of everything else whether it is the
+    same object."""
     if a is b:
         return True
+    if type(b) is _Object:
+        return a is b.value and _same(vars(a), b.attributes)
+    if type(b) is dict:
+        return type(a) in (dict, OrderedDict) and list(a) == list(b) and all(map(_same, a.values(), b.values()))
     if type(a) is not type(b):
         return False
     if type(a) in (list, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
-    if type(a) is dict:
-        return list(a) == list(b) and all(map(_same, a.values(), b.values()))
     return type(a) in (bool, int, float, str, set, torch.Size) and a == b
