@@ -26,9 +26,11 @@ X = images(2, 16, 5, 5)
 
 @pytest.fixture
 def readings(monkeypatch):
-    """How often residual blocks were read, and checked."""
+    """How often residual blocks and graphs of convolutions were read, and checked."""
     counts = {"read": 0, "checked": 0}
-    for module, name, what in ((reading, "read_residual_block", "read"), (checks, "check_residual_stage", "checked")):
+    of_blocks = (reading, "read_residual_block", "read"), (checks, "check_residual_stage", "checked")
+    of_graphs = (reading, "read_conv_graph", "read"), (checks, "check_conv_graph", "checked")
+    for module, name, what in (*of_blocks, *of_graphs):
         call = getattr(module, name)
 
         def counted(*args, call=call, what=what):
@@ -238,29 +240,70 @@ def test_attributes_that_may_change_unseen_are_not_recalled(readings):
     assert readings["read"] == 3
 
 
-def test_a_part_of_a_trace_is_not_recalled(readings):
-    """Its modules are its owner's and not its own."""
+class Traced(nn.Module):
+    """A residual block that only its trace shows, or a graph of two convolutions."""
 
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convs = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2)])
-            self.norms = nn.ModuleList([nn.BatchNorm2d(16) for _ in range(2)])
+    def __init__(self, adds):
+        super().__init__()
+        self.adds = adds
+        self.convs = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16) for _ in range(2)])
+        self.act = nn.ReLU()
 
-        def forward(self, x):
-            y = torch.relu(self.norms[0](self.convs[0](x)))
-            return torch.relu(self.norms[1](self.convs[1](y)) + x)
+    def forward(self, x):
+        y = self.act(self.norms[0](self.convs[0](x)))
+        y = self.norms[1](self.convs[1](y))
+        return torch.relu(y + x if self.adds else y)
 
+
+@pytest.fixture(params=[True, False], ids=["residual", "graph"])
+def traced(request, readings):
+    """Converted, and called a few times."""
     torch.manual_seed(0)
-    owner = rd.convert(Owner().double())
-    for _ in range(2):
+    owner = rd.convert(Traced(request.param).double())
+    for _ in range(3):
         owner(X)
-    assert readings["read"] >= 2
-    owner.convs[1] = nn.Conv2d(16, 16, 5, padding=2, bias=False).double()
-    owner.norms[0].eps = 0.5
+    return owner
+
+
+def test_a_part_of_a_trace_is_read_and_checked_once(traced, readings):
+    before = dict(readings)
+    for _ in range(3):
+        traced(X).sum().backward()
+    assert readings == before
+    traced(images(3, 16, 5, 5))
+    traced(X)
+    assert readings == {**before, "checked": before["checked"] + 1}
+
+
+LAYERS = {
+    "training": lambda owner: owner.norms[1].eval(),
+    "eps": lambda owner: setattr(owner.norms[0], "eps", 0.5),
+    "geometry": lambda owner: [setattr(owner.convs[1], name, (2, 2)) for name in ("padding", "dilation")],
+    "a parameter": lambda owner: setattr(owner.convs[0], "weight", nn.Parameter(2 * owner.convs[0].weight.detach())),
+    "a buffer": lambda owner: setattr(owner.norms[1], "running_mean", torch.ones(16).double()),
+    "a child": lambda owner: owner.convs.__setitem__(1, nn.Conv2d(16, 16, 5, padding=2).double()),
+    "an activation": lambda owner: setattr(owner, "act", nn.LeakyReLU(0.3)),
+    "its owner's attribute": lambda owner: setattr(owner, "adds", not owner.adds),
+}
+
+
+@pytest.mark.parametrize("change", LAYERS.values(), ids=list(LAYERS))
+def test_a_change_of_a_parts_layers_is_seen(change, traced, readings):
     before = readings["read"]
-    assert_as_stock(owner)
+    change(traced)
+    assert_as_stock(traced)
     assert readings["read"] > before
+
+
+def test_a_hook_of_a_parts_layer_is_called(traced):
+    seen = []
+    with pytest.warns(UserWarning, match="hooks"):
+        handle = traced.convs[1].register_forward_hook(lambda *args: seen.append(args))
+        traced(X)
+    handle.remove()
+    traced(X)
+    assert len(seen) == 1
 
 
 def test_a_block_that_changes_with_every_call_is_let_be(readings):
@@ -349,3 +392,14 @@ def test_a_network_that_is_let_go_is_gone(build):
         assert not [found for of in inner if (found := of()) is not None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_traced_network_that_is_let_go_is_gone(adds):
+    owner = rd.convert(Traced(adds).double())
+    for _ in range(2):
+        owner(X).sum().backward()
+    inner = [weakref.ref(module) for module in owner.modules()] + [weakref.ref(p) for p in owner.parameters()]
+    del owner
+    gc.collect()  # a trace leaves cycles
+    assert not [found for of in inner if (found := of()) is not None]

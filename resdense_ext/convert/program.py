@@ -42,12 +42,15 @@ __all__ = ["Part", "Program", "TracedConvGraph", "TracedDenseBlock", "TracedPool
 class Part(nn.Module):
     """What stands for a match, with the layers of the module that it was found in, which is its owner.
 
-    The layers are the owner's children and not this one's: `named_modules` gives the owner's, so that reasons name paths there.
+    The layers are the owner's children and not this one's: `modules` gives those that are ``read``, and `named_modules` the owner's, so
+    that reasons name paths there.
     """
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
+    is_constant = True
+
+    def __init__(self, owner: nn.Module, name: str, read: tuple) -> None:
         super().__init__()
-        self._owner, self.name = weakref.ref(owner), name
+        self._owner, self.name, self._read = weakref.ref(owner), name, read
 
     @property
     def engine_policy(self) -> Policy:
@@ -63,6 +66,10 @@ class Part(nn.Module):
         """Of this part alone, as a budget chooses it; the owner's others then have their own, or "min"."""
         policies = self._owner().resdense_policy
         self._owner().resdense_policy = {**(policies if isinstance(policies, dict) else {}), self.name: policy}
+
+    def modules(self, *args, **options) -> Iterator[nn.Module]:
+        layers = [leaf for leaf in tree_leaves(self._read) if isinstance(leaf, nn.Module)]
+        return iter(dict.fromkeys((self, *(module for layer in layers for module in layer.modules()))))
 
     def named_modules(self, *args, **options) -> Iterator[tuple[str, nn.Module]]:
         return self._owner().named_modules(*args, **options)
@@ -98,45 +105,41 @@ _NOTHING = nn.Identity()
 
 
 class TracedDenseBlock(Part):
-    def __init__(self, owner: nn.Module, name: str, layers: list[_TracedLayer]) -> None:
-        super().__init__(owner, name)
-        self._layers = tuple(layers)
+    """Of layers: `_TracedLayer`."""
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._read)
 
     def layer_modules(self) -> list[LayerModules]:
-        return [layer.read() for layer in self._layers]
+        return [layer.read() for layer in self._read]
 
     def forward(self, x: Tensor) -> Tensor:
         return run_dense_block(self, x)
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        for layer in self._layers:
+        for layer in self._read:
             x = torch.cat([x, layer.stock_forward(x)], 1)
         return x
 
 
 class TracedResidualBlock(Part):
-    def __init__(self, owner: nn.Module, name: str, modules: ResidualModules) -> None:
-        super().__init__(owner, name)
-        self._block = modules
+    """Of `ResidualModules`."""
 
     def adds_like_to_like(self) -> bool:
         """Whether both sides of the addition have as many channels, as far as the modules say."""
-        form, units, shortcut, _ = self._block
+        form, units, shortcut, _ = self._read
         convs = [unit[0] if form == "post" else unit[2] for unit in units]
         added = next((m.out_channels for m in shortcut if hasattr(m, "out_channels")), convs[0].in_channels)
         return added == convs[-1].out_channels
 
     def residual_modules(self) -> ResidualModules:
-        return self._block
+        return self._read
 
     def forward(self, x: Tensor) -> Tensor:
         return run_residual_block(self, x)
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        form, units, shortcut, last = self._block
+        form, units, shortcut, last = self._read
         added, modules = x, [module for unit in units for module in unit]
         if form == "pre" and shortcut:
             added = x = _run_modules(modules[:2], x)
@@ -146,18 +149,16 @@ class TracedResidualBlock(Part):
 
 
 class TracedPooledUnit(Part):
-    def __init__(self, owner: nn.Module, name: str, modules: PooledModules) -> None:
-        super().__init__(owner, name)
-        self._unit = modules
+    """Of `PooledModules`."""
 
     def pooled_modules(self) -> PooledModules:
-        return self._unit
+        return self._read
 
     def forward(self, x: Tensor) -> Tensor:
         return run_transition(self, x)
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        return _run_modules(self._unit, x)
+        return _run_modules(self._read, x)
 
 
 class _Call(NamedTuple):
@@ -183,13 +184,13 @@ class TracedConvGraph(Part):
     """Its stock path runs the nodes of its match as they stand in the trace; see `GraphMatch` for ``sources`` and ``outputs``."""
 
     def __init__(
-        self, owner: nn.Module, name: str, modules: GraphModules, sources: tuple[Node, ...], steps: list, outputs: list[Node]
+        self, owner: nn.Module, name: str, read: GraphModules, sources: tuple[Node, ...], steps: list, outputs: list[Node]
     ) -> None:
-        super().__init__(owner, name)
-        self._graph, self._sources, self._steps, self._outputs = modules, sources, steps, tuple(outputs)
+        super().__init__(owner, name, read)
+        self._sources, self._steps, self._outputs = sources, steps, tuple(outputs)
 
     def graph_modules(self) -> GraphModules:
-        return self._graph
+        return self._read
 
     def forward(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return run_conv_graph(self, sources)
@@ -394,7 +395,7 @@ def _part(owner: nn.Module, modules: dict[str, nn.Module], match: Match) -> Part
     if isinstance(parts, GraphMatch):
         return _graph(owner, name, modules, match)
     if isinstance(parts, DenseMatch):
-        return TracedDenseBlock(owner, name, [_layer(of, modules) for of in parts.layers])
+        return TracedDenseBlock(owner, name, tuple(_layer(of, modules) for of in parts.layers))
     if isinstance(parts, PooledMatch):
         return TracedPooledUnit(owner, name, PooledModules(*map(layer, parts)))
     post = parts.form == "post"

@@ -680,7 +680,7 @@ class _Attributes:
 
     @staticmethod
     def _class_of(module: nn.Module) -> tuple:
-        cls = getattr(module, "stock_class", type(module))
+        cls = getattr(type(module), "stock_class", type(module))
         return cls, cls.forward
 
     @staticmethod

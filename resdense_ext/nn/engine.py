@@ -31,11 +31,13 @@ from resdense_ext.nn.read import (
     read_pooled_unit,
     read_residual_block,
     read_unit,
+    recall_conv_graph,
     recall_dual_path_block,
     recall_layers,
     recall_residual_block,
     recall_transition,
 )
+from resdense_ext.nn.recall import check_once, remembered
 from resdense_ext.ops.avg_pool import avg_pool
 from resdense_ext.ops.max_pool import max_pool
 from resdense_ext.ops.resample import is_repeatable
@@ -166,13 +168,14 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
     what would not repeat where it has to."""
 
     def read() -> Run:
-        modules = graph.graph_modules()
-        make = read_conv_graph(modules)
+        reading = recall_conv_graph(graph)
+        modules, make = reading.value
 
         def run(sources: tuple[Tensor, ...]) -> Optional[tuple[Tensor, ...]]:
+            widths = [x.shape[1] for x in sources]
             try:
-                described = make([x.shape[1] for x in sources])
-                checks.check_conv_graph(sources, described)
+                described = remembered([reading], ("graph", *widths), lambda: make(widths))
+                check_once([reading], sources, lambda: checks.check_conv_graph(sources, described))
             except (ValueError, TypeError):
                 return None
             has_to_repeat = sources[0].is_cuda and torch.are_deterministic_algorithms_enabled()

@@ -33,6 +33,7 @@ from resdense_ext.nn.protocols import (
     DualPath,
     DualPathModules,
     EndModules,
+    Graph,
     GraphModules,
     LayerModules,
     PooledModules,
@@ -61,6 +62,7 @@ from resdense_ext.reference import (
 )
 
 __all__ = [
+    "ReadConvGraph",
     "ReadDualPathBlock",
     "ReadLayers",
     "ReadPooledUnit",
@@ -74,6 +76,7 @@ __all__ = [
     "read_pooled_unit",
     "read_residual_block",
     "read_unit",
+    "recall_conv_graph",
     "recall_dual_path_block",
     "recall_layers",
     "recall_residual_block",
@@ -109,6 +112,13 @@ class ReadDualPathBlock(NamedTuple):
     activation: Activation
 
 
+class ReadConvGraph(NamedTuple):
+    """The modules of a graph of convolutions, and what makes the graph for its sources' numbers of channels."""
+
+    modules: GraphModules
+    make: Callable[[Sequence[int]], ConvGraph]
+
+
 class ReadPooledUnit(NamedTuple):
     """A pooled unit's modules, and what they were read as."""
 
@@ -130,6 +140,16 @@ def recall_residual_block(block: Residual) -> Reading[ReadResidualBlock]:
 def recall_dual_path_block(block: DualPath) -> Reading[ReadDualPathBlock]:
     """`read_dual_path_block` of the block's, see `recalled`."""
     return recalled(block, lambda block: _with_modules(ReadDualPathBlock, block.dual_path_modules(), read_dual_path_block))
+
+
+def recall_conv_graph(graph: Graph) -> Reading[ReadConvGraph]:
+    """`read_conv_graph` of the graph's, see `recalled`."""
+
+    def read(graph: Graph) -> ReadConvGraph:
+        modules = graph.graph_modules()
+        return ReadConvGraph(modules, read_conv_graph(modules))
+
+    return recalled(graph, read)
 
 
 def recall_transition(transition: Transition) -> Reading[ReadPooledUnit]:

@@ -115,8 +115,8 @@ class _Memory:
         modules = [*block.modules()]
         if any(map(_reads_values, modules)):
             raise _Unknown
-        inner = modules[1:]
-        self._own, self._inner = _Attributes.of(block), [(module, _Attributes.of(module)) for module in inner]
+        self._own = None if getattr(block, "is_constant", False) else _Attributes.of(block)
+        self._inner = [(module, _Attributes.of(module)) for module in modules[1:]]
         self._buffers = [t for module in modules for t in module._buffers.values() if t is not None]
         self._tensors = self._tensors_of(block)
         self._kinds = self._kinds_found()
@@ -136,7 +136,7 @@ class _Memory:
         try:
             return (
                 not any([any(_HOOKS(module.__dict__)) for module, _ in self._inner])
-                and self._own.are_those_of(block)
+                and (self._own is None or self._own.are_those_of(block))
                 and all([attributes.are_those_of(module) for module, attributes in self._inner])
                 and _are(self._tensors_of(block), self._tensors)
                 and self._kinds_found() == self._kinds
@@ -162,7 +162,8 @@ def _reads_values(module: nn.Module) -> bool:
 
 
 def recalled(block: nn.Module, read: Callable[[nn.Module], T]) -> Reading[T]:
-    """``read(block)``, which reads the modules in ``block`` and nothing else, or what it returned before.
+    """``read(block)``, which reads the modules in ``block`` and nothing else, or what it returned before. Attributes of a block that
+    ``is_constant`` never change.
 
     That is forgotten where one of the modules, its class, hooks, attributes or children, or what kind of tensors they hold has
     changed. Of tensors no value is looked at, so norms with a cumulative average are read anew, and those whose statistics ranks
