@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_dense_block import built
 from torch import nn
 
 import resdense_ext as rd
@@ -40,12 +41,12 @@ def a_map(sizes, dtype=torch.float64, channels_last=False):
 
 
 def drawn(f, x, seed=1):
-    """Output, gradient and the state of the generator behind."""
+    """Output, gradient and the state of the generator behind; gradients of whole numbers, whose sums are exact in any order."""
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)
     y = f(x)
     after = torch.get_rng_state()
-    grad = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+    grad = torch.randint(-8, 9, y.shape).to(y.dtype)
     y.backward(grad)
     return y, x.grad, after
 
@@ -59,6 +60,20 @@ def test_the_same_as_stock_to_the_bit(sizes, options, p, dtype, channels_last):
     stock, ours = drawn(lambda x: pool(F.dropout(x, p)), x), drawn(lambda x: max_pool(x, pool_of(pool)[0], p), x)
     assert all(map(torch.equal, ours, stock))
     assert ours[0].stride() == stock[0].stride() and ours[1].stride() == x.stride()
+
+
+@built
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("sizes", "options"), CASES)
+def test_maxima_are_found_by_kernels(sizes, options, channels_last, monkeypatch):
+    """Whose numbers are those that the framework's operators find: a backward by these takes them, too."""
+    x, pool = a_map(sizes, torch.float64, channels_last).requires_grad_(), MAXIMA[len(sizes)](**options)
+    y = max_pool(x, pool_of(pool)[0])
+    grad = torch.randint(-8, 9, y.shape).to(y.dtype)
+    (by_operators,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    monkeypatch.setattr("resdense_ext.ops.max_pool._places", None)
+    (by_kernels,) = torch.autograd.grad(max_pool(x, pool_of(pool)[0]), x, grad)
+    assert torch.equal(by_kernels, by_operators) and by_kernels.stride() == x.stride()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -79,11 +94,11 @@ def test_averages_in_16_bits(dtype):
     assert all(map(torch.equal, drawn(lambda x: avg_pool(x, pool_of(pool)[0]), x), drawn(pool, x)))
 
 
-def test_of_equal_values_the_one_that_stock_takes():
-    for value in (0.0, 1.0, float("inf"), float("nan")):
-        x = torch.full((1, 2, 5, 6), value)
-        stock, ours = drawn(lambda x: F.max_pool2d(x, 2), x)[1], drawn(lambda x: max_pool(x, TWO), x)[1]
-        assert torch.equal(ours, stock)
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2, ceil_mode=True)], ids=["", "ceil"])
+def test_of_equal_values_the_one_that_stock_takes(pool):
+    for value in (0.0, 1.0, float("inf"), -float("inf"), float("nan")):
+        x = torch.full((1, 2, 6, 6), value)
+        assert all(map(torch.equal, drawn(lambda x: max_pool(x, pool_of(pool)[0]), x)[1:], drawn(pool, x)[1:]))
 
 
 def test_gradients_of_gradients_and_in_batches():

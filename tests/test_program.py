@@ -62,7 +62,7 @@ def plain(monkeypatch):
 def remembered() -> dict[str, list[bool]]:
     """Of every operator, whether there is a program for each of its calls."""
     found: dict[str, list[bool]] = {}
-    for ((of, *_), _), memory in replay._memories.items():
+    for ((of, *_), *_), memory in replay._memories.items():
         name = of if isinstance(of, str) else of._schema.name.removeprefix("resdense::")
         found.setdefault(name, []).append(memory.program is not None)
     return found
@@ -268,6 +268,23 @@ def test_parameters_in_another_layout(backend, plain):
         return found + results(of.to(memory_format=torch.channels_last), x) + results(of, x)
 
     assert_same_bits(run(), plain(run))
+
+
+def chain_of(width):
+    unit = torch.nn.Conv2d(16, width, 3, padding=1), torch.nn.BatchNorm2d(width), torch.nn.ReLU()
+    return rd.convert(torch.nn.Sequential(*unit, torch.nn.Conv2d(width, 16, 1)))
+
+
+@pytest.mark.parametrize("kind", [chain_of, lambda width: rd.nn.Bottleneck(16, 4, base_width=8 * width)], ids=["chain", "residual"])
+def test_neighbours_that_differ_inside_alone(kind, backend, monkeypatch):
+    """Each has a program of its own, and none is recorded again and again."""
+    recorded, record = [], replay._recorded
+    monkeypatch.setattr(replay, "_recorded", lambda *args: recorded.append(args) or record(*args))
+    blocks, x, found = torch.nn.Sequential(*map(kind, (8, 16, 8, 24))), images(2, 16, 6, 5).float(), []
+    for _ in range(STEPS):
+        results(blocks, x, count=1)
+        found.append(len(recorded))
+    assert found == [2, 6, 6, 6]  # the two that are alike share theirs
 
 
 class Names(TorchDispatchMode):

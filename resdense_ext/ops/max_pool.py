@@ -1,19 +1,25 @@
 """The maxima of windows, of which a byte each is kept, also behind a dropout.
 
 Stock keeps the mask, the input of the pool, and a number of 8 bytes a maximum. But a maximum's gradient goes to one position of
-its window, or to none where that was dropped: a byte says which.
+its window, or to none where that was dropped: a byte says which. The kernels of pools behind norms find it, and take gradients
+there; where they do not serve (dropouts, second derivatives, maps that they cannot walk), the framework's operators do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resdense_ext.functional import dropout_mask
+from resdense_ext.ops import backend as backends
+from resdense_ext.ops.by_reference import by_reference
+from resdense_ext.ops.layout import empty_map, is_map, map_beside, memory_format_of
+from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Pool
 
 __all__ = ["DROPPED", "max_pool"]
@@ -29,6 +35,11 @@ class MaxPoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, pool: Pool, p: float) -> Tensor:
         ctx.pool, ctx.layout, ctx.scale, mask = pool, (x.shape, x.stride()), 1.0, None
+        ctx.backend = None if p > 0 else _kernels_for(x, pool)
+        if ctx.backend is not None:
+            y, taps = _maxima(x, pool, ctx.backend)
+            ctx.save_for_backward(taps)
+            return y
         if p > 0:
             mask, ctx.scale = dropout_mask(x, x.shape[1], p)
             x = (x * mask).mul_(ctx.scale)
@@ -46,13 +57,47 @@ class MaxPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (taps,), pool, (shape, strides) = ctx.saved_tensors, ctx.pool, ctx.layout
+        # Of x the sizes and the format are read alone.
+        x = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
+        if ctx.backend is not None and not by_reference(grad):
+            return _maxima_backward(grad, taps, x, pool, ctx.backend), None, None
         first, offsets = _places(shape[2:], taps.shape[2:], pool, taps.device)
         places = F.pad(offsets, (0, DROPPED + 1 - len(offsets)))[taps.long()] + first
         kept = taps != DROPPED  # of others nothing goes to some place in the map
         places, grad = places * kept, torch.where(kept, grad, 0)
-        # Of x the sizes and the format are read alone.
-        dx = _unpool(grad, torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device), pool, places)
+        dx = _unpool(grad, x, pool, places)
         return dx if ctx.scale == 1 else dx.mul_(ctx.scale), None, None
+
+
+def _kernels_for(x: Tensor, pool: Pool) -> Optional[ReferenceBackend]:
+    """A backend that keeps the places of maxima."""
+    if torch.compiler.is_compiling() or not is_map(x):
+        return None
+    backend = backends.choose(x, x.dtype)
+    return None if backend.name == "reference" else backend
+
+
+def _overhang(sizes: Sequence[int], outputs: Sequence[int], pool: Pool) -> list[int]:
+    """How far the last windows reach beyond the map and its padding."""
+    dimensions = zip(sizes, outputs, *pool.windows)
+    return [max(0, (out - 1) * stride + width - size - 2 * padding) for size, out, width, stride, padding in dimensions]
+
+
+def _maxima(x: Tensor, pool: Pool, backend: ReferenceBackend) -> tuple[Tensor, Tensor]:
+    """Them and their numbers, by the kernels of a norm that does nothing."""
+    overhang = _overhang(x.shape[2:], pool.outputs(x.shape[2:]), pool)
+    if any(overhang):
+        x = F.pad(x, [of for size in reversed(overhang) for of in (0, size)], value=-math.inf)
+    return backend.bn_act_pool(x, backend.linear(x).affine, pool._replace(ceil_mode=False))
+
+
+def _maxima_backward(grad: Tensor, taps: Tensor, x: Tensor, pool: Pool, backend: ReferenceBackend) -> Tensor:
+    """The gradient of ``x``, no value of which counts: the kernels only look what a norm would want to know."""
+    overhang = _overhang(x.shape[2:], taps.shape[2:], pool)
+    padded = empty_map(x, x.shape[1], x.dtype, [size + of for size, of in zip(x.shape[2:], overhang)])
+    pool, linear = pool._replace(ceil_mode=False), backend.linear(x)
+    dx = backend.bn_act_pool_backward(map_beside(taps, grad), taps, padded, linear, pool, None).input.dy
+    return dx[(..., *map(slice, x.shape[2:]))].contiguous(memory_format=memory_format_of(x))
 
 
 def _unpool(grad: Tensor, x: Tensor, pool: Pool, places: Tensor) -> Tensor:

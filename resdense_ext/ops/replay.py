@@ -73,8 +73,8 @@ def replayed(
     """What ``call`` returns, a tuple of `Groups` or a list of tensors: by its program, from the third time on.
 
     Args:
-        key: what it depends on, except for the layouts of the tensors that it is ``given``: at these a program looks itself. Of maps,
-            whose layouts change, they had better be in it.
+        key: what it depends on, except for the layouts of the tensors that it is ``given``: at their shapes this looks, and at what else
+            there is a program itself. Of maps, whose layouts change, they had better be in it.
         given: all tensors that it reads.
         recorder: makes what records it.
         handed: others that it reads, and that nobody else has: each is let go when it has been read for the last time. They are
@@ -82,7 +82,7 @@ def replayed(
     """
     inputs, sizes = _flat(given)
     handed = [] if handed is None else handed
-    key = key, (*sizes, len(handed))
+    key = key, (*sizes, len(handed)), tuple([None if t is None else t.shape for t in inputs])
     memory = _recalled(key)
     if memory is None or memory is _PYTHONS:
         return call()
