@@ -609,8 +609,8 @@ def conv1x1_bn_add_act(
         negative_slope: of leaky_relu, here and there.
         input_norm: of ``x``, vectors of ``C``.
         input_activation: behind ``input_norm``; without that there is none.
-        policy: "fast" keeps, beside ``x``, the smaller of the convolution's output and R (``C^2 / groups`` values), but not R
-            where there are fewer positions than channels; "min" keeps neither and makes R again in backward. With running
+        policy: "fast" keeps, beside ``x``, the convolution's output, or R (``C^2 / groups`` values) where there are at least as many
+            positions as channels and twice as many outputs; "min" keeps neither and makes R again in backward. With running
             statistics in ``norm`` neither is needed.
 
     Returns:

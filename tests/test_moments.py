@@ -76,7 +76,7 @@ def test_a_norm_before_and_behind(backend, taken, monkeypatch, dtype, bias, form
 @pytest.mark.parametrize("formatted", [channels_last, torch.Tensor.contiguous], ids=["last", "first"])
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("bottleneck", [4]), ("bottleneck down", [4, 8]), ("stride first", [4, 6]), ("pooled", [6])],
+    [("bottleneck", [4]), ("bottleneck down", [4, 8]), ("stride first", [4, 4]), ("pooled", [4])],
 )
 def test_blocks(backend, taken, dtype, policy, far, formatted, name, wanted):
     """``far`` is the mean of the input in deviations, which a projection sees."""
@@ -92,10 +92,10 @@ def test_blocks(backend, taken, dtype, policy, far, formatted, name, wanted):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (dict(widths=(64, 16, 48, 64), kernels=(1, 3, 1)), [48]),
+        (dict(widths=(96, 16, 48, 96), kernels=(1, 3, 1)), [48]),
         (dict(widths=(32, 16, 16, 96), kernels=(1, 3, 1), stride=2, projection="normed"), [16, 32]),
         (dict(widths=(16, 32, 70), kernels=(1, 1), stride=2, projection="normed", bias=True), [32, 16]),
-        (dict(widths=(16, 8, 16, 30), kernels=(3, 3, 1), rank=3, projection="normed"), [16, 16]),
+        (dict(widths=(16, 8, 16, 38), kernels=(3, 3, 1), rank=3, projection="normed"), [16, 16]),
     ],
     ids=["bottleneck", "bottleneck down", "stride first", "3d"],
 )

@@ -110,13 +110,13 @@ def described_conv(m):
 CEILED = dict(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
 BLOCKS = {
     "basic": dict(widths=(6, 6, 6), kernels=(3, 3)),
-    "basic down": dict(widths=(6, 8, 8), kernels=(3, 3), stride=2, projection="normed"),
+    "basic down": dict(widths=(4, 8, 8), kernels=(3, 3), stride=2, projection="normed"),
     "bottleneck": dict(widths=(8, 3, 4, 8), kernels=(1, 3, 1)),
-    "bottleneck down": dict(widths=(8, 4, 4, 12), kernels=(1, 3, 1), stride=2, projection="normed"),
-    "grouped": dict(widths=(8, 6, 6, 8), kernels=(1, 3, 1), groups=3, dilation=2),
-    "stride first": dict(widths=(6, 4, 8), kernels=(1, 1), stride=2, projection="normed", bias=True),
+    "bottleneck down": dict(widths=(8, 4, 4, 16), kernels=(1, 3, 1), stride=2, projection="normed"),
+    "grouped": dict(widths=(12, 6, 6, 12), kernels=(1, 3, 1), groups=3, dilation=2),
+    "stride first": dict(widths=(4, 4, 8), kernels=(1, 1), stride=2, projection="normed", bias=True),
     "projection alone": dict(widths=(6, 4, 8), kernels=(3, 1), projection="plain", bias=True),
-    "pooled": dict(widths=(6, 8, 8), kernels=(3, 3), stride=2, projection="normed", pool=CEILED),
+    "pooled": dict(widths=(4, 8, 8), kernels=(3, 3), stride=2, projection="normed", pool=CEILED),
     "one convolution": dict(widths=(6, 6), kernels=(3,)),
     "pre": dict(widths=(6, 6, 6), kernels=(3, 3), pre=True),
     "pre bottleneck": dict(widths=(8, 3, 4, 8), kernels=(1, 3, 1), pre=True, bias=True),
@@ -435,7 +435,7 @@ class TestAutograd:
         described, tensors, _ = parts_of(block)
         last = Activation(final)
         x = input_of(block, (5, 4), samples=2)
-        plan = op.plan_of(x.shape, described, last, policy, x.dtype)
+        plan = op.plan_of(x.shape, described, last, policy)
         chosen = backends.choose(x, x.dtype)
         config = op.ResidualBlockConfig.of(described, Activation(), last, plan, chosen.name)
         tensors = [None if t is None else t.detach() for t in tensors]
@@ -565,10 +565,10 @@ class TestErrors:
             (dict(activation="gelu"), "^activation: expected relu, .* got 'gelu'"),
             (dict(final_activation="gelu"), "final_activation: expected relu, .* got 'gelu'"),
             (dict(units=()), "block.units: expected one or more, got 0"),
-            (dict(shortcut=None), r"block.shortcut: expected an output of shape \(3, 12, 4, 3\), as the units', got \(3, 8, 7, 6\)"),
+            (dict(shortcut=None), r"block.shortcut: expected an output of shape \(3, 16, 4, 3\), as the units', got \(3, 8, 7, 6\)"),
             (dict(stride=(2,)), r"block.shortcut.conv: expected padding and dilation of 2 numbers each, and as many of the stride"),
             (dict(stride=(0, 1)), "block.shortcut.conv: expected padding of 0 or more, dilation and stride of 1 or more"),
-            (dict(stride=(1, 2)), r"block.shortcut.conv: expected an output of shape \(3, 12, 4, 3\), .* got \(3, 12, 7, 3\)"),
+            (dict(stride=(1, 2)), r"block.shortcut.conv: expected an output of shape \(3, 16, 4, 3\), .* got \(3, 16, 7, 3\)"),
             (dict(dilation=(9, 9), weight=torch.zeros(12, 8, 3, 3)), "block.shortcut.conv: expected windows within"),
         ],
         ids=str,

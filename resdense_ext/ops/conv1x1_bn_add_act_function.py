@@ -317,7 +317,7 @@ def conv1x1_bn_add_act(
     keep = "nothing"
     if norm.batch_stats and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         count = x.shape[0] * torch.Size(conv.outputs(x.shape[2:])).numel()
-        keep = engine.kept_for_backward(count, inputs, outputs, conv.groups, conv.weight.element_size(), policy)
+        keep = engine.kept_for_backward(count, inputs, outputs, conv.groups, policy)
     config = Conv1x1BNAddActConfig.of(conv, norms, input_activation, activation, keep, backend.name)
     out = Conv1x1BNAddActFunction.apply(config, norms, x, identity, *tensors)
     return out[0] if isinstance(out, tuple) else out

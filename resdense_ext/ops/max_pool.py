@@ -92,11 +92,11 @@ def _maxima(x: Tensor, pool: Pool, backend: ReferenceBackend) -> tuple[Tensor, T
 
 
 def _maxima_backward(grad: Tensor, taps: Tensor, x: Tensor, pool: Pool, backend: ReferenceBackend) -> Tensor:
-    """The gradient of ``x``, no value of which counts: the kernels only look what a norm would want to know."""
+    """The gradient of ``x``, added to zeros, which stand for ``x`` as well: the kernels only look what a norm would want to know."""
     overhang = _overhang(x.shape[2:], taps.shape[2:], pool)
-    padded = empty_map(x, x.shape[1], x.dtype, [size + of for size, of in zip(x.shape[2:], overhang)])
-    pool, linear = pool._replace(ceil_mode=False), backend.linear(x)
-    dx = backend.bn_act_pool_backward(map_beside(taps, grad), taps, padded, linear, pool, None).input.dy
+    dx = empty_map(x, x.shape[1], x.dtype, [size + of for size, of in zip(x.shape[2:], overhang)]).zero_()
+    pool, into = pool._replace(ceil_mode=False), backend.pending(dx, dx)
+    backend.bn_act_pool_backward(map_beside(taps, grad), taps, dx, backend.linear(x), pool, into)
     return dx[(..., *map(slice, x.shape[2:]))].contiguous(memory_format=memory_format_of(x))
 
 

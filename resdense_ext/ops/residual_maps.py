@@ -151,8 +151,8 @@ def convs_of(block: ResidualBlock) -> list[Optional[Conv]]:
     return [*(unit.conv for unit in block.units), None if block.shortcut is None else block.shortcut.conv]
 
 
-def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy: str, dtype: torch.dtype) -> list[str]:
-    """How backward comes by the maps 1 to n + 1, which have this dtype, of an input of this shape.
+def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy: str) -> list[str]:
+    """How backward comes by the maps 1 to n + 1, of an input of this shape.
 
     - "kept": it was kept;
     - "again": it is computed again;
@@ -168,7 +168,7 @@ def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy
         inside = i < len(block.units) or whole
         if conv is None or not (inside or _trains(norms[i])):
             plan.append("none")
-        elif not inside and _has_moments(conv, norms[i], counts_of(shape, block)[i], dtype):
+        elif not inside and _has_moments(conv, norms[i], counts_of(shape, block)[i]):
             plan.append("moments")
         elif not inside and not norms[i].batch_stats and conv.weight.requires_grad and not are_instances(norms):
             plan.append("weight")
@@ -177,10 +177,10 @@ def plan_of(shape: Sequence[int], block: ResidualBlock, last: Activation, policy
     return plan
 
 
-def _has_moments(conv: Conv, norm: BatchNorm, count: int, dtype: torch.dtype) -> bool:
-    """Whether the moments are worth their arithmetic, and smaller than the map. They are of this rank's positions alone."""
+def _has_moments(conv: Conv, norm: BatchNorm, count: int) -> bool:
+    """Whether the moments are worth their arithmetic. They are of this rank's positions alone."""
     outputs, inputs, *kernel = conv.weight.shape
-    size = (count, inputs * conv.groups, outputs, conv.groups, dtype.itemsize)
+    size = (count, inputs * conv.groups, outputs, conv.groups)
     return norm.centers and not norm.group and all(n == 1 for n in kernel) and kept_for_backward(*size) == "gram"
 
 
@@ -191,7 +191,7 @@ def _trains(norm: Optional[BatchNorm]) -> bool:
 def cost_of(x: Tensor, block: ResidualBlock, last: Activation, dtype: torch.dtype) -> tuple[int, int]:
     """The bytes of the maps that "fast" keeps beside x and the output, and the FLOPs of those that "min" computes again."""
     shape = shape_of_statistics(x.shape, are_instances(norms_of(block)))
-    plans = [plan_of(shape, block, last, policy, dtype) for policy in ("fast", "min")]
+    plans = [plan_of(shape, block, last, policy) for policy in ("fast", "min")]
     nbytes = flops = 0
     for conv, count, fast, least in zip(convs_of(block), counts_of(x.shape, block)[1:], *plans):
         if fast == "kept":

@@ -262,7 +262,7 @@ def _nodes(
         node = _Node(slice(begin, end), dtype if raw else None, kept, [], [])
         shape = shape_of_statistics(shape, of_samples)
         for block, last, policy in zip(blocks[node.part], lasts[node.part], policies[node.part]):
-            plan = plan_of(shape, block, last, policy if kept else "min", dtype)
+            plan = plan_of(shape, block, last, policy if kept else "min")
             node.configs.append(ResidualBlockConfig.of(block, activation, last, plan, backend_names[dtype]))
             node.counts.append(counts_of(shape, block))
             shape = shape_behind(shape, block)
