@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from small_nets import assert_same, images, steps_of
+from small_nets import Joined, assert_same, images, library, steps_of
 from stock import import_torchvision
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -392,6 +392,52 @@ def test_a_network_that_is_let_go_is_gone(build):
         assert not [found for of in inner if (found := of()) is not None]
     finally:
         gc.enable()
+
+
+class NormOverPieces(nn.Module):
+    """Of which every piece has a part of the norm's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(torch.relu(self.norm(torch.cat([y, self.second(y)], 1))))
+
+
+NETWORKS = {
+    "dense": lambda: rd.models.DenseNet(8, (2, 3), 16, num_classes=5),
+    "residual": lambda: rd.models.resnet18(num_classes=5),
+    "dual path": lambda: nn.Sequential(
+        nn.Conv2d(3, 12, 3), rd.nn.DualPathBlock(12, 4, 4, 2, projection=True), rd.nn.DualPathBlock(10, 4, 4, 2), Joined()
+    ),
+    "pairs of convolutions": lambda: library("timm").create_model("dpn48b", num_classes=5),
+    "pieces": NormOverPieces,
+    "U-Net": lambda: library("monai.networks.nets").BasicUNet(2, 3, 2, (4, 4, 4, 8, 8, 4), norm="batch"),
+}
+
+
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("build", NETWORKS.values(), ids=list(NETWORKS))
+def test_parameters_that_change_in_their_place(build, first):
+    """Optimizers change values, which no reading looks at; and what was read without gradients has gradients then."""
+    torch.manual_seed(0)
+    model, x = rd.convert(build().double()), images(2, 3, 64, 64)
+    found = []
+    for net in (stock_of(model), model):
+        optimizer, losses = torch.optim.SGD(net.parameters(), 1e-3), []
+        with first():
+            net(x)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = net(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found.append({f"loss {i}": loss for i, loss in enumerate(losses)})
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("adds", [True, False])

@@ -37,7 +37,7 @@ from resdense_ext.nn.read import (
     recall_residual_block,
     recall_transition,
 )
-from resdense_ext.nn.recall import check_once, remembered
+from resdense_ext.nn.recall import check_once
 from resdense_ext.ops.avg_pool import avg_pool
 from resdense_ext.ops.max_pool import max_pool
 from resdense_ext.ops.resample import is_repeatable
@@ -172,9 +172,9 @@ def run_conv_graph(graph: Graph, sources: tuple[Tensor, ...]) -> tuple[Tensor, .
         modules, make = reading.value
 
         def run(sources: tuple[Tensor, ...]) -> Optional[tuple[Tensor, ...]]:
-            widths = [x.shape[1] for x in sources]
             try:
-                described = remembered([reading], ("graph", *widths), lambda: make(widths))
+                # Not remembered: of a norm over several pieces these have views, in which autograd's mode stays.
+                described = make([x.shape[1] for x in sources])
                 check_once([reading], sources, lambda: checks.check_conv_graph(sources, described))
             except (ValueError, TypeError):
                 return None

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, Optional, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
 
 from resdense_ext.checks import autocasts
 
@@ -120,6 +121,9 @@ class _Memory:
         self._buffers = [t for module in modules for t in module._buffers.values() if t is not None]
         self._tensors = self._tensors_of(block)
         self._kinds = self._kinds_found()
+        own = set(map(id, self._tensors))
+        if any(isinstance(t, Tensor) and id(t) not in own for t in tree_leaves(reading.value)):
+            raise _Unknown  # what was made of the modules' tensors does not change with them
         classes = {type(module) for module in modules} | {getattr(block, "stock_class", type(block))}
         self._classes = [(cls, cls.forward, dict(vars(cls))) for cls in classes]
 
