@@ -120,6 +120,17 @@ def test_a_byte_a_maximum_is_kept(p):
     assert rd.memory.saved_bytes(lambda: max_pool(x, TWO, p)) == 2 * 3 * 4 * 3
 
 
+@built
+@pytest.mark.unpoisoned
+def test_a_backward_has_its_result_alone():
+    """And a few vectors: neither the map nor places in it are in memory."""
+    x = torch.randn(2, 16, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = max_pool(x, Pool("maximum", (3, 3), (2, 2), (1, 1)))
+    grad = torch.ones_like(y)
+    peak = rd.memory.peak_bytes(lambda: torch.autograd.grad(y, x, grad, retain_graph=True))
+    assert x.nbytes <= peak < 1.1 * x.nbytes
+
+
 def test_what_is_infinite_and_dropped_stays_alone():
     x = a_map((4, 4)).requires_grad_()
     torch.manual_seed(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from resdense_ext.functional import dropout_mask
 from resdense_ext.ops import backend as backends
 from resdense_ext.ops.by_reference import by_reference
-from resdense_ext.ops.layout import empty_map, is_map, map_beside, memory_format_of
+from resdense_ext.ops.layout import is_map, map_beside, memory_format_of
 from resdense_ext.ops.reference_backend import ReferenceBackend
 from resdense_ext.reference import Pool
 
@@ -38,6 +38,7 @@ class MaxPoolFunction(torch.autograd.Function):
         ctx.backend = None if p > 0 else _kernels_for(x, pool)
         if ctx.backend is not None:
             y, taps = _maxima(x, pool, ctx.backend)
+            ctx.format = memory_format_of(x)
             ctx.save_for_backward(taps)
             return y
         if p > 0:
@@ -57,14 +58,14 @@ class MaxPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (taps,), pool, (shape, strides) = ctx.saved_tensors, ctx.pool, ctx.layout
-        # Of x the sizes and the format are read alone.
-        x = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
         if ctx.backend is not None and not by_reference(grad):
-            return _maxima_backward(grad, taps, x, pool, ctx.backend), None, None
+            return _maxima_backward(grad, taps, shape, ctx.format, pool, ctx.backend), None, None
         first, offsets = _places(shape[2:], taps.shape[2:], pool, taps.device)
         places = F.pad(offsets, (0, DROPPED + 1 - len(offsets)))[taps.long()] + first
         kept = taps != DROPPED  # of others nothing goes to some place in the map
         places, grad = places * kept, torch.where(kept, grad, 0)
+        # Of x the sizes and the format are read alone.
+        x = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
         dx = _unpool(grad, x, pool, places)
         return dx if ctx.scale == 1 else dx.mul_(ctx.scale), None, None
 
@@ -91,13 +92,17 @@ def _maxima(x: Tensor, pool: Pool, backend: ReferenceBackend) -> tuple[Tensor, T
     return backend.bn_act_pool(x, backend.linear(x).affine, pool._replace(ceil_mode=False))
 
 
-def _maxima_backward(grad: Tensor, taps: Tensor, x: Tensor, pool: Pool, backend: ReferenceBackend) -> Tensor:
-    """The gradient of ``x``, added to zeros, which stand for ``x`` as well: the kernels only look what a norm would want to know."""
-    overhang = _overhang(x.shape[2:], taps.shape[2:], pool)
-    dx = empty_map(x, x.shape[1], x.dtype, [size + of for size, of in zip(x.shape[2:], overhang)]).zero_()
+def _maxima_backward(
+    grad: Tensor, taps: Tensor, shape: Sequence[int], format: torch.memory_format, pool: Pool, backend: ReferenceBackend
+) -> Tensor:
+    """The gradient of a map of this shape, added to zeros, which stand for the map as well: the kernels only look what a norm would
+    want to know."""
+    overhang = _overhang(shape[2:], taps.shape[2:], pool)
+    padded = (*shape[:2], *(size + of for size, of in zip(shape[2:], overhang)))
+    dx = torch.empty(padded, dtype=grad.dtype, device=grad.device, memory_format=format).zero_()
     pool, into = pool._replace(ceil_mode=False), backend.pending(dx, dx)
-    backend.bn_act_pool_backward(map_beside(taps, grad), taps, dx, backend.linear(x), pool, into)
-    return dx[(..., *map(slice, x.shape[2:]))].contiguous(memory_format=memory_format_of(x))
+    backend.bn_act_pool_backward(map_beside(taps, grad), taps, dx, backend.linear(dx), pool, into)
+    return dx[(..., *map(slice, shape[2:]))].contiguous(memory_format=format)
 
 
 def _unpool(grad: Tensor, x: Tensor, pool: Pool, places: Tensor) -> Tensor:
