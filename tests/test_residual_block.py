@@ -113,7 +113,7 @@ BLOCKS = {
     "basic down": dict(widths=(4, 8, 8), kernels=(3, 3), stride=2, projection="normed"),
     "bottleneck": dict(widths=(8, 3, 4, 8), kernels=(1, 3, 1)),
     "bottleneck down": dict(widths=(8, 4, 4, 16), kernels=(1, 3, 1), stride=2, projection="normed"),
-    "grouped": dict(widths=(12, 6, 6, 12), kernels=(1, 3, 1), groups=3, dilation=2),
+    "grouped": dict(widths=(8, 6, 6, 8), kernels=(1, 3, 1), groups=3, dilation=2),
     "stride first": dict(widths=(4, 4, 8), kernels=(1, 1), stride=2, projection="normed", bias=True),
     "projection alone": dict(widths=(6, 4, 8), kernels=(3, 1), projection="plain", bias=True),
     "pooled": dict(widths=(4, 8, 8), kernels=(3, 3), stride=2, projection="normed", pool=CEILED),
@@ -462,10 +462,11 @@ class TestMemory:
 
     @pytest.mark.parametrize(
         ("name", "maps_kept"),
-        [("basic", 12), ("bottleneck", 7), ("grouped", 12), ("pre", 6), ("pre bottleneck", 7)],
+        [("basic", 12), ("bottleneck", 7), ("grouped", 12 + 8), ("pre", 6), ("pre bottleneck", 7)],
     )
     @pytest.mark.parametrize("final", ["relu", "silu", "identity"])
     def test_bytes(self, policy, name, maps_kept, final):
+        """Behind a last 1x1 convolution that doubles the channels (the bottlenecks') nothing of its map."""
         if BLOCKS[name].get("pre"):
             final = "identity"
         kept, out = self.kept(Block(**BLOCKS[name], final=final, policy=policy))
