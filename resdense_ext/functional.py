@@ -586,7 +586,7 @@ def conv1x1_bn_add_act(
     input_activation: str = "relu",
     policy: str = "fast",
 ) -> Tensor:
-    """The end of a residual bottleneck block from its last convolution on, whose output is not kept.
+    """The end of a residual bottleneck block from its last convolution on, whose output need not be kept.
 
     Equivalent to::
 

@@ -43,7 +43,8 @@ class _Plan(NamedTuple):
 
 
 def choose(choices: Sequence[Choice], budget: int) -> list[bool]:
-    """Which choices to keep in ``budget`` bytes, so that the FLOPs of the others are the fewest.
+    """Which choices to keep in ``budget`` bytes, so that the FLOPs of the others are the fewest, or next to them where the states
+    are very many.
 
     Args:
         choices: in any order.

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from small_nets import Joined, assert_same, images, library, steps_of
+from small_nets import Joined, assert_same, images, library, steps_of, without_garbage_collector
 from stock import import_torchvision
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -378,6 +378,14 @@ def test_a_block_that_is_recalled_is_transformed(transformed):
         assert torch.equal(block(x), y)
 
 
+def references(model: nn.Module) -> list[weakref.ref]:
+    return [weakref.ref(part) for part in (*model.modules(), *model.parameters())]
+
+
+def alive(inner: list[weakref.ref]) -> int:
+    return sum(of() is not None for of in inner)
+
+
 @pytest.mark.parametrize("build", [rd.models.resnet18, rd.models.densenet121])
 def test_a_network_that_is_let_go_is_gone(build):
     """At once, with its parameters, as no cycle holds it."""
@@ -385,13 +393,10 @@ def test_a_network_that_is_let_go_is_gone(build):
     for _ in range(2):
         model(images(2, 3, 32, 32)).sum().backward()
     assert any(vars(module).get(recall._KEY) for module in model.modules())
-    inner = [weakref.ref(module) for module in model.modules()] + [weakref.ref(p) for p in model.parameters()]
-    gc.disable()
-    try:
+    inner = references(model)
+    with without_garbage_collector():
         del model
-        assert not [found for of in inner if (found := of()) is not None]
-    finally:
-        gc.enable()
+        assert alive(inner) == 0
 
 
 class NormOverPieces(nn.Module):
@@ -445,7 +450,7 @@ def test_a_traced_network_that_is_let_go_is_gone(adds):
     owner = rd.convert(Traced(adds).double())
     for _ in range(2):
         owner(X).sum().backward()
-    inner = [weakref.ref(module) for module in owner.modules()] + [weakref.ref(p) for p in owner.parameters()]
+    inner = references(owner)
     del owner
     gc.collect()  # a trace leaves cycles
-    assert not [found for of in inner if (found := of()) is not None]
+    assert alive(inner) == 0

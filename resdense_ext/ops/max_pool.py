@@ -2,7 +2,8 @@
 
 Stock keeps the mask, the input of the pool, and a number of 8 bytes a maximum. But a maximum's gradient goes to one position of
 its window, or to none where that was dropped: a byte says which. The kernels of pools behind norms find it, and take gradients
-there; where they do not serve (dropouts, second derivatives, maps that they cannot walk), the framework's operators do.
+there, of a padded copy where the last windows reach over the edge. Where they do not serve (no compiled backend, dropouts, second
+derivatives, maps that they cannot walk), the framework's operators do.
 """
 
 from __future__ import annotations
